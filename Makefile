@@ -1,0 +1,44 @@
+# The two commands of a fresh machine: `make demo` and `make test`. Both need only Python 3.11+ and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all lint docs bench clean
+
+demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
+	$(PY) scripts/demo.py --workdir work/demo
+
+test: $(VENV)/.test  ## everything that is quick
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.test  ## the slow rest too
+	$(PYTEST)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
+
+bench: $(VENV)/.bench
+	$(PY) scripts/bench/grassmann.py
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: an install runs again only when what it reads has changed.
+$(VENV)/.base: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install -q -e .
+	touch $@
+
+$(VENV)/.%: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install -q -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) work site

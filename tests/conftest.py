@@ -1,0 +1,40 @@
+"""Strict settings for every test: 8 CPU devices, no silent dtype or rank promotion, a persistent compilation cache."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "subspace_jax" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with 64-bit types, as the golden vectors need."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def golden():
+    """Loads ``tests/golden/<name>.npz`` as a dict of arrays."""
+
+    def load(name):
+        with np.load(GOLDEN / f"{name}.npz") as archive:
+            return dict(archive)
+
+    return load
