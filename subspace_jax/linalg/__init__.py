@@ -1,1 +1,33 @@
-"""linalg."""
+"""Numerical linear algebra of tall matrices and subspaces: arrays in, arrays out, broadcasting over leading axes."""
+
+from subspace_jax.linalg.angles import principal_angles, projector_distance
+from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
+from subspace_jax.linalg.polar import polar, polar_step
+from subspace_jax.linalg.products import gram, times, working_dtype
+from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr
+from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
+from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
+
+__all__ = [
+    "arcsine_ratio",
+    "canonical_signs",
+    "canonical_svd",
+    "cholesky_qr",
+    "cholesky_qr2",
+    "cos_sqrt",
+    "gram",
+    "orthonormality_error",
+    "polar",
+    "polar_step",
+    "positive_qr",
+    "principal_angles",
+    "projector_distance",
+    "random_orthonormal",
+    "randomized_svd",
+    "sinc_sqrt",
+    "spectral",
+    "subspace_iteration",
+    "times",
+    "versine_sqrt",
+    "working_dtype",
+]

@@ -1,1 +1,5 @@
-"""manifolds."""
+"""Manifolds of subspaces and of orthonormal frames, as modules of pure functions."""
+
+from subspace_jax.manifolds import grassmann
+
+__all__ = ["grassmann"]

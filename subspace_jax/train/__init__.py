@@ -1,1 +1,67 @@
-"""train."""
+"""Training: tasks, meshes and sharding rules, the one train step, the loop, checkpoints, configs, metrics."""
+
+from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
+from subspace_jax.train.config import default_config, load_config, override, read_config, save_config
+from subspace_jax.train.experiment import build, evaluate_run, restore, run
+from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
+from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
+from subspace_jax.train.optimizer import make_optimizer, make_schedule
+from subspace_jax.train.sharding import (
+    DEFAULT_RULES,
+    MESH_AXES,
+    Rules,
+    batch_sharding,
+    check_batch_size,
+    follow_params,
+    make_mesh,
+    param_shardings,
+    resolve,
+    to_device,
+)
+from subspace_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, new_state, state_shardings
+from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
+
+__all__ = [
+    "DEFAULT_RULES",
+    "MESH_AXES",
+    "Batch",
+    "CheckpointMismatchError",
+    "Checkpoints",
+    "Data",
+    "FitResult",
+    "Metrics",
+    "MetricsLog",
+    "Rules",
+    "Task",
+    "TrainState",
+    "batch_sharding",
+    "build",
+    "check_batch_size",
+    "default_config",
+    "evaluate",
+    "evaluate_run",
+    "fit",
+    "follow_params",
+    "init_state",
+    "load_config",
+    "make_eval_step",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "module_arrays",
+    "new_state",
+    "override",
+    "param_shardings",
+    "plot_curves",
+    "read_config",
+    "read_metrics",
+    "resolve",
+    "restore",
+    "run",
+    "save_config",
+    "split_module",
+    "state_shardings",
+    "to_device",
+    "writable_folder",
+]

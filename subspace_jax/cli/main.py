@@ -1,0 +1,118 @@
+"""The command ``subspace-jax``, thin over the rest."""
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+
+_PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+_EXAMPLES = {
+    "train": """
+        subspace-jax train --config configs/gcr/digits.py:k8 --workdir work/digits
+        subspace-jax train --config configs/gcr/digits.py:k8 --workdir work/other --config.optim.learning_rate=0.1
+        JAX_NUM_CPU_DEVICES=4 subspace-jax train --config configs/gcr/digits.py:k8 --workdir work/sharded \\
+            --config.mesh.data=2 --config.mesh.tensor=2
+
+        A run that was stopped goes on from its last checkpoint when it is started again with the same workdir.
+        """,
+    "eval": """
+        subspace-jax eval --workdir work/digits
+        subspace-jax eval --workdir work/digits --step 180
+        """,
+    "info": """
+        subspace-jax info
+        JAX_NUM_CPU_DEVICES=8 subspace-jax info --fsdp 2 --tensor 4
+        """,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: Arguments after the program's name; those of the process by default.
+
+    Returns:
+      The exit status: 0, or 2 for input that can't serve.
+    """
+    parser = argparse.ArgumentParser(
+        prog="subspace-jax", description="Subspace methods in JAX.", epilog="Each command's --help shows examples."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = _command(commands, "train", "train what a config describes")
+    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="Python file with get_config()")
+    train.add_argument("--config.FIELD", metavar="VALUE", help="sets a field of the config; any number of these")
+    train.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
+    evaluate.add_argument("--workdir", required=True, help="folder of the run")
+    evaluate.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+
+    info = _command(commands, "info", "show versions, devices and the mesh")
+    for axis, default in (("data", -1), ("fsdp", 1), ("tensor", 1)):
+        info.add_argument(f"--{axis}", type=int, default=default, help=f"size of the mesh axis (default: {default})")
+
+    args, extra = parser.parse_known_args(argv)
+    overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
+    if len(overrides) < len(extra) or (extra and args.command != "train"):
+        unknown = [text for text in extra if args.command != "train" or not text.startswith("--config.")]
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("subspace_jax").setLevel(logging.INFO)
+    try:
+        {"train": _train, "eval": _evaluate, "info": _info}[args.command](args, overrides)
+    except (ValueError, OSError) as error:
+        print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(_EXAMPLES[name]).strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import train
+
+    config = train.override(train.load_config(args.config), overrides)
+    _, metrics = train.run(config, args.workdir, progress=not args.quiet)
+    print("; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    print(f"Wrote checkpoints, metrics.jsonl, tensorboard/ and curves.png to {os.path.abspath(args.workdir)}")
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import train
+
+    step, metrics = train.evaluate_run(args.workdir, step=args.step)
+    print(f"step {step}: " + "; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _info(args: argparse.Namespace, overrides: list[str]) -> None:
+    import jax
+
+    from subspace_jax import train
+
+    print(f"python {sys.version.split()[0]}")
+    for package in _PACKAGES:
+        print(f"{package} {importlib.metadata.version(package)}")
+    devices = jax.devices()
+    print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes")
+    mesh = train.make_mesh(args.data, args.fsdp, args.tensor)
+    print("mesh: " + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Angles and distances between subspaces."""
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg.products import gram, times, working_dtype
+
+
+def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Principal angles between two subspaces, accurate for small ones and for those near a right angle.
+
+    Cosines are the singular values of ``a^T b``, sines those of the part of the narrower basis that is orthogonal to
+    the other (Bjoerck and Golub, Math. Comp. 27, 1973); their arctangent is accurate wherever one of them is.
+
+    Args:
+      a: Orthonormal basis ``[..., n, p]``.
+      b: Orthonormal basis ``[..., n, q]``.
+
+    Returns:
+      ``[..., min(p, q)]`` in radians, ascending, at least float32.
+
+    Raises:
+      ValueError: The bases are not of the same space.
+    """
+    _check_same_space(a, b)
+    dtype = working_dtype(a, b)
+    a, b = a.astype(dtype), b.astype(dtype)
+    if b.shape[-1] > a.shape[-1]:
+        a, b = b, a
+    overlap = gram(a, b)
+    residual = b - times(a, overlap)
+    residual = residual - times(a, gram(a, residual))
+    cosines = jnp.linalg.svd(overlap, compute_uv=False)
+    sines = jnp.linalg.svd(jnp.linalg.qr(residual, mode="r"), compute_uv=False)[..., ::-1]
+    return jnp.arctan2(sines, cosines)
+
+
+def projector_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Frobenius distance of the two projectors, ``||a a^T - b b^T||``, without forming either.
+
+    Args:
+      a: Orthonormal basis ``[..., n, p]``.
+      b: Orthonormal basis ``[..., n, q]``.
+
+    Returns:
+      ``[...]``, at least float32.
+
+    Raises:
+      ValueError: The bases are not of the same space.
+    """
+    sines = jnp.sin(principal_angles(a, b))
+    return jnp.sqrt(2 * jnp.sum(jnp.square(sines), axis=-1) + abs(a.shape[-1] - b.shape[-1]))
+
+
+def _check_same_space(a: jax.Array, b: jax.Array) -> None:
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-2] != b.shape[-2]:
+        raise ValueError(f"a, b: expected bases [..., n, p] and [..., n, q] of one space, got {a.shape} and {b.shape}")

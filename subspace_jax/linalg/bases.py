@@ -1,0 +1,51 @@
+"""Orthonormal bases: random ones, and how far a matrix is from being one."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from subspace_jax.linalg.products import gram, working_dtype
+from subspace_jax.linalg.qr import positive_qr
+
+
+def random_orthonormal(
+    key: jax.Array, n: int, k: int, batch_shape: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Draws orthonormal bases uniformly (Haar): the Q factor of a Gaussian matrix, diagonal of R positive.
+
+    Args:
+      key: Random key.
+      n: Dimension of the space.
+      k: Dimension of the subspace.
+      batch_shape: Leading axes.
+      dtype: float32 or float64.
+
+    Returns:
+      ``[*batch_shape, n, k]``.
+
+    Raises:
+      ValueError: ``k`` is below 1 or above ``n``.
+      TypeError: ``dtype`` is neither float32 nor float64.
+    """
+    n, k = operator.index(n), operator.index(k)
+    if not 1 <= k <= n:
+        raise ValueError(f"k: a subspace of R^{n} has 1 to {n} dimensions, got {k}")
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise TypeError(f"dtype: bases stay orthonormal in float32 or float64, got {jnp.dtype(dtype)}")
+    return positive_qr(jax.random.normal(key, (*batch_shape, n, k), dtype))[0]
+
+
+def orthonormality_error(s: jax.Array) -> jax.Array:
+    """Returns the Frobenius norm of ``S^T S - I``.
+
+    Args:
+      s: ``[..., n, k]``, floating point.
+
+    Returns:
+      ``[...]``, at least float32.
+    """
+    s = s.astype(working_dtype(s))
+    product = gram(s, s)
+    return jnp.linalg.norm(product - jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), product.shape), axis=(-2, -1))

@@ -1,0 +1,22 @@
+"""Matrix products that keep what is orthonormal orthonormal.
+
+Accelerators round a plain float32 product to bfloat16 or TF32; these ask for full precision.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def working_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Returns the dtype in which geometry is computed: at least float32, float64 if any array is."""
+    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
+
+
+def gram(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns ``x^T y`` for ``x [..., n, p]`` and ``y [..., n, q]``, as ``[..., p, q]`` in full precision."""
+    return jnp.einsum("...np,...nq->...pq", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def times(x: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns ``x m`` for ``x [..., n, p]`` and ``m [..., p, q]``, as ``[..., n, q]`` in full precision."""
+    return jnp.matmul(x, m, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,88 @@
+"""Functions of symmetric matrices through one small eigenproblem, with a safe first derivative.
+
+Geodesics and retractions of ``n x k`` bases are smooth functions of a ``k x k`` Gram matrix; written so, they need no
+singular value decomposition, and repeated or vanishing singular values are no special case.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg.products import times
+
+_SERIES_BELOW = 0.01
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def spectral(f: Callable[[jax.Array], tuple[jax.Array, ...]], m: jax.Array) -> tuple[jax.Array, ...]:
+    """Applies scalar functions to the eigenvalues of a symmetric matrix.
+
+    The derivative is that of Daleckii and Krein, by divided differences, so that equal eigenvalues do no harm.  It
+    can be taken once; a second derivative passes through the eigenvectors, and is wrong where eigenvalues meet.
+
+    Args:
+      f: Maps eigenvalues ``[..., k]`` to a tuple of arrays ``[..., k]``, elementwise and differentiable.
+      m: ``[..., k, k]``, symmetric, float32 or float64.
+
+    Returns:
+      A symmetric matrix ``[..., k, k]`` for each function.
+    """
+    values, vectors = jnp.linalg.eigh(m)
+    return tuple(_compose(vectors, y) for y in f(values))
+
+
+def _compose(vectors: jax.Array, values: jax.Array) -> jax.Array:
+    return times(vectors * values[..., None, :], vectors.mT)
+
+
+@spectral.defjvp
+def _spectral_jvp(f, primals, tangents):
+    (m,), (dm,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(m)
+    inner = times(vectors.mT, times(dm, vectors))
+    a, b = jnp.broadcast_arrays(values[..., :, None], values[..., None, :])
+    # Below this distance the difference quotient loses more to rounding than the slope at the midpoint misses.
+    near = jnp.abs(a - b) <= jnp.finfo(m.dtype).eps ** (1 / 3) * (1 + jnp.abs(a))
+    gap = jnp.where(near, 1.0, a - b)
+    middle = (a + b) / 2
+    slopes = jax.jvp(f, (middle,), (jnp.ones_like(middle),))[1]
+    quotients = [(y[..., :, None] - y[..., None, :]) / gap for y in f(values)]
+    outs = tuple(_compose(vectors, y) for y in f(values))
+    turned = [jnp.where(near, s, q) * inner for s, q in zip(slopes, quotients, strict=True)]
+    return outs, tuple(times(vectors, times(t, vectors.mT)) for t in turned)
+
+
+def cos_sqrt(x: jax.Array) -> jax.Array:
+    """``cos(sqrt(x))``, smooth also at 0 and slightly below."""
+    root, small = _root(x)
+    return jnp.where(small, 1 - x / 2 * (1 - x / 12 * (1 - x / 30 * (1 - x / 56))), jnp.cos(root))
+
+
+def sinc_sqrt(x: jax.Array) -> jax.Array:
+    """``sin(sqrt(x)) / sqrt(x)``, smooth also at 0 and slightly below."""
+    root, small = _root(x)
+    return jnp.where(small, 1 - x / 6 * (1 - x / 20 * (1 - x / 42 * (1 - x / 72))), jnp.sin(root) / root)
+
+
+def versine_sqrt(x: jax.Array) -> jax.Array:
+    """``(1 - cos(sqrt(x))) / x``, smooth also at 0 and slightly below."""
+    half = sinc_sqrt(x / 4)
+    return half * half / 2
+
+
+def arcsine_ratio(x: jax.Array) -> jax.Array:
+    """``arcsin(sqrt(x)) / sqrt(x (1 - x))``, smooth at 0; grows without bound towards 1."""
+    small = x < _SERIES_BELOW
+    safe = jnp.clip(jnp.where(small, 0.5, x), 0.0, 1 - jnp.finfo(x.dtype).eps)
+    exact = jnp.arcsin(jnp.sqrt(safe)) / jnp.sqrt(safe * (1 - safe))
+    series = jnp.ones_like(x)
+    for n in range(8, 0, -1):
+        series = 1 + series * x * (2 * n / (2 * n + 1))
+    return jnp.where(small, series, exact)
+
+
+def _root(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    small = x < _SERIES_BELOW
+    return jnp.sqrt(jnp.where(small, 1.0, x)), small

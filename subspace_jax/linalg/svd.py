@@ -1,0 +1,120 @@
+"""Singular value decompositions with one choice of signs, exact and randomised."""
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg.products import gram, times
+from subspace_jax.linalg.qr import positive_qr
+
+
+def canonical_signs(u: jax.Array) -> jax.Array:
+    """Signs that make the entry of largest magnitude of every column positive.
+
+    Multiply the left singular vectors by them, and the right ones too.
+
+    Args:
+      u: ``[..., n, k]``.
+
+    Returns:
+      ``[..., k]`` of 1 and -1, in the dtype of ``u``.
+    """
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)[..., 0, :]
+    return jnp.where(largest < 0, -1.0, 1.0).astype(u.dtype)
+
+
+def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Thin SVD ``x = u diag(s) vt`` with descending ``s`` and canonical signs.
+
+    Only distinct singular values have vectors of their own; within a cluster compare projectors.  Meant for set-up
+    and references: an accelerator takes minutes to compile a large one.
+
+    Args:
+      x: ``[..., m, n]``, float32 or float64.
+
+    Returns:
+      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``.
+    """
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    signs = canonical_signs(u)
+    return u * signs[..., None, :], s, vt * signs[..., :, None]
+
+
+def randomized_svd(
+    key: jax.Array, x: jax.Array, rank: int, *, oversample: int = 8, power_steps: int = 2
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Leading singular triplets by a random sketch and power steps (Halko, Martinsson, Tropp, arXiv 0909.4061).
+
+    With ``l = rank + oversample``, the expected spectral error is at most
+    ``(1 + sqrt(rank / (oversample - 1)) + e sqrt(l (min(m, n) - rank)) / oversample) ** (1 / (2 power_steps + 1))``
+    times the first singular value left out (their corollary 10.10).  Costs ``2 (2 power_steps + 2) m n l`` operations.
+
+    Args:
+      key: Random key of the sketch.
+      x: ``[..., m, n]``, float32 or float64.
+      rank: Number of triplets, static.
+      oversample: Further columns of the sketch, at least 2 for the bound.
+      power_steps: Products with ``x x^T``; each is re-orthonormalised.
+
+    Returns:
+      ``u [..., m, rank]``, ``s [..., rank]``, ``vt [..., rank, n]``, canonical signs.
+
+    Raises:
+      ValueError: ``rank`` is below 1 or above ``min(m, n)``, or the other numbers are negative.
+    """
+    m, n = x.shape[-2:]
+    _check_rank(rank, m, n)
+    if oversample < 0 or power_steps < 0:
+        raise ValueError(f"oversample, power_steps: expected 0 or more, got {oversample} and {power_steps}")
+    width = min(rank + oversample, m, n)
+    sketch = jax.random.normal(key, (*x.shape[:-2], n, width), x.dtype)
+    return _from_range(x, _iterate(x, sketch, power_steps), rank)
+
+
+def subspace_iteration(
+    x: jax.Array, basis: jax.Array, steps: int = 2
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Leading singular triplets from a warm start: block power iteration with QR and a Rayleigh-Ritz step.
+
+    The angle to the leading subspace shrinks by ``(s[rank] / s[rank - 1]) ** 2`` in each step, where the gap is
+    between the last triplet kept and the first left out; a basis that is nearly right needs one or two.
+
+    Args:
+      x: ``[..., m, n]``, float32 or float64.
+      basis: Start for the left vectors, ``[..., m, rank]``, of full column rank.
+      steps: Products with ``x x^T``, at least 1.
+
+    Returns:
+      ``u [..., m, rank]``, ``s [..., rank]``, ``vt [..., rank, n]``, canonical signs.
+
+    Raises:
+      ValueError: The shapes don't fit, or ``steps`` is below 1.
+    """
+    m, n = x.shape[-2:]
+    if basis.shape[-2] != m:
+        raise ValueError(f"basis: expected [..., {m}, rank] for x of shape {x.shape}, got {basis.shape}")
+    _check_rank(basis.shape[-1], m, n)
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    sketch = positive_qr(gram(x, basis))[0]
+    return _from_range(x, _iterate(x, sketch, steps - 1), basis.shape[-1])
+
+
+def _check_rank(rank: int, m: int, n: int) -> None:
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank: expected 1 to {min(m, n)} for a {m} x {n} matrix, got {rank}")
+
+
+def _iterate(x: jax.Array, right: jax.Array, steps: int) -> jax.Array:
+    """Returns an orthonormal basis of the range of ``(x x^T)^steps x right``."""
+    left = positive_qr(times(x, right))[0]
+    for _ in range(steps):
+        right = positive_qr(gram(x, left))[0]
+        left = positive_qr(times(x, right))[0]
+    return left
+
+
+def _from_range(x: jax.Array, q: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, s, vt = jnp.linalg.svd(gram(q, x), full_matrices=False)
+    u = times(q, u[..., :rank])
+    signs = canonical_signs(u)
+    return u * signs[..., None, :], s[..., :rank], vt[..., :rank, :] * signs[..., :, None]

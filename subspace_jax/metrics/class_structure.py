@@ -1,0 +1,79 @@
+"""How the features of a class spread, and how well the classes stand apart.
+
+Both measures are those of the transfer tables of arXiv 2308.01547; class separation is R^2 of Kornblith et al.,
+"Why Do Better Loss Functions Lead to Less Transferable Features?" (arXiv 2010.16402).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg import working_dtype
+
+_ROWS_AT_A_TIME = 256
+
+
+def intra_class_variability(features: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean angle between two examples of one class, averaged over the classes.
+
+    Features are centred by their global mean first.  Takes n x N^2 multiplications, and memory for 256 x N cosines
+    at a time.
+
+    Args:
+      features: ``[examples, n]``, floating point.
+      labels: ``[examples]`` integers.
+
+    Returns:
+      A scalar in degrees, float32 or wider.  Classes of a single example do not count; NaN where no class has two.
+    """
+    unit = _centred_unit(features)
+    same_class_count = _same_class_count(labels)
+    index = jnp.arange(labels.shape[0])
+
+    def mean_angle_to_class(row):
+        vector, label, i, count = row
+        cosines = jnp.clip(unit @ vector, -1.0, 1.0)
+        others = (labels == label) & (index != i)
+        return jnp.sum(jnp.where(others, jnp.arccos(cosines), 0.0)) / jnp.maximum(count - 1.0, 1.0)
+
+    rows = (unit, labels, index, same_class_count)
+    per_example = jax.lax.map(mean_angle_to_class, rows, batch_size=_ROWS_AT_A_TIME)
+    weight = jnp.where(same_class_count > 1, 1.0 / same_class_count, 0.0)
+    return jnp.rad2deg(jnp.sum(weight * per_example) / jnp.sum(weight))
+
+
+def class_separation_r2(features: jax.Array, labels: jax.Array) -> jax.Array:
+    """One minus the mean cosine distance within classes over that of all pairs of classes.
+
+    Features are centred by their global mean first; every class and every pair of classes weighs the same.  Costs
+    O(N n): mean pairwise cosines are squared lengths of class means.
+
+    Args:
+      features: ``[examples, n]``, floating point.
+      labels: ``[examples]`` integers.
+
+    Returns:
+      A scalar, at most 1; float32 or wider.
+    """
+    unit = _centred_unit(features)
+    _, group = jnp.unique(labels, return_inverse=True, size=labels.shape[0])
+    share = 1.0 / _same_class_count(labels)
+    num_classes = jnp.sum(share)
+    class_means = jax.ops.segment_sum(unit * share[:, None], group, labels.shape[0])
+    within = 1.0 - jnp.sum(jnp.square(class_means)) / num_classes
+    total = 1.0 - jnp.sum(jnp.square(jnp.sum(class_means, axis=0) / num_classes))
+    return 1.0 - within / total
+
+
+def _centred_unit(features: jax.Array) -> jax.Array:
+    features = features.astype(working_dtype(features))
+    centred = features - jnp.mean(features, axis=0, keepdims=True)
+    length = jnp.linalg.norm(centred, axis=-1, keepdims=True)
+    return centred / jnp.maximum(length, jnp.finfo(centred.dtype).tiny)
+
+
+def _same_class_count(labels: jax.Array) -> jax.Array:
+    """For each example, how many examples have its label, itself included."""
+    ordered = jnp.sort(labels)
+    after = jnp.searchsorted(ordered, labels, side="right")
+    before = jnp.searchsorted(ordered, labels, side="left")
+    return (after - before).astype(jnp.float32)

@@ -1,0 +1,196 @@
+"""Checkpoints of a run: asynchronous, atomic, the latest few and the best, exact on resume.
+
+Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so that a killed run never leaves
+half of one behind.  Damage that comes later (a truncated file, a lost folder) is met by going back to the checkpoint
+before it.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from subspace_jax.train.step import TrainState
+
+log = logging.getLogger(__name__)
+
+PyTree = Any
+
+
+class CheckpointMismatchError(ValueError):
+    """The checkpoint holds another model than the one that asks for it; the message lists what differs."""
+
+
+class Checkpoints:
+    """The checkpoints below one folder.
+
+    Args:
+      directory: The folder; made when it is not there.
+      keep: How many of the latest checkpoints stay.
+      best: ``(metric, "max" or "min")``: the checkpoint with the best value of this metric stays too.
+
+    Raises:
+      ValueError: ``keep`` is below 1, or the mode of ``best`` is unknown.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, best: tuple[str, str] | None = None):
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
+        if best is not None and best[1] not in ("max", "min"):
+            raise ValueError(f"best: expected the mode 'max' or 'min', got {best[1]!r}")
+        policies = [checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            name, mode = best
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[name],
+                    reverse=mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            step_prefix=None,
+        )
+        self.directory = Path(directory).absolute()
+        self._best = best
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the checkpoints that are there, in rising order."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Returns the step of the best checkpoint, or None where there is none with the metric."""
+        name, mode = self._best or (None, None)
+        scored = [(m[name], step) for step in self.steps() if name in (m := self._manager.metrics(step) or {})]
+        return None if not scored else (max if mode == "max" else min)(scored, key=lambda pair: pair[0])[1]
+
+    def save(
+        self,
+        state: TrainState,
+        data: grain.DatasetIterator | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Writes a checkpoint in the background, of the state's own step; returns once the arrays are copied.
+
+        Args:
+          state: The train state; it may be donated after the call.
+          data: The iterator whose position is saved with it.
+          metrics: Numbers by which the best checkpoint is found.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        items = {"state": ocp.args.StandardSave(_as_dict(state))}
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(data)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}) or None)
+
+    def restore(
+        self,
+        abstract: TrainState,
+        shardings: TrainState,
+        *,
+        data: grain.DatasetIterator | None = None,
+        step: int | None = None,
+    ) -> TrainState | None:
+        """Reads a checkpoint, each device its own share.
+
+        Without ``step`` the latest checkpoint that can be read is taken; one that can't is passed over with a
+        warning.  The mesh may be another than the one that wrote it.
+
+        Args:
+          abstract: What is expected, as :func:`subspace_jax.train.state_shardings` gives it.
+          shardings: Where it is to live.
+          data: Iterator that is set to the saved position.
+          step: The step to read; then damage is an error.
+
+        Returns:
+          The state, or None where there is no checkpoint.
+
+        Raises:
+          CheckpointMismatchError: The checkpoint is of another model.
+          FileNotFoundError: There is no checkpoint of ``step``, or there are some and none can be read.
+        """
+        found = self.steps()
+        if step is not None and step not in found:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {found}")
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _as_dict(abstract), _as_dict(shardings)
+        )
+        for candidate in [step] if step is not None else reversed(found):
+            try:
+                self._check(candidate, target)
+                items = {"state": ocp.args.StandardRestore(target)}
+                if data is not None:
+                    items["data"] = grain.checkpoint.CheckpointRestore(data)
+                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
+                return TrainState(**restored["state"])
+            except CheckpointMismatchError:
+                raise
+            except Exception as error:  # whatever a damaged file makes the readers below raise
+                if step is not None:
+                    raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged") from error
+                log.warning(
+                    "The checkpoint of step %d in %s is damaged (%s); trying the one before.",
+                    candidate,
+                    self.directory,
+                    str(error).strip().split("\n")[0][:200],
+                )
+        if found:
+            raise FileNotFoundError(f"none of the checkpoints {found} in {self.directory} can be read")
+        return None
+
+    def remove_after(self, step: int) -> None:
+        """Deletes checkpoints of later steps: damaged ones, which a resumed run is to write anew."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written, and frees the threads."""
+        self._manager.close()
+
+    def _check(self, step: int, target: Mapping[str, PyTree]) -> None:
+        """Compares names, shapes and dtypes before any array is read."""
+        saved = self._manager.item_metadata(step)["state"]
+        if saved is None:
+            raise ValueError("its description can't be read")
+        there = _describe(getattr(saved, "tree", saved))
+        wanted = _describe(target)
+        differences = [f"{name}: not in the checkpoint" for name in sorted(wanted.keys() - there.keys())]
+        differences += [f"{name}: only in the checkpoint" for name in sorted(there.keys() - wanted.keys())]
+        for name in sorted(wanted.keys() & there.keys()):
+            if wanted[name] != there[name]:
+                differences.append(f"{name}: {there[name]} in the checkpoint, {wanted[name]} in the model")
+        if differences:
+            shown = "\n  ".join(differences[:20])
+            more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
+            raise CheckpointMismatchError(
+                f"the checkpoint of step {step} in {self.directory} is of another model:\n  {shown}{more}"
+            )
+
+
+def _as_dict(state: TrainState) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+        for path, x in leaves
+        if hasattr(x, "shape")
+    }

@@ -1,0 +1,249 @@
+"""The train loop: resume, step, evaluate, log, checkpoint."""
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from subspace_jax.train.checkpoints import Checkpoints
+from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
+from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, check_batch_size, make_mesh, to_device
+from subspace_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from subspace_jax.train.task import Batch, Metrics, Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+      batch_size: Rows of a batch, over all processes.
+      steps_per_epoch: Batches in one pass over the training set.
+      train: Makes the endless, shuffled, checkpointable iterator from a seed.
+      evaluate: Makes one ordered pass over the evaluation set; its batches hold a ``mask``.
+    """
+
+    batch_size: int
+    steps_per_epoch: int
+    train: Callable[[int], grain.DatasetIterator]
+    evaluate: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns: the final state, and the metrics of the last evaluation."""
+
+    state: TrainState
+    metrics: dict[str, float]
+
+
+def fit(
+    task: Task,
+    tx: optax.GradientTransformation,
+    data: Data,
+    *,
+    num_steps: int,
+    workdir: str | Path,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    seed: int = 0,
+    accumulate: int = 1,
+    remat: str = "none",
+    log_every: int = 50,
+    eval_every: int = 0,
+    checkpoint_every: int = 0,
+    keep: int = 2,
+    best: tuple[str, str] = ("accuracy", "max"),
+    profile_at: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Trains up to a number of steps, going on from the last checkpoint in ``workdir`` where there is one.
+
+    A run that was killed and is started again ends with the very bits of one that was not.  The loop hands steps to
+    the devices without waiting for them; it reads numbers back only when it logs, evaluates or saves.
+
+    Written below ``workdir``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png`` and, when asked
+    for, ``profile/``.
+
+    Args:
+      task: The method.
+      tx: The optimizer.
+      data: Its data.
+      num_steps: Step at which the run ends, counted from its very beginning.
+      workdir: Folder of the run.
+      mesh: The mesh; all devices along ``data`` by default.
+      rules: Logical name to mesh axis or axes.
+      seed: Seed of parameters, data order and step randomness.
+      accumulate: Micro-batches in a batch.
+      remat: See :func:`subspace_jax.train.make_train_step`.
+      log_every: Steps between two rows of training metrics.
+      eval_every: Steps between two evaluations; 0 evaluates at the end only.
+      checkpoint_every: Steps between two checkpoints; 0 saves at the end only.
+      keep: How many of the latest checkpoints stay; the best one stays besides.
+      best: Evaluation metric by which the best is found, and "max" or "min".
+      profile_at: Step from which five steps are traced for the profiler; 0 traces none.
+      progress: Whether to show a progress bar.
+
+    Returns:
+      The final state and the metrics of the last evaluation.
+
+    Raises:
+      ValueError: A number is out of range, or the batch can't be split over the mesh.
+      CheckpointMismatchError: ``workdir`` holds checkpoints of another model.
+      OSError: ``workdir`` can't be written.
+    """
+    if num_steps < 1 or log_every < 1:
+        raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
+    mesh = make_mesh() if mesh is None else mesh
+    check_batch_size(data.batch_size, mesh, rules, accumulate)
+    workdir = writable_folder(workdir)
+    batches = data.train(seed)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best)
+    try:
+        abstract, shardings = state_shardings(task, tx, mesh, rules)
+        state = checkpoints.restore(abstract, shardings, data=batches)
+        if state is None:
+            state = init_state(task, tx, mesh, rules, seed=seed)
+        else:
+            log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
+        start = int(state.step)
+        checkpoints.remove_after(start)
+        run = _Run(
+            train_step=make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat),
+            evaluate=functools.partial(evaluate, make_eval_step(task, tx, mesh, rules), mesh=mesh, rules=rules),
+            data=data,
+            batches=batches,
+            checkpoints=checkpoints,
+            workdir=workdir,
+        )
+        every = _Every(num_steps, log_every, eval_every, checkpoint_every)
+        result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+    finally:
+        checkpoints.close()
+    if jax.process_index() == 0:
+        plot_curves({"run": workdir / "metrics.jsonl"}, workdir / "curves.png")
+    return result
+
+
+class _Every(NamedTuple):
+    """When something is due."""
+
+    num_steps: int
+    log: int
+    evaluate: int
+    checkpoint: int
+
+    def due(self, period: int, step: int) -> bool:
+        return step == self.num_steps or (period > 0 and step % period == 0)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the loop holds in hand; made for one call of :func:`fit`."""
+
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
+    data: Data
+    batches: grain.DatasetIterator
+    checkpoints: Checkpoints
+    workdir: Path
+
+    def go(self, state, start, every, profile_at, rows, progress) -> FitResult:
+        metrics_log = MetricsLog(self.workdir, start_step=start)
+        final: dict[str, float] = {}
+        skipped_before = int(state.skipped)
+        with progress_bar(every.num_steps, start, show=progress) as bar:
+            for step in range(start + 1, every.num_steps + 1):
+                if step == profile_at:
+                    jax.profiler.start_trace(str(self.workdir / "profile"))
+                state, metrics = self.train_step(state, to_device(next(self.batches), rows))
+                if profile_at and step == min(profile_at + 4, every.num_steps):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                bar.update()
+                if every.due(every.log, step):
+                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                    metrics_log.write(step, "train", values)
+                    bar.set_postfix(loss=f"{values['loss']:.4g}")
+                    if values["skipped"] > skipped_before:
+                        bar.write(f"step {step}: {values['skipped'] - skipped_before:.0f} steps were skipped, "
+                                  "for their loss or gradient was not finite")
+                        skipped_before = values["skipped"]
+                if every.due(every.evaluate, step):
+                    final = self.evaluate(state, self.data.evaluate())
+                    metrics_log.write(step, "eval", final)
+                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
+                if every.due(every.checkpoint, step):
+                    fresh = final if every.due(every.evaluate, step) else None
+                    self.checkpoints.save(state, self.batches, fresh)
+        metrics_log.close()
+        return FitResult(state, final or self.evaluate(state, self.data.evaluate()))
+
+
+def evaluate(
+    eval_step: Callable[[TrainState, Batch], Metrics],
+    state: TrainState,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    mesh: Mesh,
+    rules: Rules = DEFAULT_RULES,
+) -> dict[str, float]:
+    """Averages what :meth:`Task.evaluate` sums, over one pass; the sums stay on the devices until the end.
+
+    Args:
+      eval_step: From :func:`subspace_jax.train.make_eval_step`.
+      state: The train state.
+      batches: One pass over the evaluation set.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+
+    Returns:
+      The means by name.
+
+    Raises:
+      ValueError: There is no batch.
+    """
+    rows = batch_sharding(mesh, rules)
+    total = None
+    for batch in batches:
+        sums = eval_step(state, to_device(batch, rows))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    if total is None:
+        raise ValueError("evaluate: the evaluation set gave no batch")
+    total = {name: float(value) for name, value in jax.device_get(total).items()}
+    count = total.pop("count")
+    return {name: value / count for name, value in total.items()}
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Makes a folder and tries it, before work starts whose result could not be kept.
+
+    Args:
+      path: The folder.
+
+    Returns:
+      Its absolute path.
+
+    Raises:
+      OSError: It can't be made, or nothing can be written there.
+    """
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"workdir: can't write to {folder} ({os.strerror(error.errno or 0)})") from error
+    return folder

@@ -1,0 +1,112 @@
+"""From a config to an Optax transform: a schedule, a Euclidean optimizer, and a Riemannian one for subspaces."""
+
+import optax
+from ml_collections import ConfigDict
+
+from subspace_jax import optim
+
+SCHEDULES = ("constant", "cosine", "step")
+EUCLIDEAN = ("sgd", "adamw", "lamb")
+GRASSMANN = ("rsgd", "radam")
+
+
+def default_config() -> ConfigDict:
+    """Returns the fields that :func:`make_optimizer` reads; see it for their meaning."""
+    return ConfigDict(
+        {
+            "name": "sgd",
+            "learning_rate": 0.1,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "final_scale": 0.0,
+            "momentum": 0.9,
+            "b1": 0.9,
+            "b2": 0.999,
+            "weight_decay": 0.0,
+            "clip_norm": 0.0,
+            "grassmann": {
+                "name": "rsgd",
+                "lr_factor": 1.0,
+                "momentum": 0.9,
+                "transport": "euclidean",
+                "retraction": "exp",
+                "reorth_every": 5,
+            },
+        }
+    )
+
+
+def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step.
+
+    Args:
+      config: Reads ``learning_rate`` (the peak), ``schedule``, ``warmup_steps`` (linear, from 0) and ``final_scale``
+        (last learning rate of "cosine" over the peak).  "step" multiplies by 0.1 after 30, 60 and 90 % of the steps.
+      num_steps: Length of the run.
+
+    Returns:
+      Step to learning rate.
+
+    Raises:
+      ValueError: The schedule is unknown, or the warm-up is longer than the run.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule: expected one of {SCHEDULES}, got {config.schedule!r}")
+    if not 0 <= warmup < num_steps:
+        raise ValueError(f"optim.warmup_steps: expected 0 to {num_steps - 1} for a run of {num_steps}, got {warmup}")
+    rest = num_steps - warmup
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+    elif config.schedule == "step":
+        after = optax.piecewise_constant_schedule(peak, {int(num_steps * at) - warmup: 0.1 for at in (0.3, 0.6, 0.9)})
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of a run: parameters named ``bases`` move on Grassmann manifolds, all others as usual.
+
+    Args:
+      config: As :func:`default_config` gives it.  ``clip_norm`` (0: off) scales the whole gradient down to this
+        norm; ``weight_decay`` is coupled for "sgd", decoupled for "adamw" and "lamb", and never touches bases;
+        ``grassmann.lr_factor`` multiplies the shared learning rate.
+      num_steps: Length of the run, for the schedule.
+
+    Returns:
+      The transform.
+
+    Raises:
+      ValueError: A name is unknown.
+    """
+    rate = make_schedule(config, num_steps)
+    if config.name == "sgd":
+        euclidean = optax.chain(
+            optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
+        )
+    elif config.name == "adamw":
+        euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    elif config.name == "lamb":
+        euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    else:
+        raise ValueError(f"optim.name: expected one of {EUCLIDEAN}, got {config.name!r}")
+
+    manifold = config.grassmann
+    shared = {
+        "transport": manifold.transport,
+        "retraction": manifold.retraction,
+        "reorth_every": manifold.reorth_every,
+        "lr_factor": manifold.lr_factor,
+    }
+    if manifold.name == "rsgd":
+        grassmann = optim.riemannian_sgd(rate, momentum=manifold.momentum, **shared)
+    elif manifold.name == "radam":
+        grassmann = optim.riemannian_adam(rate, b1=config.b1, b2=config.b2, **shared)
+    else:
+        raise ValueError(f"optim.grassmann.name: expected one of {GRASSMANN}, got {manifold.name!r}")
+
+    tx = optim.with_geometry(euclidean, grassmann)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm > 0 else tx

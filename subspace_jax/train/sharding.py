@@ -1,0 +1,195 @@
+"""From logical axis names to devices: one mesh, one table of rules, shardings for the whole train state.
+
+Parameters carry names such as ``("embed", "mlp")``; a rule maps each name to mesh axes.  Optimizer state takes its
+sharding from the parameter that it belongs to, which is found by path: an array at ``…/momentum/head/bases`` belongs to
+the parameter ``head/bases``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree = Any
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+DEFAULT_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "class": "tensor",
+    "layers": None,
+}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arranges devices in a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+
+    Args:
+      data: Replicas that split the batch; -1 takes the devices that are left.
+      fsdp: Ways in which parameters and optimizer state are split; the batch is split along it too.
+      tensor: Ways in which single matrices are split, class subspaces along their class axis.
+      devices: The devices to use; all of them by default.
+
+    Returns:
+      A mesh whose axes are of type Auto: the compiler places the collectives.
+
+    Raises:
+      ValueError: A size is neither positive nor -1, more than one is -1, the mesh is larger than the devices, or -1
+        can't be filled evenly.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(open_axes) > 1:
+        raise ValueError(f"mesh: sizes are positive, at most one of them -1; got {sizes}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fixed > len(devices) or (open_axes and len(devices) % fixed):
+        raise ValueError(
+            f"mesh: {_show(sizes)} needs {'a multiple of ' if open_axes else ''}{fixed} devices, there are "
+            f"{len(devices)} ({devices[0].platform})"
+        )
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    used = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> P:
+    """Maps the logical names of one array to mesh axes.
+
+    A mesh axis serves one dimension of an array only, and only where it divides the dimension evenly (ten classes
+    can't be split over four devices); otherwise the dimension stays whole.
+
+    Args:
+      names: Logical name of each dimension, or None; may be shorter than ``shape``.
+      shape: Shape of the array.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+
+    Returns:
+      A partition spec of mesh axes.
+
+    Raises:
+      ValueError: There are more names than dimensions, or a name has no rule.
+    """
+    if len(names) > len(shape):
+        raise ValueError(f"axes {tuple(names)} name {len(names)} dimensions, the array has shape {shape}")
+    taken: set[str] = set()
+    spec = []
+    for name, size in zip(names, shape, strict=False):
+        if name is not None and name not in rules:
+            raise ValueError(f"no sharding rule for the logical axis {name!r}; there are rules for {sorted(rules)}")
+        wanted = rules[name] if name is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else (wanted or ())
+        axes: list[str] = []
+        for axis in wanted:
+            ways = math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]
+            if axis not in taken and size % ways == 0:
+                axes.append(axis)
+        taken.update(axes)
+        spec.append(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None))
+    return P(*spec)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """The sharding of every array of a batch: rows split over the data axes."""
+    return NamedSharding(mesh, P(rules["batch"]))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, accumulate: int = 1) -> None:
+    """Raises a ValueError if a batch can't be split over the mesh, or into that many micro-batches."""
+    axes = rules["batch"]
+    axes = (axes,) if isinstance(axes, str) else (axes or ())
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if batch_size % (ways * accumulate):
+        raise ValueError(
+            f"batch_size: {batch_size} rows don't split over {ways} devices ({_show({a: mesh.shape[a] for a in axes})})"
+            f" x {accumulate} accumulated micro-batches; take a multiple of {ways * accumulate}"
+        )
+
+
+def param_shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
+    """Maps the logical axes of a tree of arrays to shardings.
+
+    Args:
+      shapes: Tree of arrays or ``ShapeDtypeStruct``.
+      axes: Tree of the same structure, of ``PartitionSpec`` of logical names.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+
+    Returns:
+      A tree of ``NamedSharding``.
+    """
+    return jax.tree.map(lambda x, names: NamedSharding(mesh, resolve(names, x.shape, mesh, rules)), shapes, axes)
+
+
+def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
+    """Gives each array of an optimizer state the sharding of the parameter that it belongs to.
+
+    The owner is the parameter with the longest path that ends the array's path.  An array of the parameter's shape
+    takes its sharding; one whose shape leaves out some of the parameter's dimensions (a second moment for each
+    subspace, a row or column statistic) takes the axes of those that it keeps; anything else is replicated.
+
+    Args:
+      tree: The optimizer state, arrays or ``ShapeDtypeStruct``.
+      params: The parameters, likewise.
+      shardings: Their shardings, ``NamedSharding`` on one mesh.
+
+    Returns:
+      A tree of ``NamedSharding`` with the structure of ``tree``.
+    """
+    owners = {}
+    flat_shardings = jax.tree.leaves(shardings)
+    mesh = flat_shardings[0].mesh
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params), flat_shardings, strict=True):
+        owners[tuple(_key(k) for k in path)] = (leaf.shape, sharding.spec)
+
+    def choose(path, leaf):
+        names = tuple(_key(k) for k in path)
+        for start in range(len(names)):
+            if names[start:] in owners:
+                return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]]))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_spec: P) -> P:
+    spec = tuple(owner_spec) + (None,) * (len(owner_shape) - len(owner_spec))
+    kept, start = [], 0
+    for size in shape:
+        while start < len(owner_shape) and owner_shape[start] != size:
+            start += 1
+        if start == len(owner_shape):
+            return P()
+        kept.append(spec[start])
+        start += 1
+    return P(*kept)
+
+
+def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Makes global arrays from the rows that this process holds."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

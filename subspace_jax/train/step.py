@@ -1,0 +1,220 @@
+"""The train state and the one train step."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, follow_params, param_shardings
+from subspace_jax.train.task import Batch, Metrics, Task
+
+PyTree = Any
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "variables", "opt_state", "key", "skipped"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a run needs in order to go on, but for the position in the data.
+
+    Attributes:
+      step: Steps taken, int32; a skipped step counts, for its batch is gone.
+      params: The tree that meets the optimizer.
+      variables: What else the model carries.
+      opt_state: State of the Optax transform.
+      key: Data of the base random key, uint32; step ``t`` uses the key folded with ``t``.
+      skipped: Steps whose loss or gradient was not finite, int32.
+    """
+
+    step: jax.Array
+    params: PyTree
+    variables: PyTree
+    opt_state: PyTree
+    key: jax.Array
+    skipped: jax.Array
+
+
+def new_state(task: Task, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Returns the state before the first step; works under ``jax.jit`` and ``jax.eval_shape``."""
+    init_key, run_key = jax.random.split(key)
+    params, variables = task.init(init_key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, variables, tx.init(params), jax.random.key_data(run_key), zero)
+
+
+def state_shardings(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> tuple[TrainState, TrainState]:
+    """Returns the abstract state and its shardings; nothing is computed.
+
+    Args:
+      task: The method.
+      tx: The optimizer.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+
+    Returns:
+      A state of ``ShapeDtypeStruct`` and one of ``NamedSharding``.
+    """
+    abstract = jax.eval_shape(functools.partial(new_state, task, tx), jax.random.key(0))
+    param_axes, variable_axes = task.axes()
+    params = param_shardings(abstract.params, param_axes, mesh, rules)
+    whole = NamedSharding(mesh, P())
+    shardings = TrainState(
+        step=whole,
+        params=params,
+        variables=param_shardings(abstract.variables, variable_axes, mesh, rules),
+        opt_state=follow_params(abstract.opt_state, abstract.params, params),
+        key=whole,
+        skipped=whole,
+    )
+    return abstract, shardings
+
+
+def init_state(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, seed: int = 0
+) -> TrainState:
+    """Creates the state where it is to live: no device ever holds more than its share.
+
+    Args:
+      task: The method.
+      tx: The optimizer.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+      seed: Seed of the parameters and of all randomness of the steps.  The values do not depend on the mesh.
+
+    Returns:
+      The sharded state.
+    """
+    _, shardings = state_shardings(task, tx, mesh, rules)
+    return jax.jit(functools.partial(new_state, task, tx), out_shardings=shardings)(jax.random.key(seed))
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules = DEFAULT_RULES,
+    *,
+    accumulate: int = 1,
+    remat: str = "none",
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compiles one step: loss, gradient, optimizer, with the state donated and sharded by the rules.
+
+    A step whose loss or gradient norm is not finite leaves parameters, variables and optimizer state as they were;
+    it is counted in ``state.skipped``.
+
+    Args:
+      task: The method.
+      tx: The optimizer; it is given the loss as the extra argument ``value``.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+      accumulate: Micro-batches that a batch is cut into; their gradients are averaged, so that activations need
+        memory for one of them only.
+      remat: What is kept for the backward pass: "none" keeps everything that the compiler wants, "dots" the matrix
+        products of weights, "full" nothing but the arguments.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``.  The metrics are scalars: ``loss``, ``grad_norm``, ``skipped``, and
+      those of the task.
+
+    Raises:
+      ValueError: ``accumulate`` is below 1, or ``remat`` is unknown.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
+    loss_fn = task.loss if remat == "none" else jax.checkpoint(task.loss, policy=REMAT_POLICIES[remat])
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    tx = optax.with_extra_args_support(tx)
+    rows = batch_sharding(mesh, rules)
+
+    def gradients(state: TrainState, batch: Batch, key: jax.Array):
+        if accumulate == 1:
+            (loss, (variables, metrics)), grads = gradient(state.params, state.variables, batch, key)
+            return variables, grads, {"loss": loss, **metrics}
+
+        def split(x):
+            # Every micro-batch takes rows from every device, so that cutting the batch moves no data.
+            parts = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, *rows.spec)))
+
+        def one(variables, part, part_key):
+            (loss, (variables, metrics)), grads = gradient(state.params, variables, part, part_key)
+            return variables, (grads, {"loss": loss, **metrics})
+
+        def add(carry, inputs):
+            variables, sums = carry
+            variables, results = one(variables, *inputs)
+            return (variables, jax.tree.map(jnp.add, sums, results)), None
+
+        parts, keys = jax.tree.map(split, batch), jax.random.split(key, accumulate)
+        _, results = jax.eval_shape(one, state.variables, *jax.tree.map(lambda x: x[0], (parts, keys)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+        (variables, sums), _ = jax.lax.scan(add, (state.variables, zeros), (parts, keys))
+        grads, metrics = jax.tree.map(lambda x: x / accumulate, sums)
+        return variables, grads, metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        variables, grads, metrics = gradients(state, batch, key)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        def update():
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics["loss"])
+            return optax.apply_updates(state.params, updates), variables, opt_state
+
+        def skip():
+            return state.params, state.variables, state.opt_state
+
+        params, variables, opt_state = jax.lax.cond(finite, update, skip)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        new = TrainState(state.step + 1, params, variables, opt_state, state.key, skipped)
+        return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
+
+    _, shardings = state_shardings(task, tx, mesh, rules)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> Callable[[TrainState, Batch], Metrics]:
+    """Compiles the evaluation of one batch.
+
+    Args:
+      task: The method.
+      tx: The optimizer, for the shardings of the state.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+
+    Returns:
+      ``evaluate(state, batch) -> sums``, as :meth:`Task.evaluate` gives them, replicated.
+    """
+    _, shardings = state_shardings(task, tx, mesh, rules)
+    return jax.jit(
+        lambda state, batch: task.evaluate(state.params, state.variables, batch),
+        in_shardings=(shardings, batch_sharding(mesh, rules)),
+        out_shardings=NamedSharding(mesh, P()),
+    )

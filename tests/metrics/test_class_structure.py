@@ -1,0 +1,55 @@
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspace_jax import metrics
+
+
+def by_pairs(features, labels):
+    """Both measures straight from their definitions, in float64."""
+    x = features - features.mean(0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = np.clip(x @ x.T, -1, 1)
+    classes = np.unique(labels)
+    angles = []
+    for c in classes:
+        rows = np.flatnonzero(labels == c)
+        pairs = list(itertools.combinations(rows, 2))
+        if pairs:
+            angles.append(np.mean([np.degrees(np.arccos(cosine[i, j])) for i, j in pairs]))
+    distance = [[np.mean(1 - cosine[np.ix_(labels == a, labels == b)]) for b in classes] for a in classes]
+    return np.mean(angles), 1 - np.mean(np.diag(distance)) / np.mean(distance)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.integers(6, 20), st.integers(2, 4))
+def test_both_measures_equal_their_definition_over_pairs(seed, count, num_classes):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_classes, 20)[:count]
+    features = (rng.normal(size=(20, 5))[:count] + labels[:, None]).astype(np.float32)
+    angle, r2 = by_pairs(features.astype(np.float64), labels)
+    np.testing.assert_allclose(metrics.intra_class_variability(features, labels), angle, rtol=1e-3)
+    np.testing.assert_allclose(metrics.class_separation_r2(features, labels), r2, atol=1e-4)
+
+
+def test_more_rows_than_one_chunk_give_the_same_angle():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(600, 3)).astype(np.float32), rng.integers(0, 3, 600)
+    angle, _ = by_pairs(features.astype(np.float64), labels)
+    np.testing.assert_allclose(jax.jit(metrics.intra_class_variability)(features, labels), angle, rtol=1e-3)
+
+
+def test_tight_classes_are_fully_separated():
+    features = np.repeat(np.eye(3, 4, dtype=np.float32), 5, axis=0)
+    labels = np.repeat(np.arange(3), 5)
+    np.testing.assert_allclose(metrics.class_separation_r2(features, labels), 1.0, atol=1e-5)
+    assert metrics.intra_class_variability(features, labels) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classes_of_one_example_have_no_angle():
+    assert np.isnan(metrics.intra_class_variability(np.eye(3, dtype=np.float32), np.arange(3)))

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subspace_jax import linalg, losses, nn
+
+
+def bases_of(rows, dims):
+    """Stored rows (sum k, n) to one [1, n, k] basis per class."""
+    offsets = np.cumsum([0, *dims])
+    return [jnp.asarray(rows[a:b].T[None]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def equal_bases(rows, dims):
+    k = int(dims[0])
+    return jnp.asarray(rows.reshape(len(dims), k, -1).swapaxes(1, 2))
+
+
+def test_logits_loss_and_gradients_match_the_authors_code(x64, golden):
+    g = golden("gcr/logits")
+    k = int(g["dims"][0])
+
+    def loss(x, bases):
+        return jnp.mean(losses.cross_entropy(nn.grassmann_logits(x, bases, float(g["gamma"])), jnp.asarray(g["y"])))
+
+    x, bases = jnp.asarray(g["X"]), equal_bases(g["W"], g["dims"])
+    np.testing.assert_allclose(nn.grassmann_logits(x, bases, float(g["gamma"])), g["logits"], rtol=1e-10, atol=1e-12)
+    value, (grad_x, grad_bases) = jax.value_and_grad(loss, argnums=(0, 1))(x, bases)
+    np.testing.assert_allclose(value, g["loss"], rtol=1e-10)
+    np.testing.assert_allclose(grad_x, g["grad_X"], rtol=1e-10, atol=1e-12)
+    rows = np.asarray(grad_bases).swapaxes(1, 2).reshape(-1, x.shape[1])
+    np.testing.assert_allclose(rows, g["grad_W"], rtol=1e-10, atol=1e-12)
+    assert bases.shape == (len(g["dims"]), x.shape[1], k)
+
+
+def test_mixed_dimensions_match_the_oracle(x64, golden):
+    g = golden("gcr/oracle_logits_mixed")
+    logits = nn.grassmann_logits(jnp.asarray(g["X"]), bases_of(g["W"], g["dims"]), float(g["gamma"]))
+    np.testing.assert_allclose(logits, g["logits"], rtol=1e-10, atol=1e-12)
+
+
+def test_one_dimension_gives_the_absolute_cosine():
+    key = jax.random.key(0)
+    x, bases = jax.random.normal(key, (5, 7)), linalg.random_orthonormal(key, 7, 1, (4,))
+    cosine = nn.normalize(x) @ bases[:, :, 0].T
+    np.testing.assert_allclose(nn.grassmann_logits(x, bases), 25.0 * jnp.abs(cosine), rtol=1e-5)
+
+
+def test_full_dimension_gives_gamma_for_every_class():
+    x, bases = jax.random.normal(jax.random.key(0), (5, 6)), linalg.random_orthonormal(jax.random.key(1), 6, 6, (3,))
+    np.testing.assert_allclose(nn.grassmann_logits(x, bases, 7.0), 7.0, rtol=1e-5)
+
+
+def test_logits_do_not_change_under_a_change_of_basis():
+    x, s = jax.random.normal(jax.random.key(0), (5, 9)), linalg.random_orthonormal(jax.random.key(1), 9, 3, (4,))
+    turned = s @ linalg.random_orthonormal(jax.random.key(2), 3, 3, (4,))
+    np.testing.assert_allclose(nn.grassmann_logits(x, s), nn.grassmann_logits(x, turned), rtol=2e-5)
+
+
+def test_gradient_is_zero_and_finite_where_the_projection_or_the_feature_vanishes():
+    bases = jnp.eye(4)[None, :, :2]
+    x = jnp.array([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    grad_x, grad_bases = jax.grad(lambda x, s: jnp.sum(nn.grassmann_logits(x, s)), argnums=(0, 1))(x, bases)
+    assert np.all(np.isfinite(grad_x))
+    np.testing.assert_array_equal(grad_bases, 0.0)
+
+
+def test_bfloat16_features_give_float32_logits_within_rounding():
+    x, s = jax.random.normal(jax.random.key(0), (16, 64)), linalg.random_orthonormal(jax.random.key(1), 64, 8, (5,))
+    exact, rounded = nn.grassmann_logits(x, s), nn.grassmann_logits(x.astype(jnp.bfloat16), s)
+    assert rounded.dtype == jnp.float32
+    # Both factors of each product are rounded to 8 bits, 2^-9 each; the errors of 64 terms partly cancel.
+    np.testing.assert_allclose(rounded, exact, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dims", [3, [1, 3, 1, 2, 3]])
+def test_head_returns_logits_in_class_order(dims):
+    head = nn.GrassmannHead(8, 5, dims=dims, gamma=2.0, rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (6, 8))
+    per_class = [dims] * 5 if isinstance(dims, int) else dims
+    groups = {k: (head.bases if isinstance(dims, int) else head.bases[i]) for i, k in enumerate(sorted(set(per_class)))}
+    seen = dict.fromkeys(groups, 0)
+    for c, k in enumerate(per_class):
+        basis = groups[k].get_value()[seen[k]]
+        seen[k] += 1
+        expected = 2.0 * jnp.linalg.norm(nn.normalize(x) @ basis, axis=-1)
+        np.testing.assert_allclose(head(x)[:, c], expected, rtol=1e-5)
+
+
+def test_head_parameters_are_orthonormal_and_named():
+    head = nn.GrassmannHead(8, 5, dims=[1, 3, 1, 2, 3], rngs=nnx.Rngs(params=0))
+    state = nnx.state(head, nnx.Param)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.to_pure_dict(state)["bases"])]
+    assert shapes == [(2, 8, 1), (1, 8, 2), (2, 8, 3)]
+    assert head.bases[0].get_metadata()["axes"] == ("class", "embed", None)
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(state)):
+        assert jnp.max(linalg.orthonormality_error(leaf)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dims": 9}, "1 to 8 dimensions, got 9"),
+        ({"dims": 0}, "1 to 8 dimensions, got 0"),
+        ({"dims": [2, 2]}, "each of the 3 classes, got 2"),
+        ({"param_dtype": jnp.bfloat16}, "bfloat16"),
+        ({"param_dtype": jnp.int32}, "int32"),
+    ],
+)
+def test_head_refuses_sizes_that_cannot_serve(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nn.GrassmannHead(8, 3, rngs=nnx.Rngs(params=0), **arguments)
+
+
+def test_logits_refuse_widths_that_differ():
+    with pytest.raises(ValueError, match="expected x"):
+        nn.grassmann_logits(jnp.ones((2, 5)), jnp.ones((3, 4, 2)))
+
+
+def test_cosine_head_ignores_lengths():
+    head = nn.CosineHead(6, 4, gamma=3.0, rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    kernel = head.kernel.get_value()
+    np.testing.assert_allclose(nn.cosine_logits(10.0 * x, 0.1 * kernel, 3.0), head(x), rtol=1e-5, atol=1e-6)
+    assert jnp.max(jnp.abs(head(x))) <= 3.0
+
+
+def test_softmax_head_is_affine():
+    head = nn.SoftmaxHead(6, 4, rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    np.testing.assert_allclose(head(x), x @ head.linear.kernel.get_value(), rtol=1e-5, atol=1e-6)
+    assert head(x.astype(jnp.bfloat16)).dtype == jnp.float32
