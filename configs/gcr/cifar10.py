@@ -3,7 +3,8 @@
     python -m subspace_jax.data.prepare cifar10
     subspace-jax train --config configs/gcr/cifar10.py:k8 --workdir work/cifar10_k8
 
-Variants: ``softmax``, ``k1``, ``k8``.  The first command needs network once, the second none.  Meant for an accelerator.
+Variants: ``softmax``, ``k1``, ``k8``.  The first command needs network once, the second none.
+Meant for an accelerator.
 """
 
 from subspace_jax.represent import classify

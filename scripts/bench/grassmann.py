@@ -117,7 +117,7 @@ PEERS = {"subspace_jax": ours, "torch_svd": torch_svd, "geoopt": geoopt, "jax_sv
 def measure(size, rounds, peers):
     c, n, k = size
     bases = np.array(grassmann.random_point(jax.random.key(0), n, k, (c,)))
-    grads = np.random.default_rng(0).standard_normal(bases.shape, dtype=np.float32) / np.sqrt(n * k)
+    grads = np.random.default_rng(0).standard_normal(bases.shape, dtype=np.float32) / np.float32(np.sqrt(n * k))
     runs = {}
     for name in peers:
         try:
@@ -170,7 +170,9 @@ def main(argv=None):
         row = measure(size, args.rounds, args.peers)
         rows.append(row)
         cells = "".join(
-            f"{row['seconds'][p] * 1e3:>12.1f} ms {row['ratio_to_ours'][p]:>5.1f}x" if p in row["seconds"] else f"{'-':>22}"
+            f"{row['seconds'][p] * 1e3:>12.1f} ms {row['ratio_to_ours'][p]:>5.1f}x"
+            if p in row["seconds"]
+            else f"{'-':>22}"
             for p in args.peers
         )
         print(

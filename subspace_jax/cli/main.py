@@ -109,7 +109,9 @@ def _info(args: argparse.Namespace, overrides: list[str]) -> None:
     for package in _PACKAGES:
         print(f"{package} {importlib.metadata.version(package)}")
     devices = jax.devices()
-    print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes")
+    print(
+        f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes"
+    )
     mesh = train.make_mesh(args.data, args.fsdp, args.tensor)
     print("mesh: " + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()))
 

@@ -48,4 +48,6 @@ def orthonormality_error(s: jax.Array) -> jax.Array:
     """
     s = s.astype(working_dtype(s))
     product = gram(s, s)
-    return jnp.linalg.norm(product - jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), product.shape), axis=(-2, -1))
+    return jnp.linalg.norm(
+        product - jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), product.shape), axis=(-2, -1)
+    )

@@ -70,9 +70,7 @@ def randomized_svd(
     return _from_range(x, _iterate(x, sketch, power_steps), rank)
 
 
-def subspace_iteration(
-    x: jax.Array, basis: jax.Array, steps: int = 2
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def subspace_iteration(x: jax.Array, basis: jax.Array, steps: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Leading singular triplets from a warm start: block power iteration with QR and a Rayleigh-Ritz step.
 
     The angle to the leading subspace shrinks by ``(s[rank] / s[rank - 1]) ** 2`` in each step, where the gap is

@@ -99,9 +99,7 @@ class ConvBlock(nnx.Module):
       rngs: Source of randomness; its ``params`` stream is used.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, strides: int, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_channels: int, out_channels: int, *, strides: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
         init = jax.nn.initializers.he_normal()
         shape = (3, 3, in_channels, out_channels)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype), axes=(None, None, "embed", "mlp"))

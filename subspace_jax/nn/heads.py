@@ -129,7 +129,9 @@ class GrassmannHead(nnx.Module):
             raise ValueError(f"dims: expected one for each of the {num_classes} classes, got {len(per_class)}")
         for k in per_class:
             if not 1 <= k <= in_features:
-                raise ValueError(f"dims: a class subspace of R^{in_features} has 1 to {in_features} dimensions, got {k}")
+                raise ValueError(
+                    f"dims: a class subspace of R^{in_features} has 1 to {in_features} dimensions, got {k}"
+                )
         if not jnp.issubdtype(param_dtype, jnp.floating) or jnp.dtype(param_dtype).itemsize < 4:
             raise ValueError(f"param_dtype: bases stay orthonormal in float32 or float64, got {jnp.dtype(param_dtype)}")
         sizes = sorted(set(per_class))
@@ -191,9 +193,7 @@ class SoftmaxHead(nnx.Module):
       rngs: Source of randomness; its ``params`` stream is used.
     """
 
-    def __init__(
-        self, in_features: int, num_classes: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_features: int, num_classes: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.linear = Linear(in_features, num_classes, axes=("embed", "class"), param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

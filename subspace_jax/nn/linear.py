@@ -41,8 +41,10 @@ def linear(x: jax.Array, kernel: ArrayLike | StructuredKernel, bias: jax.Array |
         y = kernel.linear(x)
     else:
         if x.shape[-1] != kernel.shape[0]:
-            raise ValueError(f"linear: x of shape {x.shape} has {x.shape[-1]} features, kernel {kernel.shape} takes "
-                             f"{kernel.shape[0]}")
+            raise ValueError(
+                f"linear: x of shape {x.shape} has {x.shape[-1]} features, kernel {kernel.shape} takes "
+                f"{kernel.shape[0]}"
+            )
         y = jnp.matmul(x, kernel.astype(x.dtype))
     if bias is None:
         return y

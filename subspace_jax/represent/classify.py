@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from subspace_jax import data, losses, nn, train
+from subspace_jax import losses, nn, train
 
 HEADS = ("softmax", "cosine", "grassmann")
 BACKBONES = ("mlp", "convnet")

@@ -178,8 +178,10 @@ class _Run:
                     metrics_log.write(step, "train", values)
                     bar.set_postfix(loss=f"{values['loss']:.4g}")
                     if values["skipped"] > skipped_before:
-                        bar.write(f"step {step}: {values['skipped'] - skipped_before:.0f} steps were skipped, "
-                                  "for their loss or gradient was not finite")
+                        bar.write(
+                            f"step {step}: {values['skipped'] - skipped_before:.0f} steps were skipped, "
+                            "for their loss or gradient was not finite"
+                        )
                         skipped_before = values["skipped"]
                 if every.due(every.evaluate, step):
                     final = self.evaluate(state, self.data.evaluate())

@@ -30,9 +30,7 @@ DEFAULT_RULES: Rules = {
 }
 
 
-def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges devices in a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
 
     Args:

@@ -1,11 +1,7 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from subspace_jax import linalg
 from subspace_jax.manifolds import grassmann
 
 

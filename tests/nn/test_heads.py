@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from subspace_jax import linalg, losses, nn
 def bases_of(rows, dims):
     """Stored rows (sum k, n) to one [1, n, k] basis per class."""
     offsets = np.cumsum([0, *dims])
-    return [jnp.asarray(rows[a:b].T[None]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [jnp.asarray(rows[a:b].T[None]) for a, b in itertools.pairwise(offsets)]
 
 
 def equal_bases(rows, dims):

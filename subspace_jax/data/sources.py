@@ -1,0 +1,188 @@
+"""Labelled images from TensorFlow Datasets (TFDS), read by index and without TensorFlow."""
+
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ImageSource", "default_data_dir", "image_source"]
+
+
+def default_data_dir() -> str:
+    """Returns the folder of TFDS sets: ``TFDS_DATA_DIR`` where it is set, else ``~/tensorflow_datasets``."""
+    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+
+
+class ImageSource:
+    """Labelled images by index: ``source[i]`` is ``{"inputs": float32 [height, width, channels], "labels": int32 []}``.
+
+    Made by :func:`image_source`.
+
+    Attributes:
+      name: Name of the set.
+      split: Split, as it was asked for.
+      num_classes: Number of labels.
+      image_shape: ``(height, width, channels)``.
+    """
+
+    def __init__(self, records: Sequence[Any], info: Any, split: str, scale: np.ndarray, shift: np.ndarray):
+        self.name = info.name
+        self.split = split
+        self._records = records
+        self._image, self._label = info.supervised_keys
+        self.image_shape = tuple(info.features[self._image].shape)
+        self.num_classes = info.features[self._label].num_classes
+        self._scale, self._shift = scale, shift
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._example(self._records[range(len(self))[index]])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Reads several examples at once, which is faster than one at a time."""
+        return [self._example(record) for record in self._records.__getitems__(indices)]
+
+    def __repr__(self) -> str:
+        return f"ImageSource({self.name!r}, {self.split!r}, {len(self)} images {list(self.image_shape)})"
+
+    def _example(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
+        pixels = record[self._image].astype(np.float32)
+        return {"inputs": pixels * self._scale + self._shift, "labels": np.int32(record[self._label])}
+
+
+def image_source(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageSource:
+    """Opens a split of an image set, for :func:`subspace_jax.data.train_batches` and its kin.
+
+    ``digits`` (see :class:`subspace_jax.data.digits.Digits`) is prepared on first use, offline and in a second.  Every
+    other set must have been prepared in array_record format: nothing is ever downloaded here.  Pixels are divided by
+    255, those of ``digits`` by 16.
+
+    Args:
+      name: TFDS name, such as ``"digits"``, ``"cifar10"`` or ``"some_set/config:1.0.0"``.
+      split: TFDS split, slices included: ``"train"``, ``"train[:90%]"``, ``"train[1000:]"``.
+      data_dir: Folder of TFDS sets; :func:`default_data_dir` by default.
+      mean: Subtracted from the scaled pixels, one number a channel; needs ``std``.
+      std: What the difference is divided by; needs ``mean``.
+
+    Returns:
+      The images, with ``num_classes`` and ``image_shape``.
+
+    Raises:
+      FileNotFoundError: The set is not prepared below ``data_dir``; the message holds the command that prepares it.
+      OSError: ``digits`` can't be written below ``data_dir``.
+      ValueError: Name or split is unknown, the set is not one of labelled images of one size, it is prepared in a
+        format without random access, or ``mean`` and ``std`` don't fit.
+    """
+    data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    builder = _builder(name, data_dir)
+    _check_labelled_images(builder.info)
+    shape = builder.info.features[builder.info.supervised_keys[0]].shape
+    scale, shift = _affine(16 if builder.info.name == "digits" else 255, mean, std, shape[-1])
+    return ImageSource(_records(builder, split, name, data_dir), builder.info, split, scale, shift)
+
+
+def _builder(name: str, data_dir: str) -> Any:
+    """Finds a prepared set by its files alone: asking its code instead may go to the network."""
+    import tensorflow_datasets as tfds
+
+    if name == "digits":
+        from subspace_jax.data.digits import prepare_digits
+
+        return tfds.builder_from_directory(prepare_digits(data_dir))
+    try:
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError:
+        pass
+    check_name(name, data_dir)
+    raise FileNotFoundError(
+        f"the set {name!r} is not prepared under {data_dir}. On a machine with network, run\n"
+        f"  {_prepare_command(name, data_dir)}\n"
+        "and copy the folder here if it is another machine's."
+    )
+
+
+def check_name(name: str, data_dir: str) -> None:
+    """Checks that TFDS has code for a set.
+
+    Args:
+      name: TFDS name.
+      data_dir: Folder that was searched, for the message.
+
+    Raises:
+      ValueError: It has none; the message holds near misses.
+    """
+    import tensorflow_datasets as tfds
+
+    base = re.split("[/:]", name)[0]
+    known = [*tfds.list_builders(with_community_datasets=False), "digits"]
+    if base not in known:
+        near = difflib.get_close_matches(base, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see https://www.tensorflow.org/datasets"
+        raise ValueError(f"name: TFDS knows no set {base!r}, and there is none below {data_dir}; {hint}")
+
+
+def _prepare_command(name: str, data_dir: str) -> str:
+    python = os.path.basename(sys.executable) or "python"
+    return shlex.join([python, "-m", "subspace_jax.data.prepare", name, "--data_dir", data_dir])
+
+
+def _check_labelled_images(info: Any) -> None:
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys
+    features = [info.features[key] for key in keys] if keys and len(keys) == 2 else []
+    if not features or len(features[0].shape) != 3 or not isinstance(features[1], tfds.features.ClassLabel):
+        raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {info.features}")
+    if None in features[0].shape:
+        raise ValueError(
+            f"name: expected images of one size, but those of {info.name!r} vary: shape {list(features[0].shape)}"
+        )
+
+
+def _records(builder: Any, split: str, name: str, data_dir: str) -> Sequence[Any]:
+    splits = sorted(builder.info.splits)
+    # TFDS has several exceptions, and none that lists the splits, for a split that it can't read.
+    if re.split(r"[\[+]", split)[0] not in splits:
+        raise ValueError(f"split: {name!r} has no split {split!r}, only {splits} and slices such as 'train[:90%]'")
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"name: {name!r} is prepared under {data_dir} as {builder.info.file_format.value}, which can't be read by "
+            f"index. Prepare it again, into another folder:\n  {_prepare_command(name, data_dir + '_array_record')}"
+        ) from error
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(
+            f"split: can't read {split!r} of {name!r}, which has {splits} and slices such as 'train[:90%]'"
+        ) from error
+
+
+def _affine(
+    largest: int, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scale and shift, float32 ``[channels]``, with ``(pixels / largest - mean) / std`` in one step."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std: expected both or none, got mean = {mean} and std = {std}")
+    mean = np.zeros(channels) if mean is None else np.asarray(mean, np.float64)
+    std = np.ones(channels) if std is None else np.asarray(std, np.float64)
+    for label, value in (("mean", mean), ("std", std)):
+        if value.shape != (channels,):
+            raise ValueError(f"{label}: expected {channels} numbers, one a channel, got shape {list(value.shape)}")
+    if not (std > 0).all():
+        raise ValueError(f"std: expected positive numbers, got {std.tolist()}")
+    return (1 / (largest * std)).astype(np.float32), (-mean / std).astype(np.float32)

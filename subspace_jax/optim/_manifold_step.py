@@ -1,0 +1,195 @@
+"""What all transforms of Grassmann points share: checks, the step and its transports, drift control, the difference.
+
+A leaf of the parameters is a stack of orthonormal bases ``[..., n, k]``.  Geometry is computed in float32, in float64
+for float64 leaves; only the returned difference has the dtype of the parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+from jax.typing import ArrayLike
+
+from subspace_jax import linalg
+from subspace_jax.manifolds import grassmann
+
+PyTree = Any
+
+TRANSPORTS = ("euclidean", "project", "parallel")
+
+
+def check_options(transport: str, retraction: str, reorth_every: ArrayLike | None) -> None:
+    """Raises ValueError for an unknown name, or an interval that is not a whole number of at least 1."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: expected one of {TRANSPORTS}, got {transport!r}")
+    if retraction not in grassmann.RETRACTIONS:
+        raise ValueError(f"retraction: expected one of {grassmann.RETRACTIONS}, got {retraction!r}")
+    # Arrays, which optax.inject_hyperparams makes of numbers, are not looked at: that would wait for the device.
+    if isinstance(reorth_every, int | float | np.number) and (reorth_every < 1 or reorth_every % 1 != 0):
+        raise ValueError(f"reorth_every: expected a whole number of at least 1, or None for never, got {reorth_every}")
+
+
+def check_params_given(params: PyTree) -> None:
+    """Raises ValueError where ``update`` was called without parameters."""
+    if params is None:
+        raise ValueError(
+            "params: got None, expected the current bases, from which a step on a manifold starts; "
+            "call update(gradients, state, params)"
+        )
+
+
+def check_bases(params: PyTree) -> None:
+    """Raises for leaves that are no stacks of bases; looks at values only where they are at hand.
+
+    Under a trace (``jit``, ``eval_shape``) there are none, and neither has one process all values of an array that is
+    spread over several: there only shapes and dtypes are checked.
+    """
+    for path, s in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        dtype, shape = jnp.result_type(s), jnp.shape(s)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name}: expected floating-point bases, got {dtype}")
+        if len(shape) < 2 or not 1 <= shape[-1] <= shape[-2]:
+            raise ValueError(f"{name}: expected bases [..., n, k] with 1 <= k <= n, got {shape}")
+        if isinstance(s, jax.Array) and not isinstance(s, jax.core.Tracer) and s.is_fully_addressable:
+            worst = in_auto_mode(lambda s: jnp.max(linalg.orthonormality_error(s), initial=0.0), (s,), jnp.zeros(()))
+            # Entries of bfloat16 bases are rounded to 2^-9, which alone gives an error of a few percent.
+            limit = 1e-3 if jnp.finfo(dtype).bits >= 32 else 0.1
+            # A concrete array that a traced function closes over gives a traced error: nothing to look at.
+            if not isinstance(worst, jax.core.Tracer) and not worst <= limit:
+                raise ValueError(
+                    f"{name}: the columns are not orthonormal (||S^T S - I|| = {float(worst):.2g}, expected at most "
+                    f"{limit}); start from manifolds.grassmann.random_point or a QR factor"
+                )
+
+
+def zero_moments(params: PyTree) -> PyTree:
+    """Zeros like the bases, in the working dtype and with their sharding."""
+    return jax.tree.map(lambda s: jnp.zeros_like(s, linalg.working_dtype(s)), params)
+
+
+def zero_per_subspace(params: PyTree) -> PyTree:
+    """One zero for each subspace, in the working dtype and with the sharding of the leading axes."""
+    return jax.tree.map(lambda s: jnp.zeros_like(jnp.max(s, axis=(-2, -1)), linalg.working_dtype(s)), params)
+
+
+def scaled(learning_rate: optax.ScalarOrSchedule, factor: ArrayLike) -> optax.ScalarOrSchedule:
+    """A learning rate or schedule, multiplied by a factor."""
+    if callable(learning_rate):
+        return lambda count: learning_rate(count) * factor
+    return learning_rate * factor
+
+
+def value_at(step_size: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """The value of a number or schedule at a step."""
+    return step_size(count) if callable(step_size) else step_size
+
+
+def is_due(reorth_every: ArrayLike | None, count: jax.Array) -> jax.Array | None:
+    """Whether drift is removed at this step, None for never."""
+    return None if reorth_every is None else count % jnp.asarray(reorth_every).astype(count.dtype) == 0
+
+
+def move(
+    s: jax.Array, direction: jax.Array, m: jax.Array | None, size: jax.Array, transport: str, retraction: str
+) -> tuple[jax.Array, jax.Array | None]:
+    """Steps from ``s`` by ``-size * direction`` and carries the stored vector along.
+
+    Args:
+      s: Bases ``[..., n, k]`` in the working dtype.
+      direction: Tangent vectors at ``s``.
+      m: What is stored in the basis ``s`` between steps, or None.
+      size: Scalar.
+      transport: "parallel" carries ``m`` along the step; otherwise it is left where it is.
+      retraction: See :func:`subspace_jax.manifolds.grassmann.retract`.
+
+    Returns:
+      The new bases and ``m``.
+    """
+    velocity = -size * direction
+    new = grassmann.retract(s, velocity, retraction)
+    if m is None:
+        return new, None
+    if transport == "parallel":
+        m = grassmann.parallel_transport(s, velocity, m)
+    if retraction == "qr":
+        # This retraction turns the basis within its subspace, and what is stored in the basis has to turn with it:
+        # otherwise S and S Q, the same point, would part.  The other retractions don't turn it.
+        m = linalg.times(m, grassmann.align(s, new))
+    if transport == "parallel" and retraction != "exp":
+        # Transport went along the geodesic, which ends near the new point but not there.
+        m = grassmann.tangent_project(new, m)
+    return new, m
+
+
+def step_leaves(
+    leaf: Callable[..., tuple],
+    due: jax.Array | None,
+    scalars: Mapping[str, ArrayLike],
+    grads: PyTree,
+    params: PyTree,
+    *moments: PyTree,
+) -> tuple:
+    """Steps every leaf, removes drift where due, and returns differences.
+
+    Args:
+      leaf: ``leaf(scalars, grad, s, *moments) -> (new, *moments)``, arrays and scalars in the working dtype of ``s``.
+      due: Boolean scalar, or None for never.
+      scalars: Numbers that ``leaf`` needs.  They are handed in, not closed over, so as to follow the mode of the mesh.
+      grads: Euclidean gradients, like ``params``.
+      params: Tree of bases.
+      *moments: Trees like ``params``, or None for what isn't kept.
+
+    Returns:
+      ``new - old`` in the dtype of ``params``, and the moments.
+
+    Raises:
+      ValueError: ``grads`` has another structure than ``params``.
+    """
+    bases, structure = jax.tree.flatten(params)
+    columns = [[None] * len(bases) if tree is None else structure.flatten_up_to(tree) for tree in (grads, *moments)]
+
+    def step(due, scalars, bases, columns):
+        dtypes = [linalg.working_dtype(s) for s in bases]
+        olds = [s.astype(dtype) for s, dtype in zip(bases, dtypes, strict=True)]
+        rows = zip(dtypes, columns[0], olds, *columns[1:], strict=True)
+        results = [
+            leaf({name: x.astype(dtype) for name, x in scalars.items()}, grad.astype(dtype), old, *rest)
+            for dtype, grad, old, *rest in rows
+        ]
+        differences = _differences(due, olds, [new for new, *_ in results])
+        updates = [d.astype(s.dtype) for d, s in zip(differences, bases, strict=True)]
+        return [updates, *([row[i] for row in results] for i in range(1, len(columns)))]
+
+    arguments = (due, {name: jnp.asarray(x) for name, x in scalars.items()}, bases, columns)
+    outs = in_auto_mode(step, arguments, [bases, *columns[1:]])
+    # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.
+    kept = [True, *(tree is not None for tree in moments)]
+    return tuple(structure.unflatten(out) if keep else None for out, keep in zip(outs, kept, strict=True))
+
+
+def _differences(due, olds, news):
+    def plain(olds, news):
+        return [new - old for old, new in zip(olds, news, strict=True)]
+
+    def renewed(olds, news):
+        return plain(olds, [grassmann.reorthonormalize(new) for new in news])
+
+    # The subtraction is inside both branches: a branch that only handed its input on would cost a copy.
+    return plain(olds, news) if due is None else jax.lax.cond(due, renewed, plain, olds, news)
+
+
+def in_auto_mode(f: Callable, args: tuple, out_like: PyTree) -> PyTree:
+    """Calls ``f(*args)``, with sharding left to the compiler where mesh axes are Explicit.
+
+    Cholesky factors can't be taken of arrays that are sharded over Explicit axes (JAX 0.10), and contractions over a
+    sharded ``n`` would need an output sharding at every product; outside, results have the shardings of ``out_like``.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return f(*args)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, out_like)
+    return jax.sharding.auto_axes(f, out_sharding=specs)(*args)
