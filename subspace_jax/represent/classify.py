@@ -4,87 +4,20 @@ The Grassmann head is the class representation of arXiv 2308.01547 (Wang, Li, Zh
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from subspace_jax import losses, nn, train
+from subspace_jax import data, losses, train
+from subspace_jax.represent.classifier import Classifier, make_classifier
 
-HEADS = ("softmax", "cosine", "grassmann")
-BACKBONES = ("mlp", "convnet")
-
-
-class Classifier(nnx.Module):
-    """A backbone and a head.
-
-    Args:
-      backbone: Maps inputs ``[batch, ...]`` to features ``[batch, n]``.
-      head: Maps features to logits ``[batch, classes]``.
-    """
-
-    def __init__(self, backbone: nnx.Module, head: nnx.Module):
-        self.backbone = backbone
-        self.head = head
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``."""
-        return self.head(self.backbone(inputs))
-
-
-def make_classifier(
-    key: jax.Array,
-    *,
-    input_shape: Sequence[int],
-    num_classes: int,
-    backbone: str = "mlp",
-    features: Sequence[int] = (128, 64),
-    head: str = "grassmann",
-    dims: int | Sequence[int] = 8,
-    gamma: float = 25.0,
-    dtype: str = "float32",
-) -> Classifier:
-    """Builds a classifier.
-
-    Args:
-      key: Random key of the parameters.
-      input_shape: Shape of one input, channels last.
-      num_classes: Number of classes.
-      backbone: "mlp" or "convnet".
-      features: Widths of the backbone's layers or stages; an "mlp" of none hands the input on.
-      head: "softmax", "cosine" or "grassmann".
-      dims: Dimension of the class subspaces, or one for each class.
-      gamma: Scale of the logits of the cosine and Grassmann heads.
-      dtype: Type of the activations; parameters are float32.
-
-    Returns:
-      The module.
-
-    Raises:
-      ValueError: A name is unknown, or the head refuses its sizes.
-    """
-    rngs = nnx.Rngs(params=key)
-    if backbone == "mlp":
-        body = nn.MLP(_product(input_shape), features, dtype=dtype, rngs=rngs)
-    elif backbone == "convnet":
-        body = nn.ConvNet(input_shape[-1], features, dtype=dtype, rngs=rngs)
-    else:
-        raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}")
-    if head == "softmax":
-        top = nn.SoftmaxHead(body.out_features, num_classes, rngs=rngs)
-    elif head == "cosine":
-        top = nn.CosineHead(body.out_features, num_classes, gamma=gamma, rngs=rngs)
-    elif head == "grassmann":
-        top = nn.GrassmannHead(body.out_features, num_classes, dims=dims, gamma=gamma, rngs=rngs)
-    else:
-        raise ValueError(f"model.head: expected one of {HEADS}, got {head!r}")
-    return Classifier(body, top)
-
-
-def _product(shape: Sequence[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
+# An image set up to this size is decoded once and kept in memory; a larger one is read by index, step by step.
+IN_MEMORY_BYTES = 2**30
 
 
 class ClassifierTask:
@@ -97,7 +30,7 @@ class ClassifierTask:
       label_smoothing: See :func:`subspace_jax.losses.cross_entropy`.
     """
 
-    def __init__(self, make, *, label_smoothing: float = 0.0):
+    def __init__(self, make: Callable[[jax.Array], Classifier], *, label_smoothing: float = 0.0):
         self._make = make
         self._label_smoothing = label_smoothing
         self._graph, self._axes = train.split_module(make)
@@ -142,12 +75,13 @@ class ClassifierTask:
 def default_config() -> ConfigDict:
     """Returns the fields of a classification run.
 
-    ``data.name`` is "union_of_subspaces" (synthetic), "digits", or any image set of TensorFlow Datasets that is
-    prepared under ``data.data_dir`` (empty: the usual place).  ``model.dims`` holds one dimension for all classes,
-    or one for each.
+    ``data.name`` is "union_of_subspaces" (synthetic, drawn anew for each ``seed``), "digits", or any image set of
+    TensorFlow Datasets that is prepared under ``data.data_dir`` (empty: the usual place).  ``model.dims`` holds one
+    dimension for all classes, or one for each.
     """
     config = train.default_config()
     config.task = "subspace_jax.represent.classify"
+    config.train.best = "max:accuracy"
     config.data = ConfigDict(
         {
             "name": "digits",
@@ -171,3 +105,90 @@ def default_config() -> ConfigDict:
         }
     )
     return config.lock()
+
+
+def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
+    """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
+
+    Args:
+      config: With the fields of :func:`default_config`.
+
+    Returns:
+      ``(task, data)``.
+
+    Raises:
+      ValueError: A name is unknown, or a size can't serve.
+      FileNotFoundError: The data set is not prepared; the message says how to.
+    """
+    train_set, eval_set, num_classes = _sets(config)
+    sizes = config.data
+    batch = functools.partial(
+        data.train_batches,
+        train_set,
+        batch_size=sizes.batch_size,
+        transform=data.random_crop_flip if sizes.augment else None,
+    )
+    settings = dict(config.model)
+    smoothing, dims = settings.pop("label_smoothing"), tuple(settings.pop("dims"))
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"model.label_smoothing: expected a number in [0, 1), got {smoothing}")
+    make = functools.partial(
+        make_classifier,
+        input_shape=_input_shape(train_set),
+        num_classes=num_classes,
+        dims=dims[0] if len(dims) == 1 else dims,
+        **settings,
+    )
+    batch(seed=config.seed)  # what is wrong with batch size or seed shows now
+    return ClassifierTask(make, label_smoothing=smoothing), train.Data(
+        batch_size=sizes.batch_size,
+        steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
+        train=lambda seed: batch(seed=seed),
+        evaluate=functools.partial(data.eval_batches, eval_set, batch_size=sizes.eval_batch_size),
+    )
+
+
+def features_of(
+    task: ClassifierTask, state: train.TrainState, batches: Iterable[Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Collects the features of one pass, on this process's rows.
+
+    Args:
+      task: The task.
+      state: Its train state.
+      batches: One pass, with a ``mask``: what ``Data.evaluate()`` gives.
+
+    Returns:
+      Features ``[examples, n]`` and labels ``[examples]``.
+    """
+    compute = jax.jit(task.features)
+    rows = [
+        (np.asarray(compute(state.params, state.variables, batch["inputs"])), batch["labels"], batch["mask"] > 0)
+        for batch in batches
+    ]
+    features = np.concatenate([x[mask] for x, _, mask in rows])
+    return features, np.concatenate([labels[mask] for _, labels, mask in rows])
+
+
+def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:
+    """Returns training set, evaluation set and number of classes."""
+    if config.data.name == "union_of_subspaces":
+        made = data.union_of_subspaces(config.seed)
+        return made.train, made.test, len(made.bases)
+    folder = config.data.data_dir or None
+    sources = [
+        data.image_source(config.data.name, split, folder)
+        for split in (config.data.train_split, config.data.eval_split)
+    ]
+    num_classes = sources[0].num_classes
+    fits = [len(source) * math.prod(source.image_shape) * 4 <= IN_MEMORY_BYTES for source in sources]
+    sets = [data.load_arrays(source) if fit else source for source, fit in zip(sources, fits, strict=True)]
+    return *sets, num_classes
+
+
+def _input_shape(source: data.Source | Mapping) -> tuple[int, ...]:
+    return source["inputs"].shape[1:] if isinstance(source, Mapping) else source.image_shape
+
+
+def _num_examples(source: data.Source | Mapping) -> int:
+    return len(source["labels"]) if isinstance(source, Mapping) else len(source)

@@ -1,8 +1,15 @@
 """Training: tasks, meshes and sharding rules, the one train step, the loop, checkpoints, configs, metrics."""
 
 from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
-from subspace_jax.train.config import default_config, load_config, override, read_config, save_config
-from subspace_jax.train.experiment import build, evaluate_run, restore, run
+from subspace_jax.train.config import (
+    default_config,
+    differing_fields,
+    load_config,
+    override,
+    read_config,
+    save_config,
+)
+from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
@@ -28,6 +35,7 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "Data",
+    "Experiment",
     "FitResult",
     "Metrics",
     "MetricsLog",
@@ -38,6 +46,7 @@ __all__ = [
     "build",
     "check_batch_size",
     "default_config",
+    "differing_fields",
     "evaluate",
     "evaluate_run",
     "fit",

@@ -32,36 +32,34 @@ class Checkpoints:
     Args:
       directory: The folder; made when it is not there.
       keep: How many of the latest checkpoints stay.
-      best: ``(metric, "max" or "min")``: the checkpoint with the best value of this metric stays too.
+      best: ``"max:METRIC"`` or ``"min:METRIC"``: the checkpoint with the best value of this metric stays too.
 
     Raises:
-      ValueError: ``keep`` is below 1, or the mode of ``best`` is unknown.
+      ValueError: ``keep`` is below 1, or ``best`` has another form.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, best: tuple[str, str] | None = None):
+    def __init__(self, directory: str | Path, *, keep: int = 2, best: str = "min:loss"):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-        if best is not None and best[1] not in ("max", "min"):
-            raise ValueError(f"best: expected the mode 'max' or 'min', got {best[1]!r}")
-        policies = [checkpoint_managers.LatestN(keep)]
-        if best is not None:
-            name, mode = best
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[name],
-                    reverse=mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._mode, self._metric = parse_best(best)
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[self._metric],
+                reverse=self._mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             step_prefix=None,
         )
         self.directory = Path(directory).absolute()
-        self._best = best
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Named here, for a manager that has not saved yet can't describe what it finds otherwise.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints that are there, in rising order."""
@@ -69,9 +67,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint, or None where there is none with the metric."""
-        name, mode = self._best or (None, None)
+        name = self._metric
         scored = [(m[name], step) for step in self.steps() if name in (m := self._manager.metrics(step) or {})]
-        return None if not scored else (max if mode == "max" else min)(scored, key=lambda pair: pair[0])[1]
+        return None if not scored else (max if self._mode == "max" else min)(scored, key=lambda pair: pair[0])[1]
 
     def save(
         self,
@@ -181,6 +179,14 @@ class Checkpoints:
             raise CheckpointMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another model:\n  {shown}{more}"
             )
+
+
+def parse_best(best: str) -> tuple[str, str]:
+    """Splits ``"max:accuracy"`` into ``("max", "accuracy")``; raises ValueError for another form."""
+    mode, _, metric = best.partition(":")
+    if mode not in ("max", "min") or not metric:
+        raise ValueError(f"best: expected 'max:METRIC' or 'min:METRIC', such as 'max:accuracy', got {best!r}")
+    return mode, metric
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:

@@ -18,7 +18,7 @@ def default_config() -> ConfigDict:
     """Returns the fields that every run has; a task adds its own (``data``, ``model``, …).
 
     ``train.steps`` counts steps; where it is 0, ``train.epochs`` counts passes over the training set.  ``eval_every``
-    and ``checkpoint_every`` count steps, 0 meaning once an epoch.
+    and ``checkpoint_every`` count steps, 0 meaning once an epoch.  See :func:`subspace_jax.train.fit` for the others.
     """
     return ConfigDict(
         {
@@ -32,6 +32,7 @@ def default_config() -> ConfigDict:
                 "eval_every": 0,
                 "checkpoint_every": 0,
                 "keep": 2,
+                "best": "min:loss",
                 "accumulate": 1,
                 "remat": "none",
                 "profile_at": 0,
@@ -109,13 +110,25 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
 
 
 def save_config(config: ConfigDict, path: str | Path) -> None:
-    """Writes a config as JSON."""
-    Path(path).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    """Writes a config as JSON, all at once."""
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.replace(path)
 
 
 def read_config(path: str | Path) -> ConfigDict:
-    """Reads what :func:`save_config` wrote."""
-    return ConfigDict(json.loads(Path(path).read_text()))
+    """Reads what :func:`save_config` wrote; raises ValueError for a file that is no config."""
+    try:
+        return ConfigDict(json.loads(Path(path).read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is no config of a run: {error}") from error
+
+
+def differing_fields(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns ``"name: old -> new"`` for every field in which two configs differ, after a round trip through JSON."""
+    before, after = (_flatten(ConfigDict(json.loads(json.dumps(c.to_dict())))) for c in (old, new))
+    names = sorted(before.keys() | after.keys())
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

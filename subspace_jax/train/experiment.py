@@ -1,6 +1,8 @@
 """A run as its config describes it."""
 
 import importlib
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -9,15 +11,38 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints
-from subspace_jax.train.config import read_config, save_config
+from subspace_jax.train.config import differing_fields, read_config, save_config
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh
 from subspace_jax.train.step import TrainState, make_eval_step, state_shardings
 from subspace_jax.train.task import Task
 
+log = logging.getLogger(__name__)
 
-def build(config: ConfigDict) -> tuple[Task, Data, optax.GradientTransformation, Mesh, int]:
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a config describes.
+
+    Attributes:
+      config: The config.
+      task: The method.
+      data: Its data.
+      tx: The optimizer.
+      mesh: The mesh.
+      num_steps: Length of the run.
+    """
+
+    config: ConfigDict
+    task: Task
+    data: Data
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    num_steps: int
+
+
+def build(config: ConfigDict) -> Experiment:
     """Makes what a config describes, and so finds what is wrong with it before anything is written.
 
     ``config.task`` names a module with a function ``build(config) -> (task, data)``; a module of the user's own
@@ -27,7 +52,7 @@ def build(config: ConfigDict) -> tuple[Task, Data, optax.GradientTransformation,
       config: The config of a run.
 
     Returns:
-      ``(task, data, optimizer, mesh, number of steps)``.
+      The experiment.
 
     Raises:
       ValueError: A field has a value that can't serve; the message names it.
@@ -41,14 +66,20 @@ def build(config: ConfigDict) -> tuple[Task, Data, optax.GradientTransformation,
     task, data = module.build(config)
     check_batch_size(data.batch_size, mesh, accumulate=config.train.accumulate)
     num_steps = config.train.steps or round(config.train.epochs * data.steps_per_epoch)
-    return task, data, make_optimizer(config.optim, num_steps), mesh, num_steps
+    if num_steps < 1:
+        raise ValueError(
+            f"train.steps, train.epochs: expected a run of at least 1 step, got {config.train.steps} steps, "
+            f"{config.train.epochs} epochs of {data.steps_per_epoch}"
+        )
+    return Experiment(config, task, data, make_optimizer(config.optim, num_steps), mesh, num_steps)
 
 
 def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> FitResult:
     """Trains as a config says, going on where an earlier run in ``workdir`` stopped.
 
     Args:
-      config: The config; it is saved as ``config.json``.
+      config: The config; it is saved as ``config.json``.  Where it differs from the one of the earlier run, the
+        differences are logged as a warning.
       workdir: Folder of the run.
       progress: Whether to show a progress bar.
 
@@ -59,39 +90,43 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
       ValueError: See :func:`build` and :func:`subspace_jax.train.fit`.
       OSError: ``workdir`` can't be written.
     """
-    task, data, tx, mesh, num_steps = build(config)
+    experiment = build(config)
     workdir = writable_folder(workdir)
+    saved = workdir / "config.json"
+    if saved.is_file() and (changes := differing_fields(read_config(saved), config)):
+        log.warning("The config differs from that of the earlier run in %s: %s", workdir, "; ".join(changes))
     if jax.process_index() == 0:
-        save_config(config, workdir / "config.json")
-    settings = config.train
+        save_config(config, saved)
+    settings, epoch = config.train, experiment.data.steps_per_epoch
     return fit(
-        task,
-        tx,
-        data,
-        num_steps=num_steps,
+        experiment.task,
+        experiment.tx,
+        experiment.data,
+        num_steps=experiment.num_steps,
         workdir=workdir,
-        mesh=mesh,
+        mesh=experiment.mesh,
         seed=config.seed,
         accumulate=settings.accumulate,
         remat=settings.remat,
         log_every=settings.log_every,
-        eval_every=settings.eval_every or data.steps_per_epoch,
-        checkpoint_every=settings.checkpoint_every or data.steps_per_epoch,
+        eval_every=settings.eval_every or epoch,
+        checkpoint_every=settings.checkpoint_every or epoch,
         keep=settings.keep,
+        best=settings.best,
         profile_at=settings.profile_at,
         progress=progress,
     )
 
 
-def restore(workdir: str | Path, *, step: int | None = None) -> tuple[ConfigDict, Task, Data, TrainState, Mesh]:
-    """Reads a checkpoint of a run back, on the mesh of this process.
+def restore(workdir: str | Path, *, step: int | None = None) -> tuple[Experiment, TrainState]:
+    """Reads a checkpoint of a run back, onto the mesh that its config describes.
 
     Args:
       workdir: Folder of the run.
       step: Step of the checkpoint; the latest by default.
 
     Returns:
-      ``(config, task, data, state, mesh)``.
+      The experiment and the state.
 
     Raises:
       FileNotFoundError: There is no run, or no such checkpoint.
@@ -99,9 +134,8 @@ def restore(workdir: str | Path, *, step: int | None = None) -> tuple[ConfigDict
     workdir = Path(workdir).expanduser().absolute()
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"workdir: {workdir} holds no run (there is no config.json)")
-    config = read_config(workdir / "config.json")
-    task, data, tx, mesh, _ = build(config)
-    abstract, shardings = state_shardings(task, tx, mesh)
+    experiment = build(read_config(workdir / "config.json"))
+    abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
     try:
         state = checkpoints.restore(abstract, shardings, step=step)
@@ -109,7 +143,7 @@ def restore(workdir: str | Path, *, step: int | None = None) -> tuple[ConfigDict
         checkpoints.close()
     if state is None:
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
-    return config, task, data, state, mesh
+    return experiment, state
 
 
 def evaluate_run(workdir: str | Path, *, step: int | None = None) -> tuple[int, dict[str, float]]:
@@ -121,8 +155,11 @@ def evaluate_run(workdir: str | Path, *, step: int | None = None) -> tuple[int, 
 
     Returns:
       Its step, and the metrics.
+
+    Raises:
+      FileNotFoundError: There is no run, or no such checkpoint.
     """
-    config, task, data, state, mesh = restore(workdir, step=step)
-    _, _, tx, _, _ = build(config)
-    metrics = evaluate(make_eval_step(task, tx, mesh), state, data.evaluate(), mesh=mesh)
+    experiment, state = restore(workdir, step=step)
+    eval_step = make_eval_step(experiment.task, experiment.tx, experiment.mesh)
+    metrics = evaluate(eval_step, state, experiment.data.evaluate(), mesh=experiment.mesh)
     return int(state.step), metrics

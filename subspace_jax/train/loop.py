@@ -1,5 +1,6 @@
 """The train loop: resume, step, evaluate, log, checkpoint."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from subspace_jax.train.checkpoints import Checkpoints
+from subspace_jax.train.checkpoints import Checkpoints, parse_best
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, check_batch_size, make_mesh, to_device
 from subspace_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
@@ -65,7 +67,7 @@ def fit(
     eval_every: int = 0,
     checkpoint_every: int = 0,
     keep: int = 2,
-    best: tuple[str, str] = ("accuracy", "max"),
+    best: str = "min:loss",
     profile_at: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -92,7 +94,7 @@ def fit(
       eval_every: Steps between two evaluations; 0 evaluates at the end only.
       checkpoint_every: Steps between two checkpoints; 0 saves at the end only.
       keep: How many of the latest checkpoints stay; the best one stays besides.
-      best: Evaluation metric by which the best is found, and "max" or "min".
+      best: Evaluation metric by which the best is found: ``"max:METRIC"`` or ``"min:METRIC"``.
       profile_at: Step from which five steps are traced for the profiler; 0 traces none.
       progress: Whether to show a progress bar.
 
@@ -100,7 +102,7 @@ def fit(
       The final state and the metrics of the last evaluation.
 
     Raises:
-      ValueError: A number is out of range, or the batch can't be split over the mesh.
+      ValueError: A number is out of range, a batch can't be split over the mesh, or evaluation has no such metric.
       CheckpointMismatchError: ``workdir`` holds checkpoints of another model.
       OSError: ``workdir`` can't be written.
     """
@@ -108,11 +110,12 @@ def fit(
         raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
     mesh = make_mesh() if mesh is None else mesh
     check_batch_size(data.batch_size, mesh, rules, accumulate)
+    abstract, shardings = state_shardings(task, tx, mesh, rules)
+    _check_evaluation(task, data, abstract, mesh, rules, best)
     workdir = writable_folder(workdir)
     batches = data.train(seed)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best)
     try:
-        abstract, shardings = state_shardings(task, tx, mesh, rules)
         state = checkpoints.restore(abstract, shardings, data=batches)
         if state is None:
             state = init_state(task, tx, mesh, rules, seed=seed)
@@ -135,6 +138,19 @@ def fit(
     if jax.process_index() == 0:
         plot_curves({"run": workdir / "metrics.jsonl"}, workdir / "curves.png")
     return result
+
+
+def _check_evaluation(task, data, abstract, mesh, rules, best) -> None:
+    """Finds now, on shapes, what would otherwise stop the run at its first evaluation."""
+    batch = next(iter(data.evaluate()), None)
+    if batch is None:
+        raise ValueError("data.evaluate: the evaluation set gave no batch")
+    shapes = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch.items()}
+    rows = next(iter(shapes.values())).shape[0] * jax.process_count()
+    check_batch_size(rows, mesh, rules, name="eval_batch_size")
+    metrics = jax.eval_shape(task.evaluate, abstract.params, abstract.variables, shapes).keys() - {"count"}
+    if parse_best(best)[1] not in metrics:
+        raise ValueError(f"best: evaluation gives {sorted(metrics)}, got {best!r}")
 
 
 class _Every(NamedTuple):
@@ -161,10 +177,13 @@ class _Run:
     workdir: Path
 
     def go(self, state, start, every, profile_at, rows, progress) -> FitResult:
-        metrics_log = MetricsLog(self.workdir, start_step=start)
         final: dict[str, float] = {}
         skipped_before = int(state.skipped)
-        with progress_bar(every.num_steps, start, show=progress) as bar:
+        with (
+            contextlib.closing(MetricsLog(self.workdir, start_step=start)) as metrics_log,
+            logging_redirect_tqdm(),
+            progress_bar(every.num_steps, start, show=progress) as bar,
+        ):
             for step in range(start + 1, every.num_steps + 1):
                 if step == profile_at:
                     jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -178,19 +197,19 @@ class _Run:
                     metrics_log.write(step, "train", values)
                     bar.set_postfix(loss=f"{values['loss']:.4g}")
                     if values["skipped"] > skipped_before:
-                        bar.write(
-                            f"step {step}: {values['skipped'] - skipped_before:.0f} steps were skipped, "
-                            "for their loss or gradient was not finite"
+                        log.warning(
+                            "Up to step %d, %d steps were skipped: their loss or gradient was not finite.",
+                            step,
+                            values["skipped"],
                         )
                         skipped_before = values["skipped"]
                 if every.due(every.evaluate, step):
                     final = self.evaluate(state, self.data.evaluate())
                     metrics_log.write(step, "eval", final)
-                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
+                    log.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
                 if every.due(every.checkpoint, step):
                     fresh = final if every.due(every.evaluate, step) else None
                     self.checkpoints.save(state, self.batches, fresh)
-        metrics_log.close()
         return FitResult(state, final or self.evaluate(state, self.data.evaluate()))
 
 

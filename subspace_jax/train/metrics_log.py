@@ -69,7 +69,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float | str]]:
 
 def progress_bar(total: int, start: int, *, show: bool) -> tqdm:
     """A bar with steps, rate and time left; the loss goes into its postfix."""
-    return tqdm(total=total, initial=start, disable=not show or jax.process_index() != 0, unit="step", mininterval=0.5)
+    return tqdm(total=total, initial=start, disable=not show or jax.process_index() != 0, unit="step", miniters=1)
 
 
 def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:

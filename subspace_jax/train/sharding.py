@@ -110,15 +110,17 @@ def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     return NamedSharding(mesh, P(rules["batch"]))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, accumulate: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, accumulate: int = 1, name: str = "batch_size"
+) -> None:
     """Raises a ValueError if a batch can't be split over the mesh, or into that many micro-batches."""
     axes = rules["batch"]
     axes = (axes,) if isinstance(axes, str) else (axes or ())
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % (ways * accumulate):
         raise ValueError(
-            f"batch_size: {batch_size} rows don't split over {ways} devices ({_show({a: mesh.shape[a] for a in axes})})"
-            f" x {accumulate} accumulated micro-batches; take a multiple of {ways * accumulate}"
+            f"{name}: {batch_size} rows don't split over {ways} devices ({_show({a: mesh.shape[a] for a in axes})}) "
+            f"x {accumulate} accumulated micro-batches; take a multiple of {ways * accumulate}"
         )
 
 

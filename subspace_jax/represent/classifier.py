@@ -1,0 +1,78 @@
+"""A classifier: a backbone that makes features, and a linear, cosine or Grassmann head on top."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from subspace_jax import nn
+
+HEADS = ("softmax", "cosine", "grassmann")
+BACKBONES = ("mlp", "convnet")
+
+
+class Classifier(nnx.Module):
+    """A backbone and a head.
+
+    Args:
+      backbone: Maps inputs ``[batch, ...]`` to features ``[batch, n]``.
+      head: Maps features to logits ``[batch, classes]``.
+    """
+
+    def __init__(self, backbone: nnx.Module, head: nnx.Module):
+        self.backbone = backbone
+        self.head = head
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``."""
+        return self.head(self.backbone(inputs))
+
+
+def make_classifier(
+    key: jax.Array,
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    backbone: str = "mlp",
+    features: Sequence[int] = (128, 64),
+    head: str = "grassmann",
+    dims: int | Sequence[int] = 8,
+    gamma: float = 25.0,
+    dtype: str = "float32",
+) -> Classifier:
+    """Builds a classifier.
+
+    Args:
+      key: Random key of the parameters.
+      input_shape: Shape of one input, channels last.
+      num_classes: Number of classes.
+      backbone: "mlp" or "convnet".
+      features: Widths of the backbone's layers or stages; an "mlp" of none hands the input on.
+      head: "softmax", "cosine" or "grassmann".
+      dims: Dimension of the class subspaces, or one for each class.
+      gamma: Scale of the logits of the cosine and Grassmann heads.
+      dtype: Type of the activations; parameters are float32.
+
+    Returns:
+      The module.
+
+    Raises:
+      ValueError: A name is unknown, or the head refuses its sizes.
+    """
+    rngs = nnx.Rngs(params=key)
+    if backbone == "mlp":
+        body = nn.MLP(math.prod(input_shape), features, dtype=dtype, rngs=rngs)
+    elif backbone == "convnet":
+        body = nn.ConvNet(input_shape[-1], features, dtype=dtype, rngs=rngs)
+    else:
+        raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}")
+    if head == "softmax":
+        top = nn.SoftmaxHead(body.out_features, num_classes, rngs=rngs)
+    elif head == "cosine":
+        top = nn.CosineHead(body.out_features, num_classes, gamma=gamma, rngs=rngs)
+    elif head == "grassmann":
+        top = nn.GrassmannHead(body.out_features, num_classes, dims=dims, gamma=gamma, rngs=rngs)
+    else:
+        raise ValueError(f"model.head: expected one of {HEADS}, got {head!r}")
+    return Classifier(body, top)
