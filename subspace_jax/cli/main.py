@@ -21,7 +21,7 @@ _EXAMPLES = {
         """,
     "eval": """
         subspace-jax eval --workdir work/digits
-        subspace-jax eval --workdir work/digits --step 180
+        subspace-jax eval --workdir work/digits --best
         """,
     "info": """
         subspace-jax info
@@ -37,22 +37,33 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0, or 2 for input that can't serve.
+      The exit status: 0, 2 for input that can't serve, 130 after an interrupt from the keyboard.
     """
     parser = argparse.ArgumentParser(
-        prog="subspace-jax", description="Subspace methods in JAX.", epilog="Each command's --help shows examples."
+        prog="subspace-jax",
+        description="Subspace methods in JAX.",
+        epilog=_example_text(*_EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = _command(commands, "train", "train what a config describes")
-    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="Python file with get_config()")
-    train.add_argument("--config.FIELD", metavar="VALUE", help="sets a field of the config; any number of these")
+    train.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="Python file with get_config(); any of its fields is set by --config.FIELD=VALUE",
+    )
     train.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
-    evaluate.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    which.add_argument(
+        "--best", action="store_true", help="the best checkpoint, by the metric train.best of the config"
+    )
 
     info = _command(commands, "info", "show versions, devices and the mesh")
     for axis, default in (("data", -1), ("fsdp", 1), ("tensor", 1)):
@@ -60,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
-    if len(overrides) < len(extra) or (extra and args.command != "train"):
-        unknown = [text for text in extra if args.command != "train" or not text.startswith("--config.")]
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    unknown = [text for text in extra if args.command != "train" or not text.startswith("--config.")]
+    if unknown:
+        hint = " (fields of the config are set by --config.FIELD=VALUE)" if args.command == "train" else ""
+        parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
@@ -70,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"subspace-jax {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
     return 0
 
 
@@ -78,10 +95,14 @@ def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="examples:\n" + textwrap.indent(textwrap.dedent(_EXAMPLES[name]).strip(), "  "),
+        epilog=_example_text(_EXAMPLES[name]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _example_text(*examples: str) -> str:
+    return "examples:\n" + "\n".join(textwrap.indent(textwrap.dedent(text).strip(), "  ") for text in examples)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -96,7 +117,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
-    step, metrics = train.evaluate_run(args.workdir, step=args.step)
+    step, metrics = train.evaluate_run(args.workdir, step="best" if args.best else args.step)
     print(f"step {step}: " + "; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 

@@ -6,6 +6,7 @@ before it.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,11 @@ class Checkpoints:
         self._mode, self._metric = parse_best(best)
         policies = [
             checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[self._metric],
-                reverse=self._mode == "min",
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
+            checkpoint_managers.BestN(get_metric_fn=self._value, reverse=self._mode == "min", n=1),
         ]
         options = ocp.CheckpointManagerOptions(
+            best_fn=self._value,  # without it, Orbax stores no metrics
+            best_mode=self._mode,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             step_prefix=None,
@@ -67,9 +65,10 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint, or None where there is none with the metric."""
-        name = self._metric
-        scored = [(m[name], step) for step in self.steps() if name in (m := self._manager.metrics(step) or {})]
-        return None if not scored else (max if self._mode == "max" else min)(scored, key=lambda pair: pair[0])[1]
+        metrics = {step: self._manager.metrics(step) or {} for step in self.steps()}
+        scored = [step for step in metrics if self._metric in metrics[step]]
+        pick = max if self._mode == "max" else min
+        return pick(scored, key=lambda step: self._value(metrics[step]), default=None)
 
     def save(
         self,
@@ -90,7 +89,7 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(_as_dict(state))}
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointSave(data)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}) or None)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def restore(
         self,
@@ -160,6 +159,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written, and frees the threads."""
         self._manager.close()
+
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        """What checkpoints are ranked by; one that was not evaluated is the worst."""
+        return metrics.get(self._metric, -math.inf if self._mode == "max" else math.inf)
 
     def _check(self, step: int, target: Mapping[str, PyTree]) -> None:
         """Compares names, shapes and dtypes before any array is read."""

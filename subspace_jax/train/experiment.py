@@ -4,6 +4,7 @@ import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import optax
@@ -118,12 +119,12 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
     )
 
 
-def restore(workdir: str | Path, *, step: int | None = None) -> tuple[Experiment, TrainState]:
+def restore(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> tuple[Experiment, TrainState]:
     """Reads a checkpoint of a run back, onto the mesh that its config describes.
 
     Args:
       workdir: Folder of the run.
-      step: Step of the checkpoint; the latest by default.
+      step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
 
     Returns:
       The experiment and the state.
@@ -136,8 +137,10 @@ def restore(workdir: str | Path, *, step: int | None = None) -> tuple[Experiment
         raise FileNotFoundError(f"workdir: {workdir} holds no run (there is no config.json)")
     experiment = build(read_config(workdir / "config.json"))
     abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", best=experiment.config.train.best)
     try:
+        if step == "best" and (step := checkpoints.best_step()) is None:
+            raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint that was evaluated")
         state = checkpoints.restore(abstract, shardings, step=step)
     finally:
         checkpoints.close()
@@ -146,12 +149,12 @@ def restore(workdir: str | Path, *, step: int | None = None) -> tuple[Experiment
     return experiment, state
 
 
-def evaluate_run(workdir: str | Path, *, step: int | None = None) -> tuple[int, dict[str, float]]:
+def evaluate_run(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> tuple[int, dict[str, float]]:
     """Evaluates a checkpoint of a run.
 
     Args:
       workdir: Folder of the run.
-      step: Step of the checkpoint; the latest by default.
+      step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
 
     Returns:
       Its step, and the metrics.
