@@ -22,6 +22,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+@pytest.fixture(scope="session")
+def configs():
+    """The folder of configs."""
+    return pathlib.Path(__file__).parents[1] / "configs"
+
+
 @pytest.fixture
 def x64():
     """Runs the test with 64-bit types, as the golden vectors need."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints
 from subspace_jax.train.config import differing_fields, read_config, save_config
-from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
+from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit, writable_folder
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh
 from subspace_jax.train.step import TrainState, make_eval_step, state_shardings
@@ -72,6 +72,7 @@ def build(config: ConfigDict) -> Experiment:
             f"train.steps, train.epochs: expected a run of at least 1 step, got {config.train.steps} steps, "
             f"{config.train.epochs} epochs of {data.steps_per_epoch}"
         )
+    check_evaluation(task, data, mesh, best=config.train.best)
     return Experiment(config, task, data, make_optimizer(config.optim, num_steps), mesh, num_steps)
 
 

@@ -110,8 +110,8 @@ def fit(
         raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
     mesh = make_mesh() if mesh is None else mesh
     check_batch_size(data.batch_size, mesh, rules, accumulate)
+    check_evaluation(task, data, mesh, rules, best=best)
     abstract, shardings = state_shardings(task, tx, mesh, rules)
-    _check_evaluation(task, data, abstract, mesh, rules, best)
     workdir = writable_folder(workdir)
     batches = data.train(seed)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best)
@@ -140,15 +140,27 @@ def fit(
     return result
 
 
-def _check_evaluation(task, data, abstract, mesh, rules, best) -> None:
-    """Finds now, on shapes, what would otherwise stop the run at its first evaluation."""
+def check_evaluation(task: Task, data: Data, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, best: str) -> None:
+    """Finds, on shapes alone, what would stop a run at its first evaluation.
+
+    Args:
+      task: The method.
+      data: Its data.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+      best: See :func:`fit`.
+
+    Raises:
+      ValueError: There is no evaluation batch, it can't be split over the mesh, or evaluation has no such metric.
+    """
     batch = next(iter(data.evaluate()), None)
     if batch is None:
         raise ValueError("data.evaluate: the evaluation set gave no batch")
     shapes = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch.items()}
     rows = next(iter(shapes.values())).shape[0] * jax.process_count()
     check_batch_size(rows, mesh, rules, name="eval_batch_size")
-    metrics = jax.eval_shape(task.evaluate, abstract.params, abstract.variables, shapes).keys() - {"count"}
+    params, variables = jax.eval_shape(task.init, jax.random.key(0))
+    metrics = jax.eval_shape(task.evaluate, params, variables, shapes).keys() - {"count"}
     if parse_best(best)[1] not in metrics:
         raise ValueError(f"best: evaluation gives {sorted(metrics)}, got {best!r}")
 

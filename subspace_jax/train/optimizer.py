@@ -1,5 +1,6 @@
 """From a config to an Optax transform: a schedule, a Euclidean optimizer, and a Riemannian one for subspaces."""
 
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -62,9 +63,9 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
         after = optax.piecewise_constant_schedule(peak, {int(num_steps * at) - warmup: 0.1 for at in (0.3, 0.6, 0.9)})
     else:
         after = optax.constant_schedule(peak)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    whole = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    # Optax mixes integer steps and floats, which strict dtype promotion refuses; float32 counts exactly up to 2^24.
+    return lambda step: whole(jnp.asarray(step, jnp.float32))
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from subspace_jax.cli.main import main
+
+SHORT = [
+    "--config.train.steps=6",
+    "--config.train.log_every=3",
+    "--config.train.eval_every=3",
+    "--config.train.checkpoint_every=3",
+    "--config.data.batch_size=64",
+]
+
+
+@pytest.fixture
+def train(configs):
+    """Runs ``train`` on the synthetic set for a few steps."""
+
+    def run(workdir, *arguments):
+        config = f"{configs}/gcr/synthetic.py:k2"
+        return main(["train", "--quiet", "--config", config, "--workdir", str(workdir), *SHORT, *arguments])
+
+    return run
+
+
+def test_train_says_where_everything_is(train, tmp_path, capsys):
+    assert train(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "accuracy 0." in printed
+    assert str(tmp_path / "run") in printed
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "tensorboard"} <= names
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "eval"] == [3, 6]
+
+
+def test_train_goes_on_where_it_stopped(train, tmp_path, caplog):
+    assert train(tmp_path) == 0
+    assert train(tmp_path, "--config.train.steps=9") == 0
+    assert "Going on from step 6" in caplog.text
+    assert "train.steps: 6 -> 9" in caplog.text
+
+
+def test_eval_reads_the_latest_a_named_and_the_best_checkpoint(train, tmp_path, capsys):
+    assert train(tmp_path) == 0
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["accuracy"] for row in rows if row["split"] == "eval"}
+    best = max(scores, key=scores.get)
+    for arguments, step in (([], 6), (["--step", "3"], 3), (["--best"], best)):
+        assert main(["eval", "--workdir", str(tmp_path), *arguments]) == 0
+        assert capsys.readouterr().out.startswith(f"step {step}: accuracy {scores[step]:.4f}")
+
+
+def test_train_on_a_mesh_reaches_the_same_numbers(train, tmp_path):
+    meshes = {"whole": ["data=1"], "split": ["data=2", "fsdp=2", "tensor=2"]}
+    losses = {}
+    for name, sizes in meshes.items():
+        assert train(tmp_path / name, *(f"--config.mesh.{size}" for size in sizes)) == 0
+        last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        losses[name] = last["loss"]
+    assert losses["whole"] == pytest.approx(losses["split"], abs=1e-5)
+
+
+def test_info_shows_versions_devices_and_mesh(capsys):
+    assert main(["info", "--fsdp", "2", "--tensor", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert f"jax {jax.__version__}" in printed
+    assert "devices: 8 x cpu" in printed
+    assert "mesh: data=1, fsdp=2, tensor=4" in printed
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["info"]])
+def test_help_shows_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert f"subspace-jax {' '.join(command)}".strip() in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optim.learning_rat=0.1"], "unknown field; did you mean optim.learning_rate?"),
+        (["--config.optim.learning_rate=fast"], "--config.optim.learning_rate: expected float such as 0.1, got 'fast'"),
+        (["--config.optim=3"], "it is a group; set one of"),
+        (["--config.mesh.tensor=16"], "mesh: data=-1, fsdp=1, tensor=16 needs a multiple of 16 devices, there are 8"),
+        (["--config.data.batch_size=60"], "batch_size: 60 rows don't split over 8 devices"),
+        (["--config.data.eval_batch_size=60"], "eval_batch_size: 60 rows don't split over 8 devices"),
+        (["--config.train.best=most"], "best: expected 'max:METRIC'"),
+        (["--config.train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
+        (["--config.optim.name=adagrad"], "optim.name: expected one of"),
+        (["--config.task=no.such.module"], "task: can't import the module 'no.such.module'"),
+    ],
+)
+def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, arguments, message):
+    assert train(tmp_path / "run", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_config_names_close_files(configs, tmp_path, capsys):
+    assert main(["train", "--config", f"{configs}/gcr/digit.py", "--workdir", str(tmp_path)]) == 2
+    assert "digits.py" in capsys.readouterr().err
+
+
+def test_unwritable_workdir_is_named(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run") == 2
+    assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+
+
+def test_eval_of_a_folder_without_run_is_refused(tmp_path, capsys):
+    assert main(["eval", "--workdir", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_field_without_equals_sign_is_refused_with_the_form(train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--config.seed", "3")
+    assert "set by --config.FIELD=VALUE" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "subspace_jax.cli.main", "info"], capture_output=True, text=True, check=True
+    )
+    assert "mesh: data=" in done.stdout
