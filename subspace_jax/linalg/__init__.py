@@ -2,19 +2,24 @@
 
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
+from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.polar import polar, polar_step
-from subspace_jax.linalg.products import gram, times, working_dtype
-from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr
+from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
+from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
 
 __all__ = [
     "arcsine_ratio",
+    "broadcast_leading",
     "canonical_signs",
     "canonical_svd",
     "cholesky_qr",
     "cholesky_qr2",
     "cos_sqrt",
+    "expm",
+    "expm_action",
+    "eye_like",
     "gram",
     "orthonormality_error",
     "polar",
@@ -24,6 +29,7 @@ __all__ = [
     "projector_distance",
     "random_orthonormal",
     "randomized_svd",
+    "shifted_cholesky_qr3",
     "sinc_sqrt",
     "spectral",
     "subspace_iteration",

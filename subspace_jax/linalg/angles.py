@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg.products import gram, times, working_dtype
+from subspace_jax.linalg._checks import check_same_space
+from subspace_jax.linalg.products import broadcast_leading, gram, times, working_dtype
 
 
 def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -17,14 +18,16 @@ def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
       b: Orthonormal basis ``[..., n, q]``.
 
     Returns:
-      ``[..., min(p, q)]`` in radians, ascending, at least float32.
+      ``[..., min(p, q)]`` in radians, ascending, at least float32.  Not differentiable where angles coincide or
+      vanish.
 
     Raises:
-      ValueError: The bases are not of the same space.
+      ValueError: The bases are not of the same space, or wider than tall.
+      TypeError: They are not floating point.
     """
-    _check_same_space(a, b)
+    check_same_space(a, b)
     dtype = working_dtype(a, b)
-    a, b = a.astype(dtype), b.astype(dtype)
+    a, b = broadcast_leading(a.astype(dtype), b.astype(dtype))
     if b.shape[-1] > a.shape[-1]:
         a, b = b, a
     overlap = gram(a, b)
@@ -43,15 +46,11 @@ def projector_distance(a: jax.Array, b: jax.Array) -> jax.Array:
       b: Orthonormal basis ``[..., n, q]``.
 
     Returns:
-      ``[...]``, at least float32.
+      ``[...]``, at least float32.  Not differentiable where principal angles coincide or vanish.
 
     Raises:
-      ValueError: The bases are not of the same space.
+      ValueError: The bases are not of the same space, or wider than tall.
+      TypeError: They are not floating point.
     """
     sines = jnp.sin(principal_angles(a, b))
     return jnp.sqrt(2 * jnp.sum(jnp.square(sines), axis=-1) + abs(a.shape[-1] - b.shape[-1]))
-
-
-def _check_same_space(a: jax.Array, b: jax.Array) -> None:
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-2] != b.shape[-2]:
-        raise ValueError(f"a, b: expected bases [..., n, p] and [..., n, q] of one space, got {a.shape} and {b.shape}")

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from subspace_jax.linalg.products import gram, working_dtype
+from subspace_jax.linalg.polar import polar_step
+from subspace_jax.linalg.products import eye_like, gram, working_dtype
 from subspace_jax.linalg.qr import positive_qr
 
 
@@ -34,7 +35,8 @@ def random_orthonormal(
         raise ValueError(f"k: a subspace of R^{n} has 1 to {n} dimensions, got {k}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise TypeError(f"dtype: bases stay orthonormal in float32 or float64, got {jnp.dtype(dtype)}")
-    return positive_qr(jax.random.normal(key, (*batch_shape, n, k), dtype))[0]
+    # The Newton step takes the rounding of Householder's QR, several times the least possible, off the start.
+    return polar_step(positive_qr(jax.random.normal(key, (*batch_shape, n, k), dtype))[0])
 
 
 def orthonormality_error(s: jax.Array) -> jax.Array:
@@ -45,9 +47,15 @@ def orthonormality_error(s: jax.Array) -> jax.Array:
 
     Returns:
       ``[...]``, at least float32.
+
+    Raises:
+      ValueError: ``s`` has fewer than two axes.
+      TypeError: ``s`` is not floating point.
     """
+    if s.ndim < 2:
+        raise ValueError(f"s: expected [..., n, k], got shape {s.shape}")
+    if not jnp.issubdtype(s.dtype, jnp.floating):
+        raise TypeError(f"s: expected floating point, got {s.dtype}")
     s = s.astype(working_dtype(s))
     product = gram(s, s)
-    return jnp.linalg.norm(
-        product - jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), product.shape), axis=(-2, -1)
-    )
+    return jnp.linalg.norm(product - eye_like(product), axis=(-2, -1))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.linalg._checks import check_square
+from subspace_jax.linalg.polar import polar_step
 from subspace_jax.linalg.products import times
 
 _SERIES_BELOW = 0.01
@@ -28,9 +30,20 @@ def spectral(f: Callable[[jax.Array], tuple[jax.Array, ...]], m: jax.Array) -> t
 
     Returns:
       A symmetric matrix ``[..., k, k]`` for each function.
+
+    Raises:
+      ValueError: ``m`` is not square.
+      TypeError: ``m`` is neither float32 nor float64.
     """
-    values, vectors = jnp.linalg.eigh(m)
+    check_square("m", m)
+    values, vectors = _eigh(m)
     return tuple(_compose(vectors, y) for y in f(values))
+
+
+def _eigh(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(m)
+    # Eigenvectors come back orthonormal to tens of roundings; geodesics would hand that on to the bases.
+    return values, polar_step(vectors)
 
 
 def _compose(vectors: jax.Array, values: jax.Array) -> jax.Array:
@@ -40,7 +53,7 @@ def _compose(vectors: jax.Array, values: jax.Array) -> jax.Array:
 @spectral.defjvp
 def _spectral_jvp(f, primals, tangents):
     (m,), (dm,) = primals, tangents
-    values, vectors = jnp.linalg.eigh(m)
+    values, vectors = _eigh(m)
     inner = times(vectors.mT, times(dm, vectors))
     a, b = jnp.broadcast_arrays(values[..., :, None], values[..., None, :])
     # Below this distance the difference quotient loses more to rounding than the slope at the midpoint misses.

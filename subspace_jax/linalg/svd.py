@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg.products import gram, times
+from subspace_jax.linalg._checks import check_matrix
+from subspace_jax.linalg.products import broadcast_leading, gram, times
 from subspace_jax.linalg.qr import positive_qr
 
 
 def canonical_signs(u: jax.Array) -> jax.Array:
     """Signs that make the entry of largest magnitude of every column positive.
 
-    Multiply the left singular vectors by them, and the right ones too.
+    Multiply the left singular vectors by them, and the right ones too.  Of entries that tie, the first decides; ties
+    up to rounding are decided by the rounding.
 
     Args:
       u: ``[..., n, k]``.
@@ -33,7 +35,12 @@ def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     Returns:
       ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``.
+
+    Raises:
+      ValueError: ``x`` is no matrix.
+      TypeError: ``x`` is neither float32 nor float64.
     """
+    check_matrix("x", x)
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
     signs = canonical_signs(u)
     return u * signs[..., None, :], s, vt * signs[..., :, None]
@@ -44,9 +51,10 @@ def randomized_svd(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Leading singular triplets by a random sketch and power steps (Halko, Martinsson, Tropp, arXiv 0909.4061).
 
-    With ``l = rank + oversample``, the expected spectral error is at most
-    ``(1 + sqrt(rank / (oversample - 1)) + e sqrt(l (min(m, n) - rank)) / oversample) ** (1 / (2 power_steps + 1))``
-    times the first singular value left out (their corollary 10.10).  Costs ``2 (2 power_steps + 2) m n l`` operations.
+    With ``l = rank + oversample``, the expected spectral error of the result is at most ``1 +
+    (1 + sqrt(rank / (oversample - 1)) + e sqrt(l (min(m, n) - rank)) / oversample) ** (1 / (2 power_steps + 1))``
+    times the first singular value left out (their corollary 10.10 for the sketch; theorem 9.3 adds the 1 for the
+    truncation from ``l`` to ``rank``).  Costs ``2 (2 power_steps + 2) m n l`` operations.
 
     Args:
       key: Random key of the sketch.
@@ -59,8 +67,10 @@ def randomized_svd(
       ``u [..., m, rank]``, ``s [..., rank]``, ``vt [..., rank, n]``, canonical signs.
 
     Raises:
-      ValueError: ``rank`` is below 1 or above ``min(m, n)``, or the other numbers are negative.
+      ValueError: ``rank`` is below 1 or above ``min(m, n)``, the other numbers are negative, or ``x`` is no matrix.
+      TypeError: ``x`` is neither float32 nor float64.
     """
+    check_matrix("x", x)
     m, n = x.shape[-2:]
     _check_rank(rank, m, n)
     if oversample < 0 or power_steps < 0:
@@ -86,13 +96,19 @@ def subspace_iteration(x: jax.Array, basis: jax.Array, steps: int = 2) -> tuple[
 
     Raises:
       ValueError: The shapes don't fit, or ``steps`` is below 1.
+      TypeError: The arrays are not both float32 or both float64.
     """
+    check_matrix("x", x)
+    check_matrix("basis", basis)
     m, n = x.shape[-2:]
     if basis.shape[-2] != m:
         raise ValueError(f"basis: expected [..., {m}, rank] for x of shape {x.shape}, got {basis.shape}")
     _check_rank(basis.shape[-1], m, n)
+    if basis.dtype != x.dtype:
+        raise TypeError(f"basis: expected the dtype of x, {x.dtype}, got {basis.dtype}")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
+    x, basis = broadcast_leading(x, basis)
     sketch = positive_qr(gram(x, basis))[0]
     return _from_range(x, _iterate(x, sketch, steps - 1), basis.shape[-1])
 

@@ -1,5 +1,5 @@
 """Manifolds of subspaces and of orthonormal frames, as modules of pure functions."""
 
-from subspace_jax.manifolds import grassmann
+from subspace_jax.manifolds import grassmann, stiefel
 
-__all__ = ["grassmann"]
+__all__ = ["grassmann", "stiefel"]

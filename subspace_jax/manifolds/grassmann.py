@@ -7,24 +7,49 @@ retractions are ``S c(M) + H d(M)`` for scalar functions c and d, so no ``n x k`
 ``n x n`` matrix occurs, and a step costs a few passes over its arguments.
 
 All functions broadcast over leading axes, compute in float32 or wider with full-precision products, and return the
-dtype of their first argument.  They can be differentiated once, unless they say otherwise.
+dtype of their first argument.  Points are float32 or float64 (TypeError otherwise), vectors of any floating-point
+dtype; shapes that don't fit raise ValueError.  They can be differentiated once, unless they say otherwise.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg import gram, spectral, times
+from subspace_jax.manifolds._shared import (
+    RETRACTIONS,
+    at_time,
+    check_retraction,
+    orthonormality_error,
+    polar_retraction,
+    qr_retraction,
+    random_point,
+    reorthonormalize,
+    rounding,
+    working,
+)
 
-RETRACTIONS = ("exp", "qr", "polar", "cayley")
+__all__ = [
+    "RETRACTIONS",
+    "align",
+    "dist",
+    "exp",
+    "geodesic",
+    "inner",
+    "log",
+    "orthonormality_error",
+    "parallel_transport",
+    "principal_angles",
+    "projection_transport",
+    "random_point",
+    "reorthonormalize",
+    "retract",
+    "riemannian_gradient",
+    "tangent_project",
+]
 
-
-def random_point(
-    key: jax.Array, n: int, k: int, batch_shape: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
-) -> jax.Array:
-    """Draws subspaces uniformly; see :func:`subspace_jax.linalg.random_orthonormal`."""
-    return linalg.random_orthonormal(key, n, k, batch_shape, dtype)
+principal_angles = linalg.principal_angles
 
 
 def tangent_project(s: jax.Array, x: jax.Array) -> jax.Array:
@@ -37,8 +62,36 @@ def tangent_project(s: jax.Array, x: jax.Array) -> jax.Array:
     Returns:
       The tangent vector.
     """
-    (s, x), cast = _working(s, x)
+    (s, x), cast = working({"s": s}, {"x": x})
     return cast(_project(s, x))
+
+
+def riemannian_gradient(s: jax.Array, g: jax.Array) -> jax.Array:
+    """Gradient on the manifold, given the Euclidean one: here its tangent part.
+
+    Args:
+      s: Basis ``[..., n, k]``.
+      g: Gradient with respect to the entries of ``s``.
+
+    Returns:
+      The tangent vector whose inner product with any other is the directional derivative.
+    """
+    return tangent_project(s, g)
+
+
+def inner(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
+    """Metric ``tr(H^T D)``, the same at every point.
+
+    Args:
+      s: Basis ``[..., n, k]``.
+      h: Tangent vector at ``s``.
+      d: Tangent vector at ``s``.
+
+    Returns:
+      ``[...]``, at least float32.
+    """
+    (_, h, d), _ = working({"s": s}, {"h": h, "d": d})
+    return jnp.sum(h * d, axis=(-2, -1))
 
 
 def exp(s: jax.Array, h: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
@@ -50,13 +103,13 @@ def exp(s: jax.Array, h: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
     Args:
       s: Basis ``[..., n, k]``.
       h: Tangent vector at ``s``.
-      t: Time, a scalar.
+      t: Time, a scalar, or one for each of the leading axes.
 
     Returns:
       Basis of the point.
     """
-    (s, h), cast = _working(s, h)
-    return cast(_step(s, h, jnp.asarray(t, s.dtype), "exp"))
+    (s, h), cast = working({"s": s}, {"h": h})
+    return cast(_step(*at_time(t, s, h), "exp"))
 
 
 def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
@@ -65,13 +118,13 @@ def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
     Args:
       s: Basis ``[..., n, k]``.
       x: Direction, not necessarily tangent.
-      t: Time, a scalar.
+      t: Time, a scalar, or one for each of the leading axes.
 
     Returns:
       Basis of the point.
     """
-    (s, x), cast = _working(s, x)
-    return cast(_step(s, _project(s, x), jnp.asarray(t, s.dtype), "exp"))
+    (s, x), cast = working({"s": s}, {"x": x})
+    return cast(_step(*at_time(t, s, _project(s, x)), "exp"))
 
 
 def log(s: jax.Array, y: jax.Array) -> jax.Array:
@@ -87,7 +140,7 @@ def log(s: jax.Array, y: jax.Array) -> jax.Array:
       The tangent vector.  Undefined where a principal angle is a right angle (the cut locus); near it the relative
       error grows like the machine precision over the squared cosine of the largest angle.
     """
-    (s, y), cast = _working(s, y)
+    (s, y), cast = working({"s": s, "y": y})
     overlap = gram(s, y)
     rest = y - times(s, overlap)
     (f,) = spectral(lambda x: (linalg.arcsine_ratio(x),), gram(rest, rest))
@@ -97,18 +150,18 @@ def log(s: jax.Array, y: jax.Array) -> jax.Array:
 def dist(s: jax.Array, y: jax.Array) -> jax.Array:
     """Geodesic distance: the Euclidean norm of the principal angles.
 
+    Its derivative is that of the distance on the manifold, from :func:`log`, and so holds also where principal angles
+    coincide or vanish; it is 0 where the subspaces are the same up to rounding, and undefined at the cut locus.
+
     Args:
       s: Basis ``[..., n, k]``.
       y: Basis ``[..., n, k]``.
 
     Returns:
-      ``[...]`` in radians, at least float32.  Not differentiable where an angle vanishes.
+      ``[...]`` in radians, at least float32.
     """
-    return jnp.linalg.norm(linalg.principal_angles(s, y), axis=-1)
-
-
-principal_angles = linalg.principal_angles
-orthonormality_error = linalg.orthonormality_error
+    (s, y), _ = working({"s": s, "y": y})
+    return _dist(s, y)
 
 
 def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
@@ -121,16 +174,16 @@ def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 
       s: Basis ``[..., n, k]``.
       h: Velocity of the geodesic, tangent at ``s``.
       d: Tangent vector at ``s``.
-      t: Time, a scalar.
+      t: Time, a scalar, or one for each of the leading axes.
 
     Returns:
       Tangent vector at ``exp(s, h, t)``.
     """
-    (s, h, d), cast = _working(s, h, d)
-    t = jnp.asarray(t, s.dtype)
-    versine, sinc = spectral(lambda x: (linalg.versine_sqrt(x), linalg.sinc_sqrt(x)), t * t * gram(h, h))
-    inner = gram(h, d)
-    return cast(d - t * t * times(h, times(versine, inner)) - t * times(s, times(sinc, inner)))
+    (s, h, d), cast = working({"s": s}, {"h": h, "d": d})
+    s, d, h = at_time(t, s, d, h)
+    versine, sinc = spectral(lambda x: (linalg.versine_sqrt(x), linalg.sinc_sqrt(x)), gram(h, h))
+    overlap = gram(h, d)
+    return cast(d - times(h, times(versine, overlap)) - times(s, times(sinc, overlap)))
 
 
 def projection_transport(s_new: jax.Array, d: jax.Array) -> jax.Array:
@@ -163,32 +216,9 @@ def retract(s: jax.Array, h: jax.Array, method: str = "exp") -> jax.Array:
     Raises:
       ValueError: ``method`` is unknown.
     """
-    if method not in RETRACTIONS:
-        raise ValueError(f"method: expected one of {RETRACTIONS}, got {method!r}")
-    (s, h), cast = _working(s, h)
-    return cast(_step(s, h, jnp.ones((), s.dtype), method))
-
-
-def reorthonormalize(s: jax.Array, method: str = "qr") -> jax.Array:
-    """Removes the drift of a nearly orthonormal basis, moving it by no more than the drift.
-
-    Args:
-      s: ``[..., n, k]`` with ``||S^T S - I||`` below about 0.1.
-      method: "qr" keeps the flag of leading columns (QR with positive diagonal, by Cholesky); "polar" takes one Newton
-        step towards the nearest orthonormal matrix, which squares the error.
-
-    Returns:
-      The basis, of the same subspace.
-
-    Raises:
-      ValueError: ``method`` is unknown.
-    """
-    (s,), cast = _working(s)
-    if method == "qr":
-        return cast(linalg.cholesky_qr(s)[0])
-    if method == "polar":
-        return cast(linalg.polar_step(s))
-    raise ValueError(f"method: expected 'qr' or 'polar', got {method!r}")
+    check_retraction(method)
+    (s, h), cast = working({"s": s}, {"h": h})
+    return cast(_step(s, h, method))
 
 
 def align(s: jax.Array, s_new: jax.Array) -> jax.Array:
@@ -202,37 +232,41 @@ def align(s: jax.Array, s_new: jax.Array) -> jax.Array:
       s_new: Basis after it.
 
     Returns:
-      Orthogonal ``[..., k, k]``.
+      Orthogonal ``[..., k, k]``; NaN where ``S^T S_new`` is singular relative to its norm.
     """
-    (s, s_new), _ = _working(s, s_new)
-    return linalg.polar(gram(s, s_new))
-
-
-def _working(*arrays: jax.Array):
-    """Brings all to the working dtype; also returns the way back to the dtype of the first."""
-    for x in arrays:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"expected floating-point matrices, got {x.dtype}")
-        if x.ndim < 2 or x.shape[-1] > x.shape[-2] or x.shape[-2:] != arrays[0].shape[-2:]:
-            raise ValueError(f"expected matrices [..., n, k] of one shape with k <= n, got {[a.shape for a in arrays]}")
-    dtype, out = linalg.working_dtype(*arrays), arrays[0].dtype
-    return [x.astype(dtype) for x in arrays], lambda x: x.astype(out)
+    (s, s_new), cast = working({"s": s, "s_new": s_new})
+    return cast(linalg.polar(gram(s, s_new)))
 
 
 def _project(s: jax.Array, x: jax.Array) -> jax.Array:
     return x - times(s, gram(s, x))
 
 
-def _step(s: jax.Array, h: jax.Array, t: jax.Array, method: str) -> jax.Array:
-    """Retraction of ``t h``, as ``S c(t^2 M) + t H d(t^2 M)``."""
-    m = t * t * gram(h, h)
-    if method == "exp":
-        c, d = spectral(lambda x: (linalg.cos_sqrt(x), linalg.sinc_sqrt(x)), m)
-    elif method == "cayley":
-        c, d = spectral(lambda x: ((1 - x / 4) / (1 + x / 4), 1 / (1 + x / 4)), m)
-    elif method == "polar":
-        (c,) = spectral(lambda x: (jax.lax.rsqrt(1 + x),), m)
-        d = c
+def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
+    """Retraction of ``h``; all but "qr" are ``S c(M) + H d(M)``.
+
+    What is computed is ``c - 1`` and ``d - 1``, so that a short step has small rounding errors.
+    """
+    if method == "qr":
+        return qr_retraction(s, h)
+    if method == "polar":
+        return polar_retraction(s, h)
+    if method == "cayley":
+        c, d = spectral(lambda x: (-x / 2 / (1 + x / 4), -x / 4 / (1 + x / 4)), gram(h, h))
     else:
-        return linalg.cholesky_qr2(s + t * h)[0]
-    return times(s, c) + times(h, t * d)
+        c, d = spectral(lambda x: (-x * linalg.versine_sqrt(x), linalg.sinc_sqrt(x) - 1), gram(h, h))
+    return s + (h + times(s, c) + times(h, d))
+
+
+@jax.custom_jvp
+def _dist(s: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(principal_angles(s, y), axis=-1)
+
+
+@_dist.defjvp
+def _dist_jvp(primals, tangents):
+    (s, y), (ds, dy) = primals, tangents
+    out = _dist(s, y)
+    slope = -jnp.sum(log(s, y) * ds + log(y, s) * dy, axis=(-2, -1))
+    apart = out > rounding(s)
+    return out, jnp.where(apart, slope / jnp.where(apart, out, 1.0), 0.0)

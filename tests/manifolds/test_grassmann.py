@@ -1,8 +1,14 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from subspace_jax.manifolds import grassmann
+
+from ..linalg.cases import few, seeds, shapes
+from .cases import compiled, point, projector, tangent
 
 
 @pytest.mark.parametrize("name", ["exp_H", "exp_tH", "transport_D", "transport_H", "log_expH", "dist", "angles"])
@@ -26,3 +32,98 @@ def test_retractions_match_the_oracle(x64, golden, method):
     g = golden("gcr/oracle_geometry")
     got = grassmann.retract(jnp.asarray(g["S"]), jnp.asarray(g["H"]), method)
     np.testing.assert_allclose(got, g[f"retract_{method}"], rtol=1e-10, atol=1e-12)
+
+
+@few
+@given(seeds, shapes, st.sampled_from([0.5, 2.5, 9.0]))
+def test_exp_matches_the_singular_value_form(x64, seed, shape, size):
+    s = point(seed, shape)
+    h = tangent(grassmann, s, seed + 1, size)
+    u, angles, vt = np.linalg.svd(h, full_matrices=False)
+    angles = angles[..., None, :]
+    want = (s @ vt.mT * np.cos(angles) + u * np.sin(angles)) @ vt
+    np.testing.assert_allclose(compiled(grassmann.exp)(s, h), want, atol=1e-14 * (1 + size))
+
+
+@few
+@given(seeds, shapes)
+def test_maps_do_not_depend_on_the_basis(x64, seed, shape):
+    s, q = point(seed, shape), point(seed + 2, (shape[0], shape[2], shape[2]))
+    h, d = tangent(grassmann, s, seed + 1, 1.2), tangent(grassmann, s, seed + 3)
+    exp, carry, log = (compiled(f) for f in (grassmann.exp, grassmann.parallel_transport, grassmann.log))
+    y = exp(s, h)
+    np.testing.assert_allclose(exp(s @ q, h @ q), y @ q, atol=1e-13)
+    np.testing.assert_allclose(carry(s @ q, h @ q, d @ q), carry(s, h, d) @ q, atol=1e-13)
+    np.testing.assert_allclose(log(s @ q, y), log(s, y) @ q, atol=1e-13)
+    np.testing.assert_allclose(log(s, y @ q), log(s, y), atol=1e-13)
+    np.testing.assert_allclose(compiled(grassmann.dist)(s @ q, y), compiled(grassmann.dist)(s, y), atol=1e-14)
+    for method in grassmann.RETRACTIONS:
+        step = compiled(grassmann.retract, method=method)
+        np.testing.assert_allclose(projector(step(s @ q, h @ q)), projector(step(s, h)), atol=1e-13)
+        if method != "qr":
+            np.testing.assert_allclose(step(s @ q, h @ q), step(s, h) @ q, atol=1e-13)
+
+
+@pytest.mark.parametrize(("method", "as_bases"), [("qr", 2), ("polar", 3), ("cayley", 3)])
+def test_order_of_retractions(x64, method, as_bases):
+    s = point(0, ((), 9, 3))
+    h = tangent(grassmann, s, 1, 1.0)
+
+    def gap(t, show):
+        got, want = compiled(grassmann.retract, method=method)(s, t * h), compiled(grassmann.exp)(s, t * h)
+        return np.linalg.norm(show(got) - show(want))
+
+    for show, order in ((projector, 3), (np.asarray, as_bases)):
+        np.testing.assert_allclose(np.log10(gap(1e-2, show) / gap(1e-3, show)), order, atol=0.05)
+
+
+@few
+@given(seeds)
+def test_qr_and_polar_retractions_reach_the_span_of_the_sum(x64, seed):
+    s = point(seed, ((3,), 7, 3))
+    h = tangent(grassmann, s, seed + 1, 2.0)
+    want = projector(np.linalg.qr(s + h)[0])
+    for method in ("qr", "polar"):
+        np.testing.assert_allclose(projector(grassmann.retract(s, h, method)), want, atol=1e-13)
+
+
+def test_the_whole_space_has_no_tangent_vectors(x64):
+    s, x = point(0, ((), 4, 4)), point(1, ((), 4, 4))
+    np.testing.assert_allclose(grassmann.tangent_project(s, x), 0, atol=1e-14)
+    np.testing.assert_allclose(grassmann.geodesic(s, x), s, atol=1e-14)
+    np.testing.assert_allclose(grassmann.dist(s, x), 0, atol=1e-14)
+    np.testing.assert_allclose(grassmann.log(s, x), 0, atol=1e-14)
+
+
+def test_distance_has_a_gradient_where_principal_angles_vanish_or_coincide(x64):
+    s = point(0, ((), 5, 4))  # in R^5 three of four angles are always 0
+    h = tangent(grassmann, s, 1, 0.8)
+    slope = jax.jit(jax.grad(lambda t, s, h: grassmann.dist(s, grassmann.exp(s, h, t))))
+    np.testing.assert_allclose(slope(0.5, s, h), 0.8, rtol=1e-12)
+    frame = point(2, ((), 6, 6))
+    s, h = frame[:, :3], 0.4 * frame[:, 3:]  # three equal angles
+    np.testing.assert_allclose(slope(0.5, s, h), 0.4 * np.sqrt(3), rtol=1e-12)
+
+
+def test_distance_stays_accurate_when_tiny(x64):
+    s = point(0, ((), 9, 3))
+    h = tangent(grassmann, s, 1, 1e-9)
+    np.testing.assert_allclose(grassmann.dist(s, grassmann.exp(s, h)), 1e-9, rtol=1e-6)
+
+
+def test_align_finds_the_rotation_of_the_basis(x64):
+    s, q = point(0, ((3,), 7, 3)), point(1, ((3,), 3, 3))
+    h = tangent(grassmann, s, 2, 1.0)
+    np.testing.assert_allclose(grassmann.align(s, grassmann.exp(s, h) @ q), q, atol=1e-13)
+    # A direction that has turned by a right angle has no image.
+    assert np.isnan(grassmann.align(s[0, :, :2], s[0, :, 1:])).all()
+
+
+def test_steps_in_single_precision_add_no_drift():
+    s = grassmann.random_point(jax.random.key(0), 64, 8, (20,))
+    h = grassmann.tangent_project(s, jax.random.normal(jax.random.key(1), s.shape))
+    for size in (1e-2, 1e-1, 1.0):
+        step = size * h / jnp.linalg.norm(h, axis=(-2, -1), keepdims=True)
+        for method in grassmann.RETRACTIONS:
+            new = compiled(grassmann.retract, method=method)(s, step)
+            assert np.max(grassmann.orthonormality_error(new)) < 1e-6

@@ -1,0 +1,37 @@
+"""Checks of arguments, made before anything is traced."""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_matrix(name: str, x: jax.Array) -> None:
+    """Raises unless ``x`` is a stack of float32 or float64 matrices, with at least one row and one column."""
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"{name}: expected matrices [..., m, n], got shape {x.shape}")
+    if x.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+
+
+def check_tall(name: str, x: jax.Array) -> None:
+    """Raises unless ``x`` is a stack of float32 or float64 matrices that are at least as tall as wide."""
+    check_matrix(name, x)
+    if x.shape[-1] > x.shape[-2]:
+        raise ValueError(f"{name}: expected [..., n, k] with k <= n, got {x.shape}")
+
+
+def check_square(name: str, x: jax.Array) -> None:
+    """Raises unless ``x`` is a stack of square float32 or float64 matrices."""
+    check_matrix(name, x)
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name}: expected square matrices [..., k, k], got {x.shape}")
+
+
+def check_same_space(a: jax.Array, b: jax.Array) -> None:
+    """Raises unless both are stacks of floating-point bases, no wider than tall, of subspaces of one space."""
+    for name, x in (("a", a), ("b", b)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name}: expected a floating-point basis, got {x.dtype}")
+        if x.ndim < 2 or not 1 <= x.shape[-1] <= x.shape[-2]:
+            raise ValueError(f"{name}: expected a basis [..., n, k] with 1 <= k <= n, got {x.shape}")
+    if a.shape[-2] != b.shape[-2]:
+        raise ValueError(f"a, b: expected bases [..., n, p] and [..., n, q] of one space, got {a.shape} and {b.shape}")

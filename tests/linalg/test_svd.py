@@ -1,0 +1,130 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspace_jax import linalg
+
+from .cases import defect, few, gaussian, seeds
+
+randomized = jax.jit(linalg.randomized_svd, static_argnums=2, static_argnames=("oversample", "power_steps"))
+iterate = functools.cache(lambda steps: jax.jit(functools.partial(linalg.subspace_iteration, steps=steps)))
+SPECTRUM = 0.7 ** np.arange(12)
+
+
+def with_spectrum(seed, lead, m, n, spectrum):
+    u = np.linalg.qr(gaussian(seed, *lead, m, len(spectrum)))[0]
+    v = np.linalg.qr(gaussian(seed + 1, *lead, n, len(spectrum)))[0]
+    return (u * spectrum) @ v.mT, u, v
+
+
+def largest_entries(u):
+    return np.take_along_axis(u, np.abs(u).argmax(-2, keepdims=True), -2)
+
+
+@few
+@given(seeds, st.sampled_from([((2,), 6, 4), ((), 4, 6), ((), 5, 5)]))
+def test_canonical_svd_is_the_svd(x64, seed, shape):
+    lead, m, n = shape
+    x = gaussian(seed, *lead, m, n)
+    u, s, vt = (np.asarray(a) for a in linalg.canonical_svd(jnp.asarray(x)))
+    np.testing.assert_allclose((u * s[..., None, :]) @ vt, x, atol=1e-13)
+    np.testing.assert_allclose(s, np.linalg.svd(x, compute_uv=False), atol=1e-13)
+    assert max(defect(u), defect(vt.mT)) < 1e-14
+    assert (largest_entries(u) > 0).all()
+
+
+@few
+@given(seeds)
+def test_signs_do_not_depend_on_those_of_the_input(x64, seed):
+    u = gaussian(seed, 3, 6, 4)
+    flips = np.where(gaussian(seed + 1, 3, 1, 4) < 0, -1.0, 1.0)
+    one, other = ((x * linalg.canonical_signs(jnp.asarray(x))[..., None, :]) for x in (u, u * flips))
+    np.testing.assert_array_equal(one, other)
+    assert linalg.canonical_signs(jnp.asarray(u, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("power_steps", [0, 2])
+def test_randomized_svd_keeps_the_bound_of_halko_martinsson_tropp(x64, power_steps):
+    rank, oversample, m, n = 4, 4, 30, 20
+    x, _, _ = with_spectrum(0, (), m, n, 0.9 ** np.arange(20))
+    errors = []
+    for i in range(10):
+        key, sizes = jax.random.key(i), {"oversample": oversample, "power_steps": power_steps}
+        u, s, vt = (np.asarray(a) for a in randomized(key, jnp.asarray(x), rank, **sizes))
+        errors.append(np.linalg.norm((u * s) @ vt - x, 2))
+    width = rank + oversample
+    sketch = 1 + np.sqrt(rank / (oversample - 1)) + np.e * np.sqrt(width * (min(m, n) - rank)) / oversample
+    best = 0.9**rank
+    assert best * (1 - 1e-12) <= min(errors)
+    assert np.mean(errors) <= (1 + sketch ** (1 / (2 * power_steps + 1))) * best
+
+
+@few
+@given(seeds, st.sampled_from([((2,), 14, 12), ((), 12, 15)]))
+def test_randomized_svd_is_exact_for_low_rank(x64, seed, shape):
+    lead, m, n = shape
+    x, u, v = with_spectrum(seed, lead, m, n, SPECTRUM[:3])
+    got_u, s, got_vt = randomized(jax.random.key(seed % 1000), jnp.asarray(x), 3)
+    np.testing.assert_allclose(s, np.broadcast_to(SPECTRUM[:3], s.shape), atol=1e-13)
+    signs = np.sign(largest_entries(u))
+    np.testing.assert_allclose(got_u, u * signs, atol=1e-11)
+    np.testing.assert_allclose(got_vt, (v * signs).mT, atol=1e-11)
+
+
+def test_randomized_svd_works_in_single_precision():
+    x, _, _ = with_spectrum(0, (2,), 40, 30, SPECTRUM)
+    u, s, vt = randomized(jax.random.key(0), jnp.asarray(x, jnp.float32), 4)
+    assert u.dtype == s.dtype == vt.dtype == jnp.float32
+    assert max(defect(u), defect(vt.mT)) < 1e-6
+    np.testing.assert_allclose(s, np.broadcast_to(SPECTRUM[:4], (2, 4)), rtol=1e-3)
+
+
+@few
+@given(seeds)
+def test_subspace_iteration_converges_with_the_squared_gap(x64, seed):
+    rank, gap = 3, 0.5
+    spectrum = np.concatenate([[1.0, 0.9, 0.8], 0.8 * gap * 0.9 ** np.arange(7)])
+    x, u, _ = with_spectrum(seed, (2,), 14, 10, spectrum)
+    start = gaussian(seed + 2, 2, 14, rank)
+
+    def tangent(steps):  # of the largest angle to the leading subspace
+        got = np.asarray(iterate(steps)(jnp.asarray(x), jnp.asarray(start))[0])
+        return np.tan(np.asarray(linalg.principal_angles(jnp.asarray(u[..., :rank]), jnp.asarray(got)))[..., -1])
+
+    assert (tangent(9) <= 1.5 * tangent(5) * gap**8).all()
+    assert (tangent(25) < 1e-12).all()
+
+
+def test_subspace_iteration_broadcasts_and_keeps_a_fixed_point(x64):
+    x, u, v = with_spectrum(3, (), 10, 8, SPECTRUM[:6])
+    start = np.stack([u[:, :2], -u[:, :2]])
+    got_u, s, vt = iterate(1)(jnp.asarray(x), jnp.asarray(start))
+    signs = np.sign(largest_entries(u[:, :2]))
+    np.testing.assert_allclose(got_u, np.stack([u[:, :2] * signs] * 2), atol=1e-13)
+    np.testing.assert_allclose(s, [SPECTRUM[:2]] * 2, atol=1e-14)
+    np.testing.assert_allclose(vt, np.stack([(v[:, :2] * signs).T] * 2), atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda key, x: linalg.randomized_svd(key, x, 0), ValueError, "rank: "),
+        (lambda key, x: linalg.randomized_svd(key, x, 4), ValueError, "rank: "),
+        (lambda key, x: linalg.randomized_svd(key, x, 2, power_steps=-1), ValueError, "power_steps"),
+        (lambda key, x: linalg.randomized_svd(key, x.astype(jnp.bfloat16), 2), TypeError, "bfloat16"),
+        (lambda key, x: linalg.randomized_svd(key, x[0], 1), ValueError, "matrices"),
+        (lambda key, x: linalg.canonical_svd(x.astype(jnp.int32)), TypeError, "int32"),
+        (lambda key, x: linalg.canonical_svd(x.astype(jnp.bfloat16)), TypeError, "bfloat16"),
+        (lambda key, x: linalg.subspace_iteration(x, x[:3]), ValueError, "basis: "),
+        (lambda key, x: linalg.subspace_iteration(x, x, 0), ValueError, "steps: "),
+        (lambda key, x: linalg.subspace_iteration(x, x.astype(jnp.bfloat16)), TypeError, "basis: "),
+    ],
+)
+def test_wrong_input_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call(jax.random.key(0), jnp.ones((5, 3)))

@@ -1,0 +1,159 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from scipy.integrate import solve_ivp
+
+from subspace_jax.manifolds import grassmann, stiefel
+
+from ..linalg.cases import few, seeds, shapes
+from .cases import compiled, point, tangent
+
+
+def rotation(s, h):
+    """The skew ``n x n`` matrix whose exponential moves ``s`` along the geodesic."""
+    s, h = np.asarray(s), np.asarray(h)
+    half = h - s @ (s.mT @ h) / 2
+    return half @ s.mT - s @ half.mT
+
+
+def integrated(s, h, d):
+    """Geodesic and transport by the differential equation of the metric, in the coordinates of the entries."""
+
+    def connection(y, a, b):
+        rest = np.eye(len(y)) - y @ y.T
+        return ((a @ b.T + b @ a.T) @ y + y @ (a.T @ rest @ b + b.T @ rest @ a)) / 2
+
+    def slope(_, flat):
+        y, v, x = flat.reshape(3, *s.shape)
+        return np.stack([v, -connection(y, v, v), -connection(y, v, x)]).ravel()
+
+    start = np.stack([np.asarray(x) for x in (s, h, d)]).ravel()
+    end = solve_ivp(slope, (0, 1), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    return end.reshape(3, *s.shape)
+
+
+@few
+@given(seeds, shapes)
+def test_exp_is_the_exponential_of_a_rotation(x64, seed, shape):
+    s = point(seed, shape)
+    h = tangent(stiefel, s, seed + 1, 2.0)
+    want = scipy.linalg.expm(rotation(s, h)) @ np.asarray(s)
+    np.testing.assert_allclose(compiled(stiefel.exp)(s, h), want, atol=1e-13)
+
+
+@few
+@given(seeds, shapes)
+def test_cayley_is_the_cayley_transform_of_that_rotation(x64, seed, shape):
+    s = point(seed, shape)
+    h = tangent(stiefel, s, seed + 1, 2.0)
+    w, eye = rotation(s, h) / 2, np.eye(shape[1])
+    want = np.linalg.solve(eye - w, (eye + w) @ np.asarray(s))
+    np.testing.assert_allclose(compiled(stiefel.retract, method="cayley")(s, h), want, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [((), 7, 3), ((), 4, 4), ((), 5, 4), ((), 6, 1)])
+def test_geodesic_and_transport_solve_their_differential_equations(x64, shape):
+    s = point(0, shape)
+    h, d = tangent(stiefel, s, 1, 1.7), tangent(stiefel, s, 2)
+    y, velocity, carried = integrated(s, h, d)
+    np.testing.assert_allclose(compiled(stiefel.exp)(s, h), y, atol=1e-11)
+    np.testing.assert_allclose(compiled(stiefel.parallel_transport)(s, h, h), velocity, atol=1e-11)
+    np.testing.assert_allclose(compiled(stiefel.parallel_transport)(s, h, d), carried, atol=1e-11)
+
+
+def test_horizontal_geodesics_are_those_of_the_grassmann_manifold(x64):
+    s = point(0, ((3,), 7, 3))
+    h = tangent(grassmann, s, 1, 2.0)
+    np.testing.assert_allclose(compiled(stiefel.exp)(s, h), compiled(grassmann.exp)(s, h), atol=1e-14)
+
+
+@pytest.mark.parametrize(("method", "order"), [("qr", 2), ("polar", 2), ("cayley", 3)])
+def test_order_of_retractions(x64, method, order):
+    s = point(0, ((), 7, 3))
+    h = tangent(stiefel, s, 1, 1.0)
+
+    def gap(t):
+        return np.linalg.norm(compiled(stiefel.retract, method=method)(s, t * h) - compiled(stiefel.exp)(s, t * h))
+
+    np.testing.assert_allclose(np.log10(gap(1e-2) / gap(1e-3)), order, atol=0.05)
+
+
+def test_polar_is_of_third_order_along_horizontal_vectors(x64):
+    s = point(0, ((), 7, 3))
+    h = tangent(grassmann, s, 1, 1.0)
+    polar, exp = compiled(stiefel.retract, method="polar"), compiled(stiefel.exp)
+    gaps = [np.linalg.norm(polar(s, t * h) - exp(s, t * h)) for t in (1e-2, 1e-3)]
+    np.testing.assert_allclose(np.log10(gaps[0] / gaps[1]), 3, atol=0.05)
+
+
+@few
+@given(seeds, shapes)
+def test_log_reaches_its_documented_domain(x64, seed, shape):
+    s = point(seed, shape)
+    h = tangent(stiefel, s, seed + 1, 2.7)
+    np.testing.assert_allclose(compiled(stiefel.log)(s, compiled(stiefel.exp)(s, h)), h, atol=1e-7)
+
+
+@pytest.mark.parametrize(("size", "iterations"), [(1.5, 7), (2.2, 11)])
+def test_log_takes_the_documented_iterations(x64, size, iterations):
+    s = jnp.asarray(point(0, ((30,), 7, 3)))
+    h = tangent(stiefel, s, 1, size)
+    got = compiled(stiefel.log, num_iters=iterations)(s, compiled(stiefel.exp)(s, h))
+    np.testing.assert_allclose(got, h, atol=1e-12)
+
+
+def test_log_in_single_precision():
+    s = stiefel.random_point(jax.random.key(0), 30, 4, (5,))
+    h = stiefel.tangent_project(s, jax.random.normal(jax.random.key(1), s.shape))
+    h = 2.2 * h / jnp.sqrt(stiefel.inner(s, h, h))[..., None, None]
+    np.testing.assert_allclose(compiled(stiefel.log)(s, compiled(stiefel.exp)(s, h)), h, atol=5e-6)
+
+
+def test_frames_that_no_geodesic_joins_have_no_log(x64):
+    s = point(0, ((), 4, 4))
+    y = s * jnp.array([[1.0, 1.0, 1.0, -1.0]])
+    assert np.isnan(compiled(stiefel.log)(s, y)).all()
+    # The rest of a batch is not touched.
+    dist = compiled(stiefel.dist)(s, jnp.stack([y, s]))
+    assert np.isnan(dist[0])
+    assert dist[1] < 1e-14
+
+
+@few
+@given(seeds, shapes)
+def test_geometry_commutes_with_rotations_of_space(x64, seed, shape):
+    s, turn = point(seed, shape), point(seed + 2, ((), shape[1], shape[1]))
+    h, d = tangent(stiefel, s, seed + 1, 1.2), tangent(stiefel, s, seed + 3)
+    exp, carry = compiled(stiefel.exp), compiled(stiefel.parallel_transport)
+    np.testing.assert_allclose(exp(turn @ s, turn @ h), turn @ exp(s, h), atol=1e-13)
+    np.testing.assert_allclose(carry(turn @ s, turn @ h, turn @ d), turn @ carry(s, h, d), atol=1e-13)
+
+
+@few
+@given(seeds, shapes)
+def test_geometry_commutes_with_rotations_of_the_frame(x64, seed, shape):
+    s, q = point(seed, shape), point(seed + 2, (shape[0], shape[2], shape[2]))
+    h, d = tangent(stiefel, s, seed + 1, 1.2), tangent(stiefel, s, seed + 3)
+    exp, carry = compiled(stiefel.exp), compiled(stiefel.parallel_transport)
+    np.testing.assert_allclose(exp(s @ q, h @ q), exp(s, h) @ q, atol=1e-13)
+    np.testing.assert_allclose(carry(s @ q, h @ q, d @ q), carry(s, h, d) @ q, atol=1e-13)
+
+
+def test_norm_of_the_metric_counts_each_coordinate_once(x64):
+    s = point(0, ((), 6, 3))
+    skew = np.zeros((3, 3))
+    skew[0, 1], skew[1, 0] = 1.0, -1.0
+    np.testing.assert_allclose(stiefel.inner(s, s @ skew, s @ skew), 1.0, atol=1e-14)
+    h = tangent(grassmann, s, 1)
+    np.testing.assert_allclose(stiefel.inner(s, h, h), jnp.sum(h * h), rtol=1e-14)
+
+
+def test_iterations_are_checked():
+    s = stiefel.random_point(jax.random.key(0), 4, 2)
+    with pytest.raises(ValueError, match="num_iters"):
+        stiefel.log(s, s, 0)
+    with pytest.raises(ValueError, match="num_iters"):
+        stiefel.dist(s, s, 0)
