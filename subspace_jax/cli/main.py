@@ -22,6 +22,7 @@ _EXAMPLES = {
     "eval": """
         subspace-jax eval --workdir work/digits
         subspace-jax eval --workdir work/digits --best
+        subspace-jax eval --workdir work/sharded --config.mesh.data=1 --config.mesh.tensor=1   # on one device
         """,
     "info": """
         subspace-jax info
@@ -71,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
-    unknown = [text for text in extra if args.command != "train" or not text.startswith("--config.")]
+    takes_fields = args.command in ("train", "eval")
+    unknown = [text for text in extra if not (takes_fields and text.startswith("--config."))]
     if unknown:
-        hint = " (fields of the config are set by --config.FIELD=VALUE)" if args.command == "train" else ""
+        hint = " (fields of the config are set by --config.FIELD=VALUE)" if takes_fields else ""
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
@@ -117,7 +119,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
-    step, metrics = train.evaluate_run(args.workdir, step="best" if args.best else args.step)
+    step, metrics = train.evaluate_run(args.workdir, step="best" if args.best else args.step, settings=overrides)
     print(f"step {step}: " + "; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 

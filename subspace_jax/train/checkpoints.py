@@ -5,6 +5,7 @@ half of one behind.  Damage that comes later (a truncated file, a lost folder) i
 before it.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from subspace_jax.train.step import TrainState
@@ -34,30 +37,35 @@ class Checkpoints:
       directory: The folder; made when it is not there.
       keep: How many of the latest checkpoints stay.
       best: ``"max:METRIC"`` or ``"min:METRIC"``: the checkpoint with the best value of this metric stays too.
+      read_only: Nothing is changed in the folder, which a run may be writing to at the same time: it is neither made
+        nor freed of what looks like a leftover.
 
     Raises:
       ValueError: ``keep`` is below 1, or ``best`` has another form.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, best: str = "min:loss"):
+    def __init__(self, directory: str | Path, *, keep: int = 2, best: str = "min:loss", read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
         self._mode, self._metric = parse_best(best)
         policies = [
             checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(get_metric_fn=self._value, reverse=self._mode == "min", n=1),
+            checkpoint_managers.BestN(
+                get_metric_fn=self._value, reverse=self._mode == "min", n=1, keep_checkpoints_without_metrics=False
+            ),
         ]
         options = ocp.CheckpointManagerOptions(
             best_fn=self._value,  # without it, Orbax stores no metrics
             best_mode=self._mode,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
             step_prefix=None,
         )
         self.directory = Path(directory).absolute()
         # Named here, for a manager that has not saved yet can't describe what it finds otherwise.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=self._handlers)
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints that are there, in rising order."""
@@ -80,7 +88,7 @@ class Checkpoints:
 
         Args:
           state: The train state; it may be donated after the call.
-          data: The iterator whose position is saved with it.
+          data: The iterator whose position is saved with it; the position is the same on every process.
           metrics: Numbers by which the best checkpoint is found.
         """
         step = int(state.step)
@@ -88,7 +96,7 @@ class Checkpoints:
             return
         items = {"state": ocp.args.StandardSave(_as_dict(state))}
         if data is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(data)
+            items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def restore(
@@ -102,7 +110,7 @@ class Checkpoints:
         """Reads a checkpoint, each device its own share.
 
         Without ``step`` the latest checkpoint that can be read is taken; one that can't is passed over with a
-        warning.  The mesh may be another than the one that wrote it.
+        warning.  Mesh and number of processes may be others than those that wrote it.
 
         Args:
           abstract: What is expected, as :func:`subspace_jax.train.state_shardings` gives it.
@@ -123,27 +131,31 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _as_dict(abstract), _as_dict(shardings)
         )
+        cause = None
         for candidate in [step] if step is not None else reversed(found):
+            damage = None
             try:
                 self._check(candidate, target)
-                items = {"state": ocp.args.StandardRestore(target)}
-                if data is not None:
-                    items["data"] = grain.checkpoint.CheckpointRestore(data)
-                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
-                return TrainState(**restored["state"])
+                state, position = self._read(candidate, target, data is not None)
             except CheckpointMismatchError:
                 raise
             except Exception as error:  # whatever a damaged file makes the readers below raise
-                if step is not None:
-                    raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged") from error
-                log.warning(
-                    "The checkpoint of step %d in %s is damaged (%s); trying the one before.",
-                    candidate,
-                    self.directory,
-                    str(error).strip().split("\n")[0][:200],
-                )
+                damage = error
+            if _on_every_process(damage is None):
+                if data is not None:
+                    data.set_state(position)
+                return TrainState(**state)
+            cause = damage or OSError("another process can't read it")
+            if step is not None:
+                raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged") from cause
+            log.warning(
+                "The checkpoint of step %d in %s is damaged (%s); trying the one before.",
+                candidate,
+                self.directory,
+                str(cause).strip().split("\n")[0][:200],
+            )
         if found:
-            raise FileNotFoundError(f"none of the checkpoints {found} in {self.directory} can be read")
+            raise FileNotFoundError(f"none of the checkpoints {found} in {self.directory} can be read") from cause
         return None
 
     def remove_after(self, step: int) -> None:
@@ -161,8 +173,21 @@ class Checkpoints:
         self._manager.close()
 
     def _value(self, metrics: Mapping[str, float]) -> float:
-        """What checkpoints are ranked by; one that was not evaluated is the worst."""
-        return metrics.get(self._metric, -math.inf if self._mode == "max" else math.inf)
+        """What checkpoints are ranked by; one that was not evaluated, or gave no number, is the worst."""
+        value = metrics.get(self._metric, math.nan)
+        return value if not math.isnan(value) else (-math.inf if self._mode == "max" else math.inf)
+
+    def _read(self, step: int, target: Mapping[str, PyTree], with_data: bool) -> tuple[PyTree, PyTree | None]:
+        """Reads state and position in the data.
+
+        By the handlers and not by the manager, which waits in the end until every process has read its share: where
+        one can't, the others would wait for ever.
+        """
+        folder = self.directory / str(step)
+        state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(target))
+        if not with_data:
+            return state, None
+        return state, self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())
 
     def _check(self, step: int, target: Mapping[str, PyTree]) -> None:
         """Compares names, shapes and dtypes before any array is read."""
@@ -190,6 +215,11 @@ def parse_best(best: str) -> tuple[str, str]:
     if mode not in ("max", "min") or not metric:
         raise ValueError(f"best: expected 'max:METRIC' or 'min:METRIC', such as 'max:accuracy', got {best!r}")
     return mode, metric
+
+
+def _on_every_process(fact: bool) -> bool:
+    """Whether something holds on all processes, so that they go on together."""
+    return fact if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(fact))))
 
 
 def _as_dict(state: TrainState) -> dict[str, PyTree]:

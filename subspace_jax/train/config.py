@@ -119,9 +119,12 @@ def save_config(config: ConfigDict, path: str | Path) -> None:
 def read_config(path: str | Path) -> ConfigDict:
     """Reads what :func:`save_config` wrote; raises ValueError for a file that is no config."""
     try:
-        return ConfigDict(json.loads(Path(path).read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+        fields = json.loads(Path(path).read_text())
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is no config of a run: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no config of a run: expected a JSON object, got {type(fields).__name__}")
+    return ConfigDict(fields)
 
 
 def differing_fields(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -148,10 +151,21 @@ def _parse(name: str, text: str, old: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    try:
+        return _as_type_of(old, value)
+    except TypeError:
+        expected = f"{type(old).__name__} such as {old!r}"
+        raise ValueError(f"--config.{name}: expected {expected}, got {text!r}") from None
+
+
+def _as_type_of(old: Any, value: Any) -> Any:
+    """Returns the value, whole numbers as floats where those are asked for; raises TypeError for another type."""
     if isinstance(old, float) and type(value) is int:
-        value = float(value)
+        return float(value)
     if type(value) is not type(old):
-        raise ValueError(f"--config.{name}: expected {type(old).__name__} such as {old!r}, got {text!r}")
+        raise TypeError
+    if isinstance(old, tuple | list) and old:
+        return type(old)(_as_type_of(old[0], item) for item in value)
     return value
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints
-from subspace_jax.train.config import differing_fields, read_config, save_config
+from subspace_jax.train.config import differing_fields, override, read_config, save_config
 from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit, writable_folder
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh
@@ -62,8 +63,10 @@ def build(config: ConfigDict) -> Experiment:
     mesh = make_mesh(**config.mesh)
     try:
         module = importlib.import_module(config.task)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # a ValueError for an empty name
         raise ValueError(f"task: can't import the module {config.task!r} ({error})") from error
+    if not hasattr(module, "build"):
+        raise ValueError(f"task: the module {config.task!r} has no function build(config)")
     task, data = module.build(config)
     check_batch_size(data.batch_size, mesh, accumulate=config.train.accumulate)
     num_steps = config.train.steps or round(config.train.epochs * data.steps_per_epoch)
@@ -80,8 +83,8 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
     """Trains as a config says, going on where an earlier run in ``workdir`` stopped.
 
     Args:
-      config: The config; it is saved as ``config.json``.  Where it differs from the one of the earlier run, the
-        differences are logged as a warning.
+      config: The config; it is saved as ``config.json`` once the run begins, not where it is refused.  Where it
+        differs from the one of the earlier run, the differences are logged as a warning.
       workdir: Folder of the run.
       progress: Whether to show a progress bar.
 
@@ -95,10 +98,9 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
     experiment = build(config)
     workdir = writable_folder(workdir)
     saved = workdir / "config.json"
-    if saved.is_file() and (changes := differing_fields(read_config(saved), config)):
+    is_first_process = jax.process_index() == 0
+    if is_first_process and saved.is_file() and (changes := differing_fields(read_config(saved), config)):
         log.warning("The config differs from that of the earlier run in %s: %s", workdir, "; ".join(changes))
-    if jax.process_index() == 0:
-        save_config(config, saved)
     settings, epoch = config.train, experiment.data.steps_per_epoch
     return fit(
         experiment.task,
@@ -117,28 +119,35 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
         best=settings.best,
         profile_at=settings.profile_at,
         progress=progress,
+        on_start=lambda _: save_config(config, saved) if is_first_process else None,
     )
 
 
-def restore(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> tuple[Experiment, TrainState]:
-    """Reads a checkpoint of a run back, onto the mesh that its config describes.
+def restore(
+    workdir: str | Path, *, step: int | Literal["best"] | None = None, settings: Iterable[str] = ()
+) -> tuple[Experiment, TrainState]:
+    """Reads a checkpoint of a run back, onto the mesh that its config describes; the run may be going on.
 
     Args:
       workdir: Folder of the run.
       step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
+      settings: Changes to the config, as for :func:`subspace_jax.train.override`: another mesh, for example.
 
     Returns:
       The experiment and the state.
 
     Raises:
       FileNotFoundError: There is no run, or no such checkpoint.
+      ValueError: A setting is unknown or can't serve.
     """
     workdir = Path(workdir).expanduser().absolute()
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"workdir: {workdir} holds no run (there is no config.json)")
-    experiment = build(read_config(workdir / "config.json"))
+    experiment = build(override(read_config(workdir / "config.json"), settings))
+    if not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
     abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", best=experiment.config.train.best)
+    checkpoints = Checkpoints(workdir / "checkpoints", best=experiment.config.train.best, read_only=True)
     try:
         if step == "best" and (step := checkpoints.best_step()) is None:
             raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint that was evaluated")
@@ -150,20 +159,24 @@ def restore(workdir: str | Path, *, step: int | Literal["best"] | None = None) -
     return experiment, state
 
 
-def evaluate_run(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> tuple[int, dict[str, float]]:
+def evaluate_run(
+    workdir: str | Path, *, step: int | Literal["best"] | None = None, settings: Iterable[str] = ()
+) -> tuple[int, dict[str, float]]:
     """Evaluates a checkpoint of a run.
 
     Args:
       workdir: Folder of the run.
       step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
+      settings: Changes to the config, as for :func:`subspace_jax.train.override`: another mesh, for example.
 
     Returns:
       Its step, and the metrics.
 
     Raises:
       FileNotFoundError: There is no run, or no such checkpoint.
+      ValueError: A setting is unknown or can't serve.
     """
-    experiment, state = restore(workdir, step=step)
+    experiment, state = restore(workdir, step=step, settings=settings)
     eval_step = make_eval_step(experiment.task, experiment.tx, experiment.mesh)
     metrics = evaluate(eval_step, state, experiment.data.evaluate(), mesh=experiment.mesh)
     return int(state.step), metrics

@@ -34,7 +34,8 @@ class Data:
     Attributes:
       batch_size: Rows of a batch, over all processes.
       steps_per_epoch: Batches in one pass over the training set.
-      train: Makes the endless, shuffled, checkpointable iterator from a seed.
+      train: Makes the endless, shuffled, checkpointable iterator from a seed.  Its state is the same on every process,
+        so that a run may go on with another number of them.
       evaluate: Makes one ordered pass over the evaluation set; its batches hold a ``mask``.
     """
 
@@ -70,6 +71,7 @@ def fit(
     best: str = "min:loss",
     profile_at: int = 0,
     progress: bool = True,
+    on_start: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Trains up to a number of steps, going on from the last checkpoint in ``workdir`` where there is one.
 
@@ -95,8 +97,10 @@ def fit(
       checkpoint_every: Steps between two checkpoints; 0 saves at the end only.
       keep: How many of the latest checkpoints stay; the best one stays besides.
       best: Evaluation metric by which the best is found: ``"max:METRIC"`` or ``"min:METRIC"``.
-      profile_at: Step from which five steps are traced for the profiler; 0 traces none.
+      profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that goes on
+        from that step or a later one.
       progress: Whether to show a progress bar.
+      on_start: Called with the step from which the run goes on, when nothing is left that could refuse it.
 
     Returns:
       The final state and the metrics of the last evaluation.
@@ -108,10 +112,14 @@ def fit(
     """
     if num_steps < 1 or log_every < 1:
         raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
+    periods = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "profile_at": profile_at}
+    if min(periods.values()) < 0:
+        raise ValueError(f"{', '.join(periods)}: expected 0 or a number of steps, got {periods}")
     mesh = make_mesh() if mesh is None else mesh
     check_batch_size(data.batch_size, mesh, rules, accumulate)
     check_evaluation(task, data, mesh, rules, best=best)
     abstract, shardings = state_shardings(task, tx, mesh, rules)
+    train_step = make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat)
     workdir = writable_folder(workdir)
     batches = data.train(seed)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best)
@@ -123,8 +131,10 @@ def fit(
             log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
         start = int(state.step)
         checkpoints.remove_after(start)
+        if on_start is not None:
+            on_start(start)
         run = _Run(
-            train_step=make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat),
+            train_step=train_step,
             evaluate=functools.partial(evaluate, make_eval_step(task, tx, mesh, rules), mesh=mesh, rules=rules),
             data=data,
             batches=batches,
@@ -195,14 +205,15 @@ class _Run:
             contextlib.closing(MetricsLog(self.workdir, start_step=start)) as metrics_log,
             logging_redirect_tqdm(),
             progress_bar(every.num_steps, start, show=progress) as bar,
+            contextlib.ExitStack() as trace,
         ):
             for step in range(start + 1, every.num_steps + 1):
                 if step == profile_at:
-                    jax.profiler.start_trace(str(self.workdir / "profile"))
+                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
                 state, metrics = self.train_step(state, to_device(next(self.batches), rows))
                 if profile_at and step == min(profile_at + 4, every.num_steps):
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                    trace.close()  # nothing happens where no trace was begun
                 bar.update()
                 if every.due(every.log, step):
                     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -246,17 +257,17 @@ def evaluate(
       The means by name.
 
     Raises:
-      ValueError: There is no batch.
+      ValueError: There is no example.
     """
     rows = batch_sharding(mesh, rules)
     total = None
     for batch in batches:
         sums = eval_step(state, to_device(batch, rows))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    if total is None:
-        raise ValueError("evaluate: the evaluation set gave no batch")
-    total = {name: float(value) for name, value in jax.device_get(total).items()}
-    count = total.pop("count")
+    total = {name: float(value) for name, value in jax.device_get(total or {}).items()}
+    count = total.pop("count", 0.0)
+    if not count:
+        raise ValueError("evaluate: the evaluation set gave no example")
     return {name: value / count for name, value in total.items()}
 
 

@@ -31,13 +31,17 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)
         self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step or None)
+        # TensorBoard drops what earlier files hold of the purge step and later ones.
+        board = Path(workdir) / "tensorboard"
+        # File names tell seconds only: the suffix keeps runs apart that were started in the same one.
+        self._board = SummaryWriter(str(board), purge_step=start_step + 1, filename_suffix=f".{start_step}")
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Adds a row: the numbers of one split at one step."""
+        """Adds a row: the numbers of one split at one step, ``null`` for what is not finite: JSON has no NaN."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
@@ -48,7 +52,7 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float | str]]:
+def read_metrics(path: str | Path) -> list[dict[str, float | str | None]]:
     """Reads a ``metrics.jsonl``; a last line that a killed run left unfinished is passed over.
 
     Args:
@@ -94,7 +98,8 @@ def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
     for axis, (split, name) in zip(axes, panels, strict=False):
         for label, run in rows.items():
             points = [row for row in run if row["split"] == split and name in row]
-            axis.plot([row["step"] for row in points], [row[name] for row in points], label=label)
+            values = [math.nan if row[name] is None else row[name] for row in points]
+            axis.plot([row["step"] for row in points], values, label=label)
         axis.set(title=f"{split} {name}", xlabel="step")
         axis.grid(alpha=0.3)
         if len(rows) > 1:

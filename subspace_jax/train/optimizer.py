@@ -1,6 +1,7 @@
 """From a config to an Optax transform: a schedule, a Euclidean optimizer, and a Riemannian one for subspaces."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -60,7 +61,10 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
     elif config.schedule == "step":
-        after = optax.piecewise_constant_schedule(peak, {int(num_steps * at) - warmup: 0.1 for at in (0.3, 0.6, 0.9)})
+        drops = np.asarray([num_steps * tenths // 10 - warmup for tenths in (3, 6, 9)], np.float32)
+
+        def after(count):
+            return peak * 0.1 ** jnp.sum(count >= drops, dtype=jnp.float32)
     else:
         after = optax.constant_schedule(peak)
     whole = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, follow_params, param_shardings
+from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, follow_params, gather, param_shardings
 from subspace_jax.train.task import Batch, Metrics, Task
 
 PyTree = Any
@@ -140,7 +140,14 @@ def make_train_step(
         raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
-    loss_fn = task.loss if remat == "none" else jax.checkpoint(task.loss, policy=REMAT_POLICIES[remat])
+    _, shardings = state_shardings(task, tx, mesh, rules)
+
+    def loss_fn(params, variables, batch, key):
+        params = gather(params, shardings.params, rules)
+        return task.loss(params, gather(variables, shardings.variables, rules), batch, key)
+
+    if remat != "none":
+        loss_fn = jax.checkpoint(loss_fn, policy=REMAT_POLICIES[remat])
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     tx = optax.with_extra_args_support(tx)
     rows = batch_sharding(mesh, rules)
@@ -189,7 +196,6 @@ def make_train_step(
         new = TrainState(state.step + 1, params, variables, opt_state, state.key, skipped)
         return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
 
-    _, shardings = state_shardings(task, tx, mesh, rules)
     return jax.jit(
         step,
         in_shardings=(shardings, rows),
@@ -213,8 +219,13 @@ def make_eval_step(
       ``evaluate(state, batch) -> sums``, as :meth:`Task.evaluate` gives them, replicated.
     """
     _, shardings = state_shardings(task, tx, mesh, rules)
+
+    def evaluate(state, batch):
+        params = gather(state.params, shardings.params, rules)
+        return task.evaluate(params, gather(state.variables, shardings.variables, rules), batch)
+
     return jax.jit(
-        lambda state, batch: task.evaluate(state.params, state.variables, batch),
+        evaluate,
         in_shardings=(shardings, batch_sharding(mesh, rules)),
         out_shardings=NamedSharding(mesh, P()),
     )

@@ -41,7 +41,7 @@ def split_module(make: Callable[[jax.Array], nnx.Module]) -> tuple[nnx.GraphDef,
       make: Builds the module from a key.
 
     Returns:
-      The graph definition, for :func:`module_call`, and ``(params axes, variables axes)`` as :meth:`Task.axes` gives
+      The graph definition, for ``nnx.merge``, and ``(params axes, variables axes)`` as :meth:`Task.axes` gives
       them.  A parameter without ``axes`` metadata is replicated.
     """
     abstract = nnx.eval_shape(make, jax.random.key(0))

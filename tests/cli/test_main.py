@@ -66,6 +66,15 @@ def test_train_on_a_mesh_reaches_the_same_numbers(train, tmp_path):
     assert losses["whole"] == pytest.approx(losses["split"], abs=1e-5)
 
 
+def test_eval_takes_another_mesh_than_the_run_had(train, tmp_path, capsys):
+    assert train(tmp_path, "--config.mesh.data=2", "--config.mesh.tensor=2") == 0
+    printed = [capsys.readouterr().out]
+    for sizes in ([], ["--config.mesh.data=1", "--config.mesh.tensor=1"]):
+        assert main(["eval", "--workdir", str(tmp_path), *sizes]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[1] == printed[2]
+
+
 def test_info_shows_versions_devices_and_mesh(capsys):
     assert main(["info", "--fsdp", "2", "--tensor", "4"]) == 0
     printed = capsys.readouterr().out

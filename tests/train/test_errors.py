@@ -1,0 +1,123 @@
+"""What is wrong with a run is said before it starts, and before anything is written."""
+
+import re
+
+import jax
+import optax
+import pytest
+
+from subspace_jax import train
+from subspace_jax.represent import classify
+
+from .common import Regression, arrays, data_of, regression
+
+GOOD = ["data.name=union_of_subspaces", "data.batch_size=64", "model.features=()", "model.dims=(2,)", "train.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def refusal(tmp_path_factory):
+    """Runs the config with more settings, which must fail, and returns the message."""
+
+    def run(*settings, error=ValueError):
+        workdir = tmp_path_factory.mktemp("refused") / "run"
+        with pytest.raises(error) as refused:
+            train.run(train.override(classify.default_config(), [*GOOD, *settings]), workdir, progress=False)
+        assert not list(workdir.rglob("*")), "the run wrote something before it was refused"
+        return str(refused.value)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.batch_size=20"], "batch_size: 20 rows don't split over 8 devices (data=8, fsdp=1)"),
+        (["data.batch_size=24", "train.accumulate=2"], "x 2 accumulated micro-batches; take a multiple of 16"),
+        (["data.eval_batch_size=20"], "eval_batch_size: 20 rows don't split over 8 devices"),
+        (["train.accumulate=0"], "accumulate: expected at least 1 micro-batch, got 0"),
+        (["mesh.data=4", "mesh.tensor=4"], "mesh: data=4, fsdp=1, tensor=4 needs 16 devices, there are 8 (cpu)"),
+        (["mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 needs a multiple of 3 devices, there are 8 (cpu)"),
+        (["mesh.fsdp=-1"], "mesh: sizes are positive, at most one of them -1"),
+        (["mesh.data=0"], "mesh: sizes are positive"),
+        (["optim.name=sdg"], "optim.name: expected one of ('sgd', 'adamw', 'lamb'), got 'sdg'"),
+        (["optim.grassmann.name=adam"], "optim.grassmann.name: expected one of ('rsgd', 'radam'), got 'adam'"),
+        (["optim.schedule=linear"], "optim.schedule: expected one of ('constant', 'cosine', 'step'), got 'linear'"),
+        (["optim.warmup_steps=2"], "optim.warmup_steps: expected 0 to 1 for a run of 2, got 2"),
+        (["optim.grassmann.retraction=expo"], "retraction: expected one of"),
+        (["train.remat=some"], "remat: expected one of ['dots', 'full', 'none'], got 'some'"),
+        (["train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
+        (["train.best=accuracy"], "best: expected 'max:METRIC' or 'min:METRIC'"),
+        (["train.steps=-1"], "expected a run of at least 1 step"),
+        (["train.steps=0", "train.epochs=0.0"], "expected a run of at least 1 step"),
+        (["train.log_every=0"], "num_steps and log_every: expected at least 1, got 2 and 0"),
+        (["train.eval_every=-1"], "expected 0 or a number of steps"),
+        (["train.profile_at=-1"], "expected 0 or a number of steps"),
+        (["train.keep=0"], "keep: expected at least 1 checkpoint, got 0"),
+        (["task=no.such.module"], "task: can't import the module 'no.such.module'"),
+        (["task="], "task: can't import the module ''"),
+        (["task=json"], "task: the module 'json' has no function build(config)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_that_can_not_be_is_refused(settings, message, refusal):
+    assert message in refusal(*settings)
+
+
+def test_a_set_that_is_not_prepared_is_answered_with_how_to_prepare_it(refusal, tmp_path):
+    message = refusal("data.name=cifar10", f"data.data_dir={tmp_path}", error=FileNotFoundError)
+    assert "the set 'cifar10' is not prepared under" in message
+    assert re.search(r"-m subspace_jax\.data\.prepare cifar10 --data_dir ", message)
+
+
+@pytest.mark.parametrize("below", ["", "run", "run/deeper"])
+def test_a_workdir_that_can_not_be_written_is_named(below, tmp_path):
+    # Below a regular file, which not even root can make a folder of.
+    (tmp_path / "file").touch()
+    workdir = tmp_path / "file" / below
+    with pytest.raises(OSError, match=f"workdir: can't write to {workdir}"):
+        train.run(train.override(classify.default_config(), GOOD), workdir, progress=False)
+
+
+def test_fit_refuses_an_evaluation_set_without_a_batch(tmp_path):
+    task, data = regression()
+    with pytest.raises(ValueError, match=r"data\.evaluate: the evaluation set gave no batch"):
+        train.fit(
+            task,
+            optax.sgd(0.1),
+            train.Data(data.batch_size, data.steps_per_epoch, data.train, lambda: []),
+            num_steps=1,
+            workdir=tmp_path,
+        )
+
+
+def test_fit_refuses_an_evaluation_batch_that_does_not_split(tmp_path):
+    data = data_of(arrays(32), arrays(32), eval_batch_size=12)
+    with pytest.raises(ValueError, match="eval_batch_size: 12 rows don't split over 8 devices"):
+        train.fit(Regression(), optax.sgd(0.1), data, num_steps=1, workdir=tmp_path)
+
+
+def test_a_mesh_without_the_axes_of_the_rules_is_named(tmp_path):
+    task, data = regression()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"rule for 'batch' names mesh axes \['fsdp'\]; the mesh has \['data'\]"):
+        train.fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path, mesh=mesh)
+
+
+def test_a_folder_without_a_run_and_a_run_without_a_checkpoint_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        train.restore(tmp_path)
+    train.save_config(train.override(classify.default_config(), GOOD), tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint yet"):
+        train.restore(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint yet"):
+        train.restore(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint that was evaluated"):
+        train.restore(tmp_path, step="best")
+
+
+def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
+    task, _ = regression()
+    for options, message in (({"remat": "all"}, "remat: expected one of"), ({"accumulate": 0}, "accumulate: expected")):
+        with pytest.raises(ValueError, match=message):
+            train.make_train_step(task, optax.sgd(0.1), train.make_mesh(), **options)

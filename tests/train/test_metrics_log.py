@@ -1,0 +1,153 @@
+import json
+import math
+import struct
+
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+from tensorboardX.proto import event_pb2
+
+from subspace_jax import train
+
+from .common import Interrupted, Regression, arrays, breaking, data_of, regression
+
+
+def test_rows_are_written_at_once_and_read_back(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    log.write(1, "train", {"loss": 0.5})
+    log.write(2, "eval", {"loss": 0.25, "accuracy": 1.0})
+    expected = [
+        {"step": 1, "split": "train", "loss": 0.5},
+        {"step": 2, "split": "eval", "loss": 0.25, "accuracy": 1.0},
+    ]
+    assert train.read_metrics(log.path) == expected  # before it is closed
+    log.close()
+
+
+def test_rows_after_the_step_of_the_resume_are_dropped(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(step, "train", {"loss": float(step)})
+    log.close()
+    before = log.path.read_text().splitlines(keepends=True)
+    again = train.MetricsLog(tmp_path, start_step=3)
+    assert log.path.read_text() == "".join(before[:3])
+    again.write(4, "train", {"loss": 9.0})
+    again.close()
+    assert [row["loss"] for row in train.read_metrics(log.path)] == [1, 2, 3, 9]
+    train.MetricsLog(tmp_path).close()
+    assert train.read_metrics(log.path) == []
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train", "loss": 0.5}\n{"step": 2, "split": "tr')
+    assert [row["step"] for row in train.read_metrics(path)] == [1]
+    train.MetricsLog(tmp_path, start_step=5).close()
+    assert path.read_text() == '{"step": 1, "split": "train", "loss": 0.5}\n'
+    assert train.read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    log.write(1, "train", {"loss": math.nan, "grad_norm": math.inf, "skipped": 1.0})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    row = json.loads(log.path.read_text(), parse_constant=refuse)
+    assert row == {"step": 1, "split": "train", "loss": None, "grad_norm": None, "skipped": 1.0}
+
+
+def test_curves_are_a_picture_also_of_numbers_that_are_not_finite(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    for step, loss in enumerate([1.0, math.nan, 0.5]):
+        log.write(step, "train", {"loss": loss, "accuracy": 0.1 * step})
+        log.write(step, "eval", {"loss": loss, "accuracy": 0.1 * step})
+    log.close()
+    train.plot_curves({"a": log.path, "b": log.path}, tmp_path / "curves.png")
+    picture = matplotlib.image.imread(tmp_path / "curves.png")
+    assert picture.shape[:2] > (300, 600)
+    assert np.ptp(picture[..., :3]) > 0.5
+    train.plot_curves({"empty": tmp_path / "none.jsonl"}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_run_draws_its_curves_and_shows_its_progress(tmp_path, capsys):
+    task, data = regression()
+    train.fit(task, optax.sgd(0.05), data, num_steps=4, workdir=tmp_path, log_every=2, progress=True)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert "loss=" in shown
+
+
+def test_skipped_steps_are_reported_once_and_training_goes_on(fit, tmp_path, caplog):
+    rows = arrays(64)
+    rows["inputs"][5] = np.nan
+    data = data_of(rows, arrays(16))
+    result = fit(Regression(), optax.sgd(0.05), data, num_steps=4, workdir=tmp_path, log_every=1)
+    assert int(result.state.skipped) == 1  # one of the four batches of an epoch
+    assert np.isfinite(result.metrics["loss"])
+    warnings = [record.message for record in caplog.records if "not finite" in record.message]
+    assert len(warnings) == 1
+    assert "1 steps were skipped" in warnings[0]
+    rows = [row for row in train.read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    assert [row["loss"] is None for row in rows].count(True) == 1
+    assert rows[-1]["skipped"] == 1
+
+
+def trace_files(folder):
+    return list((folder / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_profiler_traces_where_it_is_asked_to(fit, tmp_path):
+    task, data = regression()
+    fit(task, optax.sgd(0.05), data, num_steps=3, workdir=tmp_path / "end", profile_at=2)
+    assert len(trace_files(tmp_path / "end")) == 1
+    # A run that goes on after that step has nothing to trace, nor has one that ends before it.
+    fit(task, optax.sgd(0.05), data, num_steps=8, workdir=tmp_path / "end", profile_at=2)
+    assert len(trace_files(tmp_path / "end")) == 1
+    fit(task, optax.sgd(0.05), data, num_steps=2, workdir=tmp_path / "before", profile_at=50)
+    assert not trace_files(tmp_path / "before")
+
+
+def test_an_interrupted_trace_does_not_keep_the_next_one_from_starting(fit, tmp_path):
+    task, data = regression()
+    with pytest.raises(Interrupted):
+        fit(task, optax.sgd(0.05), breaking(data, 3), num_steps=8, workdir=tmp_path / "a", profile_at=2)
+    fit(task, optax.sgd(0.05), data, num_steps=2, workdir=tmp_path / "b", profile_at=1)
+    assert trace_files(tmp_path / "b")
+
+
+def events(path):
+    """Reads a file of records: the length, its checksum, the event, its checksum."""
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def scalars(path):
+    return [(event.step, value.simple_value) for event in events(path) for value in event.summary.value]
+
+
+def test_tensorboard_shows_a_resumed_run_without_gap_or_overlap(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(step, "train", {"loss": float(step)})
+    log.close()
+    again = train.MetricsLog(tmp_path, start_step=3)
+    for step in (4, 5):
+        again.write(step, "train", {"loss": 10.0 + step})
+    again.close()
+    first, second = (next((tmp_path / "tensorboard").glob(f"*.{step}")) for step in (0, 3))
+    assert [value for value in scalars(first) if value[0] < 4] == [(1, 1), (2, 2), (3, 3)]
+    assert scalars(second) == [(4, 14), (5, 15)]
+    # TensorBoard forgets what it read from the first file of this step and later ones.
+    (start,) = [event for event in events(second) if event.HasField("session_log")]
+    assert (start.session_log.status, start.step) == (event_pb2.SessionLog.START, 4)

@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from subspace_jax import train
+from subspace_jax.manifolds import grassmann
+from subspace_jax.train import optimizer
+
+from .common import assert_close, make_tx
+
+
+@pytest.fixture
+def third_party():
+    """Lets Optax mix integer counts and floats, as its Adam does."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def rates(num_steps, steps, **settings):
+    config = optimizer.default_config()
+    config.update({"learning_rate": 0.5, **settings})
+    schedule = jax.jit(train.make_schedule(config, num_steps))
+    return [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+
+
+def test_constant_schedule_is_constant():
+    assert rates(10, range(10), schedule="constant") == [0.5] * 10
+
+
+def test_cosine_schedule_falls_from_the_peak_to_its_last_value():
+    got = rates(100, [0, 25, 50, 100, 120], schedule="cosine", final_scale=0.1)
+    expected = [0.5 * (0.1 + 0.9 * (1 + np.cos(np.pi * t)) / 2) for t in (0, 0.25, 0.5, 1, 1)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_step_schedule_drops_after_30_60_and_90_percent():
+    got = rates(10, range(11), schedule="step")
+    np.testing.assert_allclose(got, [0.5] * 3 + [0.05] * 3 + [0.005] * 3 + [0.0005] * 2, rtol=1e-6)
+    # In a run so short that two drops fall on one step, both count.
+    np.testing.assert_allclose(rates(2, [0, 1], schedule="step"), [0.05, 0.0005], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_warmup_rises_linearly_from_zero_to_the_peak(schedule):
+    got = rates(100, [0, 5, 9, 10], schedule=schedule, warmup_steps=10)
+    np.testing.assert_allclose(got, [0, 0.25, 0.45, 0.5], rtol=1e-6)
+
+
+def test_step_schedule_drops_at_the_same_steps_with_warmup():
+    got = rates(100, [10, 29, 30, 59, 60, 89, 90, 99], schedule="step", warmup_steps=10)
+    np.testing.assert_allclose(got, np.repeat([0.5, 0.05, 0.005, 0.0005], 2), rtol=1e-5)
+    # A warm-up over the first drop starts below the peak.
+    got = rates(100, [39, 40, 60], schedule="step", warmup_steps=40)
+    np.testing.assert_allclose(got, [0.5 * 39 / 40, 0.05, 0.005], rtol=1e-5)
+
+
+def test_cosine_after_warmup_ends_with_the_run():
+    np.testing.assert_allclose(rates(100, [100], schedule="cosine", warmup_steps=20), [0], atol=1e-8)
+
+
+@pytest.fixture
+def params():
+    bases = grassmann.random_point(jax.random.key(0), n=6, k=2, batch_shape=(3,))
+    return {"head": {"bases": bases}, "kernel": jax.random.normal(jax.random.key(1), (4, 5))}
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize("manifold", optimizer.GRASSMANN)
+@pytest.mark.parametrize("name", optimizer.EUCLIDEAN)
+def test_weight_decay_shrinks_kernels_and_never_touches_bases(name, manifold, params):
+    tx = make_tx(name=name, grassmann=manifold, weight_decay=0.5, schedule="constant")
+    # Without a gradient nothing but weight decay moves anything.
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["head"]["bases"], params["head"]["bases"], atol=1e-6)
+    ratio = np.asarray(moved["kernel"] / params["kernel"])
+    np.testing.assert_allclose(ratio, np.full_like(ratio, ratio[0, 0]), rtol=1e-5)
+    assert ratio[0, 0] < 0.99
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize("manifold", optimizer.GRASSMANN)
+@pytest.mark.parametrize("name", optimizer.EUCLIDEAN)
+def test_bases_stay_on_the_manifold_and_everything_moves(name, manifold, params):
+    tx = make_tx(name=name, grassmann=manifold)
+    grads = jax.tree.map(jnp.ones_like, params)
+    state, moved = tx.init(params), params
+    for _ in range(3):
+        updates, state = tx.update(grads, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    bases = np.asarray(moved["head"]["bases"])
+    np.testing.assert_allclose(bases.swapaxes(-1, -2) @ bases, np.broadcast_to(np.eye(2), (3, 2, 2)), atol=1e-5)
+    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (moved, params)), strict=True))
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm(params):
+    grads = jax.tree.map(lambda x: 10 * jnp.ones_like(x), params)
+    small = jax.tree.map(lambda g: g / optax.tree.norm(grads), grads)
+
+    def step(gradient, **settings):
+        tx = make_tx(schedule="constant", **settings)
+        return tx.update(gradient, tx.init(params), params)[0]
+
+    assert_close(step(grads, clip_norm=1.0), step(small), atol=1e-6)
+    assert_close(step(small, clip_norm=2.0), step(small), atol=0)
+
+
+def test_the_subspaces_have_a_learning_rate_factor_of_their_own(params):
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def step(factor, rate):
+        config = optimizer.default_config()
+        config.update({"schedule": "constant", "learning_rate": rate})
+        config.grassmann.lr_factor = factor
+        tx = train.make_optimizer(config, 10)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    assert_close(step(3.0, 0.1)["head"], step(1.0, 0.3)["head"], atol=1e-6)
+    assert_close(step(3.0, 0.1)["kernel"], step(1.0, 0.1)["kernel"], atol=0)

@@ -1,0 +1,190 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax import train
+
+from .common import assert_close, classification, make_tx, take_steps
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 1, "tensor": 4},
+    "tensor and data": {"data": 2, "tensor": 4},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """States and losses on one device, by optimizer and number of classes."""
+    made = {}
+
+    def get(grassmann, num_classes):
+        if (grassmann, num_classes) not in made:
+            task, data = classification(num_classes)
+            made[grassmann, num_classes] = take_steps(task, data, make_tx(grassmann=grassmann), train.make_mesh(1))
+        return made[grassmann, num_classes]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "grassmann"), [*((name, "rsgd") for name in MESHES), ("all", "radam")])
+def test_sharded_steps_equal_those_of_one_device(name, grassmann, whole):
+    task, data = classification()
+    state, metrics = take_steps(task, data, make_tx(grassmann=grassmann), train.make_mesh(**MESHES[name]))
+    expected, expected_metrics = whole(grassmann, 8)
+    assert_close(state, expected, atol=1e-5)
+    assert_close(metrics, expected_metrics, atol=1e-5)
+
+
+def test_class_subspaces_and_all_that_belongs_to_them_are_split(whole):
+    task, data = classification()
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    state, _ = take_steps(task, data, make_tx(grassmann="radam"), mesh)
+    assert_close(state, whole("radam", 8)[0], atol=1e-5)
+    bases = state.params["head"]["bases"]
+    inner = state.opt_state.inner_states["grassmann"].inner_state
+    momentum, nu = inner.momentum["head"]["bases"], inner.nu["head"]["bases"]
+    assert bases.sharding.spec == momentum.sharding.spec == P("tensor", "fsdp", None)
+    assert nu.sharding.spec == P("tensor")
+    assert {shard.data.shape for shard in bases.addressable_shards} == {(2, 8, 2)}
+    assert {shard.data.shape for shard in momentum.addressable_shards} == {(2, 8, 2)}
+    assert {shard.data.shape for shard in nu.addressable_shards} == {(2,)}
+    kernel = state.params["backbone"]["layers"][0]["kernel"]
+    trace = state.opt_state.inner_states["euclidean"].inner_state[1][0].trace["backbone"]["layers"][0]["kernel"]
+    assert kernel.sharding.spec == trace.sharding.spec == P("fsdp", "tensor")
+    assert inner.count.sharding.is_fully_replicated
+
+
+def test_class_subspaces_are_split_over_data_and_tensor_at_once():
+    task, data = classification(num_classes=16)
+    mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
+    state = train.init_state(task, make_tx(), mesh)
+    bases = state.params["head"]["bases"]
+    assert {shard.data.shape for shard in bases.addressable_shards} == {(8, 8, 2)}
+    assert len({shard.device for shard in bases.addressable_shards}) == 8
+    rows = train.to_device(next(data.train(0)), train.batch_sharding(mesh))["inputs"]
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(8, 16)}
+
+
+def test_ten_classes_stay_whole_on_four_devices_and_give_the_same_numbers(whole):
+    task, data = classification(num_classes=10)
+    state, metrics = take_steps(task, data, make_tx(), train.make_mesh(data=2, tensor=4))
+    assert state.params["head"]["bases"].sharding.spec == P(None, "fsdp", None)
+    expected, expected_metrics = whole("rsgd", 10)
+    assert_close(state, expected, atol=1e-5)
+    assert_close(metrics, expected_metrics, atol=1e-5)
+
+
+def test_accumulation_on_a_mesh_equals_one_whole_batch_on_one_device(whole):
+    task, data = classification()
+    mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
+    state, metrics = take_steps(task, data, make_tx(grassmann="rsgd"), mesh, accumulate=2)
+    expected, expected_metrics = whole("rsgd", 8)
+    assert_close(state, expected, atol=1e-5)
+    assert_close(metrics, expected_metrics, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_initial_state_does_not_depend_on_the_mesh(sizes):
+    task, _ = classification()
+    states = [
+        train.init_state(task, make_tx(), mesh, seed=3) for mesh in (train.make_mesh(1), train.make_mesh(**sizes))
+    ]
+    np.testing.assert_array_equal(states[0].key, states[1].key)
+    assert_close(states[1].params, states[0].params, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (P("class", "embed", None), (8, 16, 2), P("tensor", "fsdp", None)),
+        (P("class"), (8, 16), P("tensor")),
+        (P(), (8, 16), P()),
+        (P("class", "embed"), (6, 16), P(None, "fsdp")),  # 6 classes don't split in 4
+        (P("class", "embed"), (8, 3), P("tensor", None)),
+        (P("class", "vocab"), (8, 8), P("tensor", None)),  # an axis serves one dimension only
+        (P("class", "vocab"), (6, 8), P(None, "tensor")),  # and is free again where it was of no use
+        (P("batch"), (4,), P(("data", "fsdp"))),
+        (P("batch", "embed"), (4, 4), P(("data", "fsdp"), None)),
+        (P("class"), (1,), P(None)),
+        (P("layers", "embed"), (3, 4), P(None, "fsdp")),
+    ],
+)
+def test_names_resolve_to_mesh_axes(names, shape, expected):
+    assert train.resolve(names, shape, train.make_mesh(data=1, fsdp=2, tensor=4)) == expected
+
+
+def test_resolve_takes_rules_of_the_users_own():
+    mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
+    rules = {**train.DEFAULT_RULES, "class": ("fsdp", "tensor"), "embed": None}
+    assert train.resolve(P("class", "embed"), (8, 16), mesh, rules) == P(("fsdp", "tensor"), None)
+    assert train.resolve(P("class", "embed"), (2, 16), mesh, rules) == P("fsdp", None)
+
+
+def test_resolve_refuses_what_it_does_not_know():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    with pytest.raises(ValueError, match="no sharding rule for the logical axis 'klass'"):
+        train.resolve(P("klass"), (8,), mesh)
+    with pytest.raises(ValueError, match="name 2 dimensions"):
+        train.resolve(P("class", "embed"), (8,), mesh)
+    plain = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"rule for 'class' names mesh axes \['tensor'\]; the mesh has \['data'\]"):
+        train.resolve(P("class"), (8,), plain)
+
+
+def follow(tree, params, specs, mesh):
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.tree.map(lambda sharding: sharding.spec, train.follow_params(tree, params, shardings))
+
+
+def test_optimizer_state_follows_its_parameter_factored_statistics_included():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    params = {"head": {"bases": jnp.zeros((8, 16, 2))}, "bases": jnp.zeros((4, 6))}
+    specs = {"head": {"bases": P("tensor", "fsdp", None)}, "bases": P("tensor")}
+    state = {
+        "same": {"head": {"bases": jnp.zeros((8, 16, 2))}, "bases": jnp.zeros((4, 6))},
+        "per_subspace": {"head": {"bases": jnp.zeros(8)}},
+        "row": {"head": {"bases": jnp.zeros((8, 16))}, "bases": jnp.zeros(4)},
+        "column": {"head": {"bases": jnp.zeros((8, 2))}, "bases": jnp.zeros(6)},
+        "other_shape": {"head": {"bases": jnp.zeros((16, 8))}},
+        "placeholder": {"head": {"bases": jnp.zeros(1)}},
+        "count": jnp.zeros((), jnp.int32),
+    }
+    got = follow(state, params, specs, mesh)
+    assert got["same"] == {"head": {"bases": P("tensor", "fsdp", None)}, "bases": P("tensor", None)}
+    assert got["per_subspace"]["head"]["bases"] == P("tensor")
+    assert got["row"] == {"head": {"bases": P("tensor", "fsdp")}, "bases": P("tensor")}
+    assert got["column"] == {"head": {"bases": P("tensor", None)}, "bases": P(None)}
+    assert got["other_shape"]["head"]["bases"] == got["placeholder"]["head"]["bases"] == got["count"] == P()
+
+
+@pytest.mark.parametrize("make", [optax.adam, optax.adafactor, optax.lamb])
+def test_state_of_any_optax_optimizer_can_be_placed(make):
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    params = {"kernel": jnp.zeros((128, 256)), "bias": jnp.zeros(256)}
+    specs = {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = make(1e-3).init(params)
+    placed = jax.device_put(state, train.follow_params(state, params, shardings))
+    found = {str(x.sharding.spec) for x in jax.tree.leaves(placed) if x.shape == (128, 256)}
+    assert found <= {str(P("fsdp", "tensor"))}
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
+
+
+def test_state_follows_a_parameter_that_is_the_whole_tree():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    got = follow(optax.adam(1e-3).init(jnp.zeros((8, 4))), jnp.zeros((8, 4)), P("tensor"), mesh)
+    assert got[0].mu == got[0].nu == P("tensor", None)
+    assert got[0].count == P()
+
+
+def test_open_mesh_axis_takes_the_devices_that_are_left():
+    assert dict(train.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(train.make_mesh(data=2, tensor=-1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert train.make_mesh(data=2).size == 2

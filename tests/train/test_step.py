@@ -1,0 +1,178 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from subspace_jax import train
+
+from .common import Regression, arrays, assert_close, assert_same_bits, classification, make_tx, regression, take_steps
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Four steps with no option set."""
+    task, data = classification()
+    return take_steps(task, data, make_tx(), train.make_mesh(1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 2}, {"accumulate": 4}, {"remat": "full"}, {"remat": "dots"}], ids=str
+)
+def test_accumulation_and_rematerialisation_change_nothing(options, plain):
+    task, data = classification()
+    state, metrics = take_steps(task, data, make_tx(), train.make_mesh(1), **options)
+    assert_close(state, plain[0], atol=1e-5)
+    assert_close(metrics, plain[1], atol=1e-5)
+
+
+def test_bfloat16_activations_keep_the_state_float32_and_the_loss_close(plain):
+    task, data = classification(dtype="bfloat16")
+    state, metrics = take_steps(task, data, make_tx(), train.make_mesh(1))
+    floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+    # bfloat16 has 8 bits: activations are off by up to 2^-9 = 0.2 %, and the logits are up to gamma = 25.
+    losses, expected = ([float(values["loss"]) for values in rows] for rows in (metrics, plain[1]))
+    assert losses == pytest.approx(expected, abs=0.05)
+    assert losses != expected
+    bases = np.asarray(state.params["head"]["bases"])
+    np.testing.assert_allclose(bases.swapaxes(-1, -2) @ bases, np.broadcast_to(np.eye(2), (8, 2, 2)), atol=1e-5)
+
+
+def step_and_state(tx=None, mesh=None, **options):
+    task, data = regression()
+    tx, mesh = tx or optax.sgd(1e-2, momentum=0.9), mesh or train.make_mesh()
+    return train.make_train_step(task, tx, mesh, **options), train.init_state(task, tx, mesh), data, mesh
+
+
+def place(batch, mesh):
+    return train.to_device(batch, train.batch_sharding(mesh))
+
+
+def numbers(state):
+    """A copy on the host, for the state itself is donated."""
+    return jax.tree.map(np.array, state)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumulate):
+    step, state, data, mesh = step_and_state(accumulate=accumulate)
+    batches = data.train(0)
+    state, _ = step(state, place(next(batches), mesh))
+    before = numbers(state)
+    bad = next(batches)
+    bad["inputs"][3, 2] = value
+    state, metrics = step(state, place(bad, mesh))
+    after = numbers(state)
+    for field in ("params", "variables", "opt_state", "key"):
+        assert_same_bits(getattr(after, field), getattr(before, field))
+    assert (after.step, after.skipped, int(metrics["skipped"])) == (2, 1, 1)
+    state, metrics = step(state, place(next(batches), mesh))
+    assert np.isfinite(float(metrics["loss"]))
+    assert (int(state.step), int(state.skipped)) == (3, 1)
+    assert np.any(np.asarray(state.params["w"]) != after.params["w"])
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
+    class Root(Regression):
+        def loss(self, params, variables, batch, key):
+            # The root has an infinite slope at 0.
+            return jnp.sqrt(jnp.sum(0.0 * params["w"])), (variables, {})
+
+    tx, mesh = optax.sgd(0.1), train.make_mesh(1)
+    state = train.init_state(Root(), tx, mesh)
+    before = numbers(state.params)
+    state, metrics = train.make_train_step(Root(), tx, mesh)(state, arrays(8))
+    assert float(metrics["loss"]) == 0
+    assert int(state.skipped) == 1
+    assert_same_bits(state.params, before)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_step_is_compiled_once(sizes):
+    step, state, data, mesh = step_and_state(mesh=train.make_mesh(**sizes))
+    batches = data.train(0)
+    for _ in range(4):
+        state, _ = step(state, place(next(batches), mesh))
+    assert step._cache_size() == 1
+
+
+def test_the_state_is_donated():
+    step, state, data, mesh = step_and_state()
+    new, _ = step(state, place(next(data.train(0)), mesh))
+    big = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim]
+    assert big
+    assert all(x.is_deleted() for x in big)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
+
+
+def test_every_step_and_every_micro_batch_has_randomness_of_its_own():
+    class Draw(Regression):
+        def loss(self, params, variables, batch, key):
+            loss = jnp.sum(jnp.square(params["w"])) + jnp.sum(batch["inputs"]) * 0
+            return loss, (variables, {"draw": jax.random.uniform(key)})
+
+    tx, mesh = optax.sgd(0.0), train.make_mesh(1)
+
+    def draws(seed, accumulate):
+        state = train.init_state(Draw(), tx, mesh, seed=seed)
+        step, made = train.make_train_step(Draw(), tx, mesh, accumulate=accumulate), []
+        for _ in range(3):
+            state, metrics = step(state, arrays(8))
+            made.append(float(metrics["draw"]))
+        return made
+
+    assert draws(0, 1) == draws(0, 1)
+    assert len({*draws(0, 1), *draws(1, 1)}) == 6
+    state = train.init_state(Draw(), tx, mesh)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 0)
+    parts = [float(jax.random.uniform(k)) for k in jax.random.split(key, 4)]
+    assert draws(0, 4)[0] == pytest.approx(np.mean(parts), abs=1e-6)
+
+
+def test_variables_pass_through_every_micro_batch():
+    step, state, data, mesh = step_and_state(accumulate=2)
+    for batch in (next(data.train(0)), next(data.train(1))):
+        state, _ = step(state, place(batch, mesh))
+    assert int(state.variables["seen"]) == 4
+
+
+def test_the_optimizer_is_given_the_loss():
+    def update(grads, state, params=None, *, value, **extra_args):
+        return grads, value
+
+    watch = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    step, state, data, mesh = step_and_state(optax.chain(watch, optax.sgd(0.1)))
+    state, metrics = step(state, place(next(data.train(0)), mesh))
+    assert float(state.opt_state[0]) == float(metrics["loss"])
+
+
+def test_metrics_are_replicated_scalars():
+    step, state, data, mesh = step_and_state()
+    _, metrics = step(state, place(next(data.train(0)), mesh))
+    assert metrics.keys() == {"loss", "error", "grad_norm", "skipped"}
+    assert all(value.shape == () and value.sharding.is_fully_replicated for value in metrics.values())
+
+
+def test_evaluation_of_a_set_that_does_not_fill_its_batches_counts_every_row_once():
+    task, data = classification()
+    mesh, tx = train.make_mesh(data=2, fsdp=2, tensor=2), make_tx()
+    state = train.init_state(task, tx, mesh)
+    metrics = train.evaluate(train.make_eval_step(task, tx, mesh), state, data.evaluate(), mesh=mesh)
+    rows = [(batch["inputs"][batch["mask"] > 0], batch["labels"][batch["mask"] > 0]) for batch in data.evaluate()]
+    inputs, labels = (np.concatenate(part) for part in zip(*rows, strict=True))
+    assert len(labels) == 72
+    params = jax.tree.map(np.asarray, state.params)
+    logits = np.asarray(task.module(params, {})(inputs))
+    assert metrics["accuracy"] == np.mean(logits.argmax(-1) == labels)  # exact: hits are whole numbers
+
+
+def test_evaluation_of_nothing_is_refused():
+    task, _ = regression()
+    mesh, tx = train.make_mesh(1), optax.sgd(0.1)
+    state, step = train.init_state(task, tx, mesh), train.make_eval_step(task, tx, mesh)
+    empty = {**arrays(8), "mask": np.zeros(8, np.float32)}
+    for batches in ([], [empty]):
+        with pytest.raises(ValueError, match="no example"):
+            train.evaluate(step, state, batches, mesh=mesh)
