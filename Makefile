@@ -23,7 +23,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.docs
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.bench
 	$(PY) scripts/bench/grassmann.py

@@ -4,7 +4,7 @@
     subspace-jax train --config configs/gcr/cifar10.py:k8 --workdir work/cifar10_k8
 
 Variants: ``softmax``, ``k1``, ``k8``.  The first command needs network once, the second none.
-Meant for an accelerator.
+Meant for an accelerator.  It has not been run to its end yet, so there is neither a time nor a figure to reach.
 """
 
 from subspace_jax.represent import classify

@@ -2,7 +2,9 @@
 
     subspace-jax train --config configs/gcr/synthetic.py:k4 --workdir work/synthetic_k4
 
-Variants: ``softmax``, ``k1``, ``k2``, ``k4``, ``k8``.  The head sits on the raw input; 300 steps of batch 256.
+Variants: ``softmax``, ``k1``, ``k2``, ``k4``, ``k8``.  The head sits on the raw input; 300 steps of batch 256,
+about 7 seconds on two CPU cores.  Figures to reach in test accuracy: ``k4`` 0.94 (the true subspaces score 0.978 to
+0.983), and 0.25 more than ``k1``.
 """
 
 from subspace_jax.represent import classify

@@ -12,9 +12,10 @@ fifth step.  Peers that are not installed are left out (`pip install -e ".[bench
   geoopt         RiemannianSGD on geoopt's Stiefel manifold: the nearest that it has (no Grassmann, QR retraction)
   jax_svd        the published update written plainly in JAX with jnp.linalg.svd, jitted
 
-Times are medians over rounds in which all peers take turns, so that what else the machine does meets all alike; read
-them as ratios.  "bytes" is the least that a step can move (read bases, gradient, momentum; write bases, momentum);
-"share" is that over what a large copy reaches in the same run, divided by the time.
+Times are of one step: the mean over a whole cycle of five, the one with re-orthonormalisation among them, and the
+median over rounds in which all peers take turns, so that what else the machine does meets all alike.  Read them as
+ratios.  "MB" is the least that a step can move (read bases, gradient, momentum; write bases, momentum); "share" is
+that over what a large copy reaches in the same run, divided by the time.
 """
 
 import argparse
@@ -133,11 +134,13 @@ def measure(size, rounds, peers):
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(REORTH_EVERY):
+                run()
+            times[name].append((time.perf_counter() - start) / REORTH_EVERY)
     medians = {name: statistics.median(values) for name, values in times.items()}
     bandwidth = 2 * source.nbytes / medians.pop("copy")
-    moved, flops = 5 * bases.nbytes, c * n * k * (8 * k + 2)
+    # Five products with k x k matrices or to them, and the average of the gradients.
+    moved, flops = 5 * bases.nbytes, c * n * k * (10 * k + 2)
     return {
         "classes": c,
         "n": n,

@@ -1,12 +1,12 @@
 """Labelled images from TensorFlow Datasets (TFDS), read by index and without TensorFlow."""
 
 import difflib
+import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ __all__ = ["ImageSource", "default_data_dir", "image_source"]
 
 def default_data_dir() -> str:
     """Returns the folder of TFDS sets: ``TFDS_DATA_DIR`` where it is set, else ``~/tensorflow_datasets``."""
-    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 class ImageSource:
@@ -90,10 +90,16 @@ def image_source(
     """
     data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     builder = _builder(name, data_dir)
+    # TFDS decodes with Pillow, on which this library depends, and would warn once that OpenCV is not there.
+    logging.getLogger("absl").addFilter(_not_about_opencv)
     _check_labelled_images(builder.info)
     shape = builder.info.features[builder.info.supervised_keys[0]].shape
     scale, shift = _affine(16 if builder.info.name == "digits" else 255, mean, std, shape[-1])
     return ImageSource(_records(builder, split, name, data_dir), builder.info, split, scale, shift)
+
+
+def _not_about_opencv(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("OpenCV is not installed")
 
 
 def _builder(name: str, data_dir: str) -> Any:

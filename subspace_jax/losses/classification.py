@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.linalg import working_dtype
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Softmax cross-entropy with integer labels.
@@ -11,23 +13,32 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     arXiv 1512.00567, section 7).
 
     Args:
-      logits: ``[batch, classes]``, at least float32.
+      logits: ``[batch, classes]``, floating point; the classes may be split over devices.
       labels: ``[batch]`` integers in ``[0, classes)``.
       label_smoothing: ``a``, in ``[0, 1)``.
 
     Returns:
-      Loss of each example ``[batch]``, in nats.
+      Loss of each example ``[batch]``, in nats, float32 or wider; NaN where a label is out of range.
 
     Raises:
-      ValueError: Shapes do not match.
+      ValueError: Shapes do not match, or ``label_smoothing`` is out of range.
+      TypeError: ``labels`` are not integers.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"cross_entropy: expected logits [batch, classes], labels [batch]; got {logits.shape}, {labels.shape}"
         )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    logits = logits.astype(working_dtype(logits))
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    loss = log_normalizer - picked
+    # A masked sum rather than a gather, which an Explicit mesh refuses along classes that are split over devices.
+    is_label = jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool)
+    picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    in_range = (labels >= 0) & (labels < logits.shape[-1])
+    loss = jnp.where(in_range, log_normalizer - picked, jnp.nan)
     if label_smoothing == 0.0:
         return loss
     return (1.0 - label_smoothing) * loss + label_smoothing * (log_normalizer - jnp.mean(logits, axis=-1))

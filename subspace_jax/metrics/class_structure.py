@@ -24,18 +24,23 @@ def intra_class_variability(features: jax.Array, labels: jax.Array) -> jax.Array
 
     Returns:
       A scalar in degrees, float32 or wider.  Classes of a single example do not count; NaN where no class has two.
+
+    Raises:
+      ValueError: Shapes do not match.
     """
-    unit = _centred_unit(features)
-    same_class_count = _same_class_count(labels)
+    unit = _centred_unit(features, labels)
+    group, sizes = _classes(labels, unit.dtype)
+    same_class_count = sizes[group]
     index = jnp.arange(labels.shape[0])
 
     def mean_angle_to_class(row):
-        vector, label, i, count = row
-        cosines = jnp.clip(unit @ vector, -1.0, 1.0)
-        others = (labels == label) & (index != i)
+        vector, own, i, count = row
+        # Full precision: an angle near zero has the square root of its cosine's error.
+        cosines = jnp.clip(jnp.matmul(unit, vector, precision=jax.lax.Precision.HIGHEST), -1.0, 1.0)
+        others = (group == own) & (index != i)
         return jnp.sum(jnp.where(others, jnp.arccos(cosines), 0.0)) / jnp.maximum(count - 1.0, 1.0)
 
-    rows = (unit, labels, index, same_class_count)
+    rows = (unit, group, index, same_class_count)
     per_example = jax.lax.map(mean_angle_to_class, rows, batch_size=_ROWS_AT_A_TIME)
     weight = jnp.where(same_class_count > 1, 1.0 / same_class_count, 0.0)
     return jnp.rad2deg(jnp.sum(weight * per_example) / jnp.sum(weight))
@@ -53,27 +58,31 @@ def class_separation_r2(features: jax.Array, labels: jax.Array) -> jax.Array:
 
     Returns:
       A scalar, at most 1; float32 or wider.
+
+    Raises:
+      ValueError: Shapes do not match.
     """
-    unit = _centred_unit(features)
-    _, group = jnp.unique(labels, return_inverse=True, size=labels.shape[0])
-    share = 1.0 / _same_class_count(labels)
-    num_classes = jnp.sum(share)
-    class_means = jax.ops.segment_sum(unit * share[:, None], group, labels.shape[0])
+    unit = _centred_unit(features, labels)
+    group, sizes = _classes(labels, unit.dtype)
+    num_classes = jnp.sum((sizes > 0).astype(unit.dtype))
+    class_means = jax.ops.segment_sum(unit / sizes[group][:, None], group, labels.shape[0])
     within = 1.0 - jnp.sum(jnp.square(class_means)) / num_classes
     total = 1.0 - jnp.sum(jnp.square(jnp.sum(class_means, axis=0) / num_classes))
     return 1.0 - within / total
 
 
-def _centred_unit(features: jax.Array) -> jax.Array:
+def _centred_unit(features: jax.Array, labels: jax.Array) -> jax.Array:
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features, labels: expected [examples, n] and [examples], got {features.shape} and {labels.shape}"
+        )
     features = features.astype(working_dtype(features))
     centred = features - jnp.mean(features, axis=0, keepdims=True)
     length = jnp.linalg.norm(centred, axis=-1, keepdims=True)
     return centred / jnp.maximum(length, jnp.finfo(centred.dtype).tiny)
 
 
-def _same_class_count(labels: jax.Array) -> jax.Array:
-    """For each example, how many examples have its label, itself included."""
-    ordered = jnp.sort(labels)
-    after = jnp.searchsorted(ordered, labels, side="right")
-    before = jnp.searchsorted(ordered, labels, side="left")
-    return (after - before).astype(jnp.float32)
+def _classes(labels: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Numbers the classes that occur: the number of each example's class, and the classes' sizes, padded with 0."""
+    _, group, sizes = jnp.unique(labels, return_inverse=True, return_counts=True, size=labels.shape[0])
+    return group, sizes.astype(dtype)

@@ -79,7 +79,12 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps
 
     Returns:
       The shape and dtype of ``x``.
+
+    Raises:
+      ValueError: ``x`` has not four axes, or ``groups`` does not divide its channels.
     """
+    if x.ndim != 4 or groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"group_norm: expected x [batch, height, width, multiple of {groups}], got {x.shape}")
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
     mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
     variance = jnp.var(grouped, axis=(1, 2, 4), keepdims=True)

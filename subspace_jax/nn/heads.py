@@ -4,6 +4,7 @@ The Grassmann head follows "Get the Best of Both Worlds: Improving Accuracy and 
 Representation" (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547).
 """
 
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -27,7 +28,12 @@ def normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
     Returns:
       ``[..., n]`` in float32, or float64 where ``x`` is float64.
+
+    Raises:
+      TypeError: ``x`` is not floating point.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x: expected floating point, got {x.dtype}")
     x = x.astype(working_dtype(x))
     return x / jnp.maximum(safe_norm(x, keepdims=True), eps)
 
@@ -52,10 +58,11 @@ def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma
 
     Source: arXiv 2308.01547, the class representation of section 3.  The products run in the dtype of ``x`` with
     float32 accumulation; the length is float32 (float64 for float64 ``x``).  The logits lie in ``[0, gamma]`` for
-    orthonormal bases and do not change under a change of basis.
+    orthonormal bases and do not change under a change of basis.  Besides the result, memory must hold the products
+    ``[batch, classes, k]`` and a copy of the bases in the dtype of ``x``.
 
     Args:
-      x: Features ``[batch, n]``.
+      x: Features ``[batch, n]``, floating point.
       bases: Orthonormal bases ``[classes, n, k]``, or a sequence of such arrays, one for each dimension ``k``.
       gamma: Scale of the logits.
 
@@ -64,8 +71,9 @@ def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma
 
     Raises:
       ValueError: Widths do not match, or an axis is missing.
+      TypeError: ``x`` is not floating point.
     """
-    if not isinstance(bases, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+    if isinstance(bases, Sequence):
         groups = [grassmann_logits(x, group, gamma) for group in bases]
         return jnp.concatenate(groups, axis=-1)
     if x.ndim != 2 or bases.ndim != 3 or x.shape[-1] != bases.shape[-2]:
@@ -81,12 +89,16 @@ def cosine_logits(x: jax.Array, kernel: jax.Array, gamma: float = 25.0) -> jax.A
     """Scaled cosine between features and class vectors, ``gamma * cos(x, w_c)``.
 
     Args:
-      x: Features ``[batch, n]``.
+      x: Features ``[batch, n]``, floating point.
       kernel: Class vectors ``[n, classes]``, of any length.
       gamma: Scale of the logits.
 
     Returns:
       Logits ``[batch, classes]``, at least float32.
+
+    Raises:
+      ValueError: Widths do not match.
+      TypeError: An array is not floating point.
     """
     unit = normalize(kernel.T).T.astype(x.dtype)
     logits = linear(normalize(x).astype(x.dtype), unit)
@@ -99,7 +111,8 @@ class GrassmannHead(nnx.Module):
     The bases are parameters named ``bases``: one array ``[classes, n, k]`` where all dimensions are equal, otherwise
     one array for each dimension that occurs, in rising order (the logits come back in class order).  They are points
     on Grassmann manifolds: train them with :func:`subspace_jax.optim.riemannian_sgd`, see
-    :func:`subspace_jax.optim.with_geometry`.
+    :func:`subspace_jax.optim.with_geometry`.  Where dimensions differ, a mesh of Explicit axes must
+    not split the classes.
 
     Args:
       in_features: Feature width n.
@@ -110,8 +123,8 @@ class GrassmannHead(nnx.Module):
       rngs: Source of randomness; its ``params`` stream is used.
 
     Raises:
-      ValueError: A dimension is below 1 or above ``in_features``, ``dims`` has not one entry for each class, or
-        ``param_dtype`` has less than 32 bits.
+      ValueError: There is no class, a dimension is below 1 or above ``in_features``, ``dims`` has not one entry for
+        each class, or ``param_dtype`` is not float32 or float64.
     """
 
     def __init__(
@@ -124,11 +137,13 @@ class GrassmannHead(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        per_class = [dims] * num_classes if isinstance(dims, int) else list(dims)
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        per_class = [dims] * num_classes if isinstance(dims, numbers.Real) else list(dims)
         if len(per_class) != num_classes:
             raise ValueError(f"dims: expected one for each of the {num_classes} classes, got {len(per_class)}")
         for k in per_class:
-            if not 1 <= k <= in_features:
+            if not isinstance(k, numbers.Integral) or not 1 <= k <= in_features:
                 raise ValueError(
                     f"dims: a class subspace of R^{in_features} has 1 to {in_features} dimensions, got {k}"
                 )

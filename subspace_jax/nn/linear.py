@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 
 @runtime_checkable
@@ -20,7 +20,7 @@ class StructuredKernel(Protocol):
         """Returns ``x @ W`` for ``x`` of shape ``[..., in]``, as ``[..., out]`` in the dtype of ``x``."""
 
 
-def linear(x: jax.Array, kernel: ArrayLike | StructuredKernel, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array | StructuredKernel, bias: jax.Array | None = None) -> jax.Array:
     """Returns ``x @ kernel + bias``.
 
     The activations decide the dtype of the product: with bfloat16 ``x`` a float32 kernel is rounded on the way in,
@@ -36,7 +36,10 @@ def linear(x: jax.Array, kernel: ArrayLike | StructuredKernel, bias: jax.Array |
 
     Raises:
       ValueError: The last axis of ``x`` is not the first axis of an array kernel.
+      TypeError: ``x`` is of integers or booleans.
     """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"linear: x decides the dtype of the product; expected floating point, got {x.dtype}")
     if isinstance(kernel, StructuredKernel):
         y = kernel.linear(x)
     else:

@@ -1,4 +1,4 @@
-"""What all transforms of Grassmann points share: checks, the step and its transports, drift control, the difference.
+"""What all transforms of Grassmann points share: checks, schedules, and the walk over the leaves.
 
 A leaf of the parameters is a stack of orthonormal bases ``[..., n, k]``.  Geometry is computed in float32, in float64
 for float64 leaves; only the returned difference has the dtype of the parameters.
@@ -94,38 +94,6 @@ def is_due(reorth_every: ArrayLike | None, count: jax.Array) -> jax.Array | None
     return None if reorth_every is None else count % jnp.asarray(reorth_every).astype(count.dtype) == 0
 
 
-def move(
-    s: jax.Array, direction: jax.Array, m: jax.Array | None, size: jax.Array, transport: str, retraction: str
-) -> tuple[jax.Array, jax.Array | None]:
-    """Steps from ``s`` by ``-size * direction`` and carries the stored vector along.
-
-    Args:
-      s: Bases ``[..., n, k]`` in the working dtype.
-      direction: Tangent vectors at ``s``.
-      m: What is stored in the basis ``s`` between steps, or None.
-      size: Scalar.
-      transport: "parallel" carries ``m`` along the step; otherwise it is left where it is.
-      retraction: See :func:`subspace_jax.manifolds.grassmann.retract`.
-
-    Returns:
-      The new bases and ``m``.
-    """
-    velocity = -size * direction
-    new = grassmann.retract(s, velocity, retraction)
-    if m is None:
-        return new, None
-    if transport == "parallel":
-        m = grassmann.parallel_transport(s, velocity, m)
-    if retraction == "qr":
-        # This retraction turns the basis within its subspace, and what is stored in the basis has to turn with it:
-        # otherwise S and S Q, the same point, would part.  The other retractions don't turn it.
-        m = linalg.times(m, grassmann.align(s, new))
-    if transport == "parallel" and retraction != "exp":
-        # Transport went along the geodesic, which ends near the new point but not there.
-        m = grassmann.tangent_project(new, m)
-    return new, m
-
-
 def step_leaves(
     leaf: Callable[..., tuple],
     due: jax.Array | None,
@@ -134,10 +102,11 @@ def step_leaves(
     params: PyTree,
     *moments: PyTree,
 ) -> tuple:
-    """Steps every leaf, removes drift where due, and returns differences.
+    """Steps every leaf.
 
     Args:
-      leaf: ``leaf(scalars, grad, s, *moments) -> (new, *moments)``, arrays and scalars in the working dtype of ``s``.
+      leaf: ``leaf(due, scalars, grad, s, *moments) -> (new - s, *moments)``, arrays and scalars in the working dtype
+        of ``s``.
       due: Boolean scalar, or None for never.
       scalars: Numbers that ``leaf`` needs.  They are handed in, not closed over, so as to follow the mode of the mesh.
       grads: Euclidean gradients, like ``params``.
@@ -154,33 +123,19 @@ def step_leaves(
     columns = [[None] * len(bases) if tree is None else structure.flatten_up_to(tree) for tree in (grads, *moments)]
 
     def step(due, scalars, bases, columns):
-        dtypes = [linalg.working_dtype(s) for s in bases]
-        olds = [s.astype(dtype) for s, dtype in zip(bases, dtypes, strict=True)]
-        rows = zip(dtypes, columns[0], olds, *columns[1:], strict=True)
-        results = [
-            leaf({name: x.astype(dtype) for name, x in scalars.items()}, grad.astype(dtype), old, *rest)
-            for dtype, grad, old, *rest in rows
-        ]
-        differences = _differences(due, olds, [new for new, *_ in results])
-        updates = [d.astype(s.dtype) for d, s in zip(differences, bases, strict=True)]
-        return [updates, *([row[i] for row in results] for i in range(1, len(columns)))]
+        results = []
+        for s, grad, *rest in zip(bases, *columns, strict=True):
+            dtype = linalg.working_dtype(s)
+            numbers = {name: x.astype(dtype) for name, x in scalars.items()}
+            update, *rest = leaf(due, numbers, grad.astype(dtype), s.astype(dtype), *rest)
+            results.append([update.astype(s.dtype), *rest])
+        return [[row[i] for row in results] for i in range(len(columns))]
 
     arguments = (due, {name: jnp.asarray(x) for name, x in scalars.items()}, bases, columns)
     outs = in_auto_mode(step, arguments, [bases, *columns[1:]])
     # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.
     kept = [True, *(tree is not None for tree in moments)]
     return tuple(structure.unflatten(out) if keep else None for out, keep in zip(outs, kept, strict=True))
-
-
-def _differences(due, olds, news):
-    def plain(olds, news):
-        return [new - old for old, new in zip(olds, news, strict=True)]
-
-    def renewed(olds, news):
-        return plain(olds, [grassmann.reorthonormalize(new) for new in news])
-
-    # The subtraction is inside both branches: a branch that only handed its input on would cost a copy.
-    return plain(olds, news) if due is None else jax.lax.cond(due, renewed, plain, olds, news)
 
 
 def in_auto_mode(f: Callable, args: tuple, out_like: PyTree) -> PyTree:

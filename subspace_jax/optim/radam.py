@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.manifolds import grassmann
 from subspace_jax.optim import _manifold_step
+from subspace_jax.optim._grassmann_move import move, tangent_part
 
 PyTree = Any
 
@@ -42,16 +42,16 @@ def riemannian_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam on Grassmann manifolds.
 
-    The second moment is one number for each subspace: the running mean of the squared entries of its tangent gradient
-    (of its raw gradient for transport "euclidean", which averages raw gradients in both moments and projects the
-    first).  Leaves, dtypes and cost are as for :func:`riemannian_sgd`, with one or two projections more.
+    Both moments average tangent gradients; the second is one number for each subspace, the running mean of their
+    squared entries.  Leaves, dtypes, precision and cost are as for :func:`riemannian_sgd`, with one projection more.
 
     Args:
       learning_rate: Number, or schedule of the step.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
-      transport: How the first moment follows the point; see :func:`riemannian_sgd`.
+      transport: How the first moment follows the point.  "parallel" carries it along the step; "project" projects it
+        to the tangent space of each new point; "euclidean" leaves it as it is, and only its tangent part is used.
       retraction: "exp" (the geodesic), "qr", "polar" or "cayley".
       reorth_every: Every so many steps, the first among them, drift is removed by QR; None never does.
       lr_factor: Multiplies the learning rate, so that one schedule can serve Euclidean parameters too.
@@ -95,7 +95,7 @@ def scale_by_riemannian_adam(
       b1: See :func:`riemannian_adam`.
       b2: See :func:`riemannian_adam`.
       eps: See :func:`riemannian_adam`.
-      transport: See :func:`riemannian_sgd`.
+      transport: See :func:`riemannian_adam`.
       retraction: See :func:`riemannian_sgd`.
       reorth_every: See :func:`riemannian_sgd`.
 
@@ -118,26 +118,18 @@ def scale_by_riemannian_adam(
         zeros, nu = _manifold_step.zero_moments(params), _manifold_step.zero_per_subspace(params)
         return RiemannianAdamState(jnp.zeros((), jnp.int32), zeros, nu)
 
-    def leaf(scalars, grad, s, m, nu):
+    def leaf(due, scalars, grad, s, m, nu):
         b1, b2, t = scalars["b1"], scalars["b2"], scalars["t"]
-        # Both moments average the same thing: a first moment of raw gradients over a second one of tangent gradients
-        # would have no bound, for what was normal to the manifold at an old point isn't at the new one.
-        sample = grad if transport == "euclidean" else grassmann.tangent_project(s, grad)
-        m = b1 * m + (1 - b1) * sample
-        nu = b2 * nu + (1 - b2) * jnp.mean(jnp.square(sample), axis=(-2, -1))
-        # Projecting the sum is what "project" means.  The others need it too: where the gradient is all but normal
-        # to the manifold, its tangent part is rounding noise that is as large along S, and the division below blows
-        # it up to a full step.  A projection of the projection is tangent to its own precision.
-        direction = grassmann.tangent_project(s, m)
-        if transport == "euclidean":
-            direction = grassmann.tangent_project(s, direction)
-        else:
-            m = direction
+        grad = tangent_part(s, grad)
+        m = b1 * m + (1 - b1) * grad
+        nu = b2 * nu + (1 - b2) * jnp.mean(jnp.square(grad), axis=(-2, -1))
         scale = (1 / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + scalars["eps"])
-        new, m = _manifold_step.move(
-            s, scale[..., None, None] * direction, m, scalars["step_size"], transport, retraction
-        )
-        return new, m, nu
+        # The step projects once more.  Where the gradient is all but normal to the manifold, its tangent part is
+        # rounding noise that is as large along S, and the scale blows it up to a full step; a projection of the
+        # projection is tangent to its own precision.
+        size = scalars["step_size"] * scale[..., None, None]
+        update, m = move(s, m, size, due, transport, retraction)
+        return update, m, nu
 
     def update(grads, state, params=None, **extra_args):
         del extra_args

@@ -10,6 +10,7 @@ from subspace_jax import nn
 
 HEADS = ("softmax", "cosine", "grassmann")
 BACKBONES = ("mlp", "convnet")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Classifier(nnx.Module):
@@ -58,8 +59,17 @@ def make_classifier(
       The module.
 
     Raises:
-      ValueError: A name is unknown, or the head refuses its sizes.
+      ValueError: A name is unknown, a width is below 1, a "convnet" is given inputs that are not images, or the head
+        refuses its sizes.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype: expected one of {DTYPES}, got {dtype!r}")
+    if any(width < 1 for width in features):
+        raise ValueError(f"model.features: expected widths of at least 1, got {tuple(features)}")
+    if backbone == "convnet" and len(input_shape) != 3:
+        raise ValueError(
+            f"model.backbone: 'convnet' takes images [height, width, channels], got shape {list(input_shape)}"
+        )
     rngs = nnx.Rngs(params=key)
     if backbone == "mlp":
         body = nn.MLP(math.prod(input_shape), features, dtype=dtype, rngs=rngs)

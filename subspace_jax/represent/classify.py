@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from subspace_jax import data, losses, train
@@ -59,12 +60,12 @@ class ClassifierTask:
     def evaluate(self, params, variables, batch):
         """Returns sums of cross-entropy (no smoothing) and hits over the real rows, and their number."""
         logits = self.module(params, variables)(batch["inputs"])
-        mask = batch["mask"]
+        real = batch["mask"] > 0
         hits = (jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32)
         return {
-            "loss": jnp.sum(mask * losses.cross_entropy(logits, batch["labels"])),
-            "accuracy": jnp.sum(mask * hits),
-            "count": jnp.sum(mask),
+            "loss": jnp.sum(losses.cross_entropy(logits, batch["labels"]), where=real),
+            "accuracy": jnp.sum(hits, where=real),
+            "count": jnp.sum(real.astype(jnp.float32)),
         }
 
     def features(self, params, variables, inputs: jax.Array) -> jax.Array:
@@ -153,6 +154,9 @@ def features_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Collects the features of one pass, on this process's rows.
 
+    A state that is split over devices is gathered onto one device of every process first: with several processes,
+    all have to call this, and each then computes by itself.
+
     Args:
       task: The task.
       state: Its train state.
@@ -162,12 +166,20 @@ def features_of(
       Features ``[examples, n]`` and labels ``[examples]``.
     """
     compute = jax.jit(task.features)
+    params, variables = jax.tree.map(_whole, (state.params, state.variables))
     rows = [
-        (np.asarray(compute(state.params, state.variables, batch["inputs"])), batch["labels"], batch["mask"] > 0)
+        (np.asarray(compute(params, variables, batch["inputs"])), batch["labels"], batch["mask"] > 0)
         for batch in batches
     ]
     features = np.concatenate([x[mask] for x, _, mask in rows])
     return features, np.concatenate([labels[mask] for _, labels, mask in rows])
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Gathers an array onto one device of this process."""
+    if not x.is_fully_replicated:
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    return x.addressable_data(0)
 
 
 def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:

@@ -65,6 +65,9 @@ def test_default_folder_is_that_of_the_environment(tmp_path, monkeypatch):
     assert data.default_data_dir() == str(tmp_path)
     data.image_source("digits", "train")
     assert (tmp_path / "digits" / "1.0.0" / "dataset_info.json").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
+    assert data.default_data_dir() == str(tmp_path / "sets")
     monkeypatch.delenv("TFDS_DATA_DIR")
     assert data.default_data_dir().endswith("tensorflow_datasets")
 

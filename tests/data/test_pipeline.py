@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import grain
 import numpy as np
@@ -220,3 +221,30 @@ def test_sources_without_the_fields_are_refused(source, message):
         data.train_batches(source, batch_size=1, seed=0)
     with pytest.raises(ValueError, match=message):
         data.eval_batches(source, batch_size=1)
+
+
+class Slow:
+    """Examples that take random times, so that the threads that read ahead overtake each other."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        time.sleep(np.random.default_rng(index).uniform(0, 2e-3))
+        return {"inputs": np.full(1, index, np.float32), "labels": np.int32(index)}
+
+
+@pytest.mark.parametrize("stop", [1, 4, 13])
+def test_threads_that_read_ahead_change_neither_order_nor_resumption(numbered, monkeypatch, stop):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+
+    def make():
+        return data.train_batches(Slow(), batch_size=9, seed=3, transform=jitter)  # 4 steps an epoch
+
+    straight = take(data.train_batches(numbered(40), batch_size=9, seed=3, transform=jitter), stop + 8)
+    first = make()
+    assert_same(take(first, stop), straight[:stop])
+    assert first.get_state() == {"next_index": stop}  # not what the threads have read
+    second = make()
+    second.set_state(first.get_state())
+    assert_same(take(second, 8), straight[stop:])

@@ -144,3 +144,13 @@ def test_prepare_writes_array_record(tmp_path):
     folder = prepare.prepare("tiny_rgb", tmp_path)
     assert folder == str(tmp_path / "tiny_rgb" / "1.0.0")
     assert len(data.image_source("tiny_rgb", "train", tmp_path)) == 20
+
+
+def test_first_image_is_read_without_advice_on_opencv_and_other_warnings_stay(tfds_dir):
+    code = (
+        "import sys, subspace_jax.data as d; from absl import logging; "
+        "d.image_source('tiny_rgb', 'test', sys.argv[1])[0]; logging.warning('something else')"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tfds_dir], capture_output=True, text=True, check=True)
+    assert "something else" in run.stderr
+    assert "OpenCV" not in run.stderr

@@ -26,7 +26,7 @@ def by_pairs(features, labels):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 1000), st.integers(6, 20), st.integers(2, 4))
+@given(st.integers(0, 1000), st.sampled_from([6, 13, 20]), st.integers(2, 4))
 def test_both_measures_equal_their_definition_over_pairs(seed, count, num_classes):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, 20)[:count]
@@ -53,3 +53,18 @@ def test_tight_classes_are_fully_separated():
 @pytest.mark.filterwarnings("ignore")
 def test_classes_of_one_example_have_no_angle():
     assert np.isnan(metrics.intra_class_variability(np.eye(3, dtype=np.float32), np.arange(3)))
+
+
+def test_float64_features_are_measured_in_float64(x64):
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 5)), rng.integers(0, 3, 40)
+    angle, r2 = by_pairs(features, labels)
+    np.testing.assert_allclose(metrics.intra_class_variability(features, labels), angle, rtol=1e-12)
+    np.testing.assert_allclose(metrics.class_separation_r2(features, labels), r2, rtol=1e-11)
+
+
+@pytest.mark.parametrize("measure", [metrics.intra_class_variability, metrics.class_separation_r2])
+@pytest.mark.parametrize(("features", "labels"), [((6, 2), (5,)), ((6,), (6,)), ((6, 2), (6, 1))])
+def test_shapes_that_do_not_fit_are_refused(measure, features, labels):
+    with pytest.raises(ValueError, match=r"features, labels: expected \[examples, n\]"):
+        measure(np.ones(features, np.float32), np.zeros(labels, np.int32))

@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg, losses, nn
 
@@ -55,10 +59,27 @@ def test_full_dimension_gives_gamma_for_every_class():
     np.testing.assert_allclose(nn.grassmann_logits(x, bases, 7.0), 7.0, rtol=1e-5)
 
 
-def test_logits_do_not_change_under_a_change_of_basis():
-    x, s = jax.random.normal(jax.random.key(0), (5, 9)), linalg.random_orthonormal(jax.random.key(1), 9, 3, (4,))
-    turned = s @ linalg.random_orthonormal(jax.random.key(2), 3, 3, (4,))
-    np.testing.assert_allclose(nn.grassmann_logits(x, s), nn.grassmann_logits(x, turned), rtol=2e-5)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(2, 1), (5, 2), (9, 3), (6, 6)]), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_logits_do_not_change_under_a_change_of_basis(seed, sizes, length):
+    (n, k), keys = sizes, jax.random.split(jax.random.key(seed), 3)
+    x, s = length * jax.random.normal(keys[0], (5, n)), linalg.random_orthonormal(keys[1], n, k, (4,))
+    turned = s @ linalg.random_orthonormal(keys[2], k, k, (4,))
+    # A short projection is a small difference of rounded products, hence the absolute part.
+    np.testing.assert_allclose(nn.grassmann_logits(x, s), nn.grassmann_logits(x, turned), rtol=2e-5, atol=5e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2.0**-10, 0.5, 2.0, 2.0**20]), st.sampled_from([0.5, 4.0, 64.0]))
+def test_class_depends_neither_on_gamma_nor_on_the_length_of_the_feature(seed, length, gamma):
+    keys = jax.random.split(jax.random.key(seed))
+    x, s = jax.random.normal(keys[0], (16, 9)), linalg.random_orthonormal(keys[1], 9, 3, (6,))
+    logits = nn.grassmann_logits(x, s, 1.0)
+    assert jnp.all((logits >= 0) & (logits <= 1 + 1e-6))
+    # Powers of two scale without rounding, so that not even a tie may break otherwise.
+    changed = nn.grassmann_logits(length * x, s, gamma)
+    np.testing.assert_array_equal(jnp.argmax(changed, axis=-1), jnp.argmax(logits, axis=-1))
+    np.testing.assert_allclose(changed, gamma * logits, rtol=1e-6)
 
 
 def test_gradient_is_zero_and_finite_where_the_projection_or_the_feature_vanishes():
@@ -109,11 +130,13 @@ def test_head_parameters_are_orthonormal_and_named():
         ({"dims": [2, 2]}, "each of the 3 classes, got 2"),
         ({"param_dtype": jnp.bfloat16}, "bfloat16"),
         ({"param_dtype": jnp.int32}, "int32"),
+        ({"dims": 2.0}, "1 to 8 dimensions, got 2.0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
     ],
 )
 def test_head_refuses_sizes_that_cannot_serve(arguments, message):
     with pytest.raises(ValueError, match=message):
-        nn.GrassmannHead(8, 3, rngs=nnx.Rngs(params=0), **arguments)
+        nn.GrassmannHead(8, **{"num_classes": 3, **arguments}, rngs=nnx.Rngs(params=0))
 
 
 def test_logits_refuse_widths_that_differ():
@@ -134,3 +157,41 @@ def test_softmax_head_is_affine():
     x = jax.random.normal(jax.random.key(1), (5, 6))
     np.testing.assert_allclose(head(x), x @ head.linear.kernel.get_value(), rtol=1e-5, atol=1e-6)
     assert head(x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_heads_refuse_integer_features_instead_of_rounding_to_zero():
+    x = jnp.ones((2, 4), jnp.int32)
+    for logits in (lambda: nn.grassmann_logits(x, jnp.ones((3, 4, 2))), lambda: nn.cosine_logits(x, jnp.ones((4, 3)))):
+        with pytest.raises(TypeError, match="x: expected floating point, got int32"):
+            logits()
+
+
+def test_numpy_integers_serve_as_dimensions():
+    assert nn.GrassmannHead(8, 3, dims=np.int64(2), rngs=nnx.Rngs(params=0)).bases.get_value().shape == (3, 8, 2)
+
+
+def test_bfloat16_features_give_float32_gradients_of_the_bases_within_rounding():
+    x, s = jax.random.normal(jax.random.key(0), (32, 16)), linalg.random_orthonormal(jax.random.key(1), 16, 4, (5,))
+    labels = jnp.arange(32) % 5
+
+    def gradient(x):
+        return jax.grad(lambda s: jnp.mean(losses.cross_entropy(nn.grassmann_logits(x, s), labels)))(s)
+
+    exact, rounded = gradient(x), gradient(x.astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.float32
+    # Features, bases and the product are each rounded to 8 bits.
+    assert jnp.linalg.norm(rounded - exact) < 3 * 2.0**-8 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("dims", "axis_type"), [(2, AxisType.Auto), (2, AxisType.Explicit), ([1, 2] * 8, AxisType.Auto)]
+)
+def test_classes_split_over_devices_give_the_same_logits(dims, axis_type):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    graph, params = nnx.split(nn.GrassmannHead(8, 16, dims=dims, rngs=nnx.Rngs(params=0)))
+    x = jax.random.normal(jax.random.key(1), (6, 8))
+    expected = nnx.merge(graph, params)(x)
+    with jax.set_mesh(mesh):
+        split = jax.device_put((params, x), (NamedSharding(mesh, P("tensor")), NamedSharding(mesh, P("data"))))
+        logits = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(*split)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)

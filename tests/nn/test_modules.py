@@ -88,3 +88,14 @@ def test_every_parameter_names_all_its_axes(make):
     assert variables
     for variable in variables:
         assert len(variable.get_metadata()["axes"]) == variable.get_value().ndim
+
+
+def test_linear_rejects_integers_instead_of_rounding_the_kernel():
+    with pytest.raises(TypeError, match="floating point, got int32"):
+        nn.linear(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 4, 4, 6), 4), ((2, 6), 2)])
+def test_group_norm_rejects_shapes_that_do_not_fit(shape, groups):
+    with pytest.raises(ValueError, match="group_norm: expected x"):
+        nn.group_norm(jnp.ones(shape), jnp.ones(6), jnp.zeros(6), groups)

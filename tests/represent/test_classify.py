@@ -25,7 +25,7 @@ def test_every_backbone_takes_every_head(backbone, head):
     assert model(jnp.ones((3, 4, 4, 1))).shape == (3, 5)
 
 
-@pytest.mark.parametrize("field", ["backbone", "head"])
+@pytest.mark.parametrize("field", ["backbone", "head", "dtype"])
 def test_unknown_names_are_refused_with_the_known_ones(field):
     with pytest.raises(ValueError, match=rf"model\.{field}: expected one of .*got 'nonsense'"):
         represent.make_classifier(jax.random.key(0), **{field: "nonsense"}, **SHAPE)
@@ -45,7 +45,12 @@ def test_masked_rows_do_not_count_in_evaluation():
     sums = task.evaluate(params, variables, half)
     assert sums["count"] == 10
     # What stands in masked rows must not matter at all.
-    noisy = {**half, "inputs": np.where(half["mask"][:, None] > 0, half["inputs"], 1e3)}
+    real = half["mask"] > 0
+    noisy = {
+        "inputs": np.where(real[:, None], half["inputs"], np.nan),
+        "labels": np.where(real, half["labels"], -1),
+        "mask": half["mask"],
+    }
     for name, value in task.evaluate(params, variables, noisy).items():
         np.testing.assert_allclose(value, sums[name], rtol=1e-6)
 
@@ -91,6 +96,9 @@ def test_features_of_leaves_the_filling_out_and_keeps_the_order():
         ("model", "dims", (9,), "dims: a class subspace of R.8"),
         ("model", "dims", (1, 2), "dims: expected one for each of the 10 classes, got 2"),
         ("model", "dims", (0,), "dims: .* got 0"),
+        ("model", "features", (8, 0), r"features: expected widths of at least 1, got \(8, 0\)"),
+        ("model", "backbone", "convnet", r"'convnet' takes images .* got shape \[32\]"),
+        ("model", "dtype", "int32", "dtype: expected one of"),
     ],
 )
 def test_values_that_can_not_serve_are_refused_when_the_task_is_built(group, field, value, message, tmp_path):

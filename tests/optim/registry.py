@@ -1,0 +1,118 @@
+"""Every public Optax transform, with what the contract battery needs to run it.
+
+A new transform joins by entries in ``ENTRIES``: one for each variant that takes another path through the code.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax import linalg, optim
+
+PyTree = Any
+
+_BOTH_AXES = P("data", "model")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One variant of a transform.
+
+    Attributes:
+      id: Name of the variant in test reports.
+      public: Name in ``subspace_jax.optim.__all__`` that this covers.
+      factory: Returns the transform; takes ``kwargs`` and the step size under the name ``rate``.
+      params: Returns example parameters, float32.
+      check: ``check(params, tolerance)`` asserts what must hold of parameters after a step; nothing by default.
+      rate: Keyword of the step size, a number or a schedule.
+      kwargs: All other options.
+      needs_params: Whether ``update`` refuses to run without parameters.
+      extra_args: Returns the extra arguments of ``update``, if it needs any.
+      layout: PartitionSpec over the mesh axes "data" (4) and "model" (2), for every leaf of the parameters or a tree.
+    """
+
+    id: str
+    public: str
+    factory: Callable[..., optax.GradientTransformation]
+    params: Callable[[], PyTree]
+    check: Callable[[PyTree, float], None] = lambda params, tolerance: None
+    rate: str = "learning_rate"
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs_params: bool = True
+    extra_args: Callable[[], dict] = dict
+    layout: PyTree = _BOTH_AXES
+
+    def make(self, rate=0.1) -> optax.GradientTransformationExtraArgs:
+        """The transform, with this step size."""
+        return optax.with_extra_args_support(self.factory(**{self.rate: rate}, **self.kwargs))
+
+    def gradients(self, params: PyTree, seed: int) -> PyTree:
+        """Gaussian gradients in the dtypes of the parameters."""
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+
+@functools.cache
+def stacks_of_bases() -> PyTree:
+    """Two dimensions of subspaces as two leaves; all axes but the last divide among 8 devices."""
+    keys = jax.random.split(jax.random.key(7), 2)
+    return {"bases": tuple(linalg.random_orthonormal(key, 8, k, (8,)) for key, k in zip(keys, (2, 3), strict=True))}
+
+
+@functools.cache
+def head_on_a_layer() -> PyTree:
+    return {"layer": {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8)}, "head": stacks_of_bases()}
+
+
+def orthonormal(params: PyTree, tolerance: float) -> None:
+    for s in jax.tree.leaves(params):
+        assert float(jnp.max(linalg.orthonormality_error(s))) <= tolerance
+
+
+def decayed_sgd_and_rsgd(learning_rate):
+    euclidean = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(learning_rate))
+    return optim.with_geometry(euclidean, optim.riemannian_sgd(learning_rate))
+
+
+_BASES = {"params": stacks_of_bases, "check": orthonormal}
+_RSGD = {"public": "riemannian_sgd", "factory": optim.riemannian_sgd, **_BASES}
+_RADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASES}
+
+ENTRIES = (
+    Entry("rsgd", **_RSGD),
+    Entry("rsgd-without-momentum", **_RSGD, kwargs={"momentum": None, "reorth_every": None}),
+    Entry("rsgd-parallel-qr", **_RSGD, kwargs={"transport": "parallel", "retraction": "qr", "dampening": 0.1}),
+    Entry("rsgd-project-cayley", **_RSGD, kwargs={"transport": "project", "retraction": "cayley", "lr_factor": 0.5}),
+    Entry(
+        "scale-by-rsgd-polar",
+        public="scale_by_riemannian_sgd",
+        factory=optim.scale_by_riemannian_sgd,
+        rate="step_size",
+        kwargs={"retraction": "polar", "reorth_every": 1},
+        **_BASES,
+    ),
+    Entry("radam", **_RADAM),
+    Entry("radam-euclidean-qr", **_RADAM, kwargs={"transport": "euclidean", "retraction": "qr"}),
+    Entry(
+        "scale-by-radam",
+        public="scale_by_riemannian_adam",
+        factory=optim.scale_by_riemannian_adam,
+        rate="step_size",
+        kwargs={"transport": "project", "reorth_every": 2},
+        **_BASES,
+    ),
+    Entry(
+        "with-geometry",
+        public="with_geometry",
+        factory=decayed_sgd_and_rsgd,
+        params=head_on_a_layer,
+        check=lambda params, tolerance: orthonormal(params["head"], tolerance),
+    ),
+)

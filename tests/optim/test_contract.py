@@ -1,0 +1,306 @@
+"""The contract that every public Optax transform keeps; see ``registry.py`` for who takes part.
+
+Compiling is what costs here: one jitted step of each entry is shared, and wrappers run eagerly unless they are about
+compilation or compile by themselves.
+"""
+
+import functools
+import inspect
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax import optim
+
+from .registry import ENTRIES
+
+NUM_STEPS = 3
+
+every_transform = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
+
+
+def stepper(entry, tx):
+    """``step(grads, state, params) -> (params, state)``, not jitted."""
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params, **entry.extra_args())
+        assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@functools.cache
+def compiled(entry):
+    """The transform and its jitted step, shared by the tests."""
+    tx = entry.make()
+    return tx, jax.jit(stepper(entry, tx))
+
+
+def run(entry, step, state, params):
+    """Parameters and state before the first and after each step."""
+    path = [(params, state)]
+    for i in range(NUM_STEPS):
+        params, state = path[-1]
+        path.append(step(entry.gradients(params, i), state, params))
+    return path
+
+
+@functools.cache
+def plain_run(entry):
+    tx, step = compiled(entry)
+    params = entry.params()
+    return run(entry, step, tx.init(params), params)
+
+
+def with_a_stranger(entry):
+    """Parameters and gradients of the first step, beside a parameter that is none of the transform's business."""
+    params = entry.params()
+    return {"ours": params, "other": jnp.ones(2)}, {"ours": entry.gradients(params, 0), "other": jnp.full(2, 3.0)}
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(got, expected):
+    assert_close(got, expected, tolerance=0)
+
+
+def avals(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), jax.typeof(x).weak_type), tree)
+
+
+def dtypes(tree):
+    return {x.dtype for x in jax.tree.leaves(tree)}
+
+
+def test_the_registry_holds_every_public_transform():
+    functions = {name: made for name in optim.__all__ if inspect.isfunction(made := getattr(optim, name))}
+    returned = {name: typing.get_type_hints(function)["return"] for name, function in functions.items()}
+    transforms = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+    assert {name for name, kind in returned.items() if kind in transforms} == {entry.public for entry in ENTRIES}
+
+
+@every_transform
+def test_steps_move_every_parameter_and_keep_the_invariant(entry):
+    for i, (params, _) in enumerate(plain_run(entry)[1:]):
+        # Adding a difference in float32 rounds each entry anew, so errors add up until drift is removed.
+        entry.check(params, 1e-6 if i == 0 else 2e-6)
+    moved = jax.tree.map(lambda new, old: not np.allclose(new, old), params, entry.params())
+    assert all(jax.tree.leaves(moved))
+
+
+@every_transform
+def test_eager_equals_jit(entry):
+    params, state = plain_run(entry)[1]
+    step = stepper(entry, compiled(entry)[0])
+    assert_close(step(entry.gradients(params, 1), state, params), plain_run(entry)[2])
+
+
+@every_transform
+def test_init_needs_no_values(entry):
+    params, state = plain_run(entry)[0]
+    init = compiled(entry)[0].init
+    shapes = jax.eval_shape(lambda: params)
+    for made in (jax.eval_shape(init, shapes), jax.eval_shape(init, params), jax.eval_shape(lambda: init(params))):
+        assert avals(made) == avals(state)
+    assert_equal(jax.jit(init)(params), state)
+
+
+@every_transform
+def test_types_are_stable_from_step_0_and_nothing_is_retraced(entry):
+    start, *rest = plain_run(entry)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(start))
+    assert all(avals(after) == avals(start) for after in rest)
+    assert compiled(entry)[1]._cache_size() == 1
+
+
+@every_transform
+def test_bfloat16_params_have_a_float32_state(entry):
+    tx, _ = compiled(entry)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), entry.params())
+    start, *rest = run(entry, stepper(entry, tx), tx.init(params), params)
+    assert avals(start[1]) == avals(plain_run(entry)[0][1])
+    assert all(avals(after) == avals(start) for after in rest)
+    for x in jax.tree.leaves(rest[-1]):
+        assert jnp.all(jnp.isfinite(x))
+    entry.check(rest[-1][0], 0.03)
+
+
+@every_transform
+def test_float64_params_have_a_float64_state(entry, x64):
+    tx = entry.make()
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), entry.params())
+    start = params, jax.eval_shape(tx.init, params)
+    assert jnp.float32 not in dtypes(start)
+    after = jax.eval_shape(stepper(entry, tx), params, start[1], params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
+
+
+@every_transform
+def test_can_be_vmapped(entry):
+    tx, _ = compiled(entry)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), entry.params())
+    states = jax.eval_shape(jax.vmap(tx.init), stacked)
+    after = jax.eval_shape(jax.vmap(stepper(entry, tx)), stacked, states, stacked)
+    assert avals(after) == avals((stacked, states))
+
+
+@every_transform
+def test_masked(entry):
+    params, grads = with_a_stranger(entry)
+    tx = optax.masked(entry.make(), {"ours": True, "other": False})
+    params, _ = stepper(entry, tx)(grads, tx.init(params), params)
+    assert_close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, 4.0)})
+
+
+@every_transform
+def test_masked_away_altogether(entry):
+    params = {"other": jnp.ones(2)}
+    tx = optax.masked(entry.make(), {"other": False})
+    state = tx.init(params)
+    updates, after = tx.update(params, state, params, **entry.extra_args())
+    assert_equal(updates, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@every_transform
+def test_partition(entry):
+    params, grads = with_a_stranger(entry)
+    tx = optax.partition({"a": entry.make(), "b": optax.sgd(0.5)}, {"ours": "a", "other": "b"})
+    params, _ = stepper(entry, tx)(grads, tx.init(params), params)
+    assert_close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, -0.5)})
+
+
+@every_transform
+def test_chain_with_clipping_in_front(entry):
+    params, state = plain_run(entry)[1]
+    clip, tx = optax.clip_by_global_norm(0.5), compiled(entry)[0]
+    chained, grads = optax.chain(clip, tx), entry.gradients(params, 1)
+    clipped, _ = clip.update(grads, clip.init(params))
+    got, _ = stepper(entry, chained)(grads, (clip.init(params), state), params)
+    expected, _ = compiled(entry)[1](clipped, state, params)
+    assert_close(got, expected)
+
+
+@every_transform
+def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
+    tx = optax.inject_hyperparams(entry.factory)(**{entry.rate: 0.1}, **entry.kwargs)
+    step = jax.jit(stepper(entry, tx))
+    params = entry.params()
+    path = run(entry, step, tx.init(params), params)
+    assert_close([(params, state.inner_state) for params, state in path], plain_run(entry))
+
+    params, state = path[-1]
+    grads = entry.gradients(params, NUM_STEPS)
+    expected, _ = stepper(entry, entry.make(0.02))(grads, state.inner_state, params)
+    state.hyperparams[entry.rate] = jnp.asarray(0.02, jnp.float32)
+    got, _ = step(grads, state, params)
+    assert_close(got, expected)
+    assert step._cache_size() == 1
+
+
+@every_transform
+def test_a_schedule_is_followed(entry):
+    rates = jnp.asarray([0.1, 0.03, 0.2])
+    scheduled = entry.make(lambda count: rates[count])
+    by_hand = optax.inject_hyperparams(entry.factory)(**{entry.rate: 0.1}, **entry.kwargs)
+    params = entry.params()
+    expected, state = params, by_hand.init(params)
+    for i, (got, _) in enumerate(run(entry, stepper(entry, scheduled), scheduled.init(params), params)[1:]):
+        state.hyperparams[entry.rate] = rates[i]
+        expected, state = stepper(entry, by_hand)(entry.gradients(params, i), state, expected)
+        assert_close(got, expected)
+
+
+@every_transform
+def test_multi_steps_averages_gradients(entry):
+    tx = optax.MultiSteps(compiled(entry)[0], every_k_schedule=2)
+    step, params = jax.jit(stepper(entry, tx)), entry.params()
+    state, grads = tx.init(params), entry.gradients(params, 0)
+    with jax.numpy_dtype_promotion("standard"):  # Optax divides float32 by int32
+        halfway, after = step(jax.tree.map(lambda g: 0.5 * g, grads), state, params)
+        got, after = step(jax.tree.map(lambda g: 1.5 * g, grads), after, halfway)
+    assert_equal(halfway, params)
+    assert avals(after) == avals(state)
+    assert_close((got, after.inner_opt_state), plain_run(entry)[1])
+
+
+@every_transform
+def test_apply_if_finite_skips_steps_that_are_not(entry):
+    tx = optax.apply_if_finite(compiled(entry)[0], max_consecutive_errors=3)
+    step, params = jax.jit(stepper(entry, tx)), entry.params()
+    state, grads = tx.init(params), entry.gradients(params, 0)
+    bad = jax.tree.map(lambda g: g.at[0, 0].set(jnp.nan), grads)
+    skipped, after = step(bad, state, params)
+    assert_equal((skipped, after.inner_state), (params, state.inner_state))
+    got, after = step(grads, after, skipped)
+    assert_close((got, after.inner_state), plain_run(entry)[1])
+
+
+@every_transform
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type, axis_type))
+    params, tx = entry.params(), entry.make()
+    whole = isinstance(entry.layout, P)
+    layout = jax.tree.map(lambda _: entry.layout, params) if whole else entry.layout
+    # JAX takes a spec with its trailing Nones for another one than that without, and would compile twice.
+    layout = jax.tree.map(lambda p, spec: P(*spec, *[None] * (p.ndim - len(spec))), params, layout)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout)
+    by_shape = {p.shape: s for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)}
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings)
+        step = jax.jit(stepper(entry, tx), donate_argnums=(1, 2))
+        after = params, tx.init(params)
+        for i, expected in enumerate(plain_run(entry)):
+            for x in jax.tree.leaves(after):
+                assert x.shape not in by_shape or x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
+            assert_close(after, expected)
+            params, state = after
+            grads = jax.device_put(entry.gradients(params, i), shardings)
+            after = step(grads, state, params)
+    assert step._cache_size() == 1
+
+
+@every_transform
+def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
+    saved, end = plain_run(entry)[1], plain_run(entry)[-1]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        params, state = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: saved))
+    assert_equal((params, state), saved)
+    # Off the sharding that Orbax pins them to, which would only make the same step compile again.
+    params, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, state))
+    for i in range(1, NUM_STEPS):
+        params, state = compiled(entry)[1](entry.gradients(params, i), state, params)
+    assert_equal((params, state), end)
+
+
+@every_transform
+def test_params_are_asked_for_where_they_are_needed(entry):
+    if not entry.needs_params:
+        pytest.skip("runs without parameters")
+    params, state = plain_run(entry)[0]
+    with pytest.raises(ValueError, match="params"):
+        compiled(entry)[0].update(params, state, **entry.extra_args())
+
+
+@every_transform
+def test_gradients_of_another_structure_are_refused(entry):
+    params, state = plain_run(entry)[0]
+    with pytest.raises((TypeError, ValueError)):
+        compiled(entry)[0].update({"elsewhere": params}, state, params, **entry.extra_args())
