@@ -68,7 +68,7 @@ def stacks_of_bases() -> PyTree:
 
 @functools.cache
 def head_on_a_layer() -> PyTree:
-    return {"layer": {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8)}, "head": stacks_of_bases()}
+    return {"layer": {"kernel": jnp.linspace(-1, 1, 64, dtype=jnp.float32).reshape(8, 8)}, "head": stacks_of_bases()}
 
 
 def orthonormal(params: PyTree, tolerance: float) -> None:
