@@ -2,6 +2,7 @@
 
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
+from subspace_jax.linalg.cosine import cos_sinc_sqrt
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
@@ -16,6 +17,7 @@ __all__ = [
     "canonical_svd",
     "cholesky_qr",
     "cholesky_qr2",
+    "cos_sinc_sqrt",
     "cos_sqrt",
     "expm",
     "expm_action",

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
+from subspace_jax.kernels import grassmann_logits as kernels
 from subspace_jax.linalg import random_orthonormal, working_dtype
 from subspace_jax.nn.linear import Linear, linear
 
@@ -53,13 +54,14 @@ def safe_norm(x: jax.Array, keepdims: bool = False) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, q, 1.0)), 0.0)
 
 
-def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma: float = 25.0) -> jax.Array:
+def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma: ArrayLike = 25.0) -> jax.Array:
     """Length of each feature's projection onto each class subspace: ``gamma * ||S_c^T x / ||x||||``.
 
     Source: arXiv 2308.01547, the class representation of section 3.  The products run in the dtype of ``x`` with
     float32 accumulation; the length is float32 (float64 for float64 ``x``).  The logits lie in ``[0, gamma]`` for
-    orthonormal bases and do not change under a change of basis.  Besides the result, memory must hold the products
-    ``[batch, classes, k]`` and a copy of the bases in the dtype of ``x``.
+    orthonormal bases and do not change under a change of basis.  They are those of
+    :func:`subspace_jax.kernels.grassmann_logits` for features of unit length: besides the result, memory holds the
+    lengths and the products of some classes at a time, never ``[batch, classes, k]``, in the gradients too.
 
     Args:
       x: Features ``[batch, n]``, floating point.
@@ -70,19 +72,18 @@ def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma
       Logits ``[batch, classes]``; for a sequence, the groups one after the other.
 
     Raises:
-      ValueError: Widths do not match, or an axis is missing.
+      ValueError: Widths do not match, or an axis is missing or empty.
       TypeError: ``x`` is not floating point.
     """
-    if isinstance(bases, Sequence):
-        groups = [grassmann_logits(x, group, gamma) for group in bases]
-        return jnp.concatenate(groups, axis=-1)
-    if x.ndim != 2 or bases.ndim != 3 or x.shape[-1] != bases.shape[-2]:
-        raise ValueError(
-            f"grassmann_logits: expected x [batch, n] and bases [classes, n, k]; got {x.shape} and {bases.shape}"
-        )
-    unit = normalize(x)
-    z = jnp.einsum("bn,cnk->bck", unit.astype(x.dtype), bases.astype(x.dtype), preferred_element_type=unit.dtype)
-    return gamma * safe_norm(z)
+    groups = bases if isinstance(bases, Sequence) else (bases,)
+    for group in groups:
+        if x.ndim != 2 or group.ndim != 3 or x.shape[-1] != group.shape[-2]:
+            raise ValueError(
+                f"grassmann_logits: expected x [batch, n] and bases [classes, n, k]; got {x.shape} and {group.shape}"
+            )
+    unit = normalize(x).astype(x.dtype)
+    logits = [kernels.grassmann_logits(unit, group, gamma) for group in groups]
+    return logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
 
 
 def cosine_logits(x: jax.Array, kernel: jax.Array, gamma: float = 25.0) -> jax.Array:

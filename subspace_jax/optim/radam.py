@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_jax.kernels.grassmann_step.xla import move, tangent_part
 from subspace_jax.optim import _manifold_step
-from subspace_jax.optim._grassmann_move import move, tangent_part
 
 PyTree = Any
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.linalg import eye_like, gram, times
+from subspace_jax.kernels.grassmann_step.gram import tall_gram
+from subspace_jax.linalg import eye_like, times
 
 
 def tangent_part(s: jax.Array, x: jax.Array) -> jax.Array:
     """``X - S (S^T X)``."""
-    return x - _combine(s, gram(s, x))
+    return x - _combine(s, tall_gram(s, x))
 
 
 def move(
@@ -38,21 +39,22 @@ def move(
     Returns:
       ``new - s``, and the direction in the basis ``new``.
     """
-    overlap = gram(s, direction)
+    overlap = tall_gram(s, direction)
     h = direction - _combine(s, overlap)
-    square = gram(h, h)
+    square = tall_gram(h, h)
     x, y = _coefficients(size * size * square, retraction)
     y = -size * y
 
     # The Gram matrix of S X + H Y.  Bases keep what drift they have, or lose it where due, but a step adds nothing
-    # beyond the rounding of products: computed eigenvectors, for one, are orthonormal to a few times that only.
-    own = eye_like(square) if due is None else jax.lax.cond(due, lambda s: gram(s, s), lambda s: eye_like(square), s)
+    # beyond the rounding of products, whatever errors X and Y have.
+    eye = eye_like(square)
+    own = eye if due is None else jax.lax.cond(due, lambda s: tall_gram(s, s), lambda s: eye, s)
     cross = _inner(x, overlap - times(own, overlap), y)
     r = _inverse_factor(_inner(x, own, x) + _inner(y, square, y) + cross + cross.mT)
     x, y = times(x, r), times(y, r)
     # H is written out in terms of the direction, so that it need not be held till here: (X - I) - (S^T D) Y.
-    left = jnp.concatenate([x - eye_like(x), -overlap], axis=-1)
-    right = jnp.concatenate([eye_like(y), y], axis=-2)
+    left = jnp.concatenate([x - eye, -overlap], axis=-1)
+    right = jnp.concatenate([eye, y], axis=-2)
     update = _combine(s, times(left, right)) + _combine(direction, y)
 
     # The qr retraction turns the basis within its subspace, and what is stored in the basis has to turn with it:
@@ -62,7 +64,7 @@ def move(
     if transport in ("euclidean", "project"):
         kept = direction if transport == "euclidean" else h
         return update, kept if turn is None else _combine(kept, turn)
-    cos, sinc = _geodesic(size * size * square)
+    cos, sinc = linalg.cos_sinc_sqrt(size * size * square)
     along_s, along_h = times(size * sinc, square), cos
     if turn is not None:
         along_s, along_h = times(along_s, turn), times(along_h, turn)
@@ -83,11 +85,7 @@ def _coefficients(m: jax.Array, retraction: str) -> tuple[jax.Array, jax.Array]:
         return root, root
     if retraction == "cayley":
         return linalg.spectral(lambda x: ((1 - x / 4) / (1 + x / 4), 1 / (1 + x / 4)), m)
-    return _geodesic(m)
-
-
-def _geodesic(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return linalg.spectral(lambda x: (linalg.cos_sqrt(x), linalg.sinc_sqrt(x)), m)
+    return linalg.cos_sinc_sqrt(m)
 
 
 def _combine(s: jax.Array, m: jax.Array) -> jax.Array:

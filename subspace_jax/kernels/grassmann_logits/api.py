@@ -1,0 +1,122 @@
+"""The public function: checks, derivatives and shards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from subspace_jax.kernels._dispatch import check_implementation
+from subspace_jax.kernels._shards import over_shards, vary_alike
+from subspace_jax.kernels.grassmann_logits import xla
+
+_NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs writes no products either"
+
+
+def grassmann_logits(
+    x: jax.Array,
+    bases: jax.Array,
+    gamma: ArrayLike = 25.0,
+    *,
+    implementation: str | None = None,
+    block: int | None = None,
+) -> jax.Array:
+    """Lengths of features' projections onto class subspaces, ``gamma * ||S_c^T x||``.
+
+    The head of Grassmann class representation (arXiv 2308.01547, section 3), for features that are taken as they come:
+    :func:`subspace_jax.nn.grassmann_logits` brings them to unit length first.  Where a projection vanishes, its
+    gradient is zero.
+
+    For B features of width n and C classes of k dimensions the logits cost ``2 B C n k`` FLOPs and the gradients
+    ``6 B C n k``, a third of them to make the products anew.  Arguments and results are at least
+    ``B n |x| + C n k |S| + 4 B C`` bytes for the logits, and ``2 B n |x| + 2 C n k |S| + 8 B C`` for the gradients; the
+    features, as float32, and their gradient are gone through once for each group of classes.  The products
+    ``[B, C, k]`` are never there: they are made for a group of classes at a time, of about 16 MiB of products or bases
+    (at least one class of each of up to 32 runs of classes).  Memory holds, besides arguments and results, a few such
+    groups, the features as float32, and the lengths ``[B, C]``, which the gradients take; up to two more ``[B, C]``
+    where layouts differ.  Bases are cast to bfloat16 a group at a time.
+
+    Sharded over Explicit mesh axes, batch and classes stay as they are split, features and bases are gathered along n
+    and k; the gradient of ``x`` is one sum over the devices that share the batch, that of ``bases`` a sum for each
+    group over those that share the classes.  Under Auto axes the compiler does the same, if classes are split over a
+    power of two of devices up to 32.  Works under ``vmap`` and ``shard_map``.
+
+    Args:
+      x: Features ``[..., n]``, floating point.  Its dtype decides how products are made: in bfloat16 both factors are
+        rounded to bfloat16 and sums are float32; otherwise full precision of float32, or of float64.
+      bases: ``[classes, n, k]``, floating point.  They need not be orthonormal.
+      gamma: Scale of the logits, a scalar that may be traced and differentiated.
+      implementation: None or "xla".
+      block: Classes that are worked on at a time; None for a value by batch and k.
+
+    Returns:
+      Logits ``[..., classes]``, float32, or float64 if ``x`` is.
+
+    Raises:
+      ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
+      TypeError: An array is not floating point.
+    """
+    _check(x, bases, gamma, block)
+    check_implementation("grassmann_logits", implementation, x, bases, refusal=_NO_KERNEL)
+    return _logits(x, bases, gamma, block)
+
+
+def _check(x, bases, gamma, block):
+    if x.ndim < 1 or 0 in x.shape:
+        raise ValueError(f"x: expected features [..., n] without empty axes, got shape {x.shape}")
+    if bases.ndim != 3 or 0 in bases.shape or bases.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"bases: expected [classes, {x.shape[-1]}, k] without empty axes for features of shape {x.shape}, "
+            f"got {bases.shape}"
+        )
+    for name, a in (("x", x), ("bases", bases)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise TypeError(f"{name}: expected floating point, got {a.dtype}")
+    if jnp.shape(gamma) != ():
+        raise ValueError(f"gamma: expected a scalar, got shape {jnp.shape(gamma)}")
+    if block is not None and (not isinstance(block, int) or block < 1):
+        raise ValueError(f"block: expected a positive number of classes, or None, got {block!r}")
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _logits(x, bases, gamma, block):
+    lengths = _norms(*vary_alike(x, bases), block)
+    # Outside of the derivative's rule, so that it serves gamma = 0 too; a compiler merges it into what comes next.
+    return jnp.asarray(gamma).astype(lengths.dtype) * lengths
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _norms(x, bases, block):
+    rows = _rows(x)
+    run = over_shards(functools.partial(xla.norms, block=block), f"{rows} n, c n k -> {rows} c", together=("n", "k"))
+    return run(x, bases)
+
+
+def _forward(x, bases, block):
+    lengths = _norms(x, bases, block)
+    return lengths, (x, bases, lengths)
+
+
+def _backward(block, kept, weights):
+    rows = _rows(kept[0])
+    rule = f"{rows} n, c n k, {rows} c, {rows} c -> {rows} n, c n k"
+    run = functools.partial(_gradients, block=block)
+    grads = over_shards(run, rule, together=("n", "k"), inside=("c", *rows.split()))(*kept, weights)
+    return tuple(map(_placed_like, grads, kept[:2]))
+
+
+def _gradients(*args, block, c, **rows):
+    return xla.gradients(*args, block=block, class_axes=c, row_axes=sum(rows.values(), ()))
+
+
+def _placed_like(grad, x):
+    """Splits over Explicit mesh axes what is split in ``x`` and was gathered for the products."""
+    wanted = jax.typeof(x).sharding.spec
+    return grad if jax.typeof(grad).sharding.spec == wanted else jax.sharding.reshard(grad, wanted)
+
+
+_norms.defvjp(_forward, _backward)
+
+
+def _rows(x) -> str:
+    return " ".join(f"row{i}" for i in range(x.ndim - 1))

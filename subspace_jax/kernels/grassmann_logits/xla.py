@@ -1,0 +1,151 @@
+"""Norms of projections onto class subspaces and their derivatives, some classes at a time.
+
+The products of some classes with all features are made, used and dropped.  They are laid out ``[classes, k, batch]``:
+a TPU stores bases as ``[classes, k, n]``, so that for the derivatives only this order needs no copy of the bases, and
+the sum over k ends the product, which is written nowhere; on CPUs the sum over k runs over whole vectors.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.kernels._shards import vary_alike
+from subspace_jax.linalg import working_dtype
+
+# Bytes of the products, and of the bases, that are there at a time: of both there are a few, which stay within the
+# memory of a TPU's core and the cache of a GPU.
+_BLOCK_BYTES = 16 << 20
+# Devices over which classes may be split without a collective, and rows of a tile of a TPU's layout.
+_SHARDS = 32
+_TILE = 8
+
+
+def norms(x, bases, *, block):
+    """Lengths ``[..., classes]`` of ``S_c^T x``, for ``x [..., n]`` and ``bases [classes, n, k]``."""
+    features, wide = _features(x)
+    classes = _Classes(bases, features.shape[0], block)
+
+    def add(out, start, width):
+        z = classes.products(classes.rows(start, width, x.dtype), features, x.dtype)
+        return classes.put(out, jnp.sqrt(jnp.sum(jnp.square(z), axis=2)), start)
+
+    out = jnp.zeros((*classes.split, features.shape[0]), wide)
+    out = classes.loop(add, vary_alike(features, out)[1])
+    return out.reshape(classes.count, -1).T.reshape(*x.shape[:-1], classes.count)
+
+
+def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
+    """Gradients of ``sum(weights * norms)`` with respect to ``x`` and ``bases``; a norm of zero gives none.
+
+    They are summed over the mesh axes that split the classes and the rows of ``x``; those of bases group by group, for
+    a sum of all at once would need a second place of their size.
+    """
+    features, wide = _features(x)
+    batch = features.shape[0]
+    classes = _Classes(bases, batch, block)
+    norms, weights = (a.reshape(batch, -1).T.reshape(*classes.split, batch) for a in (norms, weights.astype(wide)))
+
+    def add(sums, start, width):
+        dx, dbases = sums
+        rows = classes.rows(start, width, x.dtype)
+        length = classes.take(norms, start, width)
+        weight = jnp.where(length > 0, classes.take(weights, start, width) / jnp.where(length > 0, length, 1), 0)
+        z = weight[:, :, None] * classes.products(rows, features, x.dtype)
+        # Both products take it as it was rounded once; without the barrier a compiler makes it for each anew.
+        z = jax.lax.optimization_barrier(_round(z.reshape(-1, batch), x.dtype))
+        dx = dx + _dot("pb,pn->bn", z, rows, x.dtype)
+        group = classes.bases_of(_dot("pb,bn->pn", z, features, x.dtype))
+        return dx, classes.put(dbases, jax.lax.psum(group, row_axes) if row_axes else group, start)
+
+    sums = jnp.zeros(features.shape, wide), jnp.zeros(classes.bases.shape, wide)
+    dx, dbases = classes.loop(add, tuple(vary_alike(features, *sums)[1:]))
+    dx = jax.lax.psum(dx, class_axes) if class_axes else dx
+    return dx.reshape(x.shape).astype(x.dtype), dbases.reshape(bases.shape).astype(bases.dtype)
+
+
+def _features(x):
+    wide = working_dtype(x)
+    return x.reshape(-1, x.shape[-1]).astype(wide), wide
+
+
+def _round(x, dtype):
+    # A TPU's compiler would take a cast out of the loop, and so make a copy of all bases.
+    return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
+
+
+def _dot(rule, x, y, dtype):
+    """A product with sums in at least float32, of factors that :func:`_round` gave."""
+    if dtype != jnp.bfloat16:
+        return jnp.einsum(rule, x, y, precision=jax.lax.Precision.HIGHEST)
+
+    def wide(x, y):  # The matrix unit takes float32 as bfloat16.
+        return jnp.einsum(rule, x, y, precision=jax.lax.Precision.DEFAULT)
+
+    def narrow(x, y):
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jnp.einsum(rule, x, y, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, tpu=wide, default=narrow)
+
+
+class _Classes:
+    """Bases ``[classes, n, k]`` in groups of about ``block`` classes.
+
+    Where classes are sharded over Auto mesh axes, each group must have a share of every shard for a loop to need no
+    collective: the classes are split into runs, and a group takes a piece of each run.
+    """
+
+    def __init__(self, bases: jax.Array, batch: int, block: int | None):
+        self.count, self.n, self.k = bases.shape
+        wanted = block or _BLOCK_BYTES // (4 * self.k * max(batch, self.n))
+        runs = _runs(self.count) if wanted < self.count else 1
+        self.split = runs, self.count // runs
+        self.width = _width(self.split[1], max(1, wanted // runs))
+        self.bases = bases.reshape(*self.split, self.n, self.k)
+
+    def take(self, a: jax.Array, start, width: int) -> jax.Array:
+        return a if width == a.shape[1] else jax.lax.dynamic_slice_in_dim(a, start, width, 1)
+
+    def put(self, a: jax.Array, piece: jax.Array, start) -> jax.Array:
+        return piece if piece.shape == a.shape else jax.lax.dynamic_update_slice_in_dim(a, piece, start, 1)
+
+    def rows(self, start, width: int, dtype) -> jax.Array:
+        """Basis vectors ``[classes k, n]`` of a group, as precise as ``dtype``."""
+        piece = jnp.swapaxes(self.take(self.bases, start, width), 2, 3).reshape(-1, self.n)
+        # Or a v6e's compiler lays all bases out anew to have them k by k.
+        piece = jax.lax.optimization_barrier(piece)
+        return _round(piece.astype(working_dtype(jnp.zeros((), dtype))), dtype)
+
+    def bases_of(self, rows: jax.Array) -> jax.Array:
+        """What :meth:`rows` takes apart."""
+        return jnp.swapaxes(rows.reshape(self.split[0], -1, self.k, self.n), 2, 3)
+
+    def products(self, rows: jax.Array, features: jax.Array, dtype) -> jax.Array:
+        """``[runs, width, k, batch]``."""
+        z = _dot("pn,bn->pb", rows, features, dtype)
+        return z.reshape(self.split[0], -1, self.k, features.shape[0])
+
+    def loop(self, add: Callable, sums):
+        """``add(sums, start, width)`` for every group."""
+        length, width = self.split[1], self.width
+        if width == length:
+            return add(sums, 0, width)
+        if rest := length % width:
+            sums = add(sums, length - rest, rest)
+        return jax.lax.fori_loop(0, length // width, lambda i, sums: add(sums, i * width, width), sums)
+
+
+def _width(length: int, wanted: int) -> int:
+    """Classes of a run that a group takes, if possible so that all groups are alike."""
+    step = _TILE if wanted >= _TILE else 1
+    most = min(length, wanted - wanted % step)
+    return next((width for width in range(most, most // 2, -step) if length % width == 0), most)
+
+
+def _runs(count: int) -> int:
+    for runs in (_SHARDS, 16, 8, 4):
+        if count % (_TILE * runs) == 0:  # Or a TPU would lay out anew what belongs to classes.
+            return runs
+    return math.gcd(count, _SHARDS)
