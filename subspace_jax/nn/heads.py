@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from subspace_jax.kernels import grassmann_logits as kernels
+from subspace_jax import kernels
 from subspace_jax.linalg import random_orthonormal, working_dtype
 from subspace_jax.nn.linear import Linear, linear
 
