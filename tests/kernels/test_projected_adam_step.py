@@ -108,7 +108,7 @@ def test_first_step_of_optax_galore_is_had_with_corrected_eps():
     tx = optax.contrib.galore(LR, rank=4, scale=SCALE)
     with jax.numpy_dtype_promotion("standard"):
         updates, state = tx.update(grad, tx.init(w), w)
-    basis, zeros = state.projector, jnp.zeros((4, 16))
+    basis, zeros = state[0].projector, jnp.zeros((4, 16))
     got, *_ = projected_adam_step(
         w, grad, basis, zeros, zeros, 0, LR, eps=1e-8 * jnp.sqrt(1 - 0.999), scale=SCALE, weight_decay=0.0
     )
