@@ -51,13 +51,14 @@ def projected_adam_step(
 
     Memory and time, for m x n weights and rank r: W, G and P are read once, mu and nu are read and written once, W is
     written once: ``m n (2 |W| + |G|) + 4 m r + 16 r n`` bytes, and 4 m n r FLOPs.  R, N and the update are written
-    nowhere on TPUs (XLA alone reads mu and nu twice, and on v6e copies W to and fro); elsewhere strips of them are
-    written, of 32 MiB or of 1024 columns of the update, whichever is more (rows for the right side).  Donate w, mu and
-    nu to the ``jit`` around the step, or XLA copies them.
+    nowhere on TPUs (XLA alone reads mu and nu twice, and on v6e copies W to and fro for the left side); on GPUs, and
+    wherever ``block`` is given, strips of them are written, by default of 32 MiB or 1024 columns of the update,
+    whichever is more (rows for the right side).  Donate w, mu and nu to the ``jit`` around the step, or they are
+    copied.
 
     Sharded over Explicit mesh axes, columns (rows, for the right side) need no collective; split rows (columns) cost
     one sum of R over the devices, and take the reference.  The basis is gathered along its columns.  Under Auto axes
-    the compiler does the same with the reference, on CPUs and GPUs only up to 32 shards of the axis that isn't
+    the compiler does the same with the reference, in strips only up to 32 shards of the axis that isn't
     projected.  Leading axes are mapped over, and the step works under ``vmap``.
 
     Source: CoSO (arXiv 2505.11816, steps 3 and 4 of the method, by its code), GaLore (arXiv 2403.03507, algorithm 2).

@@ -1,8 +1,8 @@
-"""The step as XLA compiles it: whole on TPUs, a strip of the moments at a time elsewhere.
+"""The step as XLA compiles it: whole on TPUs and CPUs, a strip of the moments at a time on GPUs.
 
-A TPU's compiler puts the moments at the end of the first product, and N and the subtraction around the second one.
-Elsewhere a product is a call of a library that writes its result, so that the step is made in strips: what is written
-of R, N and the update is a strip of each.
+The compilers for TPUs and CPUs put the moments at the end of the first product, and N and the subtraction around the
+second one.  On GPUs a product is a call of a library that writes its result, so that there the step is made in strips:
+what is written of R, N and the update is a strip of each.
 """
 
 import math
@@ -34,10 +34,10 @@ def step(w, grad, basis, mu, nu, scalars, *, side, block, axes):
     # A loop that is differentiated keeps what it replaces, each time.
     strips.defjvp(lambda args, tangents: jax.jvp(whole, args, tangents))
 
-    # A block that was asked for is had on a TPU too.
+    # A block that was asked for is had on every platform.
     if block is not None:
         return strips(w, grad, basis, mu, nu, scalars)
-    return jax.lax.platform_dependent(w, grad, basis, mu, nu, scalars, tpu=whole, default=strips)
+    return jax.lax.platform_dependent(w, grad, basis, mu, nu, scalars, cuda=strips, rocm=strips, default=whole)
 
 
 def product(equation: str, basis: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -92,10 +92,12 @@ def _in_strips(w, grad, basis, mu, nu, scalars, *, side, block, axes):
         piece = piece.reshape(*piece.shape[:at], runs, width, *piece.shape[at + 1 :])
         return jax.lax.dynamic_update_slice_in_dim(x, piece, start, axis)
 
-    grads, dtypes = split(_to_bits(grad)), (w.dtype, mu.dtype, nu.dtype)
+    dtypes = w.dtype, mu.dtype, nu.dtype
 
     def advance(carry, start, width):
-        g = take(grads, start, width, grad.dtype)
+        # Tied to the start, the conversion to integers isn't made for all of G before the loop.
+        g, at = jax.lax.optimization_barrier((grad, start))
+        g = take(split(_to_bits(g)), at, width, grad.dtype)
         w, mu, nu = (take(x, start, width, dtype) for x, dtype in zip(carry, dtypes, strict=True))
         new = _whole(w, g, basis, mu, nu, scalars, side=side, axes=axes)
         return tuple(put(x, piece, start, width) for x, piece in zip(carry, new, strict=True))
