@@ -91,6 +91,23 @@ def test_galore_runs_of_its_authors_code_are_reproduced(case, golden, x64):
     np.testing.assert_allclose(nu, data[f"{case}_exp_avg_sq"], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("case", ["gap1", "gap3_decay"])
+def test_coso_runs_of_its_authors_code_are_reproduced(case, golden, x64):
+    """With the bases of that code; moments and count start anew in every task."""
+    del x64
+    data = golden("coso/coso_adamw")
+    w, grads = jnp.asarray(data[f"{case}_W0"]), data[f"{case}_grads"]
+    options = {"eps": data[f"{case}_eps"], "weight_decay": data[f"{case}_weight_decay"]}
+    for task in range(grads.shape[0]):
+        mu = nu = jnp.zeros((int(data["proj_rank"]), w.shape[1]))
+        for t, grad in enumerate(grads[task]):
+            if task:
+                grad = grad - data[f"{case}_history_projector"][task - 1] @ grad
+            basis = jnp.asarray(data[f"{case}_projector"][task, t])
+            w, mu, nu = projected_adam_step(w, jnp.asarray(grad), basis, mu, nu, t, data[f"{case}_lr"], **options)
+            np.testing.assert_allclose(w, data[f"{case}_params"][task, t], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("block", [None, 40])

@@ -102,7 +102,7 @@ def _dot(x, y):
 
 def _dot_rows(x, y, basis):
     """``x^T y``, in the precision of the products with the basis."""
-    return _dot(x.T, y.astype(basis.dtype))
+    return _dot(x.T, y.astype(basis.dtype) if basis.dtype == jnp.bfloat16 else y)
 
 
 class Strips:
