@@ -2,13 +2,13 @@
 
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
-from subspace_jax.linalg.cosine import cos_sinc_sqrt
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
+from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "arcsine_ratio",
@@ -17,7 +17,6 @@ __all__ = [
     "canonical_svd",
     "cholesky_qr",
     "cholesky_qr2",
-    "cos_sinc_sqrt",
     "cos_sqrt",
     "expm",
     "expm_action",
@@ -36,6 +35,7 @@ __all__ = [
     "spectral",
     "subspace_iteration",
     "times",
+    "versine_sinc_sqrt",
     "versine_sqrt",
     "working_dtype",
 ]

@@ -49,9 +49,9 @@ def riemannian_sgd(
 
     Costs a few passes over bases, gradients and momentum, about ``10 n k^2`` operations and some of ``k x k`` matrices
     for a subspace; there is no ``n x k`` decomposition.  State and arithmetic are float32 (float64 for float64 bases).
-    float32 bases stay orthonormal to about 1e-6, in proportion more where the step size times the part of the
-    gradient that is normal to the manifold is large against 1.  bfloat16 bases are stepped, but are orthonormal only
-    to their own precision: keep float32 masters.
+    float32 bases stay orthonormal to 1e-6 after every step, more in proportion where steps turn by radians or the
+    part of the gradient that is normal to the manifold, times the step size, is large against 1.  bfloat16 bases are
+    stepped, but are orthonormal only to their own precision: keep float32 masters.
 
     Args:
       learning_rate: Number, or schedule of the step; negative ascends.

@@ -136,12 +136,13 @@ def test_the_first_step_spans_the_geodesic(x64, transport):
 
 
 @both
-@pytest.mark.parametrize(("reorth_every", "limit"), [(1, 1e-6), (5, 3e-6), (None, 2e-5)])
-def test_drift_of_1000_float32_steps(make, reorth_every, limit):
+@pytest.mark.parametrize("reorth_every", [1, 5, None])
+def test_float32_bases_stay_orthonormal_after_each_of_1000_steps(make, reorth_every):
     s = points(n=64, k=8)
     tx = make(RATE, reorth_every=reorth_every)
     path, _ = trajectory(tx, random_gradient, s, tx.init(s), 1000)
-    assert np.max(defects(path)) < limit
+    # About 3e-7 was seen: roundings of I - X, which is small, not of X.
+    assert np.max(defects(path)) < 6e-7
 
 
 def test_a_step_from_bases_with_drift_removes_it_where_due():

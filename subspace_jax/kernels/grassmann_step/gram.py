@@ -24,17 +24,49 @@ def tall_gram(x: jax.Array, y: jax.Array) -> jax.Array:
     Returns:
       ``[..., k, k]``.
     """
+    if not _splits(x):
+        return linalg.gram(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=lambda x, y: _sum_of_all(_blocks(x, y)), default=linalg.gram)
+
+
+def defect(s: jax.Array) -> jax.Array:
+    """``S^T S - I``, to a small part of a rounding of ``I`` where S is all but orthonormal.
+
+    Each part of the sum gives up its share of the identity before they are added, so that no sum comes near 1.
+
+    Args:
+      s: ``[..., n, k]``, float32 or float64.
+
+    Returns:
+      ``[..., k, k]``.
+    """
+    if not _splits(s):
+        return _by_diagonal(s)
+    return jax.lax.platform_dependent(s, cpu=_by_blocks, default=_by_diagonal)
+
+
+def _by_blocks(s: jax.Array) -> jax.Array:
+    blocks = _blocks(s, s)
+    return _sum_of_all(blocks - linalg.eye_like(blocks) / blocks.shape[-3])
+
+
+def _by_diagonal(s: jax.Array) -> jax.Array:
+    square = linalg.gram(s, s)
+    lengths = jnp.sum(s * s - 1 / s.shape[-2], axis=-2)
+    eye = linalg.eye_like(square)
+    return square * (1 - eye) + lengths[..., None] * eye
+
+
+def _splits(x: jax.Array) -> bool:
     n, k = x.shape[-2:]
     # With fewer blocks XLA would fuse the two sums into one, and with more columns its products are the faster.
-    if k > 8 or n % _ROWS or n // _ROWS < 16:
-        return linalg.gram(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=_by_rows, default=linalg.gram)
+    return k <= 8 and n % _ROWS == 0 and n // _ROWS >= 16
 
 
-def _by_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+def _blocks(x: jax.Array, y: jax.Array) -> jax.Array:
     *lead, n, k = x.shape
     x, y = (a.reshape(*lead, n // _ROWS, _ROWS, k) for a in (x, y))
-    return _sum_of_all(_sum(x[..., i, :, None] * y[..., i, None, :] for i in range(_ROWS)))
+    return _sum(x[..., i, :, None] * y[..., i, None, :] for i in range(_ROWS))
 
 
 def _sum_of_all(blocks: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Cosine and sine of the square root of symmetric matrices, by matrix products alone.
+"""Versine and sine of the square root of symmetric matrices, by matrix products alone.
 
 Eigenvalue problems of many small matrices are slow, on accelerators most of all.  This is the scaling and doubling of
 Higham, "Functions of Matrices" (SIAM, 2008), chapter 12: Taylor polynomials at ``M / 4^q``, then double angles.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_square
 from subspace_jax.linalg.products import eye_like, times
-from subspace_jax.linalg.spectral import cos_sqrt, sinc_sqrt, spectral
+from subspace_jax.linalg.spectral import sinc_sqrt, spectral, versine_sqrt
 
 # At norm 1 the remainder of degree d is below 1 / (2 d + 3)!, which is less than half a rounding.
 _DEGREE = {4: 4, 8: 8}
@@ -19,13 +19,14 @@ _MAX_DOUBLINGS = 6
 
 
 @jax.custom_jvp
-def cos_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ``cos(sqrt(M))`` and ``sin(sqrt(M)) / sqrt(M)`` of symmetric matrices without negative eigenvalues.
+def versine_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ``I - cos(sqrt(M))`` and ``sin(sqrt(M)) / sqrt(M)`` of symmetric matrices without negative eigenvalues.
 
-    With ``theta^2`` the norm of ``M``, errors are a few times ``1 + theta^2`` roundings, and eigenvalues that are
-    negative by rounding do no harm.  Where the norm of any matrix is above 4096, or not finite, all are left to
-    :func:`spectral`; under ``vmap`` that is computed too, and thrown away.  Doublings are as many as the largest norm
-    asks for: usually none, up to norm 1.  Derivatives are those of :func:`spectral`, by eigenvalues.
+    The first is called versine, and keeps its relative precision where M is small.  With ``theta^2`` the norm of M,
+    errors are a few times ``1 + theta^2`` roundings, and eigenvalues that are negative by rounding do no harm.  Where
+    the norm of any matrix is above 4096, or not finite, all are left to :func:`spectral`; under ``vmap`` that is
+    computed too, and thrown away.  Doublings are as many as the largest norm asks for: usually none, up to norm 1.
+    Derivatives are those of :func:`spectral`, by eigenvalues.
 
     Args:
       m: ``[..., k, k]``, symmetric, float32 or float64.
@@ -40,9 +41,9 @@ def cos_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     Example:
       >>> import jax.numpy as jnp
       >>> from subspace_jax import linalg
-      >>> cos, sinc = linalg.cos_sinc_sqrt(jnp.diag(jnp.array([0.0, jnp.pi**2])))
-      >>> [round(float(x), 4) + 0 for x in (cos[0, 0], cos[1, 1], sinc[0, 0], sinc[1, 1])]
-      [1.0, -1.0, 1.0, 0.0]
+      >>> versine, sinc = linalg.versine_sinc_sqrt(jnp.diag(jnp.array([0.0, jnp.pi**2])))
+      >>> [round(float(x), 4) + 0 for x in (versine[0, 0], versine[1, 1], sinc[0, 0], sinc[1, 1])]
+      [0.0, 2.0, 1.0, 0.0]
     """
     check_square("m", m)
     norm = jnp.max(jnp.sum(jnp.abs(m), axis=-1), axis=-1)
@@ -50,13 +51,13 @@ def cos_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.cond(served, _by_doubling, lambda m, _: _by_eigenvalues(m), m, norm)
 
 
-@cos_sinc_sqrt.defjvp
+@versine_sinc_sqrt.defjvp
 def _jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
     return jax.jvp(_by_eigenvalues, primals, tangents)
 
 
 def _by_eigenvalues(m: jax.Array) -> tuple[jax.Array, ...]:
-    return spectral(lambda x: (cos_sqrt(x), sinc_sqrt(x)), m)
+    return spectral(lambda x: (x * versine_sqrt(x), sinc_sqrt(x)), m)
 
 
 def _by_doubling(m: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
@@ -66,7 +67,6 @@ def _by_doubling(m: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
     even, sinc = _series(m)
     eye = eye_like(m)
 
-    # The versine I - cos is carried, not the cosine: that keeps the relative precision of small angles.
     def double(i, state):
         versine, sinc = state
         due = i.astype(m.dtype) < wanted
@@ -75,7 +75,7 @@ def _by_doubling(m: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
 
     most = jnp.max(doublings, initial=0.0).astype(jnp.int32)
     versine, sinc = jax.lax.fori_loop(0, most, double, (times(m, even), sinc))
-    return eye - versine, sinc
+    return versine, sinc
 
 
 def _series(m: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ def matrices(seed, lead, angles):
 def reference(m):
     values, vectors = np.linalg.eigh(np.asarray(m, np.float64))
     root = np.sqrt(np.maximum(values, 0))
-    return [(vectors * f[..., None, :]) @ vectors.mT for f in (np.cos(root), np.sinc(root / np.pi))]
+    return [(vectors * f[..., None, :]) @ vectors.mT for f in (1 - np.cos(root), np.sinc(root / np.pi))]
 
 
 def assert_close(got, want, atol):
@@ -39,55 +39,57 @@ def assert_close(got, want, atol):
 )
 def test_matches_eigenvalues_whatever_the_angles(x64, seed, angles, dtype):
     m = matrices(seed, (2,), angles).astype(dtype)
-    got = linalg.cos_sinc_sqrt(jnp.asarray(m))
+    got = linalg.versine_sinc_sqrt(jnp.asarray(m))
     assert all(x.dtype == dtype for x in got)
     assert_close(got, reference(m), 4 * np.finfo(dtype).eps * (1 + max(angles) ** 2))
 
 
-def test_zero_gives_the_identity():
-    for x in linalg.cos_sinc_sqrt(jnp.zeros((2, 3, 3))):
-        np.testing.assert_array_equal(x, np.broadcast_to(np.eye(3, dtype=np.float32), (2, 3, 3)))
+def test_zero_gives_zero_and_the_identity():
+    versine, sinc = linalg.versine_sinc_sqrt(jnp.zeros((2, 3, 3)))
+    np.testing.assert_array_equal(versine, np.zeros((2, 3, 3), np.float32))
+    np.testing.assert_array_equal(sinc, np.broadcast_to(np.eye(3, dtype=np.float32), (2, 3, 3)))
 
 
 def test_small_angles_keep_their_precision():
-    cos, sinc = linalg.cos_sinc_sqrt(jnp.full((1, 1), 1e-4))
-    np.testing.assert_allclose([cos[0, 0], sinc[0, 0]], [1 - 5e-5, 1 - 1e-4 / 6], rtol=0, atol=7e-8)
+    for m in (1e-4, 1e-12):
+        versine, sinc = linalg.versine_sinc_sqrt(jnp.full((1, 1), m))
+        np.testing.assert_allclose([versine[0, 0], sinc[0, 0]], [m / 2 - m**2 / 24, 1 - m / 6], rtol=2e-7)
 
 
 def test_eigenvalues_that_are_negative_by_rounding_do_no_harm():
     m = matrices(0, (), (0.0, 0.5, 2.0)).astype(np.float32) - 1e-7 * np.eye(3, dtype=np.float32)
-    assert_close(linalg.cos_sinc_sqrt(jnp.asarray(m)), reference(m), 1e-6)
+    assert_close(linalg.versine_sinc_sqrt(jnp.asarray(m)), reference(m), 1e-6)
 
 
 def test_matrices_of_a_batch_do_not_touch_each_other():
     small, large = (matrices(i, (), angles).astype(np.float32) for i, angles in enumerate([(0.1, 0.2), (7.0, 30.0)]))
-    together = linalg.cos_sinc_sqrt(jnp.stack([small, large]))
+    together = linalg.versine_sinc_sqrt(jnp.stack([small, large]))
     for i, m in enumerate((small, large)):
-        assert_close([x[i] for x in together], linalg.cos_sinc_sqrt(jnp.asarray(m)), 1e-6)
+        assert_close([x[i] for x in together], linalg.versine_sinc_sqrt(jnp.asarray(m)), 1e-6)
 
 
 @pytest.mark.parametrize("angle", [100.0, 1e6, 1e15])
 def test_angles_beyond_the_doublings_stay_angles(angle):
     m = np.diag(np.square([angle, 1.0]))
-    cos, sinc = linalg.cos_sinc_sqrt(jnp.asarray(m, jnp.float32))
-    np.testing.assert_allclose(cos[1, 1], np.cos(1), atol=1e-6)
-    assert np.all(np.abs(cos) <= 1 + 1e-5)
+    versine, sinc = linalg.versine_sinc_sqrt(jnp.asarray(m, jnp.float32))
+    np.testing.assert_allclose(versine[1, 1], 1 - np.cos(1), atol=1e-6)
+    assert np.all(np.abs(1 - versine) <= 1 + 1e-5)
     assert np.all(np.abs(sinc) <= 1 + 1e-5)
 
 
 def test_what_is_not_finite_ends():
-    assert not np.all(np.isfinite(linalg.cos_sinc_sqrt(jnp.full((2, 2), jnp.nan))[0]))
+    assert not np.all(np.isfinite(linalg.versine_sinc_sqrt(jnp.full((2, 2), jnp.nan))[0]))
 
 
 def test_empty_batch():
-    assert [x.shape for x in linalg.cos_sinc_sqrt(jnp.zeros((0, 3, 3)))] == [(0, 3, 3)] * 2
+    assert [x.shape for x in linalg.versine_sinc_sqrt(jnp.zeros((0, 3, 3)))] == [(0, 3, 3)] * 2
 
 
 def test_jit_and_vmap_agree():
     m = jnp.asarray(np.stack([matrices(i, (), (0.1, 0.5 * 3**i)) for i in range(4)]), jnp.float32)
-    want = linalg.cos_sinc_sqrt(m)
-    assert_close(jax.jit(linalg.cos_sinc_sqrt)(m), want, 1e-6)
-    assert_close(jax.jit(jax.vmap(linalg.cos_sinc_sqrt))(m), want, 1e-6)
+    want = linalg.versine_sinc_sqrt(m)
+    assert_close(jax.jit(linalg.versine_sinc_sqrt)(m), want, 1e-6)
+    assert_close(jax.jit(jax.vmap(linalg.versine_sinc_sqrt))(m), want, 1e-6)
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
@@ -96,18 +98,18 @@ def test_batches_spread_over_devices_give_the_same(mode):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(mode,))
     with jax.set_mesh(mesh):
         spread = jax.device_put(m, NamedSharding(mesh, P("data")))
-        got = jax.jit(linalg.cos_sinc_sqrt)(spread)
+        got = jax.jit(linalg.versine_sinc_sqrt)(spread)
     assert all(x.sharding.is_equivalent_to(spread.sharding, 3) for x in got)
     assert_close(got, reference(m), 1e-5)
 
 
 def test_derivatives_are_those_of_the_eigenvalues(x64):
     m = jnp.asarray(matrices(0, (2,), (0.3, 1.0, 1.0)))
-    check_grads(jax.jit(lambda x: linalg.cos_sinc_sqrt(x + x.mT)), (m / 2,), order=1, rtol=1e-5, atol=1e-6)
+    check_grads(jax.jit(lambda x: linalg.versine_sinc_sqrt(x + x.mT)), (m / 2,), order=1, rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="square"):
-        linalg.cos_sinc_sqrt(jnp.ones((3, 2)))
+        linalg.versine_sinc_sqrt(jnp.ones((3, 2)))
     with pytest.raises(TypeError, match="bfloat16"):
-        linalg.cos_sinc_sqrt(jnp.ones((2, 2), jnp.bfloat16))
+        linalg.versine_sinc_sqrt(jnp.ones((2, 2), jnp.bfloat16))
