@@ -3,7 +3,21 @@
 Parameters carry logical axis names in their ``axes`` metadata; :mod:`subspace_jax.train` maps them to mesh axes.
 """
 
+from subspace_jax.nn.attention import attention, causal_mask
 from subspace_jax.nn.backbones import MLP, ConvNet, conv, group_norm
+from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm_logits
+from subspace_jax.nn.causal_lm_config import CausalLMConfig
+from subspace_jax.nn.causal_lm_module import CausalLM
+from subspace_jax.nn.causal_lm_params import (
+    ParamSpec,
+    causal_lm_axes,
+    causal_lm_init,
+    causal_lm_shapes,
+    causal_lm_specs,
+    count_params,
+)
+from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
+from subspace_jax.nn.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.heads import (
     CosineHead,
     GrassmannHead,
@@ -13,21 +27,52 @@ from subspace_jax.nn.heads import (
     normalize,
     safe_norm,
 )
+from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
+from subspace_jax.nn.norms import layer_norm, rms_norm
+from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
 
 __all__ = [
     "MLP",
+    "CausalLM",
+    "CausalLMConfig",
+    "CausalLMOutput",
     "ConvNet",
     "CosineHead",
+    "Generated",
     "GrassmannHead",
+    "KVCache",
     "Linear",
+    "ParamSpec",
+    "Rope",
     "SoftmaxHead",
     "StructuredKernel",
+    "StructuredTable",
+    "apply_rope",
+    "attention",
+    "causal_lm_apply",
+    "causal_lm_axes",
+    "causal_lm_init",
+    "causal_lm_logits",
+    "causal_lm_shapes",
+    "causal_lm_specs",
+    "causal_mask",
+    "check_tokens",
     "conv",
     "cosine_logits",
+    "count_params",
+    "embed",
+    "generate",
     "grassmann_logits",
     "group_norm",
+    "init_cache",
+    "keep_top_p",
+    "layer_norm",
     "linear",
     "normalize",
+    "rms_norm",
+    "rope_frequencies",
+    "rope_tables",
     "safe_norm",
+    "unembed",
 ]

@@ -20,7 +20,13 @@ class StructuredKernel(Protocol):
         """Returns ``x @ W`` for ``x`` of shape ``[..., in]``, as ``[..., out]`` in the dtype of ``x``."""
 
 
-def linear(x: jax.Array, kernel: jax.Array | StructuredKernel, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: jax.Array,
+    kernel: jax.Array | StructuredKernel,
+    bias: jax.Array | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
     """Returns ``x @ kernel + bias``.
 
     The activations decide the dtype of the product: with bfloat16 ``x`` a float32 kernel is rounded on the way in,
@@ -30,9 +36,11 @@ def linear(x: jax.Array, kernel: jax.Array | StructuredKernel, bias: jax.Array |
       x: Activations ``[..., in]``, floating point.
       kernel: Array ``[in, out]``, or a :class:`StructuredKernel`.
       bias: Array ``[out]``, or None.
+      out_dtype: Type of the result, that of ``x`` by default.  A dense product is accumulated in it, so that float32
+        logits of bfloat16 activations are not rounded; a structured one is cast.
 
     Returns:
-      ``[..., out]`` in the dtype of ``x``.
+      ``[..., out]`` in the dtype of ``x``, or in ``out_dtype``.
 
     Raises:
       ValueError: The last axis of ``x`` is not the first axis of an array kernel.
@@ -42,13 +50,14 @@ def linear(x: jax.Array, kernel: jax.Array | StructuredKernel, bias: jax.Array |
         raise TypeError(f"linear: x decides the dtype of the product; expected floating point, got {x.dtype}")
     if isinstance(kernel, StructuredKernel):
         y = kernel.linear(x)
+        y = y if out_dtype is None else y.astype(out_dtype)
     else:
         if x.shape[-1] != kernel.shape[0]:
             raise ValueError(
                 f"linear: x of shape {x.shape} has {x.shape[-1]} features, kernel {kernel.shape} takes "
                 f"{kernel.shape[0]}"
             )
-        y = jnp.matmul(x, kernel.astype(x.dtype))
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
     if bias is None:
         return y
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)

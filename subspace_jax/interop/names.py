@@ -1,0 +1,143 @@
+"""Names of modules and tensors in Hugging Face checkpoints, and the places of the same arrays in our trees."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from subspace_jax.nn import CausalLMConfig, causal_lm_specs
+
+PyTree = Any
+Path = tuple[str, ...]
+
+_GPT2 = {
+    "transformer.wte": "embed",
+    "transformer.wpe": "position",
+    "transformer.h.{}.ln_1": "layers/attn_norm",
+    "transformer.h.{}.attn.c_attn": "layers/attn/qkv",
+    "transformer.h.{}.attn.c_proj": "layers/attn/out",
+    "transformer.h.{}.ln_2": "layers/mlp_norm",
+    "transformer.h.{}.mlp.c_fc": "layers/mlp/up",
+    "transformer.h.{}.mlp.c_proj": "layers/mlp/down",
+    "transformer.ln_f": "norm",
+    "lm_head": "head",
+}
+_LLAMA = {
+    "model.embed_tokens": "embed",
+    "model.layers.{}.input_layernorm": "layers/attn_norm",
+    "model.layers.{}.self_attn.q_proj": "layers/attn/q",
+    "model.layers.{}.self_attn.k_proj": "layers/attn/k",
+    "model.layers.{}.self_attn.v_proj": "layers/attn/v",
+    "model.layers.{}.self_attn.o_proj": "layers/attn/out",
+    "model.layers.{}.post_attention_layernorm": "layers/mlp_norm",
+    "model.layers.{}.mlp.gate_proj": "layers/mlp/gate",
+    "model.layers.{}.mlp.up_proj": "layers/mlp/up",
+    "model.layers.{}.mlp.down_proj": "layers/mlp/down",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+_MODULES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's or a tensor's array is.
+
+    Attributes:
+      path: Keys of the nested dict; of a module ``("layers", "attn", "q")``, of a tensor one key more.
+      layer: Index along the leading axis of a stacked array; None for an array that is not stacked.
+    """
+
+    path: Path
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """A tensor of a checkpoint.
+
+    Attributes:
+      name: Its name there.
+      place: Where it is here.
+      transposed: Whether it is stored as ``[out, in]``.
+    """
+
+    name: str
+    place: Place
+    transposed: bool
+
+
+def module_places(config: CausalLMConfig) -> dict[str, Place]:
+    """Maps the path of every module in a checkpoint to its place here; one to one.
+
+    ``"model.layers.3.self_attn.q_proj"`` is at ``Place(("layers", "attn", "q"), 3)``.  The dict has the order in which
+    the modules are run.
+
+    Args:
+      config: The model.
+    """
+    specs, places = causal_lm_specs(config), {}
+    templates = [(name, tuple(path.split("/"))) for name, path in _MODULES[config.family].items()]
+    templates = [(name, path) for name, path in templates if _has(specs, path)]
+    stacked = [(name, path) for name, path in templates if "{}" in name]
+    first = templates.index(stacked[0])
+    last = templates.index(stacked[-1])
+    for name, path in templates[:first]:
+        places[name] = Place(path)
+    for layer in range(config.num_layers):
+        for name, path in stacked:
+            places[name.format(layer)] = Place(path, layer)
+    for name, path in templates[last + 1 :]:
+        places[name] = Place(path)
+    return places
+
+
+def module_names(config: CausalLMConfig) -> dict[Place, str]:
+    """The inverse of :func:`module_places`."""
+    return {place: name for name, place in module_places(config).items()}
+
+
+def tensor_names(config: CausalLMConfig) -> list[TensorName]:
+    """Lists every tensor of a checkpoint, with its place here.
+
+    Args:
+      config: The model.
+
+    Raises:
+      ValueError: The family has no module for one of the parameters (a GPT-2 with rotary positions, say).
+    """
+    specs, tensors, covered = causal_lm_specs(config), [], set()
+    for module, place in module_places(config).items():
+        for parameter in _at(specs, place.path):
+            suffix = "bias" if parameter == "bias" else "weight"
+            # GPT-2's layers are stored [in, out] already.
+            transposed = parameter == "kernel" and (config.family != "gpt2" or module == "lm_head")
+            path = (*place.path, parameter)
+            tensors.append(TensorName(f"{module}.{suffix}", Place(path, place.layer), transposed))
+            covered.add(path)
+    if left := [path for path in _leaf_paths(specs) if path not in covered]:
+        raise ValueError(f"family {config.family!r} has no module for {['/'.join(path) for path in left]}")
+    return tensors
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that old files carry and nobody needs: rotary frequencies and causal masks."""
+    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
+
+
+def _at(tree: PyTree, path: Path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _has(tree: PyTree, path: Path) -> bool:
+    for key in path:
+        if key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _leaf_paths(tree: PyTree, path: Path = ()) -> list[Path]:
+    if not isinstance(tree, dict):
+        return [path]
+    return [leaf for key, part in tree.items() for leaf in _leaf_paths(part, (*path, key))]

@@ -1,0 +1,127 @@
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspace_jax import nn
+
+
+def by_hand(query, key, value, sees):
+    """Attention in float64, head by head, from its definition."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[2] // key.shape[2]
+    out = np.zeros_like(query)
+    for b in range(query.shape[0]):
+        for a in range(query.shape[2]):
+            scores = query[b, :, a] @ key[b, :, a // group].T / np.sqrt(query.shape[-1])
+            weights = np.where(sees[b], np.exp(scores - scores.max()), 0.0)
+            out[b, :, a] = weights / weights.sum(-1, keepdims=True) @ value[b, :, a // group]
+    return out
+
+
+def arrays(length=7, heads=4, kv_heads=2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, length, n, 8) for n in (heads, kv_heads, kv_heads)]
+    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_query_heads_share_key_heads_in_order(window):
+    query, key, value = arrays()
+    i, j = np.indices((7, 7))
+    sees = (j <= i) & (i - j < (window or 7))
+    with jax.default_matmul_precision("highest"):
+        plain = nn.attention(query, key, value, window=window)
+        mask = nn.causal_mask(jnp.arange(7), jnp.arange(7)[None], jnp.arange(7)[None], window=window)
+        masked = nn.attention(query, key, value, mask=mask)
+    expected = by_hand(query, key, value, np.stack([sees, sees]))
+    np.testing.assert_allclose(plain, expected, atol=1e-5)
+    np.testing.assert_allclose(masked, expected, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.booleans(), min_size=6, max_size=6), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_a_mask_is_what_its_words_say(valid, steps):
+    segments = np.cumsum(steps)
+    positions = np.arange(6)
+    mask = nn.causal_mask(
+        jnp.arange(6),
+        jnp.asarray(positions)[None],
+        jnp.asarray(positions)[None],
+        window=4,
+        key_valid=jnp.asarray(valid)[None],
+        query_segments=jnp.asarray(segments)[None],
+        key_segments=jnp.asarray(segments)[None],
+    )
+    for i in range(6):
+        for j in range(6):
+            allowed = j <= i and i - j < 4 and valid[j] and segments[i] == segments[j]
+            assert mask[0, 0, i, j] == (allowed or i == j)
+
+
+def test_a_row_of_padding_stays_finite_in_the_gradient_too():
+    query, key, value = arrays()
+    mask = nn.causal_mask(jnp.arange(7), jnp.arange(7)[None], jnp.arange(7)[None], key_valid=jnp.zeros((2, 7), bool))
+    value_of, grads = jax.value_and_grad(lambda q: jnp.sum(nn.attention(q, key, value, mask=mask)))(query)
+    assert np.isfinite(value_of)
+    assert np.all(np.isfinite(grads))
+
+
+def test_softmax_is_float32_in_bfloat16():
+    query, key, value = arrays()
+    rounded = nn.attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), nn.attention(query, key, value), atol=3e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_change_neither_result_nor_gradient(monkeypatch, masked):
+    query, key, value = arrays(length=12)
+    valid = jnp.arange(12)[None] >= jnp.array([[0], [3]])
+    slots = jnp.arange(12)
+    mask = nn.causal_mask(slots, slots[None], slots[None], window=5, key_valid=valid) if masked else None
+
+    def loss(query, key, value):
+        with jax.default_matmul_precision("highest"):
+            return jnp.sum(jnp.sin(nn.attention(query, key, value, mask=mask)))
+
+    whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.attention"), "BLOCK", 4)
+    blocks = jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), blocks, whole)
+
+
+def test_a_program_lowered_for_gpus_on_a_host_without_one_uses_xla():
+    shape = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
+    text = jax.jit(nn.attention).trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" not in text
+
+
+def test_unknown_implementations_and_heads_that_do_not_divide_are_refused():
+    query, key, value = arrays()
+    with pytest.raises(ValueError, match="got 'flash'"):
+        nn.attention(query, key, value, implementation="flash")
+    with pytest.raises(ValueError, match="3 query heads can't share 2 key heads"):
+        nn.attention(query[:, :, :3], key, value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_match_their_definitions(dtype):
+    x = (3 + 2 * jax.random.normal(jax.random.key(0), (2, 3, 16))).astype(dtype)
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 16))
+    wide = np.asarray(x, np.float64)
+    rms = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale)
+    centred = wide - wide.mean(-1, keepdims=True)
+    layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale) + np.asarray(bias)
+    tolerance = {"atol": 1e-5} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for got, expected in (
+        (nn.rms_norm(x, scale, 1e-5), rms),
+        (nn.layer_norm(x, scale, bias, 1e-5), layer),
+    ):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, **tolerance)
