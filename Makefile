@@ -27,6 +27,7 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.bench
 	$(PY) scripts/bench/grassmann.py
+	$(PY) scripts/bench/kernels.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
