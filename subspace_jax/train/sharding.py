@@ -7,7 +7,7 @@ the parameter ``head/bases``.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,29 +161,44 @@ def param_shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEF
     return jax.tree.map(lambda x, names: NamedSharding(mesh, resolve(names, x.shape, mesh, rules)), shapes, axes)
 
 
-def gather(tree: PyTree, shardings: PyTree, rules: Rules = DEFAULT_RULES) -> PyTree:
+def gather(tree: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
     """Gathers arrays over the mesh axes that split the batch, before they are used; works under ``jax.jit`` only.
 
     This is what "fully sharded" means: an array is stored in shares, and whole (but for ``tensor``) where it meets rows
     of the batch.  Left to itself, the compiler may instead split a product over its contracted dimension by the axis
     that already splits its rows; on a mesh of 2 x 2 x 2 the gradient then comes out wrong (JAX 0.10.2, forwards right).
 
+    Stacks with a logical axis ``"layers"`` are left as they are: gathered here, all layers would be whole at once.  The
+    task that scans over them applies :func:`layer_gatherer` inside the scan.
+
     Args:
       tree: Tree of arrays.
-      shardings: Their shardings, as :func:`param_shardings` gives them.
+      axes: Their logical axes, as :meth:`subspace_jax.train.Task.axes` gives them.
+      mesh: The mesh.
       rules: Logical name to mesh axis or axes.
 
     Returns:
       The same arrays.
     """
+    return jax.tree.map(lambda x, names: x if "layers" in names else _whole(x, names, mesh, rules), tree, axes)
 
-    def whole(x, sharding):
-        batch_axes = _mesh_axes("batch", sharding.mesh, rules)
-        groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in sharding.spec]
-        spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
-    return jax.tree.map(whole, tree, shardings)
+def layer_gatherer(axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Callable[[PyTree], PyTree]:
+    """Returns what gathers the parameters of one layer, as :func:`gather` does, where a scan runs it.
+
+    Args:
+      axes: Logical axes of the stacked parameters, ``"layers"`` the first of each.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+    """
+    return lambda layer: jax.tree.map(lambda x, names: _whole(x, P(*names[1:]), mesh, rules), layer, axes)
+
+
+def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
+    batch_axes = _mesh_axes("batch", mesh, rules)
+    groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in resolve(names, x.shape, mesh, rules)]
+    spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:

@@ -49,10 +49,19 @@ class TrainState:
     skipped: jax.Array
 
 
-def new_state(task: Task, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Returns the state before the first step; works under ``jax.jit`` and ``jax.eval_shape``."""
+def new_state(
+    task: Task, tx: optax.GradientTransformation, key: jax.Array, start: tuple[PyTree, PyTree] | None = None
+) -> TrainState:
+    """Returns the state before the first step; works under ``jax.jit`` and ``jax.eval_shape``.
+
+    Args:
+      task: The method.
+      tx: The optimizer.
+      key: Key of all randomness.
+      start: Parameters and variables to start from; those of ``task.init`` by default.
+    """
     init_key, run_key = jax.random.split(key)
-    params, variables = task.init(init_key)
+    params, variables = task.init(init_key) if start is None else start
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, variables, tx.init(params), jax.random.key_data(run_key), zero)
 
@@ -91,6 +100,9 @@ def init_state(
 ) -> TrainState:
     """Creates the state where it is to live: no device ever holds more than its share.
 
+    A task may have a method ``load(shardings)``, which reads ``(params, variables)`` straight onto their shardings,
+    from a checkpoint of another run or library: they are then used instead of those of ``init``.
+
     Args:
       task: The method.
       tx: The optimizer.
@@ -102,7 +114,12 @@ def init_state(
       The sharded state.
     """
     _, shardings = state_shardings(task, tx, mesh, rules)
-    return jax.jit(functools.partial(new_state, task, tx), out_shardings=shardings)(jax.random.key(seed))
+    create = functools.partial(new_state, task, tx)
+    key = jax.random.key(seed)
+    if not hasattr(task, "load"):
+        return jax.jit(create, out_shardings=shardings)(key)
+    start = task.load((shardings.params, shardings.variables))
+    return jax.jit(create, out_shardings=shardings, donate_argnums=1)(key, start)
 
 
 def make_train_step(
@@ -143,8 +160,8 @@ def make_train_step(
     _, shardings = state_shardings(task, tx, mesh, rules)
 
     def loss_fn(params, variables, batch, key):
-        params = gather(params, shardings.params, rules)
-        return task.loss(params, gather(variables, shardings.variables, rules), batch, key)
+        params, variables = gather((params, variables), task.axes(), mesh, rules)
+        return task.loss(params, variables, batch, key)
 
     if remat != "none":
         loss_fn = jax.checkpoint(loss_fn, policy=REMAT_POLICIES[remat])
@@ -221,8 +238,8 @@ def make_eval_step(
     _, shardings = state_shardings(task, tx, mesh, rules)
 
     def evaluate(state, batch):
-        params = gather(state.params, shardings.params, rules)
-        return task.evaluate(params, gather(state.variables, shardings.variables, rules), batch)
+        params, variables = gather((state.params, state.variables), task.axes(), mesh, rules)
+        return task.evaluate(params, variables, batch)
 
     return jax.jit(
         evaluate,

@@ -17,6 +17,8 @@ class Task(Protocol):
 
     ``params`` is the tree that meets the optimizer.  ``variables`` is whatever else the model carries and returns:
     running statistics, a frozen base; an empty dict where there is nothing.
+
+    A task that starts from a checkpoint has one more method, :func:`subspace_jax.train.init_state` says which.
     """
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
