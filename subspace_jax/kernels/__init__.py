@@ -1,13 +1,20 @@
 """The hot low-rank paths: one public function each, with a reference for every platform and perhaps a Pallas kernel."""
 
+from subspace_jax.kernels.dora_linear import dora_compose, dora_linear
+from subspace_jax.kernels.dora_weight_norm import column_energy, dora_weight_norm, norm_chunk_size
 from subspace_jax.kernels.grassmann_logits import grassmann_cross_entropy, grassmann_logits
 from subspace_jax.kernels.projected_adam_step import projected_adam_step
 from subspace_jax.kernels.subspace_residual import complement_basis, subspace_residual
 
 __all__ = [
+    "column_energy",
     "complement_basis",
+    "dora_compose",
+    "dora_linear",
+    "dora_weight_norm",
     "grassmann_cross_entropy",
     "grassmann_logits",
+    "norm_chunk_size",
     "projected_adam_step",
     "subspace_residual",
 ]

@@ -1,0 +1,102 @@
+"""The compose step with a backward pass that keeps no more than it needs.
+
+There is no Pallas kernel: on TPUs and GPUs alike this is one loop over its arguments, which XLA fuses.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from subspace_jax import linalg
+from subspace_jax.kernels._dispatch import check_implementation
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float64)
+_NO_KERNEL = "it has no kernel, because XLA makes one pass of it too"
+
+
+def dora_compose(
+    base: jax.Array, lora: jax.Array, g: jax.Array, scale: ArrayLike, *, implementation: str | None = None
+) -> jax.Array:
+    """What DoRA adds to the output of a layer, ``(g - 1) base + g (s lora)``.
+
+    This form loses nothing where g is near 1; ``g (s lora + base) - base`` would cancel.  Arithmetic is float32
+    (float64 for a float64 argument), g included, and is rounded once, at the end.
+
+    With d the gradient of the result: ``d_lora = g s d``, ``d_base = (g - 1) d``, ``d_g = sum (s lora + base) d`` over
+    all but the last axis.  ``s lora + base`` is kept for that, in the dtype of ``base``, and only if g is trained.
+
+    Memory: ``base`` and ``lora`` are read and the result is written, once each; the gradient reads d and writes two
+    such arrays, and reads one more for d_g.
+
+    Source: arXiv 2603.22276.
+
+    Args:
+      base: Output of the frozen layer, without bias, ``[..., out]``, float32, bfloat16 or float64.
+      lora: ``(x a) b``, of the same shape and dtype.
+      g: Magnitude over norm, ``[out]``, float32 or float64; keep it so, for in bfloat16 the difference from 1 is lost.
+      scale: Scalar s, which may be traced; it has no derivative.
+      implementation: None or "xla".
+
+    Returns:
+      ``[..., out]`` in the dtype of ``base``.
+
+    Raises:
+      ValueError: Shapes don't fit together, or the implementation doesn't exist or can't serve.
+      TypeError: A dtype is none of the above.
+    """
+    check_implementation("dora_compose", implementation, base, refusal=_NO_KERNEL)
+    if base.ndim < 1 or lora.shape != base.shape:
+        raise ValueError(f"lora: expected the shape of base, {base.shape}, got {lora.shape}")
+    if g.shape != base.shape[-1:]:
+        raise ValueError(f"g: expected one number for each output, {base.shape[-1:]}, got {g.shape}")
+    if base.dtype not in _FLOATS or lora.dtype != base.dtype:
+        raise TypeError(f"base, lora: expected both float32, bfloat16 or float64, got {base.dtype} and {lora.dtype}")
+    if g.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"g: expected float32 or float64, got {g.dtype}")
+    if jnp.shape(scale) != ():
+        raise ValueError(f"scale: expected a scalar, got shape {jnp.shape(scale)}")
+    return _composed(base, lora, g, scale)
+
+
+@jax.jit
+def _composed(base, lora, g, scale):
+    return compose(base, lora, g, scale, 1.0)
+
+
+def compose(base: jax.Array, lora: jax.Array, g: jax.Array, scale: ArrayLike, less: float) -> jax.Array:
+    """Returns ``(g - less) base + g (s lora)``; with ``less = 0`` it is the output of the layer."""
+    dtype = linalg.working_dtype(base, g)
+    g = g.astype(dtype)[(None,) * (base.ndim - 1)]
+    return _compose(base, lora, g, jax.lax.stop_gradient(jnp.asarray(scale, dtype)), less)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _compose(base, lora, g, scale, less):
+    wide = base.astype(g.dtype)
+    # For less = 0 as well: 1 base + (g - 1) base is base itself where g is 1, whatever else is rounded.
+    out = (g - 1) * wide + g * (scale * lora.astype(g.dtype))
+    return (out if less else wide + out).astype(base.dtype)
+
+
+def _forward(base, lora, g, scale, less):
+    g_is_trained = g.perturbed
+    base, lora, g, scale = (x.value for x in (base, lora, g, scale))
+    inner = (scale * lora.astype(g.dtype) + base.astype(g.dtype)).astype(base.dtype) if g_is_trained else None
+    return _compose(base, lora, g, scale, less), (inner, g, scale)
+
+
+def _backward(less, kept, d):
+    inner, g, scale = kept
+    if isinstance(d, jax.custom_derivatives.SymbolicZero):
+        d = jnp.zeros(d.shape, d.dtype)
+    wide = d.astype(g.dtype)
+    d_base = ((g - less) * wide).astype(d.dtype)
+    d_lora = ((g * scale) * wide).astype(d.dtype)
+    every = tuple(range(d.ndim - 1))
+    d_g = jnp.zeros_like(g) if inner is None else jnp.sum(inner.astype(g.dtype) * wide, axis=every, keepdims=True)
+    return d_base, d_lora, d_g, jnp.zeros_like(scale)
+
+
+_compose.defvjp(_forward, _backward, symbolic_zeros=True)

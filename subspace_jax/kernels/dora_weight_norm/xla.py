@@ -1,0 +1,136 @@
+"""Squared norms of adapted columns: from products with the factors, or from the adapted weight where that is free.
+
+A TPU's compiler ends the product ``a b`` with the sum, the square and the reduction, so that the adapted weight exists
+in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax import linalg
+from subspace_jax.kernels._shards import vary_alike
+from subspace_jax.kernels.dora_weight_norm.chunks import norm_chunk_size
+
+# Below this part of ||W_j||^2 the factored sum has lost four digits, and the column is computed as it stands.
+_CANCELS = 1e-4
+_PLAIN_BYTES = 8 << 20  # of rows of the adapted weight that are there at a time in that case
+
+
+def squares(w, a, b, scale, energy=None, *, budget, axes):
+    """Squared norms ``[..., out]`` of the columns of ``W + s a b``.
+
+    Args:
+      w: ``[..., in, out]``.
+      a: ``[..., in, r]``.
+      b: ``[..., r, out]``.
+      scale: Scalar of the type of computation.
+      energy: ``[..., out]``, squared norms of the columns of W, or None.
+      budget: Bytes for copies in the type of computation, None for one product with the whole weight.
+      axes: Mesh axes over which rows are split.
+    """
+
+    def summed(x):
+        return jax.lax.psum(x, axes) if axes else x
+
+    return jax.lax.platform_dependent(
+        w,
+        a,
+        b,
+        scale,
+        energy,
+        tpu=lambda w, a, b, scale, _: summed(plain_squares(w, a, b, scale)),
+        default=functools.partial(_factored, budget=budget, summed=summed),
+    )
+
+
+def plain_squares(w, a, b, scale):
+    """The formula as it stands."""
+    return jnp.sum(jnp.square(w.astype(scale.dtype) + scale * _dot(a, b).astype(scale.dtype)), axis=-2)
+
+
+def _factored(w, a, b, scale, energy, *, budget, summed):
+    sums = _sums(w, a, energy is None) if budget is None else _sums_in_chunks(w, a, energy is None, budget)
+    energies, product, gram = summed(sums)
+    energies = (energies if energy is None else energy).astype(scale.dtype)
+    wide, product, gram = (x.astype(scale.dtype) for x in (b, product, gram))
+    cross = jnp.sum(wide * product, axis=-2)
+    own = jnp.sum(wide * _dot(gram, wide), axis=-2)
+    total = (energies + 2 * scale * cross) + scale * scale * own
+    cancelled = total < _CANCELS * energies
+
+    def exact(total):
+        return jnp.where(cancelled, summed(_plain_in_parts(w, a, b, scale)), total)
+
+    return jax.lax.cond(jnp.any(cancelled), exact, lambda total: total, total)
+
+
+def column_energy(w):
+    """Squared norms ``[..., out]`` of the columns."""
+    return jnp.sum(jnp.square(w.astype(linalg.working_dtype(w))), axis=-2)
+
+
+def _sums(w, a, with_energy):
+    energies = column_energy(w) if with_energy else None
+    return energies, _dot(a.mT, w), _dot(a.mT, a)
+
+
+def _sums_in_chunks(w, a, with_energy, budget):
+    (rows, columns), rank = w.shape[-2:], a.shape[-1]
+    chunk = norm_chunk_size(columns, rows, rank, linalg.working_dtype(w, a).itemsize, budget)
+    whole = rows - rows % chunk
+
+    def part(start, size):
+        wide, tall = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=-2) for x in (w, a))
+        return _sums(wide, tall, with_energy)
+
+    def add(i, sums):
+        return jax.tree.map(jnp.add, sums, part(i * chunk, chunk))
+
+    # The rest first, so that the loop begins with sums of the right shape.
+    shapes = jax.eval_shape(functools.partial(part, 0, chunk))
+    sums = jax.tree.map(lambda x: vary_alike(jnp.zeros(x.shape, x.dtype), w)[0], shapes)
+    if whole < rows:
+        sums = part(whole, rows - whole)
+    return jax.lax.fori_loop(0, whole // chunk, add, sums)
+
+
+def _plain_in_parts(w, a, b, scale):
+    """The formula as it stands, with a few rows of the adapted weight there at a time."""
+    *lead, rows, columns = w.shape
+    wanted = max(1, w.size * scale.dtype.itemsize // _PLAIN_BYTES)
+    # Every so many-th row belongs to one part: if rows are split over devices, each works on its own.
+    parts = max(n for n in range(1, min(wanted, 64) + 1) if rows % n == 0)
+    w, a = (x.reshape(*lead, rows // parts, parts, x.shape[-1]) for x in (w, a))
+
+    def add(i, total):
+        wide, tall = (jax.lax.dynamic_index_in_dim(x, i, axis=-2, keepdims=False) for x in (w, a))
+        return total + plain_squares(wide, tall, b, scale)
+
+    total, _ = vary_alike(jnp.zeros((*lead, columns), scale.dtype), w)
+    return jax.lax.fori_loop(0, parts, add, total)
+
+
+def gradients(w, a, b, scale, weights):
+    """Gradients of ``sum_j weights_j ||v_j||^2 / 2`` for ``W, a, b``, where v_j are the columns of ``V = W + s a b``.
+
+    ``da = s V k b^T`` and ``db = s a^T V k`` with ``k = diag(weights)``, without V; ``dW = V k`` is V's size, and made
+    only where it is asked for.
+    """
+    dtype = linalg.working_dtype(w, a, b)
+    wide = b.astype(dtype)
+    turned = wide * weights[..., None, :]
+    dw = (w.astype(dtype) + scale * _dot(a, wide)) * weights[..., None, :]
+    # Factors in the dtype of W, so that a bfloat16 weight is not copied as float32.
+    da = _dot(w, turned.astype(w.dtype).mT) + scale * _dot(a.astype(dtype), _dot(wide, turned.mT))
+    db = (_dot(a.mT, w) + scale * _dot(_dot(a.mT, a), wide)) * weights[..., None, :]
+    return dw.astype(w.dtype), (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)
+
+
+def _dot(x, y):
+    """``x y``: bfloat16 factors as they are with float32 sums, others in the full precision of their type."""
+    if x.dtype == y.dtype == jnp.bfloat16:
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    dtype = linalg.working_dtype(x, y)
+    return jnp.matmul(x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST)
