@@ -3,8 +3,10 @@
 from subspace_jax.kernels.dora_linear import dora_compose, dora_linear
 from subspace_jax.kernels.dora_weight_norm import column_energy, dora_weight_norm, norm_chunk_size
 from subspace_jax.kernels.grassmann_logits import grassmann_cross_entropy, grassmann_logits
+from subspace_jax.kernels.lora_linear import lora_linear
 from subspace_jax.kernels.projected_adam_step import projected_adam_step
 from subspace_jax.kernels.subspace_residual import complement_basis, subspace_residual
+from subspace_jax.kernels.weight_grad_energy import weight_grad_energy
 
 __all__ = [
     "column_energy",
@@ -14,7 +16,9 @@ __all__ = [
     "dora_weight_norm",
     "grassmann_cross_entropy",
     "grassmann_logits",
+    "lora_linear",
     "norm_chunk_size",
     "projected_adam_step",
     "subspace_residual",
+    "weight_grad_energy",
 ]
