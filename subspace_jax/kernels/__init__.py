@@ -3,6 +3,7 @@
 from subspace_jax.kernels.dora_linear import dora_compose, dora_linear
 from subspace_jax.kernels.dora_weight_norm import column_energy, dora_weight_norm, norm_chunk_size
 from subspace_jax.kernels.grassmann_logits import grassmann_cross_entropy, grassmann_logits
+from subspace_jax.kernels.grassmann_step import grassmann_step
 from subspace_jax.kernels.lora_linear import lora_linear
 from subspace_jax.kernels.projected_adam_step import projected_adam_step
 from subspace_jax.kernels.subspace_residual import complement_basis, subspace_residual
@@ -16,6 +17,7 @@ __all__ = [
     "dora_weight_norm",
     "grassmann_cross_entropy",
     "grassmann_logits",
+    "grassmann_step",
     "lora_linear",
     "norm_chunk_size",
     "projected_adam_step",

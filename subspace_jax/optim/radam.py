@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.kernels.grassmann_step.xla import move, tangent_part
+from subspace_jax.kernels.grassmann_step.api import move
+from subspace_jax.kernels.grassmann_step.xla import tangent_part
 from subspace_jax.optim import _manifold_step
 
 PyTree = Any
@@ -127,8 +128,8 @@ def scale_by_riemannian_adam(
         # The step projects once more.  Where the gradient is all but normal to the manifold, its tangent part is
         # rounding noise that is as large along S, and the scale blows it up to a full step; a projection of the
         # projection is tangent to its own precision.
-        size = scalars["step_size"] * scale[..., None, None]
-        update, m = move(s, m, size, due, transport, retraction)
+        size = scalars["step_size"] * scale
+        update, m = move(s, m, size=size, due=due, transport=transport, retraction=retraction)
         return update, m, nu
 
     def update(grads, state, params=None, **extra_args):

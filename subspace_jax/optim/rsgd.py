@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.kernels.grassmann_step.xla import move
+from subspace_jax.kernels.grassmann_step.api import move
 from subspace_jax.optim import _manifold_step
 
 PyTree = Any
@@ -134,10 +134,11 @@ def scale_by_riemannian_sgd(
         return RiemannianSGDState(jnp.zeros((), jnp.int32), buffer)
 
     def leaf(due, scalars, grad, s, m):
-        if m is not None:
-            grad = scalars["momentum"] * m + scalars["weight"] * grad
+        rates = {} if m is None else {"decay": scalars["momentum"], "weight": scalars["weight"]}
         # Averages of tangent gradients need no projection here: projecting the sum, as the step does, is the same.
-        update, carried = move(s, grad, scalars["step_size"], due, transport, retraction)
+        update, carried = move(
+            s, grad, m, size=scalars["step_size"], due=due, transport=transport, retraction=retraction, **rates
+        )
         return update, None if m is None else carried
 
     def update(grads, state, params=None, **extra_args):

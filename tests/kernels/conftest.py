@@ -26,9 +26,9 @@ def topology(request):
 def compile_for_tpu():
     """Compiles ``f`` for one chip: ``compile_for_tpu(f, *shapes, topology=...)`` with ``(shape, dtype)`` pairs."""
 
-    def compile_(f, *shapes, topology="v5e:4x4"):
+    def compile_(f, *shapes, topology="v5e:4x4", **how):
         one = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
-        return jax.jit(f, in_shardings=one, out_shardings=one).lower(*map(_shape, shapes)).compile()
+        return jax.jit(f, in_shardings=one, out_shardings=one, **how).lower(*map(_shape, shapes)).compile()
 
     return compile_
 

@@ -29,30 +29,32 @@ def tall_gram(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, y, cpu=lambda x, y: _sum_of_all(_blocks(x, y)), default=linalg.gram)
 
 
-def defect(s: jax.Array) -> jax.Array:
+def defect(s: jax.Array, shares: int = 1) -> jax.Array:
     """``S^T S - I``, to a small part of a rounding of ``I`` where S is all but orthonormal.
 
     Each part of the sum gives up its share of the identity before they are added, so that no sum comes near 1.
 
     Args:
       s: ``[..., n, k]``, float32 or float64.
+      shares: Where S is one of so many parts of the rows, it is ``S^T S - I / shares`` that is returned.
 
     Returns:
       ``[..., k, k]``.
     """
+    by_diagonal = functools.partial(_by_diagonal, shares=shares)
     if not _splits(s):
-        return _by_diagonal(s)
-    return jax.lax.platform_dependent(s, cpu=_by_blocks, default=_by_diagonal)
+        return by_diagonal(s)
+    return jax.lax.platform_dependent(s, cpu=functools.partial(_by_blocks, shares=shares), default=by_diagonal)
 
 
-def _by_blocks(s: jax.Array) -> jax.Array:
+def _by_blocks(s: jax.Array, shares: int) -> jax.Array:
     blocks = _blocks(s, s)
-    return _sum_of_all(blocks - linalg.eye_like(blocks) / blocks.shape[-3])
+    return _sum_of_all(blocks - linalg.eye_like(blocks) / (blocks.shape[-3] * shares))
 
 
-def _by_diagonal(s: jax.Array) -> jax.Array:
+def _by_diagonal(s: jax.Array, shares: int) -> jax.Array:
     square = linalg.gram(s, s)
-    lengths = jnp.sum(s * s - 1 / s.shape[-2], axis=-2)
+    lengths = jnp.sum(s * s - 1 / (s.shape[-2] * shares), axis=-2)
     eye = linalg.eye_like(square)
     return square * (1 - eye) + lengths[..., None] * eye
 

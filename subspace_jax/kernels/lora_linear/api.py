@@ -1,6 +1,5 @@
 """The public function: checks, which form runs, derivatives and shards."""
 
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
