@@ -175,6 +175,327 @@ def _loss_case(shape, dtype):
     return Case("grassmann_cross_entropy, gradients", _words(shape, "BnCk"), dtype, least, 6 * b * c * n * k, calls)
 
 
+# A step on the Grassmann manifold.
+
+
+def _plain_step(s, m, grads):
+    d = 0.9 * m + grads
+    u, sigma, rt = jnp.linalg.svd(d - s @ (s.mT @ d), full_matrices=False)
+    sigma = -0.1 * sigma[..., None, :]
+    return ((s @ rt.mT) * jnp.cos(sigma) + u * jnp.sin(sigma)) @ rt, d
+
+
+def _step(s, m, grads, implementation=None):
+    return kernels.grassmann_step(s, grads, m, 0.1, implementation=implementation)
+
+
+def _step_args(c, n, k, dtype="float32"):
+    grads, momentum = (normal(seed, c, n, k, scale=n**-0.5) for seed in (1, 2))
+    return orthonormal(0, n, k, (c,)), momentum, grads
+
+
+def check_step():
+    # Bases in float32 are orthonormal to 5e-7 or so, and the largest entry is below 1.
+    yield from checks("Grassmann step", _step, _plain_step, lambda _: _step_args(5, 130, 3), {"float32": 5e-6})
+
+
+def step_cases(real):
+    shapes = [(1000, 2048, 8), (10_000, 2048, 8), (21841, 768, 16), (1000, 2048, 32)] if real else [(200, 2048, 8)]
+    for shape in shapes:
+        yield functools.partial(_step_case, shape)
+
+
+def _step_case(shape):
+    c, n, k = shape
+    s, momentum, grads = _step_args(*shape)
+    ways = implementations(_step, k <= 16)
+    calls = {name: stepping(f, (s, momentum), grads) for name, f in ways.items()}
+    # A batched SVD takes minutes to compile for a TPU, and seconds to run on a GPU beyond this size.
+    if c * n * k <= 1000 * 2048 * 8 and jax.default_backend() != "tpu":
+        calls["plain (SVD)"] = stepping(exact(_plain_step), (s, momentum), grads)
+        calls["torch (SVD)"] = functools.partial(_torch_step, s, momentum, grads)
+    least = 2 * size(s, momentum) + size(grads)
+    return Case("grassmann_step", _words(shape, "Cnk"), "float32", least, 12 * c * n * k * k, calls)
+
+
+def _torch_step(s, m, grads):
+    import torch
+
+    s, m, grads = _to_torch(s, m, grads)
+
+    def call():
+        nonlocal s, m
+        with torch.no_grad():
+            m = 0.9 * m + grads
+            u, sigma, rt = torch.linalg.svd(m - s @ (s.mT @ m), full_matrices=False)
+            sigma = -0.1 * sigma.unsqueeze(-2)
+            s = ((s @ rt.mT) * torch.cos(sigma) + u * torch.sin(sigma)) @ rt
+        return s
+
+    return call, None
+
+
+def _to_torch(*arrays):
+    """Arrays as PyTorch tensors, on its GPU where it has one."""
+    import torch
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return [torch.from_numpy(np.array(x, np.float32)).to(place, dtypes[x.dtype.name]) for x in arrays]
+
+
+# DoRA.
+
+
+def _plain_norm(w, a, b):
+    wide = w.astype(jnp.float32) + 0.5 * jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return jnp.linalg.norm(wide, axis=0)
+
+
+def _factors(rows, columns, rank, dtype):
+    return (
+        normal(0, rows, columns, dtype=dtype, scale=rows**-0.5),
+        normal(1, rows, rank, dtype=dtype, scale=rows**-0.5),
+        normal(2, rank, columns, dtype=dtype, scale=rank**-0.5),
+    )
+
+
+def check_norm():
+    def plain(w, a, b):
+        return jnp.linalg.norm(w + 0.5 * a @ b, axis=0)
+
+    def ours(w, a, b):
+        return kernels.dora_weight_norm(w, a, b, 0.5)
+
+    args = functools.partial(_factors, 70, 33, 5)
+    yield from checks("DoRA's norm", ours, plain, args, {"float32": 1e-5, "bfloat16": 1e-5})
+
+
+def norm_cases(real):
+    shapes = [(8192, 8192, 384), (4096, 14336, 16), (8192, 28672, 384)] if real else [(4096, 4096, 64)]
+    for shape in shapes:
+        for dtype in ("bfloat16", "float32") if real else ("float32",):
+            yield functools.partial(_norm_case, shape, dtype)
+
+
+def _norm_case(shape, dtype):
+    rows, columns, rank = shape
+    w, a, b = _factors(*shape, dtype)
+    energy = kernels.column_energy(w)
+    calls = {
+        "xla, energy at hand": compiled(
+            lambda w, a, b, e: kernels.dora_weight_norm(w, a, b, 0.5, energy=e), w, a, b, energy
+        ),
+        "xla": compiled(lambda w, a, b: kernels.dora_weight_norm(w, a, b, 0.5), w, a, b),
+        "plain (dense)": compiled(exact(_plain_norm), w, a, b),
+        "PEFT": functools.partial(_peft_norm, w, a, b),
+    }
+    least = size(w, a, b) + 4 * columns
+    return Case("dora_weight_norm", _words(shape, ("in", "out", "r")), dtype, least, 2 * rows * columns * rank, calls)
+
+
+def _peft_norm(w, a, b):
+    """As PEFT does in a forward pass: the product by way of an identity matrix, then the dense norm."""
+    import torch
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    layer, (w, down, up) = DoraLinearLayer(fan_in_fan_out=False), _to_torch(w.T, a.T, b.T)
+    down, up = (_torch_linear(m) for m in (down, up))
+
+    def call():
+        with torch.no_grad():
+            return layer.get_weight_norm(w, layer.get_lora_weight(down, up), 0.5)
+
+    return call, None
+
+
+def _torch_linear(weight):
+    import torch
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _plain_dora(x, w, a, b, magnitude):
+    v = w.astype(jnp.float32) + 0.5 * jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    g = magnitude / jax.lax.stop_gradient(jnp.linalg.norm(v, axis=0))
+    return ((x @ w) * g.astype(x.dtype) + g.astype(x.dtype) * (0.5 * (x @ a @ b))).astype(x.dtype)
+
+
+def _dora(x, w, a, b, magnitude):
+    return kernels.dora_linear(x, w, a, b, magnitude, 0.5)
+
+
+def _dora_args(tokens, rows, columns, rank, dtype):
+    magnitude = 1 + 0.1 * normal(4, columns)
+    return normal(3, tokens, rows, dtype=dtype), *_factors(rows, columns, rank, dtype), magnitude
+
+
+def _loss(f):
+    return lambda *args: jnp.sum(jnp.square(f(*args).astype(jnp.promote_types(args[0].dtype, jnp.float32))))
+
+
+def check_dora():
+    def plain(x, w, a, b, magnitude):
+        v = w + 0.5 * a @ b
+        return x @ (v * (magnitude / jax.lax.stop_gradient(jnp.linalg.norm(v, axis=0))))
+
+    args = functools.partial(_dora_args, 7, 70, 33, 5)
+    # bfloat16: the products, the update and the result are rounded to 2^-9 of themselves.
+    allowed = {"float32": 1e-5, "bfloat16": 2e-2}
+    yield from checks("DoRA's layer", _dora, plain, args, allowed)
+    yield from checks(
+        "DoRA's layer, gradients",
+        jax.grad(_loss(_dora), (0, 2, 3, 4)),
+        jax.grad(_loss(plain), (0, 2, 3, 4)),
+        args,
+        allowed,
+    )
+
+
+def dora_cases(real):
+    shapes = [(4096, 8192, 8192, 384), (8192, 4096, 14336, 16)] if real else [(512, 768, 3072, 16)]
+    for shape in shapes:
+        for dtype in ("bfloat16",) if real else ("float32",):
+            yield functools.partial(_dora_case, shape, dtype)
+
+
+def _dora_case(shape, dtype):
+    """Output and gradients of x, a, b and the magnitude, as a training step asks for."""
+    t, rows, columns, rank = shape
+    args = _dora_args(*shape, dtype)
+    ways = {"xla": _dora, "plain (dense)": exact(_plain_dora)}
+    calls = {name: compiled(jax.value_and_grad(_loss(f), (0, 2, 3, 4)), *args) for name, f in ways.items()}
+    calls["PEFT"] = functools.partial(_peft_dora, *args)
+    # Forwards: x, W, the result; backwards: d twice, W, x again, dx.
+    least = 2 * size(args[1]) + 3 * size(args[0]) + 3 * t * columns * args[0].dtype.itemsize
+    flops = 4 * t * rows * columns + 8 * t * rank * (rows + columns) + 2 * rows * columns * rank
+    return Case("dora_linear, gradients", _words(shape, ("t", "in", "out", "r")), dtype, least, flops, calls)
+
+
+def _peft_dora(x, w, a, b, magnitude):
+    import torch
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    x, w, down, up, magnitude = _to_torch(x, w.T, a.T, b.T, magnitude)
+    base, down, up = (_torch_linear(m) for m in (w, down, up))
+    dora = DoraLinearLayer(fan_in_fan_out=False)
+    dora.weight = torch.nn.Parameter(magnitude.to(x.dtype))
+    trained = [x.requires_grad_(), down.weight.requires_grad_(), up.weight.requires_grad_(), dora.weight]
+
+    def call():
+        result = base(x)
+        y = result + dora(x, lora_A=down, lora_B=up, scaling=0.5, base_layer=base, base_result=result)
+        return torch.autograd.grad(y.float().square().sum(), trained)[0]
+
+    return call, None
+
+
+# A linear layer with a low-rank update.
+
+
+def _plain_lora(x, w, a, b):
+    return x @ w + 0.5 * (x @ a @ b)
+
+
+def _lora(x, w, a, b):
+    return kernels.lora_linear(x, w, a, b, 0.5)
+
+
+def _lora_args(tokens, rows, columns, rank, dtype):
+    return normal(3, tokens, rows, dtype=dtype), *_factors(rows, columns, rank, dtype)
+
+
+def check_lora():
+    args = functools.partial(_lora_args, 7, 70, 33, 5)
+    # bfloat16: the update and the result are rounded to 2^-9 of themselves.
+    allowed = {"float32": 1e-5, "bfloat16": 2e-2}
+    yield from checks("LoRA's layer", _lora, _plain_lora, args, allowed)
+    yield from checks(
+        "LoRA's layer, gradients",
+        jax.grad(_loss(_lora), range(4)),
+        jax.grad(_loss(_plain_lora), range(4)),
+        args,
+        allowed,
+    )
+
+
+def lora_cases(real):
+    shapes = (
+        [(8192, 4096, 14336, 8), (8192, 4096, 14336, 64), (8192, 8192, 8192, 384)] if real else [(1024, 768, 3072, 8)]
+    )
+    for shape in shapes:
+        for dtype in ("bfloat16",) if real else ("float32",):
+            yield functools.partial(_lora_case, shape, dtype)
+            yield functools.partial(_lora_gradients_case, shape, dtype)
+
+
+def _lora_case(shape, dtype):
+    t, rows, columns, rank = shape
+    args = _lora_args(*shape, dtype)
+    calls = {
+        "xla": compiled(_lora, *args),
+        "plain": compiled(exact(_plain_lora), *args),
+        "x w alone": compiled(exact(lambda x, w: x @ w), *args[:2]),
+    }
+    least = size(args) + t * columns * args[0].dtype.itemsize
+    flops = 2 * t * (rows * columns + rank * (rows + columns))
+    return Case("lora_linear", _words(shape, ("t", "in", "out", "r")), dtype, least, flops, calls)
+
+
+def _lora_gradients_case(shape, dtype):
+    t, rows, columns, rank = shape
+    args = _lora_args(*shape, dtype)
+    ways = {"xla": _lora, "plain": exact(_plain_lora)}
+    calls = {name: compiled(jax.value_and_grad(_loss(f), (0, 2, 3)), *args) for name, f in ways.items()}
+    least = 2 * size(args[1]) + 3 * size(args[0]) + 3 * t * columns * args[0].dtype.itemsize
+    flops = 4 * t * rows * columns + 8 * t * rank * (rows + columns)
+    return Case("lora_linear, gradients", _words(shape, ("t", "in", "out", "r")), dtype, least, flops, calls)
+
+
+# Energies of a weight's gradient.
+
+
+def _plain_energy(x, dy):
+    square = jnp.square(jnp.matmul(x.T, dy, preferred_element_type=jnp.float32))
+    return jnp.sum(square, axis=1), jnp.sum(square, axis=0)
+
+
+def _energy_args(tokens, rows, columns, dtype):
+    return normal(0, tokens, rows, dtype=dtype), normal(1, tokens, columns, dtype=dtype)
+
+
+def check_energy():
+    def plain(x, dy):
+        square = jnp.square(x.T @ dy)
+        return jnp.sum(square, axis=1), jnp.sum(square, axis=0)
+
+    args = functools.partial(_energy_args, 33, 70, 50)
+    yield from checks(
+        "energies of a gradient", kernels.weight_grad_energy, plain, args, {"float32": 1e-5, "bfloat16": 1e-5}
+    )
+
+
+def energy_cases(real):
+    shapes = [(8192, 4096, 14336), (8192, 8192, 8192)] if real else [(1024, 768, 3072)]
+    for shape in shapes:
+        for dtype in ("bfloat16",) if real else ("float32",):
+            yield functools.partial(_energy_case, shape, dtype)
+
+
+def _energy_case(shape, dtype):
+    t, rows, columns = shape
+    args = _energy_args(*shape, dtype)
+    calls = {
+        "xla": compiled(kernels.weight_grad_energy, *args),
+        "plain": compiled(exact(_plain_energy), *args),
+        "x^T dy alone": compiled(exact(lambda x, dy: x.T @ dy), *args),
+    }
+    least = size(args) + 4 * (rows + columns)
+    return Case("weight_grad_energy", _words(shape, ("t", "in", "out")), dtype, least, 2 * t * rows * columns, calls)
+
+
 # Adam within a subspace.
 
 
@@ -288,12 +609,22 @@ def _words(shape, names):
 
 
 CHECKS = {
+    "grassmann_step": check_step,
     "grassmann_logits": check_logits,
+    "dora_weight_norm": check_norm,
+    "dora_linear": check_dora,
+    "lora_linear": check_lora,
+    "weight_grad_energy": check_energy,
     "projected_adam_step": check_projected_adam,
     "subspace_residual": check_residual,
 }
 CASES = {
+    "grassmann_step": step_cases,
     "grassmann_logits": logits_cases,
+    "dora_weight_norm": norm_cases,
+    "dora_linear": dora_cases,
+    "lora_linear": lora_cases,
+    "weight_grad_energy": energy_cases,
     "projected_adam_step": projected_adam_cases,
     "subspace_residual": residual_cases,
 }
