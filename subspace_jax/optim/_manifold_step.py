@@ -108,7 +108,7 @@ def step_leaves(
       leaf: ``leaf(due, scalars, grad, s, *moments) -> (new - s, *moments)``, arrays and scalars in the working dtype
         of ``s``.
       due: Boolean scalar, or None for never.
-      scalars: Numbers that ``leaf`` needs.  They are handed in, not closed over, so as to follow the mode of the mesh.
+      scalars: Numbers that ``leaf`` needs.
       grads: Euclidean gradients, like ``params``.
       params: Tree of bases.
       *moments: Trees like ``params``, or None for what isn't kept.
@@ -122,17 +122,13 @@ def step_leaves(
     bases, structure = jax.tree.flatten(params)
     columns = [[None] * len(bases) if tree is None else structure.flatten_up_to(tree) for tree in (grads, *moments)]
 
-    def step(due, scalars, bases, columns):
-        results = []
-        for s, grad, *rest in zip(bases, *columns, strict=True):
-            dtype = linalg.working_dtype(s)
-            numbers = {name: x.astype(dtype) for name, x in scalars.items()}
-            update, *rest = leaf(due, numbers, grad.astype(dtype), s.astype(dtype), *rest)
-            results.append([update.astype(s.dtype), *rest])
-        return [[row[i] for row in results] for i in range(len(columns))]
-
-    arguments = (due, {name: jnp.asarray(x) for name, x in scalars.items()}, bases, columns)
-    outs = in_auto_mode(step, arguments, [bases, *columns[1:]])
+    results = []
+    for s, grad, *rest in zip(bases, *columns, strict=True):
+        dtype = linalg.working_dtype(s)
+        numbers = {name: jnp.asarray(x).astype(dtype) for name, x in scalars.items()}
+        update, *rest = leaf(due, numbers, grad.astype(dtype), s.astype(dtype), *rest)
+        results.append([update.astype(s.dtype), *rest])
+    outs = [[row[i] for row in results] for i in range(len(columns))]
     # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.
     kept = [True, *(tree is not None for tree in moments)]
     return tuple(structure.unflatten(out) if keep else None for out, keep in zip(outs, kept, strict=True))

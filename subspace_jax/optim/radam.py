@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.kernels.grassmann_step.api import move
-from subspace_jax.kernels.grassmann_step.xla import tangent_part
+from subspace_jax.kernels.grassmann_step.api import move, tangent_part
 from subspace_jax.optim import _manifold_step
 
 PyTree = Any

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import kernels, linalg, optim
-from subspace_jax.kernels.grassmann_step import lanes, mosaic_tpu
+from subspace_jax.kernels.grassmann_step import lanes
 from subspace_jax.kernels.grassmann_step.gram import defect, tall_gram
 from subspace_jax.manifolds import grassmann
 
@@ -135,15 +135,13 @@ def test_step_in_float32_is_near_float64(implementation, n, k):
 @pytest.mark.parametrize("transport", ["euclidean", "project", "parallel"])
 @pytest.mark.parametrize("with_momentum", [True, False])
 @pytest.mark.parametrize("remove_drift", [True, False])
-def test_kernel_is_the_reference(monkeypatch, transport, with_momentum, remove_drift):
-    # Groups of 4: the last one has three lanes without a class.
-    monkeypatch.setattr(mosaic_tpu, "_MAX_CLASSES", 4)
+def test_kernel_is_the_reference(transport, with_momentum, remove_drift):
     s, grads, momentum = inputs(70, 6, (3, 3))
     momentum = momentum if with_momentum else None
     sizes = jnp.linspace(0.0, 2.0, 9).reshape(3, 3)
     how = {"transport": transport, "remove_drift": remove_drift}
-    jax.clear_caches()  # The size of a group is no part of a call's key.
-    got = step(s, grads, momentum, sizes, **how, implementation=INTERPRET)
+    # Groups of 4: the last one has three lanes without a class.
+    got = step(s, grads, momentum, sizes, **how, implementation=INTERPRET, block=4)
     want = step(s, grads, momentum, sizes, **how, implementation="xla")
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=2e-6), got, want)
 
@@ -249,6 +247,20 @@ def test_classes_split_over_chips_need_no_collective(tpu_mesh):
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all"))
 
 
+def test_transforms_take_the_kernel_on_many_tpus_with_explicit_axes(tpu_mesh):
+    mesh = tpu_mesh({"data": 16})
+    arg = jax.ShapeDtypeStruct((1600, 2048, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    for tx in (optim.riemannian_sgd(0.1), optim.riemannian_adam(0.1)):
+
+        def update(s, g, m, tx=tx):
+            return tx.update(g, tx.init(s)._replace(momentum=m), s)[0]
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            text = jax.jit(update).lower(arg, arg, arg).compile().as_text()
+        assert "tpu_custom_call" in text
+        assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all"))
+
+
 def test_step_lowers_for_gpus(lower_for_cuda):
     shape = ((1000, 2048, 8), jnp.float32)
     assert "tpu_custom_call" not in lower_for_cuda(lambda *args: step(*args, 0.1), shape, shape, shape)
@@ -265,6 +277,7 @@ def test_step_lowers_for_gpus(lower_for_cuda):
         ({"learning_rate": jnp.ones(3)}, ValueError, r"learning_rate: expected a scalar or shape \(2,\)"),
         ({"transport": "vector"}, ValueError, "transport: expected one of"),
         ({"retraction": "svd"}, ValueError, "retraction: expected one of"),
+        ({"block": 129}, ValueError, "block: expected 1 to 128 bases"),
         ({"implementation": "mosaic_gpu"}, ValueError, "implementation: expected one of"),
         ({"implementation": "mosaic_tpu"}, ValueError, "runs on TPUs, the arguments are on"),
         ({"implementation": INTERPRET, "retraction": "qr"}, ValueError, "'exp' only, got 'qr'"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from subspace_jax.kernels._dispatch import check_implementation, choose
+from subspace_jax.kernels._products import placed_like
 from subspace_jax.kernels._shards import over_shards, vary_alike
 from subspace_jax.kernels.grassmann_step import mosaic_tpu, xla
 
@@ -26,6 +27,7 @@ def grassmann_step(
     transport: str = "euclidean",
     retraction: str = "exp",
     implementation: str | None = None,
+    block: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Steps stacks of orthonormal bases down their gradients: momentum, tangent part, geodesic, drift removed.
 
@@ -56,6 +58,7 @@ def grassmann_step(
         old point, "parallel" carries that along the step.
       retraction: "exp", "qr", "polar" or "cayley".
       implementation: None, "xla", "mosaic_tpu" (TPU) or "mosaic_tpu_interpret" (any platform, slow, for tests).
+      block: Bases that the kernel works on at a time, up to 128; None for a value by shape, 3 MiB of them.
 
     Returns:
       New bases, and new momentum or None.
@@ -74,6 +77,8 @@ def grassmann_step(
       True
     """
     _check(bases, grads, momentum, learning_rate, transport, retraction)
+    if block is not None and (not isinstance(block, int) or not 1 <= block <= 128):
+        raise ValueError(f"block: expected 1 to 128 bases, or None, got {block!r}")
     refusal = mosaic_tpu.refusal(bases, retraction)
     check_implementation("grassmann_step", implementation, bases, refusal=refusal)
     new, carried = move(
@@ -88,6 +93,7 @@ def grassmann_step(
         retraction=retraction,
         difference=False,
         implementation=implementation,
+        block=block,
     )
     return new, None if momentum is None else carried
 
@@ -127,6 +133,7 @@ def move(
     retraction: str,
     difference: bool = True,
     implementation: str | None = None,
+    block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The step without checks, for transforms, which return differences.
 
@@ -138,11 +145,11 @@ def move(
     due = None if due is None else jnp.asarray(due)
     if mosaic_tpu.refusal(s, retraction) is not None:
         implementation = "xla"
-    return _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation)
+    return _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+def _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block):
     lead = " ".join(f"class{i}" for i in range(s.ndim - 2))
     basis = f"{lead} n k"
     given = {"s": s, "grads": grads, "momentum": momentum, "rates": rates, "size": size, "due": due}
@@ -157,10 +164,22 @@ def _move(s, grads, momentum, rates, size, due, transport, retraction, differenc
             return step(**own, **how, **more)
 
         reference = functools.partial(unpack, xla.step, axes=n)
-        kernel = functools.partial(unpack, mosaic_tpu.step)
+        kernel = functools.partial(unpack, mosaic_tpu.step, block=block)
         # Rows that are split leave a sum over devices between the inner products and the step.
         return choose("xla" if n else implementation, reference, kernel, *args)
 
     rule = ", ".join(words[name] for name in names) + f" -> {basis}, {basis}"
     args = vary_alike(*(given[name] for name in names))
-    return over_shards(run, rule, together=("k", "rates"), inside=("n",))(*args)
+    outs = over_shards(run, rule, together=("k", "rates"), inside=("n",))(*args)
+    return tuple(placed_like(x, s) for x in outs)
+
+
+def tangent_part(s: jax.Array, x: jax.Array) -> jax.Array:
+    """``X - S (S^T X)``, wherever the two are sharded."""
+    basis = " ".join(f"class{i}" for i in range(s.ndim - 2)) + " n k"
+
+    def run(s, x, n):
+        return xla.tangent_part(s, x, n)
+
+    out = over_shards(run, f"{basis}, {basis} -> {basis}", together=("k",), inside=("n",))(*vary_alike(s, x))
+    return placed_like(out, s)

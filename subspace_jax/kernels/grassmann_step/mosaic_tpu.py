@@ -41,14 +41,14 @@ def _bytes(n: int, k: int) -> int:
     return 4 * (-(-n // 128) * 128) * (-(-k // 8) * 8)
 
 
-def step(s, grads, momentum, rates, size, due, *, transport, retraction, difference, interpret):
+def step(s, grads, momentum, rates, size, due, *, transport, retraction, difference, block, interpret):
     """As the reference, for an n that is whole."""
     del retraction
     shape = s.shape
     n, k = shape[-2:]
     rows = [x.reshape(-1, n, k).swapaxes(1, 2) for x in (s, grads, momentum) if x is not None]
     classes = rows[0].shape[0]
-    group = min(classes, _MAX_CLASSES, _BLOCK_BYTES // _bytes(n, k))
+    group = min(classes, block or min(_MAX_CLASSES, _BLOCK_BYTES // _bytes(n, k)))
     groups = pl.cdiv(classes, group)
     # Without momentum, a direction that stays as it is is the gradient, which is at hand.
     keeps = momentum is not None or transport != "euclidean"
@@ -57,7 +57,7 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, differe
     sizes = jnp.pad(size.reshape(-1), (0, groups * group - classes)).reshape(groups, 1, group)
     moving = 1 if transport == "euclidean" else 2
 
-    block = pl.BlockSpec((group, k, n), lambda i: (i, 0, 0))
+    one = pl.BlockSpec((group, k, n), lambda i: (i, 0, 0))
     in_place = ({} if difference else {2: 0}) | ({4: 1} if momentum is not None else {})
     outs = pl.pallas_call(
         functools.partial(
@@ -67,9 +67,9 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, differe
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec((1, 1, group), lambda i: (i, 0, 0)),
-            *[block] * len(rows),
+            *[one] * len(rows),
         ],
-        out_specs=[block] * (1 + keeps),
+        out_specs=[one] * (1 + keeps),
         out_shape=[result(rows[0].shape, jnp.float32, *rows, numbers, sizes)] * (1 + keeps),
         scratch_shapes=[pltpu.VMEM((3 + 2 * moving, k, k, group), jnp.float32)],
         # Bases and momentum are replaced where they lie, if the caller gives them away.

@@ -11,9 +11,10 @@ from subspace_jax.kernels.grassmann_step.gram import defect, tall_gram
 from subspace_jax.linalg import times
 
 
-def tangent_part(s: jax.Array, x: jax.Array) -> jax.Array:
-    """``X - S (S^T X)``."""
-    return x - _combine(s, tall_gram(s, x))
+def tangent_part(s: jax.Array, x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """``X - S (S^T X)``; n is split over mesh ``axes``."""
+    overlap = tall_gram(s, x)
+    return x - _combine(s, jax.lax.psum(overlap, tuple(axes)) if axes else overlap)
 
 
 def step(s, grads, momentum, rates, size, due, *, transport, retraction, axes: Sequence[str], difference: bool):
