@@ -98,6 +98,18 @@ def image_source(
     return ImageSource(_records(builder, split, name, data_dir), builder.info, split, scale, shift)
 
 
+def open_records(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[Sequence[Any], Any]:
+    """Opens a split of any prepared set: its records by index, as TFDS decodes them, and TFDS's description of it.
+
+    Raises:
+      FileNotFoundError: The set is not prepared below ``data_dir``; the message holds the command that prepares it.
+      ValueError: Name or split is unknown, or the set is prepared in a format without random access.
+    """
+    data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    builder = _builder(name, data_dir)
+    return _records(builder, split, name, data_dir), builder.info
+
+
 def _not_about_opencv(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("OpenCV is not installed")
 

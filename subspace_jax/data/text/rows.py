@@ -1,0 +1,170 @@
+"""From texts to rows of tokens: padded, packed, or one for each option of a question.
+
+Rows are dicts of arrays for :func:`subspace_jax.data.train_batches` and its kin, ``[rows, length]`` each:
+
+- ``inputs`` int32, tokens;
+- ``labels`` int32, the token that comes next at each place;
+- ``weights`` float32, 1 where that token is to be learnt and 0 elsewhere;
+- ``segment_ids`` int32, from 1, which text of a row a token belongs to; 0 is filling;
+- ``positions`` int32, the place within that text, from 0.
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from subspace_jax.data.text.records import Choice, Completion
+from subspace_jax.data.text.tokenizers import Tokenizer
+
+Rows = dict[str, np.ndarray]
+
+
+def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of an example, opened and ended as the tokenizer does, and which of them are to be learnt.
+
+    Args:
+      example: Prompt and completion; each is encoded by itself.
+      tokenizer: The tokenizer.
+
+    Returns:
+      Tokens ``[n]`` int32, and ``[n]`` bool: the completion and the token that ends it.  A token that opens the text
+      is given, never asked for.
+    """
+    given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(example.prompt)
+    learnt = tokenizer.encode(example.completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    tokens = np.array(given + learnt, np.int32)
+    return tokens, np.arange(len(tokens)) >= len(given)
+
+
+def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncate: bool = False) -> Rows:
+    """One row for each example, filled up at the end.
+
+    Args:
+      examples: The examples.
+      tokenizer: The tokenizer.
+      length: Tokens of a row.
+      truncate: Whether longer texts are cut off; they are refused otherwise.
+
+    Raises:
+      ValueError: There is no example, or one does not fit.
+    """
+    return _fill(
+        [[piece] for piece in _pieces(examples, tokenizer, length, "cut" if truncate else "refuse")], length, tokenizer
+    )
+
+
+def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, longer: str = "split") -> Rows:
+    """Puts several texts into a row, so that little of it is filling; the longest come first, best fit.
+
+    No text sees another one, if the model is given ``segment_ids``.  Which texts share a row is a function of their
+    lengths alone; n texts take ``n log n`` steps.
+
+    Args:
+      examples: The examples.
+      tokenizer: The tokenizer.
+      length: Tokens of a row.
+      longer: What becomes of texts that are longer than a row: "split" makes several of them, each of which is a text
+      of
+        its own; "cut" drops their ends; "refuse" raises.
+
+    Raises:
+      ValueError: There is no example, one does not fit, or ``longer`` is unknown.
+    """
+    pieces = _pieces(examples, tokenizer, length, longer)
+    sizes = [len(tokens) - 1 for tokens, _ in pieces]
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # rows by the places that they have left
+    left_sizes: list[int] = []  # the keys of open_rows, in order
+    for i in sorted(range(len(pieces)), key=lambda i: (-sizes[i], i)):
+        at = bisect.bisect_left(left_sizes, sizes[i])
+        if at == len(left_sizes):
+            row, left = len(rows), length
+            rows.append([])
+        else:
+            left = left_sizes[at]
+            row = open_rows[left].pop()
+            if not open_rows[left]:
+                del open_rows[left], left_sizes[at]
+        rows[row].append(i)
+        left -= sizes[i]
+        if left and left not in open_rows:
+            bisect.insort(left_sizes, left)
+            open_rows[left] = []
+        if left:
+            open_rows[left].append(row)
+    return _fill([[pieces[i] for i in sorted(row)] for row in rows], length, tokenizer)
+
+
+def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -> Rows:
+    """One row for each option of each question: its likelihood after the prompt is what options are compared by.
+
+    Args:
+      examples: The questions.
+      tokenizer: The tokenizer.
+      length: Tokens of a row.
+
+    Returns:
+      Rows as elsewhere, and for each row ``question`` int32 ``[rows]``, ``option`` int32 ``[rows]`` and ``is_answer``
+      float32 ``[rows]``; see :func:`subspace_jax.metrics.choice_accuracy`.
+
+    Raises:
+      ValueError: There is no question, one does not fit into a row, has no options, or no right one.
+    """
+    texts, places = [], []
+    for number, choice in enumerate(examples):
+        if not 0 <= choice.label < len(choice.options):
+            raise ValueError(f"question {number}: label {choice.label} is none of its {len(choice.options)} options")
+        for i, option in enumerate(choice.options):
+            texts.append(Completion(choice.prompt, option))
+            places.append((number, i, i == choice.label))
+    rows = pad_rows(texts, tokenizer, length)
+    question, option, right = (np.array(column) for column in zip(*places, strict=True))
+    return rows | {
+        "question": question.astype(np.int32),
+        "option": option.astype(np.int32),
+        "is_answer": right.astype(np.float32),
+    }
+
+
+def _pieces(examples, tokenizer, length, longer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Encoded texts of at most ``length + 1`` tokens: the last one is a label only."""
+    if length < 1:
+        raise ValueError(f"length: expected at least 1 token, got {length}")
+    if longer not in ("split", "cut", "refuse"):
+        raise ValueError(f"longer: expected 'split', 'cut' or 'refuse', got {longer!r}")
+    pieces = []
+    for number, example in enumerate(examples):
+        tokens, learnt = encode(example, tokenizer)
+        if len(tokens) > length + 1 and longer == "refuse":
+            raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
+        starts = range(0, max(len(tokens) - 1, 0), length) if longer == "split" else range(min(len(tokens) - 1, 1))
+        for start in starts:
+            part = slice(start, start + length + 1)
+            # A piece without anything to learn only takes room.
+            if learnt[part][1:].any():
+                pieces.append((tokens[part], learnt[part]))
+    if not pieces:
+        raise ValueError("examples: there is nothing to learn in them")
+    return pieces
+
+
+def _fill(rows, length: int, tokenizer: Tokenizer) -> Rows:
+    shape = (len(rows), length)
+    out = {
+        "inputs": np.full(shape, tokenizer.pad_id, np.int32),
+        "labels": np.full(shape, tokenizer.pad_id, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+    }
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, (tokens, learnt) in enumerate(row, start=1):
+            size = len(tokens) - 1
+            place = (r, slice(start, start + size))
+            out["inputs"][place], out["labels"][place] = tokens[:-1], tokens[1:]
+            out["weights"][place] = learnt[1:]
+            out["segment_ids"][place], out["positions"][place] = segment, np.arange(size)
+            start += size
+    return out

@@ -1,0 +1,28 @@
+import pytest
+
+from subspace_jax.data import text
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return text.docstrings(("json", "email")), text.docstrings(("json", "email"), "validation")
+
+
+def test_docstrings_are_prose_and_splits_share_none(corpus):
+    train, validation = corpus
+    assert len(train) > 50
+    assert len(validation) > 5
+    assert not set(train) & set(validation)
+    assert all(len(t) >= 80 for t in train)
+    assert any("JSON" in t for t in train)
+
+
+def test_the_same_packages_give_the_same_texts(corpus):
+    assert text.docstrings(["json", "email"]) == corpus[0]
+
+
+def test_unknown_packages_and_splits_are_refused():
+    with pytest.raises(ValueError, match="'no_such_package' is no installed package"):
+        text.docstrings(["no_such_package"])
+    with pytest.raises(ValueError, match="expected 'train' or 'validation', got 'test'"):
+        text.docstrings(["json"], "test")
