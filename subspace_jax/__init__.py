@@ -12,6 +12,7 @@ _SUBPACKAGES = (
     "data",
     "interop",
     "kernels",
+    "language",
     "linalg",
     "losses",
     "manifolds",

@@ -7,6 +7,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# With the default scheduler, devices may run the collectives of a scan and those beside it in different orders; under
+# load one run in eight then waits for ever.
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")]
+).strip()
 
 import jax
 import numpy as np

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from subspace_jax.cli import language
+
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 _EXAMPLES = {
@@ -23,6 +25,21 @@ _EXAMPLES = {
         subspace-jax eval --workdir work/digits
         subspace-jax eval --workdir work/digits --best
         subspace-jax eval --workdir work/sharded --config.mesh.data=1 --config.mesh.tensor=1   # on one device
+        """,
+    "pretrain": """
+        subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny     # ends with work/tiny/model
+        """,
+    "finetune": """
+        subspace-jax finetune --config configs/lm/tiny.py --model work/tiny/model --workdir work/tuned \\
+            --config.data.source=my.jsonl --config.data.evaluation=other.jsonl
+        """,
+    "generate": """
+        subspace-jax generate --model work/tiny/model --prompt "Return the" --max-new-tokens 64
+        subspace-jax generate --model DIR --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+        """,
+    "perplexity": """
+        subspace-jax perplexity --model work/tiny/model --data docstrings
+        subspace-jax perplexity --model DIR --data some.jsonl --length 512
         """,
     "info": """
         subspace-jax info
@@ -48,15 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = _command(commands, "train", "train what a config describes")
-    train.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:VARIANT]",
-        help="Python file with get_config(); any of its fields is set by --config.FIELD=VALUE",
-    )
-    train.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    runs = {
+        "train": "train what a config describes",
+        "pretrain": "train a language model from nothing, and write it as a Hugging Face folder",
+        "finetune": "train a language model from a Hugging Face folder on, and write it as one",
+    }
+    for name, summary in runs.items():
+        run = _command(commands, name, summary)
+        run.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE[:VARIANT]",
+            help="Python file with get_config(); any of its fields is set by --config.FIELD=VALUE",
+        )
+        if name == "finetune":
+            run.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder to start from")
+        run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
+        run.add_argument("--quiet", action="store_true", help="no progress bar")
+    language.add_commands(commands, _command)
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
@@ -72,15 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
-    takes_fields = args.command in ("train", "eval")
+    takes_fields = args.command in (*runs, "eval")
     unknown = [text for text in extra if not (takes_fields and text.startswith("--config."))]
     if unknown:
         hint = " (fields of the config are set by --config.FIELD=VALUE)" if takes_fields else ""
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        # With XLA's default scheduler two devices may run a loop's collectives and those outside it in different
+        # orders, and wait for each other for ever.
+        flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
-        {"train": _train, "eval": _evaluate, "info": _info}[args.command](args, overrides)
+        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS}
+        actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,22 @@
+"""A GPT-2 of 0.9 M parameters, trained from nothing on the docstrings of the standard library.
+
+    subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
+
+The base of experiments that need no download: bytes as tokens, rows of 256, about 1.4 M characters.
+"""
+
+from subspace_jax.language import finetune
+
+
+def get_config():
+    config = finetune.default_config()
+    config.data.batch_size = 16
+    config.data.eval_batch_size = 16
+    config.train.steps = 600
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 200
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 50
+    config.optim.weight_decay = 0.1
+    config.optim.clip_norm = 1.0
+    return config

@@ -1,0 +1,117 @@
+"""The commands for language models."""
+
+import argparse
+import os
+from collections.abc import Callable
+
+
+def add_commands(commands, add: Callable) -> None:
+    """Adds those that read a Hugging Face folder and train nothing."""
+    generate = add(commands, "generate", "continue a prompt")
+    _add_model(generate)
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from")
+    generate.add_argument("--seed", type=int, default=0)
+
+    perplexity = add(commands, "perplexity", "measure a model on text")
+    _add_model(perplexity)
+    perplexity.add_argument(
+        "--data", required=True, help="docstrings, a .jsonl, .parquet or text file, or a TFDS set (its split below)"
+    )
+    perplexity.add_argument("--split", default="validation")
+    perplexity.add_argument("--prompt-field", default="", help="field of the prompt, which is given and not measured")
+    perplexity.add_argument("--text-field", default="text", help="field of the text")
+    perplexity.add_argument("--length", type=int, default=256, help="tokens in a row")
+    perplexity.add_argument("--batch-size", type=int, default=8)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument(
+        "--tokenizer", default="", help="file, folder or 'bytes' (default: that of the model, or bytes)"
+    )
+
+
+def _pretrain(args: argparse.Namespace, overrides: list[str]) -> None:
+    _run(args, overrides)
+
+
+def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+    tokenizer = _own_tokenizer(args.model)
+    _run(args, [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else []), *overrides])
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    import math
+
+    from subspace_jax import language, train
+
+    config = train.override(train.load_config(args.config), overrides)
+    _, metrics = train.run(config, args.workdir, progress=not args.quiet)
+    folder = os.path.join(os.path.abspath(args.workdir), "model")
+    language.export(args.workdir, folder)
+    print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
+    print(f"Wrote the model to {folder}, checkpoints, metrics.jsonl and curves.png beside it")
+
+
+def _open(args: argparse.Namespace):
+    from subspace_jax import language
+
+    config = language.default_config().unlock()
+    config.model.folder, config.model.tokenizer = args.model, args.tokenizer or _own_tokenizer(args.model)
+    return config, *language.model_of(config)
+
+
+def _own_tokenizer(folder: str) -> str:
+    """A model that was trained on bytes has no tokenizer file."""
+    return "" if os.path.isfile(os.path.join(folder, "tokenizer.json")) else "bytes"
+
+
+def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from subspace_jax import interop, nn
+
+    _, model, tokenizer = _open(args)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tokens = jnp.array([start + tokenizer.encode(args.prompt)], jnp.int32)
+    if not tokens.size:
+        raise ValueError("--prompt: expected some text, got none")
+    _, params = interop.load_causal_lm(args.model)
+    new = nn.generate(
+        model,
+        params,
+        tokens,
+        max_new_tokens=args.max_new_tokens,
+        key=jax.random.key(args.seed),
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    print(args.prompt + tokenizer.decode(new.tokens[0, : int(new.lengths[0])]))
+
+
+def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import data, interop, language, metrics, train
+    from subspace_jax.data import text
+
+    config, model, tokenizer = _open(args)
+    config.data.source, config.data.eval_split = args.data, args.split
+    config.data.evaluation = "" if args.data == "docstrings" else args.data
+    config.data.prompt, config.data.completion = args.prompt_field, args.text_field
+    rows = text.pack_rows(language.texts_of(config, "eval"), tokenizer, min(args.length, model.max_length))
+    mesh = train.make_mesh()
+    train.check_batch_size(args.batch_size, mesh, name="--batch-size")
+    task = language.CausalLMTask(model, mesh)
+
+    def shardings(shapes, axes):
+        return train.param_shardings(shapes, axes, mesh)
+
+    _, params = interop.load_causal_lm(args.model, shardings=shardings)
+    total, count = language.score_rows(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
+    print(f"perplexity {float(metrics.perplexity(total, count)):.3f} over {count:.0f} tokens")
+
+
+ACTIONS = {"pretrain": _pretrain, "finetune": _finetune, "generate": _generate, "perplexity": _perplexity}

@@ -1,0 +1,144 @@
+"""Causal language modelling as a task of the train loop."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from subspace_jax import interop, nn, train
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+
+
+class CausalLMTask:
+    """Next-token prediction as a :class:`subspace_jax.train.Task`; all parameters train.
+
+    Batches are rows of :mod:`subspace_jax.data.text`.  Parameters are float32; stacked layers are gathered over the
+    mesh axes that split the batch one by one, within the scan over them.
+
+    Args:
+      config: The model.
+      mesh: The mesh of the run.
+      rules: Logical name to mesh axis or axes.
+      folder: Checkpoint folder to start from; None starts from random numbers.
+      dtype: Type of the activations.
+      remat: What is kept of a layer for the backward pass: "none", "dots" or "full".
+      loss_chunk: Places of a row whose scores ``[batch, loss_chunk, vocab]`` are there at a time; 0 for all.
+    """
+
+    def __init__(
+        self,
+        config: nn.CausalLMConfig,
+        mesh: Mesh,
+        *,
+        rules: train.Rules = train.DEFAULT_RULES,
+        folder: str | os.PathLike | None = None,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        loss_chunk: int = 0,
+    ):
+        self.config = config
+        self._axes = nn.causal_lm_axes(config)
+        self._options = {
+            "dtype": dtype,
+            "remat": remat,
+            "on_layer": train.layer_gatherer(self._axes["layers"], mesh, rules),
+        }
+        self._loss_chunk = loss_chunk
+        if folder is not None:
+            # Only then: a task without this method starts from ``init``.
+            self.load = lambda shardings: (
+                interop.load_causal_lm(folder, shardings=shardings[0], dtype=jnp.float32)[1],
+                {},
+            )
+
+    def init(self, key):
+        """Returns fresh parameters, and no variables."""
+        return nn.causal_lm_init(key, self.config), {}
+
+    def axes(self):
+        """Returns the logical axis names of parameters and variables."""
+        return self._axes, {}
+
+    def loss(self, params, variables, batch, key):
+        """Returns the mean negative log-likelihood over the tokens of the batch that are learnt, and their accuracy.
+
+        Micro-batches of an accumulated step count alike, whatever their numbers of such tokens.
+        """
+        del key
+        nll, hits = self.nll(params, batch)
+        count = jnp.maximum(jnp.sum(batch["weights"]), 1)
+        loss, accuracy = (jnp.sum(x * batch["weights"]) / count for x in (nll, hits))
+        return loss, (variables, {"accuracy": accuracy})
+
+    def evaluate(self, params, variables, batch):
+        """Returns sums over the tokens that are learnt in the real rows, and the number of such tokens."""
+        del variables
+        nll, hits = self.nll(params, batch)
+        weights = batch["weights"] * batch["mask"][:, None]
+        return {"loss": jnp.sum(nll * weights), "accuracy": jnp.sum(hits * weights), "count": jnp.sum(weights)}
+
+    def nll(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Negative log-likelihood of each label in nats, and whether it is the likeliest token, ``[batch, length]``."""
+        out = nn.causal_lm_apply(
+            self.config,
+            params,
+            batch["inputs"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            with_logits=False,
+            **self._options,
+        )
+        return token_nll(self.config, params, out.final, batch["labels"], self._loss_chunk)
+
+
+def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], mesh: Mesh) -> tuple[float, float]:
+    """Sums the negative log-likelihood over one pass, in nats, and counts its tokens.
+
+    Args:
+      task: The task.
+      params: Its parameters.
+      batches: Batches with a ``mask``, such as :func:`subspace_jax.data.eval_batches` gives.
+      mesh: The mesh on which the parameters live.
+    """
+    score = jax.jit(lambda params, batch: task.evaluate(params, {}, batch))
+    rows = train.batch_sharding(mesh)
+    sums = [score(params, train.to_device(batch, rows)) for batch in batches]
+    return tuple(sum(float(s[name]) for s in sums) for name in ("loss", "count"))
+
+
+def token_nll(
+    config: nn.CausalLMConfig, params: PyTree, final: jax.Array, labels: jax.Array, chunk: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Scores tokens a few places at a time, so that the scores of all are never there.
+
+    Args:
+      config: The model.
+      params: Its parameters.
+      final: ``[batch, length, d]``, from :func:`subspace_jax.nn.causal_lm_apply`.
+      labels: ``[batch, length]`` integers.
+      chunk: Places at a time; 0, or what does not divide the length, for all.
+
+    Returns:
+      Negative log-likelihoods and hits, ``[batch, length]`` float32.
+    """
+
+    def score(final, labels):
+        logits = nn.causal_lm_logits(config, params, final, jnp.float32)
+        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        hits = jnp.argmax(logits, axis=-1) == labels
+        return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
+
+    batch, length = labels.shape
+    if not chunk or length <= chunk or length % chunk:
+        return score(final, labels)
+    parts = (final.reshape(batch, length // chunk, chunk, -1), labels.reshape(batch, length // chunk, chunk))
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+    # The backward pass makes the scores again.
+    _, scored = jax.lax.scan(lambda _, part: (None, jax.checkpoint(score)(*part)), None, parts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), scored)

@@ -1,0 +1,143 @@
+"""Causal language modelling as a task: losses, chunks, meshes, checkpoints to start from, and runs from configs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from subspace_jax import data, interop, language, nn, train
+from subspace_jax.data import text
+
+CONFIG = nn.CausalLMConfig.gpt2(259, 32, 2, 2, max_length=64)
+TOKENIZER = text.ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    texts = [text.Completion("p", "the quick brown fox " * (1 + i % 4)) for i in range(40)]
+    return text.pack_rows(texts, TOKENIZER, 32)
+
+
+@pytest.fixture(scope="module")
+def batch(rows):
+    return {name: jnp.asarray(x) for name, x in next(data.eval_batches(rows, batch_size=8)).items()}
+
+
+def task(mesh=None, **options):
+    return language.CausalLMTask(CONFIG, mesh or train.make_mesh(devices=jax.devices()[:1]), **options)
+
+
+def test_loss_is_the_mean_over_what_is_learnt(batch):
+    params, _ = task().init(jax.random.key(0))
+    loss, (_, metrics) = jax.jit(task().loss)(params, {}, batch, jax.random.key(0))
+    options = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
+    logits = nn.causal_lm_apply(CONFIG, params, batch["inputs"], **options).logits
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    np.testing.assert_allclose(loss, jnp.sum(nll * batch["weights"]) / jnp.sum(batch["weights"]), rtol=1e-5)
+    sums = task().evaluate(params, {}, batch)
+    np.testing.assert_allclose(sums["loss"] / sums["count"], loss, rtol=1e-5)
+    assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_rows_that_are_filling_count_nothing(batch):
+    params, _ = task().init(jax.random.key(0))
+    half = dict(batch, mask=batch["mask"].at[4:].set(0))
+    few = {name: x[:4] for name, x in batch.items()}
+    got, want = (task().evaluate(params, {}, b) for b in (half, few))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("options", [{"loss_chunk": 8}, {"remat": "full"}, {"remat": "dots", "loss_chunk": 16}])
+def test_chunks_and_remat_change_no_gradient(batch, options):
+    params, _ = task().init(jax.random.key(0))
+    grads = [
+        jax.jit(jax.grad(lambda p, t=t: t.loss(p, {}, batch, jax.random.key(0))[0]))(params)
+        for t in (task(), task(**options))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *grads)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_step_on_a_mesh_is_that_of_one_device(batch, sizes):
+    # Plain SGD: the update is the gradient, where Adam's would be the sign of what rounding leaves of a zero one.
+    tx = optax.sgd(0.1)
+    results = []
+    for mesh in (train.make_mesh(devices=jax.devices()[:1]), train.make_mesh(*sizes)):
+        own = task(mesh)
+        state = train.init_state(own, tx, mesh)
+        placed = {name: jax.device_put(x, train.batch_sharding(mesh)) for name, x in batch.items()}
+        state, metrics = train.make_train_step(own, tx, mesh)(state, placed)
+        results.append((jax.device_get(state.params), float(metrics["loss"])))
+    (one, loss), (many, loss_many) = results
+    assert abs(loss - loss_many) < 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), one, many)
+
+
+def test_layers_are_gathered_one_by_one(batch):
+    mesh, tx = train.make_mesh(1, 8, 1), optax.sgd(0.1)
+    own = task(mesh, remat="full")
+    abstract, _ = train.state_shardings(own, tx, mesh)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+    text = train.make_train_step(own, tx, mesh).lower(abstract, shapes).compile().as_text()
+    # The up kernels of both layers, whole, would be [2, 32, 128].
+    assert "all-gather" in text
+    assert "f32[2,32,128]" not in text
+
+
+def test_a_run_starts_from_a_checkpoint_folder_on_any_mesh(batch, tmp_path):
+    params, _ = task().init(jax.random.key(3))
+    interop.save_causal_lm(tmp_path / "model", CONFIG, params)
+    for mesh in (train.make_mesh(devices=jax.devices()[:1]), train.make_mesh(2, 2, 2)):
+        state = train.init_state(task(mesh, folder=tmp_path / "model"), optax.adam(1e-3), mesh)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(params))
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "train.txt").write_text("\n\n".join(f"the sum of {i} and {i} is {2 * i}." for i in range(200)))
+    (tmp_path / "eval.txt").write_text("\n\n".join(f"the sum of {i} and {i} is {2 * i}." for i in range(200, 220)))
+    config = language.default_config().unlock()
+    config.data.source, config.data.evaluation = str(tmp_path / "train.txt"), str(tmp_path / "eval.txt")
+    config.data.length, config.data.batch_size, config.data.eval_batch_size = 64, 8, 8
+    config.train.steps, config.train.log_every, config.optim.learning_rate = 30, 10, 3e-3
+    return config.lock()
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
+def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path):
+    before = train.run(
+        train.override(config, ["train.steps=1", "optim.learning_rate=0.0"]), tmp_path / "a", progress=False
+    )
+    after = train.run(config, tmp_path / "b", progress=False)
+    assert after.metrics["loss"] < 0.7 * before.metrics["loss"]
+    language.export(tmp_path / "b", tmp_path / "model")
+    model, params = interop.load_causal_lm(tmp_path / "model")
+    assert model.vocab_size == 259
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(after.state.params))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (["model.size=huge"], ValueError, "model.size: expected one of"),
+        (["data.length=512"], ValueError, "data.length: 512 places in a row, the model has 256"),
+        (["data.evaluation="], ValueError, "data.evaluation: expected a second file"),
+        (["data.source=none.jsonl"], FileNotFoundError, r"no file none\.jsonl"),
+        (["data.source=no_such_set"], ValueError, "no mapping for 'no_such_set'"),
+        (["data.batch_size=100000"], ValueError, "batch_size: expected at most"),
+        (["model.tokenizer=none"], FileNotFoundError, "tokenizer: no file"),
+        (["model.folder=none", "model.tokenizer=bytes"], FileNotFoundError, "none"),
+    ],
+)
+def test_what_can_t_serve_is_refused_before_anything_is_written(config, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        train.run(train.override(config, settings), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config, tmp_path):
+    small = nn.CausalLMConfig.gpt2(200, 32, 1, 2, max_length=64)
+    interop.save_causal_lm(tmp_path / "model", small, nn.causal_lm_init(jax.random.key(0), small))
+    with pytest.raises(ValueError, match="it has 259 tokens, the model has rows for 200"):
+        train.build(train.override(config, [f"model.folder={tmp_path / 'model'}", "model.tokenizer=bytes"]))
