@@ -6,10 +6,15 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo tiny-lm test test-all lint docs bench clean
 
 demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
+
+tiny-lm: work/tiny/model/model.safetensors  ## the small language model that experiments without downloads start from
+
+work/tiny/model/model.safetensors: $(VENV)/.base
+	$(VENV)/bin/subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
 
 test: $(VENV)/.test  ## everything that is quick
 	$(PYTEST) -m "not slow"

@@ -26,6 +26,15 @@ def add_commands(commands, add: Callable) -> None:
     perplexity.add_argument("--length", type=int, default=256, help="tokens in a row")
     perplexity.add_argument("--batch-size", type=int, default=8)
 
+    accuracy = add(commands, "accuracy", "answer questions by the likeliest of their options")
+    _add_model(accuracy)
+    accuracy.add_argument("--data", required=True, help="TFDS set with options, such as ai2_arc/ARC-Easy or glue/sst2")
+    accuracy.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
+    accuracy.add_argument("--split", default="validation")
+    accuracy.add_argument("--length", type=int, default=256, help="tokens in a row, question and option together")
+    accuracy.add_argument("--batch-size", type=int, default=8)
+    accuracy.add_argument("--by-token", action="store_true", help="compare the mean over the tokens of an option")
+
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
@@ -94,7 +103,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax import data, interop, language, metrics, train
+    from subspace_jax import data, language, metrics
     from subspace_jax.data import text
 
     config, model, tokenizer = _open(args)
@@ -102,16 +111,43 @@ def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     config.data.evaluation = "" if args.data == "docstrings" else args.data
     config.data.prompt, config.data.completion = args.prompt_field, args.text_field
     rows = text.pack_rows(language.texts_of(config, "eval"), tokenizer, min(args.length, model.max_length))
-    mesh = train.make_mesh()
-    train.check_batch_size(args.batch_size, mesh, name="--batch-size")
-    task = language.CausalLMTask(model, mesh)
-
-    def shardings(shapes, axes):
-        return train.param_shardings(shapes, axes, mesh)
-
-    _, params = interop.load_causal_lm(args.model, shardings=shardings)
+    task, params, mesh = _place(args, model)
     total, count = language.score_rows(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
     print(f"perplexity {float(metrics.perplexity(total, count)):.3f} over {count:.0f} tokens")
 
 
-ACTIONS = {"pretrain": _pretrain, "finetune": _finetune, "generate": _generate, "perplexity": _perplexity}
+def _accuracy(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import data, language, metrics
+    from subspace_jax.data import text
+
+    _, model, tokenizer = _open(args)
+    questions = text.tfds_texts(args.data, args.split, args.data_dir)
+    if not isinstance(questions[0], text.Choice):
+        raise ValueError(f"--data: expected a set of questions with options, got {args.data}, which has none")
+    rows = text.choice_rows(questions, tokenizer, min(args.length, model.max_length))
+    task, params, mesh = _place(args, model)
+    nll, tokens = language.option_scores(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
+    counts = {"num_tokens": tokens} if args.by_token else {}
+    share = metrics.choice_accuracy(nll, rows["question"], rows["is_answer"], **counts)
+    print(f"accuracy {share:.4f} over {len(questions)} questions")
+
+
+def _place(args: argparse.Namespace, model):
+    """Returns task, parameters spread over all devices, and their mesh."""
+    from subspace_jax import interop, language, train
+
+    mesh = train.make_mesh()
+    train.check_batch_size(args.batch_size, mesh, name="--batch-size")
+    _, params = interop.load_causal_lm(
+        args.model, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
+    )
+    return language.CausalLMTask(model, mesh), params, mesh
+
+
+ACTIONS = {
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "generate": _generate,
+    "perplexity": _perplexity,
+    "accuracy": _accuracy,
+}

@@ -41,6 +41,10 @@ _EXAMPLES = {
         subspace-jax perplexity --model work/tiny/model --data docstrings
         subspace-jax perplexity --model DIR --data some.jsonl --length 512
         """,
+    "accuracy": """
+        subspace-jax accuracy --model DIR --data ai2_arc/ARC-Easy --split test
+        subspace-jax accuracy --model DIR --data glue/sst2 --by-token
+        """,
     "info": """
         subspace-jax info
         JAX_NUM_CPU_DEVICES=8 subspace-jax info --fsdp 2 --tensor 4

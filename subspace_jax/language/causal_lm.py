@@ -1,12 +1,15 @@
 """Causal language modelling as a task of the train loop."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import interop, nn, train
@@ -110,6 +113,35 @@ def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], m
     rows = train.batch_sharding(mesh)
     sums = [score(params, train.to_device(batch, rows)) for batch in batches]
     return tuple(sum(float(s[name]) for s in sums) for name in ("loss", "count"))
+
+
+def option_scores(
+    task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores each row of one pass by itself, for questions that are answered by the likeliest option.
+
+    Args:
+      task: The task.
+      params: Its parameters.
+      batches: Batches of :func:`subspace_jax.data.text.choice_rows`, with a ``mask``.
+      mesh: The mesh on which the parameters live.
+
+    Returns:
+      Negative log-likelihood in nats and number of tokens of each real row, ``[rows]``; see
+      :func:`subspace_jax.metrics.choice_accuracy`.
+    """
+    whole = NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def score(params, batch):
+        nll, _ = task.nll(params, batch)
+        return jnp.sum(nll * batch["weights"], axis=1), jnp.sum(batch["weights"], axis=1)
+
+    rows = train.batch_sharding(mesh)
+    found = [
+        [np.asarray(x)[batch["mask"] > 0] for x in score(params, train.to_device(batch, rows))] for batch in batches
+    ]
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
 def token_nll(

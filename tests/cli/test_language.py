@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from subspace_jax.cli.main import main
+from subspace_jax.data import text
 
 SHORT = ["--quiet", "--config.train.steps=4", "--config.optim.warmup_steps=1", "--config.data.batch_size=8"]
 
@@ -50,6 +51,17 @@ def test_a_pretrained_model_is_tuned_measured_and_continues_a_prompt(pretrained,
     for extra in ([], ["--temperature", "0.9", "--top-p", "0.9", "--seed", "3"]):
         assert main(["generate", "--model", str(model), "--prompt", "the sum", "--max-new-tokens", "5", *extra]) == 0
         assert capsys.readouterr().out.startswith("the sum")
+
+
+def test_questions_are_answered_by_the_likeliest_option(pretrained, capsys, monkeypatch):
+    # No set can be prepared without network; how records become questions has its own tests.
+    questions = [text.Choice("the sum of 3 and 3 is", ["6.", "\x00\x01\x02"], 0)] * 3
+    monkeypatch.setattr(text, "tfds_texts", lambda name, split, folder: questions)
+    assert main(["accuracy", "--model", str(pretrained[0]), "--data", "ai2_arc", "--by-token"]) == 0
+    assert capsys.readouterr().out == "accuracy 1.0000 over 3 questions\n"
+    monkeypatch.setattr(text, "tfds_texts", lambda name, split, folder: [text.Completion("a", "b")])
+    assert main(["accuracy", "--model", str(pretrained[0]), "--data", "gsm8k"]) == 2
+    assert "--data: expected a set of questions with options" in capsys.readouterr().err
 
 
 def test_bad_input_is_named(pretrained, folder, capsys):

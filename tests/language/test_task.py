@@ -93,6 +93,22 @@ def test_a_run_starts_from_a_checkpoint_folder_on_any_mesh(batch, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(params))
 
 
+def test_options_are_scored_alone_whatever_the_batches():
+    questions = [text.Choice(f"{i} + {i} =", [str(2 * i), "none", "no"], 0) for i in range(5)]
+    rows = text.choice_rows(questions, TOKENIZER, 32)
+    params, _ = task().init(jax.random.key(0))
+    own, mesh = task(), train.make_mesh(devices=jax.devices()[:1])
+    found = [language.option_scores(own, params, data.eval_batches(rows, batch_size=n), mesh) for n in (4, 15)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+    nll, tokens = found[0]
+    assert nll.shape == tokens.shape == (15,)
+    for row in (0, 7):
+        question = questions[row // 3]
+        one = text.pad_rows([text.Completion(question.prompt, question.options[row % 3])], TOKENIZER, 32)
+        sums = own.evaluate(params, {}, {name: jnp.asarray(x) for name, x in one.items()} | {"mask": jnp.ones(1)})
+        np.testing.assert_allclose([nll[row], tokens[row]], [sums["loss"], sums["count"]], rtol=1e-5)
+
+
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "train.txt").write_text("\n\n".join(f"the sum of {i} and {i} is {2 * i}." for i in range(200)))
