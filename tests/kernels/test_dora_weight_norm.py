@@ -89,7 +89,7 @@ def test_chunks_of_rows_change_nothing(x64, monkeypatch):
     for chunk in (1, 7, 32, 64, 70):
         monkeypatch.setattr(xla, "norm_chunk_size", lambda *_, chunk=chunk: chunk)
         for energy in (None, column_energy(w)):
-            got = xla.squares(w, a, b, jnp.float64(0.7), energy, budget=16 << 20, axes=())
+            got = xla.factored_squares(w, a, b, jnp.float64(0.7), energy, budget=16 << 20)
             np.testing.assert_allclose(jnp.sqrt(got), reference(w, a, b, 0.7), rtol=1e-12)
 
 

@@ -1,7 +1,8 @@
 """Squared norms of adapted columns: from products with the factors, or from the adapted weight where that is free.
 
 A TPU's compiler ends the product ``a b`` with the sum, the square and the reduction, so that the adapted weight exists
-in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out.
+in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out: GPUs take
+the products, and CPUs a few rows of the adapted weight at a time, unless the energies of W are at hand.
 """
 
 import functools
@@ -34,6 +35,7 @@ def squares(w, a, b, scale, energy=None, *, budget, axes):
     def summed(x):
         return jax.lax.psum(x, axes) if axes else x
 
+    factored = functools.partial(factored_squares, budget=budget, summed=summed)
     return jax.lax.platform_dependent(
         w,
         a,
@@ -41,7 +43,9 @@ def squares(w, a, b, scale, energy=None, *, budget, axes):
         scale,
         energy,
         tpu=lambda w, a, b, scale, _: summed(plain_squares(w, a, b, scale)),
-        default=functools.partial(_factored, budget=budget, summed=summed),
+        # A pass over W for energies costs more there than rows of W + s a b that stay in the cache.
+        cpu=factored if energy is not None else lambda w, a, b, scale, _: summed(_plain_in_parts(w, a, b, scale)),
+        default=factored,
     )
 
 
@@ -50,7 +54,8 @@ def plain_squares(w, a, b, scale):
     return jnp.sum(jnp.square(w.astype(scale.dtype) + scale * _dot(a, b).astype(scale.dtype)), axis=-2)
 
 
-def _factored(w, a, b, scale, energy, *, budget, summed):
+def factored_squares(w, a, b, scale, energy, *, budget=None, summed=lambda x: x):
+    """The sum of three terms, and the formula as it stands where they cancel."""
     sums = _sums(w, a, energy is None) if budget is None else _sums_in_chunks(w, a, energy is None, budget)
     energies, product, gram = summed(sums)
     energies = (energies if energy is None else energy).astype(scale.dtype)
