@@ -33,6 +33,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.bench
 	$(PY) scripts/bench/grassmann.py
 	$(PY) scripts/bench/kernels.py
+	$(PY) scripts/bench/lm.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
