@@ -20,6 +20,7 @@ from subspace_jax.adapters.surface import (
     prepare,
     unmerge,
 )
+from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
 
 __all__ = [
     "DoRA",
@@ -27,9 +28,14 @@ __all__ = [
     "Full",
     "LoRA",
     "LoRAWeight",
+    "SVFit",
+    "SVFitWeight",
+    "SpectralBase",
+    "SpectralBases",
     "bind",
     "count",
     "describe",
+    "energy_rank",
     "init",
     "label_fn",
     "logical_axes",

@@ -15,12 +15,13 @@ from subspace_jax.adapters.dora import DoRAWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
 from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
+from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
 
 PyTree = Any
 
-_WEIGHTS = (LoRAWeight, DoRAWeight)
+_WEIGHTS = (LoRAWeight, DoRAWeight, SVFitWeight)
 # What stands in a weight's place in a prepared tree.
-_BASES: tuple[type, ...] = ()
+_BASES = (SpectralBase,)
 _NOT_WEIGHTS = ("scale", "bias")
 
 
@@ -184,7 +185,7 @@ def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = Fa
     bound = _at_paths(bind(params, trainable, settings))
     before = _at_paths(params)
     kept = {}
-    for path, setting in _settings_of(trainable, settings).items():
+    for path, setting in settings_of(trainable, settings).items():
         weight = bound[path]
         if isinstance(weight, DoRAWeight):
             kept[path] = weight.gain
@@ -261,9 +262,10 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
     """
     at, rows = _at_paths(params), [("path", "shape", "method", "rank", "trained", "share")]
     for path, arrays in adapters_of(trainable).items():
-        setting = _settings_of(trainable, settings)[path]
+        setting = settings_of(trainable, settings)[path]
         shape, trained = _shape(at[path]), count(arrays)
         rank = getattr(setting, "rank", None)
+        rank = arrays["delta"].shape[-1] if "delta" in arrays else rank
         rank = "-" if rank is None else "/".join(map(str, rank)) if isinstance(rank, tuple) else str(rank)
         method = type(setting).__name__
         method = "rsLoRA" if method == "LoRA" and setting.rslora else method
@@ -281,7 +283,7 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
     return "\n".join(map(line, rows))
 
 
-LABELS = {"a": "factor", "b": "factor", "magnitude": "magnitude", "full": "full"}
+LABELS = {"a": "factor", "b": "factor", "magnitude": "magnitude", "delta": "spectrum", "full": "full"}
 
 
 def label_fn(tree: PyTree) -> PyTree:
@@ -331,7 +333,8 @@ def _at_paths(tree: PyTree) -> dict[str, Any]:
     return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_base)}
 
 
-def _settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
+def settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
+    """Gives each adapter its setting; raises ValueError where the two don't belong together."""
     found = adapters_of(trainable)
     try:
         # A rule that may name a bias is not one that names weights, even where its text would match them.
@@ -344,7 +347,7 @@ def _settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
 
 
 def _replace(params: PyTree, trainable: PyTree, settings: Rules, make, with_path: bool = False) -> PyTree:
-    found, chosen = adapters_of(trainable), _settings_of(trainable, settings)
+    found, chosen = adapters_of(trainable), settings_of(trainable, settings)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
     paths = [path_of(path) for path, _ in leaves]
     if lost := sorted(found.keys() - set(paths)):
