@@ -5,6 +5,7 @@
 """
 
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
+from subspace_jax.adapters.effort import Effort, EffortWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
 from subspace_jax.adapters.rules import match_rules
@@ -25,6 +26,8 @@ from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFi
 __all__ = [
     "DoRA",
     "DoRAWeight",
+    "Effort",
+    "EffortWeight",
     "Full",
     "LoRA",
     "LoRAWeight",

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.adapters.dora import DoRAWeight
+from subspace_jax.adapters.effort import EffortWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
 from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
@@ -19,7 +20,7 @@ from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
 
 PyTree = Any
 
-_WEIGHTS = (LoRAWeight, DoRAWeight, SVFitWeight)
+_WEIGHTS = (LoRAWeight, DoRAWeight, SVFitWeight, EffortWeight)
 # What stands in a weight's place in a prepared tree.
 _BASES = (SpectralBase,)
 _NOT_WEIGHTS = ("scale", "bias")
@@ -283,7 +284,16 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
     return "\n".join(map(line, rows))
 
 
-LABELS = {"a": "factor", "b": "factor", "magnitude": "magnitude", "delta": "spectrum", "full": "full"}
+LABELS = {
+    "a": "factor",
+    "b": "factor",
+    "u": "factor",
+    "vt": "factor",
+    "magnitude": "magnitude",
+    "s": "spectrum",
+    "delta": "spectrum",
+    "full": "full",
+}
 
 
 def label_fn(tree: PyTree) -> PyTree:

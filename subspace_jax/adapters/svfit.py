@@ -82,7 +82,7 @@ class SVFitWeight:
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
         base = jax.lax.stop_gradient(self.base)
-        return nn.linear(x, base.weight) + _through(x, base.bases.u, self.shift, base.bases.vt)
+        return nn.linear(x, base.weight) + through(x, base.bases.u, self.shift, base.bases.vt)
 
     def lookup(self, tokens: jax.Array, dtype) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
@@ -95,22 +95,24 @@ class SVFitWeight:
         """Returns ``x @ W.T``, ``[..., in]``."""
         base = jax.lax.stop_gradient(self.base)
         v, ut = (jnp.swapaxes(y, -1, -2) for y in (base.bases.vt, base.bases.u))
-        return nn.unembed(x, base.weight) + _through(x, v, self.shift, ut)
+        return nn.unembed(x, base.weight) + through(x, v, self.shift, ut)
 
     def dense(self) -> jax.Array:
         """Returns the weight itself, in its dtype."""
         base = jax.lax.stop_gradient(self.base)
-        return _shifted(base.weight, base.bases, self.shift)
+        return shifted(base.weight, base.bases, self.shift)
 
 
-def _through(x: jax.Array, first: jax.Array, shift: jax.Array, second: jax.Array) -> jax.Array:
+def through(x: jax.Array, first: jax.Array, shift: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns ``((x @ first) * shift) @ second`` in the dtype of x."""
     # The r numbers between stay in float32: a shift of 0.01 would be lost beside a singular value of 50 in bfloat16.
     inner = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=shift.dtype)
     inner = inner * jnp.broadcast_to(shift, inner.shape)
     return jnp.matmul(inner, second.astype(inner.dtype)).astype(x.dtype)
 
 
-def _shifted(w: jax.Array, bases: SpectralBases, shift: jax.Array) -> jax.Array:
+def shifted(w: jax.Array, bases: SpectralBases, shift: jax.Array) -> jax.Array:
+    """Returns ``w + u diag(shift) vt`` in the dtype of w."""
     dtype = linalg.working_dtype(w, bases.u)
     moved = bases.u.astype(dtype) * shift.astype(dtype)[..., None, :]
     update = jnp.matmul(moved, bases.vt.astype(dtype), precision=jax.lax.Precision.HIGHEST)
@@ -185,7 +187,7 @@ class SVFit:
     def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: SpectralBases) -> SpectralBase:
         """Takes the update out of a merged weight."""
         weight = SVFitWeight(SpectralBase(merged, kept), arrays["delta"], self.param)
-        return SpectralBase(_shifted(merged, kept, -weight.shift), kept)
+        return SpectralBase(shifted(merged, kept, -weight.shift), kept)
 
 
 def energy_rank(sigma: jax.Array, tau: float, *, kind: str = "energy") -> np.ndarray:

@@ -21,6 +21,7 @@ RULES = {
     "svfit": {"layers/**": adapters.SVFit(8), "embed": adapters.SVFit(None, "log")},
     "svfit relu": {"attn/*": adapters.SVFit("energy", "relu", tau=0.8)},
     "pissa": {"attn/*": adapters.LoRA(4, 8.0, init="pissa"), "mlp/*": adapters.DoRA(3, 2.0, init="pissa_randomized")},
+    "effort": {"attn/*": adapters.Effort(2), "embed": adapters.Effort()},
     "gaussian": {"qkv": adapters.LoRA(4, 8.0, init="gaussian")},
     "full": {"layers/**": adapters.LoRA(2, 4.0), "norm/scale": adapters.Full(), "re:.*/bias": adapters.Full()},
 }

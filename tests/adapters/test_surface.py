@@ -48,7 +48,7 @@ def test_the_start_changes_nothing_bit_for_bit(name):
     base, start, _ = prepared(name)
     got = cases.logits(adapters.bind(base, start, cases.RULES[name]), cases.tokens(2, 8))
     expected = cases.logits(cases.params(), cases.tokens(2, 8))
-    if name == "pissa":
+    if name in ("pissa", "effort"):
         # What is taken from the weight is added again, and rounded.
         np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     else:
