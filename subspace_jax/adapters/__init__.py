@@ -1,0 +1,50 @@
+"""Adapters of frozen models: name the weights, choose a method, train, merge.
+
+``init`` draws a small trainable tree beside the parameters; ``bind`` puts both together for the models of
+:mod:`subspace_jax.nn`, and ``materialize`` for any other.
+"""
+
+from subspace_jax.adapters.dora import DoRA, DoRAWeight
+from subspace_jax.adapters.effort import Effort, EffortWeight
+from subspace_jax.adapters.full import Full
+from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.rules import match_rules
+from subspace_jax.adapters.surface import (
+    bind,
+    count,
+    describe,
+    init,
+    label_fn,
+    logical_axes,
+    materialize,
+    merge,
+    prepare,
+    unmerge,
+)
+from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
+
+__all__ = [
+    "DoRA",
+    "DoRAWeight",
+    "Effort",
+    "EffortWeight",
+    "Full",
+    "LoRA",
+    "LoRAWeight",
+    "SVFit",
+    "SVFitWeight",
+    "SpectralBase",
+    "SpectralBases",
+    "bind",
+    "count",
+    "describe",
+    "energy_rank",
+    "init",
+    "label_fn",
+    "logical_axes",
+    "match_rules",
+    "materialize",
+    "merge",
+    "prepare",
+    "unmerge",
+]

@@ -1,0 +1,120 @@
+"""Which weights a rule names: paths of a tree, globs and regular expressions."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+_WEIGHT_NAMES = ("kernel", "embedding", "weight")
+
+
+def path_of(path: tuple) -> str:
+    """Writes a key path of JAX as ``"layers/attn/q/kernel"``."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def match_rules(
+    rules: Mapping[str | re.Pattern, Any],
+    paths: Iterable[str],
+    admits: Callable[[str, Any], bool] = lambda path, setting: True,
+) -> dict[str, Any]:
+    """Gives each path the setting of the first rule that matches it.
+
+    Rules are written in one of two ways:
+
+    * A glob, such as ``"attn/q"`` or ``"layers/**/kernel"``.  ``*`` stands for anything within one part of a path,
+      ``**`` for any parts, ``?`` for one character.  A glob may name the last parts only, as the entries of PEFT's
+      ``target_modules`` do: ``"q"`` means every ``.../q``, and no ``.../gate_q``.  A last part ``kernel``,
+      ``embedding`` or ``weight`` may be left off.
+    * A regular expression, ``"re:..."`` or a compiled pattern, which has to match the whole path
+      (``"re:layers/(attn|mlp)/.*"``).
+
+    Args:
+      rules: Rule to setting, in order of precedence.
+      paths: Paths of the weights there are.
+      admits: Whether a setting may be had by a path at all; where not, the rule is passed over.
+
+    Returns:
+      Path to setting, in the order of ``paths``; weights that no rule matches are left out.
+
+    Raises:
+      ValueError: There are no rules, a regular expression is malformed, or a rule matches nothing; the message then
+        shows the names that come near, or that earlier rules took what it matches.
+
+    Example:
+      >>> match_rules({"q": 1, "re:.*mlp.*": 2}, ["attn/q/kernel", "attn/k/kernel", "mlp/up/kernel"])
+      {'attn/q/kernel': 1, 'mlp/up/kernel': 2}
+    """
+    paths = list(paths)
+    if not rules:
+        raise ValueError("rules: expected at least one rule, got none")
+    patterns = {rule: _pattern(rule) for rule in rules}
+    chosen = {}
+    for path in paths:
+        fits = (rule for rule in rules if patterns[rule].fullmatch(path) and admits(path, rules[rule]))
+        rule = next(fits, None)
+        if rule is not None:
+            chosen[path] = rule
+    for rule in rules:
+        if rule not in chosen.values():
+            able = [path for path in paths if admits(path, rules[rule])]
+            _raise_unmatched(rule, patterns[rule], able, chosen)
+    return {path: rules[rule] for path, rule in chosen.items()}
+
+
+def _pattern(rule: str | re.Pattern) -> re.Pattern:
+    if isinstance(rule, re.Pattern):
+        return rule
+    if not isinstance(rule, str) or not rule:
+        raise ValueError(f"rules: a rule is a glob, 're:' and a regular expression, or a pattern; got {rule!r}")
+    if rule.startswith("re:"):
+        try:
+            return re.compile(rule[3:])
+        except re.error as error:
+            raise ValueError(f"rules: {rule!r} is not a regular expression: {error}") from error
+    pieces = re.split(r"(\*\*|\*|\?)", rule)
+    wild = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    glob = "".join(wild.get(piece, re.escape(piece)) for piece in pieces)
+    return re.compile(f"(?:.*/)?{glob}(?:/(?:{'|'.join(_WEIGHT_NAMES)}))?")
+
+
+def _raise_unmatched(rule, pattern, paths, chosen) -> None:
+    text = rule if isinstance(rule, str) else f"pattern {rule.pattern}"
+    if taken := [path for path in paths if pattern.fullmatch(path)]:
+        raise ValueError(
+            f"rules: all that {text!r} matches is taken by earlier rules: {chosen[taken[0]]!r} has {taken}"
+        )
+    wanted = text.removeprefix("re:")
+    names = {name: path for path in paths for name in _names(path)}
+    near = dict.fromkeys(names[name] for name in difflib.get_close_matches(wanted, names, n=5, cutoff=0.4))
+    shown = list(near) or paths[:5]
+    raise ValueError(
+        f"rules: {text!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
+    )
+
+
+def _names(path: str) -> list[str]:
+    """The endings by which a glob could have meant a path."""
+    parts = path.split("/")
+    ends = ["/".join(parts[i:]) for i in range(len(parts))]
+    return ends + ["/".join(parts[i:-1]) for i in range(len(parts) - 1)]
+
+
+def insert(tree: dict, path: str, value: Any) -> None:
+    """Puts a value into a nested dict."""
+    *parents, last = path.split("/")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def adapters_of(trainable: PyTree) -> dict[str, dict[str, Any]]:
+    """Takes a trainable tree apart: path of each weight to its adapter's arrays by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
+        found.setdefault(path_of(path[:-1]), {})[path_of(path[-1:])] = leaf
+    return found

@@ -1,0 +1,373 @@
+"""Adapters of a whole tree of parameters: drawing them, putting them in, baking them in, listing them."""
+
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax.adapters.dora import DoRAWeight
+from subspace_jax.adapters.effort import EffortWeight
+from subspace_jax.adapters.full import Full
+from subspace_jax.adapters.lora import LoRAWeight
+from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
+from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
+
+PyTree = Any
+
+_WEIGHTS = (LoRAWeight, DoRAWeight, SVFitWeight, EffortWeight)
+# What stands in a weight's place in a prepared tree.
+_BASES = (SpectralBase,)
+_NOT_WEIGHTS = ("scale", "bias")
+
+
+class Setting(Protocol):
+    """What a method has to offer; :class:`LoRA` is an example."""
+
+    keeps_base: bool
+
+    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[Any, dict[str, jax.Array]]:
+        """Returns the frozen part of a weight, and the arrays to be trained."""
+
+    def bind(self, base: Any, arrays: dict[str, jax.Array]) -> Any:
+        """Returns the weight with its arrays in, structured."""
+
+    def axes(self, names: P) -> tuple[Any, dict[str, P]]:
+        """Returns the logical axes of both parts."""
+
+    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: Any) -> jax.Array:
+        """Returns the weight without what was merged into it."""
+
+
+Rules = Mapping[str | re.Pattern, Setting]
+
+
+def init(key: jax.Array, params: PyTree, settings: Rules) -> PyTree:
+    """Draws adapters for the weights that rules name.
+
+    Weights are floating-point leaves ``[..., in, out]``; leading axes are stacked weights, each with an adapter of its
+    own.  (A convolution's kernel would be taken for a stack: adapt it as a matrix.)  Leaves called ``scale`` or
+    ``bias`` and vectors are no weights, except for :class:`Full`.
+
+    Args:
+      key: Random key.  The values of an adapter depend on it, on the path and on the shape of its weight alone.
+      params: Any tree of arrays: nested dicts, ``nnx.State``, Linen variables.
+      settings: Rule to setting; see :func:`match_rules`.  Of several rules that match, the first one counts.
+
+    Returns:
+      The trainable tree, a nested dict: at the path of each weight a dict of its adapter's arrays, float32 (float64
+      for float64 weights).
+
+    Raises:
+      ValueError: A rule matches nothing, or a setting changes the frozen weight and so needs :func:`prepare`.
+      TypeError: A weight is not of floating point.
+    """
+    for setting in settings.values():
+        if not setting.keeps_base:
+            raise ValueError(f"settings: {setting} takes part of the weight away or factors it; call prepare instead")
+    return prepare(key, params, settings)[1]
+
+
+def prepare(key: jax.Array, params: PyTree, settings: Rules) -> tuple[PyTree, PyTree]:
+    """Draws adapters, and makes what stays frozen beside them.
+
+    For most settings that is the parameters themselves; for PiSSA the weight less its leading part; for the spectral
+    methods the weight with its singular vectors.  All later functions take the returned tree in place of ``params``.
+    Keep it, or its seed, in a checkpoint: singular vectors of equal singular values are not unique.
+
+    Args:
+      key: See :func:`init`.
+      params: See :func:`init`.
+      settings: See :func:`init`.
+
+    Returns:
+      The frozen tree, and the trainable tree.
+
+    Raises:
+      ValueError: A rule matches nothing, or a setting doesn't fit its weight.
+      TypeError: A weight is not of floating point.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [path_of(path) for path, _ in leaves]
+    chosen = _choose(settings, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
+    base, trainable = [], {}
+    for path, (_, w) in zip(paths, leaves, strict=True):
+        if path not in chosen:
+            base.append(w)
+            continue
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(f"{path}: expected a floating-point weight, got {w.dtype}")
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        frozen, arrays = chosen[path].start(own, w, path.split("/")[-1] == "embedding")
+        base.append(frozen)
+        insert(trainable, path, arrays)
+    return jax.tree_util.tree_unflatten(treedef, base), trainable
+
+
+def _choose(settings: Rules, leaves: dict[str, Any]) -> dict[str, Setting]:
+    def admits(path, setting):
+        return isinstance(setting, Full) or (leaves[path].ndim >= 2 and path.split("/")[-1] not in _NOT_WEIGHTS)
+
+    return match_rules(settings, leaves, admits)
+
+
+def bind(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
+    """Puts adapters into the places of their weights: what a model of :mod:`subspace_jax.nn` is called with.
+
+    :func:`subspace_jax.nn.linear` multiplies with the structured weights, whose update is never formed.  Takes no time
+    worth counting, under ``jax.jit`` or not; differentiate through it with respect to ``trainable``.  The frozen
+    weights get no gradient.
+
+    Given trees of logical axes instead of arrays (those of :func:`logical_axes`), the result is the tree of axes of
+    the bound parameters.
+
+    Args:
+      params: The frozen tree.
+      trainable: Of :func:`init` or :func:`prepare`.
+      settings: The same rules.
+
+    Returns:
+      ``params`` with structured weights.
+
+    Raises:
+      ValueError: An adapter has no weight or no rule, or lacks an array.
+    """
+    return _replace(params, trainable, settings, lambda setting, base, arrays: setting.bind(base, arrays))
+
+
+def materialize(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
+    """Forms the effective weights: what any JAX model can be called with, at the price of their size.
+
+    Differentiable with respect to ``trainable``; weights keep their dtype, and are formed in float32 or better.
+
+    Args:
+      params: The frozen tree.
+      trainable: Of :func:`init` or :func:`prepare`.
+      settings: The same rules.
+
+    Returns:
+      ``params`` with plain arrays.
+
+    Raises:
+      ValueError: As :func:`bind`.
+    """
+    return _replace(params, trainable, settings, lambda setting, base, arrays: _dense(setting.bind(base, arrays)))
+
+
+def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = False) -> PyTree | tuple[PyTree, PyTree]:
+    """Bakes adapters into the weights, for serving without them.
+
+    The numbers are those of :func:`materialize`; this looks at them, hence not under ``jax.jit``.
+
+    Args:
+      params: The frozen tree.
+      trainable: Of :func:`init` or :func:`prepare`.
+      settings: The same rules.
+      keep: Whether to return what :func:`unmerge` needs, too.
+
+    Returns:
+      The merged parameters; with ``keep`` also a dict, path to what cannot be found out from them.
+
+    Raises:
+      ValueError: As :func:`bind`, or a merged weight is not finite.
+    """
+    merged = jax.jit(lambda params, trainable: materialize(params, trainable, settings))(params, trainable)
+    at = _at_paths(merged)
+    for path in adapters_of(trainable):
+        if not bool(jnp.all(jnp.isfinite(at[path]))):
+            raise ValueError(f"{path}: the merged weight is not finite")
+    if not keep:
+        return merged
+    bound = _at_paths(bind(params, trainable, settings))
+    before = _at_paths(params)
+    kept = {}
+    for path, setting in settings_of(trainable, settings).items():
+        weight = bound[path]
+        if isinstance(weight, DoRAWeight):
+            kept[path] = weight.gain
+        elif isinstance(setting, Full):
+            kept[path] = before[path]
+        elif isinstance(before[path], _BASES):
+            kept[path] = before[path].bases
+    return merged, kept
+
+
+def unmerge(merged: PyTree, trainable: PyTree, settings: Rules, kept: Mapping[str, Any]) -> PyTree:
+    """Takes adapters out of merged weights again, up to rounding.
+
+    Args:
+      merged: Of :func:`merge`.
+      trainable: The adapters that were merged.
+      settings: The same rules.
+      kept: Of :func:`merge` with ``keep``.
+
+    Returns:
+      The frozen tree.
+
+    Raises:
+      ValueError: As :func:`bind`, or ``kept`` lacks an entry.
+    """
+
+    def undo(setting, weight, arrays, path):
+        try:
+            return setting.undo(weight, arrays, kept.get(path))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"kept: lacks what {path} needs; it comes from merge(..., keep=True)") from error
+
+    return _replace(merged, trainable, settings, undo, with_path=True)
+
+
+def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTree, PyTree]:
+    """Names the axes of frozen and of trained arrays by those of the weights that they belong to.
+
+    Args:
+      axes: ``PartitionSpec`` of logical names for each parameter, such as :func:`subspace_jax.nn.causal_lm_axes`.
+      trainable: Of :func:`init` or :func:`prepare`, of arrays or of shapes.
+      settings: The same rules.
+
+    Returns:
+      Trees of ``PartitionSpec`` for the frozen and for the trainable tree.
+    """
+    names = {}
+
+    def put(setting, spec, arrays, path):
+        base, own = setting.axes(spec)
+        if own.keys() != arrays.keys():
+            raise ValueError(f"{path}: expected arrays {sorted(own)}, got {sorted(arrays)}")
+        insert(names, path, {name: own[name] for name in arrays})
+        return base
+
+    return _replace(axes, trainable, settings, put, with_path=True), names
+
+
+def count(trainable: PyTree) -> int:
+    """Number of trained numbers."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+
+
+def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
+    """Lists adapters in a table of text: path, shape, method, rank, trained numbers and their share of the weight.
+
+    Args:
+      params: The frozen tree, of arrays or of shapes.
+      trainable: Of :func:`init` or :func:`prepare`.
+      settings: The same rules.
+
+    Returns:
+      Lines of aligned columns; the last one has the total.
+    """
+    at, rows = _at_paths(params), [("path", "shape", "method", "rank", "trained", "share")]
+    for path, arrays in adapters_of(trainable).items():
+        setting = settings_of(trainable, settings)[path]
+        shape, trained = _shape(at[path]), count(arrays)
+        rank = getattr(setting, "rank", None)
+        rank = arrays["delta"].shape[-1] if "delta" in arrays else rank
+        rank = "-" if rank is None else "/".join(map(str, rank)) if isinstance(rank, tuple) else str(rank)
+        method = type(setting).__name__
+        method = "rsLoRA" if method == "LoRA" and setting.rslora else method
+        share = f"{100 * trained / math.prod(shape):.2f}%"
+        rows.append((path, "x".join(map(str, shape)), method, rank, f"{trained:,}", share))
+    everything = sum(math.prod(_shape(w)) for w in at.values())
+    trained = count(trainable)
+    rows.append(("total", "", "", "", f"{trained:,}", f"{100 * trained / everything:.2f}%"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row):
+        cells = (c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))
+
+
+LABELS = {
+    "a": "factor",
+    "b": "factor",
+    "u": "factor",
+    "vt": "factor",
+    "magnitude": "magnitude",
+    "s": "spectrum",
+    "delta": "spectrum",
+    "full": "full",
+}
+
+
+def label_fn(tree: PyTree) -> PyTree:
+    """Labels arrays for ``optax.partition``: "factor", "magnitude", "spectrum", "full", or "frozen".
+
+    Of a trainable tree every array gets the label of its kind; of bound parameters also the frozen ones get theirs.
+    So weight decay can be kept from magnitudes, and base weights from any change:
+    ``optax.partition({"factor": optax.adamw(1e-4), "magnitude": optax.adam(1e-4)}, adapters.label_fn)``.
+
+    Args:
+      tree: A trainable tree, or parameters out of :func:`bind`.
+
+    Returns:
+      Tree of labels.
+    """
+    bound = any(isinstance(x, _WEIGHTS) for x in jax.tree.leaves(tree, is_leaf=_is_weight))
+
+    def name_of(path, _):
+        return LABELS.get(path_of(path[-1:]), "frozen")
+
+    if not bound:
+        return jax.tree_util.tree_map_with_path(name_of, tree)
+
+    def label(x):
+        return jax.tree_util.tree_map_with_path(name_of, x) if _is_weight(x) else "frozen"
+
+    return jax.tree.map(label, tree, is_leaf=_is_weight)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, _WEIGHTS)
+
+
+def _is_base(x: Any) -> bool:
+    return isinstance(x, (*_BASES, *_WEIGHTS))
+
+
+def _dense(weight: Any) -> jax.Array:
+    return weight.dense() if isinstance(weight, _WEIGHTS) else weight
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    return weight.shape if hasattr(weight, "shape") else np.shape(weight)
+
+
+def _at_paths(tree: PyTree) -> dict[str, Any]:
+    return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_base)}
+
+
+def settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
+    """Gives each adapter its setting; raises ValueError where the two don't belong together."""
+    found = adapters_of(trainable)
+    try:
+        # A rule that may name a bias is not one that names weights, even where its text would match them.
+        chosen = match_rules(settings, found, lambda path, s: isinstance(s, Full) == (found[path].keys() == {"full"}))
+    except ValueError as error:
+        raise ValueError(f"trainable: not the adapters of these settings: {error}") from error
+    if strays := sorted(found.keys() - chosen.keys()):
+        raise ValueError(f"trainable: adapters that no rule of the settings names: {strays}")
+    return chosen
+
+
+def _replace(params: PyTree, trainable: PyTree, settings: Rules, make, with_path: bool = False) -> PyTree:
+    found, chosen = adapters_of(trainable), settings_of(trainable, settings)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
+    paths = [path_of(path) for path, _ in leaves]
+    if lost := sorted(found.keys() - set(paths)):
+        raise ValueError(f"params: have no weights for the adapters {lost}")
+    made = []
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        if path in found:
+            try:
+                leaf = make(chosen[path], leaf, found[path], *([path] if with_path else []))
+            except KeyError as error:
+                raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
+        made.append(leaf)
+    return jax.tree_util.tree_unflatten(treedef, made)

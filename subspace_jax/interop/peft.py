@@ -1,0 +1,309 @@
+"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.adapters import DoRA, Full, LoRA
+from subspace_jax.adapters.surface import settings_of
+from subspace_jax.interop.names import Place, module_places
+from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
+from subspace_jax.interop.safetensors_io import read_header, write_safetensors
+from subspace_jax.nn import CausalLMConfig, causal_lm_specs
+
+PyTree = Any
+
+_PREFIX = "base_model.model."
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# Each changes the forward pass, and none is implemented.
+_REFUSED = (
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "arrow_config",
+    "kasa_config",
+    "lora_bias",
+)
+_DEFAULTS = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "rank_pattern": {},
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter as it was read.
+
+    Attributes:
+      trainable: Its arrays, for :func:`subspace_jax.adapters.bind`.
+      settings: Path of each weight to its setting.
+      fields: Those of ``adapter_config.json``, to be written again.
+    """
+
+    trainable: PyTree
+    settings: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+def load_peft_adapter(folder: str | os.PathLike, config: CausalLMConfig) -> PeftAdapter:
+    """Reads a folder that PEFT wrote for a causal language model, LoRA, rsLoRA or DoRA.
+
+    Layers that the folder leaves out, or gives another rank, are filled up with zeros, because our layers are stacked.
+    Factors come as float32, as PEFT has them.  A stored copy of an adapted embedding is passed over.
+
+    Args:
+      folder: Has ``adapter_config.json`` and ``adapter_model.safetensors``.
+      config: The model that it is for.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      ValueError: A field is missing or asks for what is not implemented, tensors are missing (PEFT leaves those random
+        or zero), left over, without the prefix, or of the wrong shape, weights are pickled, or the embedding of a tied
+        model is adapted, whose head PEFT leaves as it is.
+      FileNotFoundError: A file is not there.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / _CONFIG).exists():
+        raise FileNotFoundError(f"{folder}: has no {_CONFIG}")
+    fields = json.loads((folder / _CONFIG).read_text())
+    if not (folder / _TENSORS).exists():
+        if (folder / "adapter_model.bin").exists():
+            raise ValueError(f"{folder}: adapter_model.bin is pickled, and reading it may run any code; convert it")
+        raise FileNotFoundError(f"{folder}: has no {_TENSORS}")
+    tensors = {_plain_name(name): t for name, t in read_header(folder / _TENSORS)[0].items()}
+    _check_fields(fields, config)
+    settings, names = _layout(fields, config)
+    specs, arrays = causal_lm_specs(config), {}
+    for path, modules in names.items():
+        shape, setting = _at(specs, path.split("/")).shape, settings[path]
+        stacked = shape[:-2] if isinstance(setting, LoRA | DoRA) else ()
+        for module, layer in modules.items():
+            for name, (suffix, wanted, transposed) in _tensors(setting, path, shape, layer).items():
+                stored = tensors.pop(f"{module}{suffix}", None)
+                if stored is None:
+                    raise ValueError(f"{folder}: the tensor {_PREFIX}{module}{suffix} is missing")
+                value = np.asarray(stored.read()).astype(np.float32)
+                if value.shape != wanted:
+                    raise ValueError(f"{folder}: {_PREFIX}{module}{suffix}: expected {wanted}, got {value.shape}")
+                value = value.T if transposed else value
+                if not stacked:
+                    arrays[path, name] = value
+                    continue
+                full = _full_shape(setting, shape, name)
+                own = arrays.setdefault((path, name), np.zeros(full, np.float32))
+                own[(layer, *(slice(0, n) for n in value.shape))] = value
+    for module in [m for m in tensors if m.endswith(".base_layer.weight")]:
+        del tensors[module]
+    if tensors:
+        raise ValueError(f"{folder}: tensors that no target has: {[_PREFIX + name for name in sorted(tensors)][:5]}")
+    trainable: dict = {}
+    for (path, name), value in arrays.items():
+        node = trainable
+        for part in path.split("/"):
+            node = node.setdefault(part, {})
+        node[name] = jnp.asarray(value)
+    return PeftAdapter(trainable, settings, fields)
+
+
+def save_peft_adapter(
+    folder: str | os.PathLike,
+    config: CausalLMConfig,
+    trainable: PyTree,
+    settings: Mapping[str, Any],
+    *,
+    base_model: str = "",
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that PEFT reads.
+
+    Args:
+      folder: Where to write; made where there is none.
+      config: The model.
+      trainable: Adapters of its parameters.
+      settings: Their rules, LoRA, DoRA or Full only.
+      base_model: Name or folder of the checkpoint that the adapter belongs to.
+      fields: Those of an adapter that was read, to be written as they were; made from the settings by default.
+
+    Raises:
+      ValueError: A setting has no counterpart in PEFT, LoRA and DoRA or two kinds of scale are mixed, or the fields
+        are not those of these adapters.
+    """
+    chosen = settings_of(trainable, settings)
+    made = fields or _fields(config, chosen, base_model)
+    _check_fields(made, config)
+    expected, names = _layout(made, config)
+    specs, tensors = causal_lm_specs(config), {}
+    if expected.keys() != chosen.keys():
+        raise ValueError(f"fields: mean {sorted(expected)}, the adapters are of {sorted(chosen)}")
+    for path, setting in chosen.items():
+        if isinstance(setting, LoRA | DoRA) and (type(setting), setting.rank, setting.scale) != (
+            type(expected[path]),
+            expected[path].rank,
+            expected[path].scale,
+        ):
+            raise ValueError(f"fields: mean {expected[path]} for {path}, the adapter is {setting}")
+    for path, modules in names.items():
+        shape, own = _at(specs, path.split("/")).shape, _at(trainable, path.split("/"))
+        for module, layer in modules.items():
+            for name, (suffix, stored, transposed) in _tensors(expected[path], path, shape, layer).items():
+                value = np.asarray(own[name] if layer is None else own[name][layer], np.float32)
+                size = stored[::-1] if transposed else stored
+                value = value[tuple(slice(0, n) for n in size)]
+                tensors[f"{_PREFIX}{module}{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(sorted(tensors.items()))
+    shapes = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    write_safetensors(folder / _TENSORS, shapes, tensors.values())
+    (folder / _CONFIG).write_text(json.dumps(dict(made), indent=2, sort_keys=True) + "\n")
+
+
+def _plain_name(name: str) -> str:
+    if not name.startswith(_PREFIX):
+        raise ValueError(f"{name}: lacks the prefix {_PREFIX!r}; PEFT would load nothing in silence")
+    name = name.removeprefix(_PREFIX).replace(".default", "")
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def _check_fields(fields: Mapping[str, Any], config: CausalLMConfig) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type: expected 'LORA', got {fields.get('peft_type')!r}")
+    if missing := [name for name in ("r", "lora_alpha") if fields.get(name) is None]:
+        raise ValueError(f"{_CONFIG}: lacks {missing}")
+    if asked := [name for name in _REFUSED if fields.get(name)]:
+        raise ValueError(f"{_CONFIG}: {asked} change the forward pass and are not supported")
+    if fields.get("bias", "none") != "none":
+        raise ValueError(f"bias: expected 'none', got {fields['bias']!r}")
+    start = fields.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start != "gaussian":
+        raise ValueError(f"init_lora_weights: {start!r} also changes the base weights, and is not supported")
+
+
+def _layout(fields: Mapping[str, Any], config: CausalLMConfig) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Setting of each path, and its modules with their layers."""
+    places = {m: p for m, p in module_places(config).items() if _leaf(config, p) is not None}
+    linear = [m for m, p in places.items() if p.path[-1] not in ("embed", "position", "head")]
+    method = DoRA if fields.get("use_dora") else LoRA
+    ranks: dict[str, dict] = {}
+    names: dict[str, dict] = {}
+    for module in match_modules(fields, places, linear=linear):
+        place = places[module]
+        if place.path[-1] == "embed" and config.tied:
+            raise ValueError("target_modules: the embedding is tied to the head, which PEFT leaves without the update")
+        path = "/".join((*place.path, _leaf(config, place)))
+        ranks.setdefault(path, {})[place.layer] = rank_and_alpha(fields, module)
+        names.setdefault(path, {})[module] = place.layer
+    settings = {}
+    for path, own in ranks.items():
+        layers = [None] if None in own else range(config.num_layers)
+        rank = tuple(own[i][0] if i in own else 0 for i in layers)
+        alpha = tuple(own[i][1] if i in own else fields["lora_alpha"] for i in layers)
+        rank = rank[0] if len(set(rank)) == 1 else rank
+        alpha = alpha[0] if len(set(alpha)) == 1 else alpha
+        settings[path] = method(rank, alpha, rslora=bool(fields.get("use_rslora")))
+    for saved in fields.get("modules_to_save") or ():
+        found = [m for m in places if m == saved or m.endswith(f".{saved}")]
+        if not found or any(places[m].layer is not None for m in found):
+            raise ValueError(
+                f"modules_to_save: {saved!r} is none of {[m for m, p in places.items() if p.layer is None]}"
+            )
+        for module in found:
+            path = "/".join((*places[module].path, _leaf(config, places[module])))
+            settings[path], names[path] = Full(), {module: None}
+    return settings, names
+
+
+def _leaf(config: CausalLMConfig, place: Place) -> str | None:
+    parts = _at(causal_lm_specs(config), place.path)
+    return next((name for name in ("kernel", "embedding") if name in parts), None)
+
+
+def _tensors(setting: Any, path: str, shape: tuple[int, ...], layer: int | None) -> dict[str, tuple]:
+    """Our arrays of one module: name in the file, shape there, and whether it is transposed."""
+    rows, columns = shape[-2:]
+    table = path.endswith("/embedding")
+    if isinstance(setting, Full):
+        return {"full": (".weight", (rows, columns) if table else (columns, rows), not table)}
+    rank = setting.rank[layer] if isinstance(setting.rank, tuple) else setting.rank
+    a, b = (".lora_embedding_A", ".lora_embedding_B") if table else (".lora_A.weight", ".lora_B.weight")
+    found = {"a": (a, (rank, rows), True), "b": (b, (columns, rank), True)}
+    if isinstance(setting, DoRA):
+        found["magnitude"] = (".lora_magnitude_vector", (columns,), False)
+    return found
+
+
+def _full_shape(setting: Any, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    *lead, rows, columns = shape
+    rank = max(setting.rank) if isinstance(setting.rank, tuple) else setting.rank
+    return (*lead, *{"a": (rows, rank), "b": (rank, columns), "magnitude": (columns,)}[name])
+
+
+def _fields(config: CausalLMConfig, chosen: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+    """The config of adapters that were made here: modules by their whole paths, ranks of their own as patterns."""
+    adapted = {path: s for path, s in chosen.items() if isinstance(s, LoRA | DoRA)}
+    if strange := [f"{path}: {s}" for path, s in chosen.items() if not isinstance(s, LoRA | DoRA | Full)]:
+        raise ValueError(f"settings: without a counterpart in PEFT: {strange}")
+    if changed := [path for path, s in adapted.items() if not s.keeps_base]:
+        raise ValueError(f"settings: {changed} belong to changed base weights, which PEFT would not have; merge them")
+    if len({(type(s), s.rslora) for s in adapted.values()}) != 1:
+        raise ValueError("settings: PEFT has LoRA or DoRA, and one kind of scale, in one folder; got a mixture or none")
+    first = next(iter(adapted.values()))
+    names = {(("/".join((*p.path, _leaf(config, p) or "")), p.layer)): m for m, p in module_places(config).items()}
+    targets, ranks, alphas, saved = [], {}, {}, []
+    for (path, layer), module in names.items():
+        setting = chosen.get(path)
+        if isinstance(setting, Full):
+            saved.append(module)
+        if path not in adapted:
+            continue
+        rank = setting.rank[layer] if isinstance(setting.rank, tuple) else setting.rank
+        if rank:
+            targets.append(module)
+            ranks[module] = rank
+            alphas[module] = setting.alpha[layer] if isinstance(setting.alpha, tuple) else setting.alpha
+    rank, alpha = (max(set(d.values()), key=list(d.values()).count) for d in (ranks, alphas))
+    escaped = {m: m.replace(".", r"\.") for m in targets}
+    return {
+        **_DEFAULTS,
+        "alpha_pattern": {escaped[m]: v for m, v in alphas.items() if v != alpha},
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": config.family == "gpt2",
+        "lora_alpha": alpha,
+        "modules_to_save": saved or None,
+        "r": rank,
+        "rank_pattern": {escaped[m]: v for m, v in ranks.items() if v != rank},
+        "target_modules": targets,
+        "use_dora": isinstance(first, DoRA),
+        "use_rslora": first.rslora,
+    }
+
+
+def _at(tree: PyTree, path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

@@ -1,0 +1,51 @@
+"""A small language model with adapters that do something."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax import adapters, nn
+
+CONFIG = nn.CausalLMConfig.tiny(64, max_length=32)
+RULES = {
+    "lora": {"attn/*": adapters.LoRA(4, 8.0), "re:layers/mlp/.*": adapters.LoRA(2, 2.0, rslora=True)},
+    "dora": {"layers/**": adapters.DoRA(3, 6.0)},
+    "tables": {"embed": adapters.LoRA(3, 3.0), "qkv": adapters.DoRA(2, 2.0)},
+    "dora table": {"embed": adapters.DoRA(3, 3.0)},
+    "layers differ": {
+        "attn/*": adapters.LoRA((4, 1, 2, 2), (8.0, 3.0, 1.0, 2.0)),
+        "mlp/*": adapters.LoRA((0, 2, 1, 0), 2.0),
+    },
+    "dora layers": {"attn/*": adapters.DoRA((4, 1, 2, 2), (8.0, 3.0, 1.0, 2.0))},
+    "svfit": {"layers/**": adapters.SVFit(8), "embed": adapters.SVFit(None, "log")},
+    "svfit relu": {"attn/*": adapters.SVFit("energy", "relu", tau=0.8)},
+    "pissa": {"attn/*": adapters.LoRA(4, 8.0, init="pissa"), "mlp/*": adapters.DoRA(3, 2.0, init="pissa_randomized")},
+    "effort": {"attn/*": adapters.Effort(2), "embed": adapters.Effort()},
+    "gaussian": {"qkv": adapters.LoRA(4, 8.0, init="gaussian")},
+    "full": {"layers/**": adapters.LoRA(2, 4.0), "norm/scale": adapters.Full(), "re:.*/bias": adapters.Full()},
+}
+
+
+@functools.cache
+def params():
+    """Parameters large enough that tokens are told apart."""
+    return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, nn.causal_lm_init(jax.random.key(0), CONFIG))
+
+
+def tokens(*shape):
+    return jax.random.randint(jax.random.key(1), shape, 0, CONFIG.vocab_size, jnp.int32)
+
+
+def moved(trainable, seed=2, by=0.05):
+    """Adapters away from where they began."""
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    new = (x + by * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True))
+    return tree.unflatten(new)
+
+
+@jax.jit
+def logits(params, tokens):
+    with jax.default_matmul_precision("highest"):
+        return nn.causal_lm_apply(CONFIG, params, tokens).logits

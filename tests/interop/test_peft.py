@@ -1,0 +1,136 @@
+"""PEFT's adapter folders, against what PEFT computes with them."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subspace_jax import adapters, interop, nn
+
+PEFT = pathlib.Path(__file__).parents[1] / "golden" / "peft"
+ADAPTERS = sorted("/".join(p.parent.parts[-2:]) for p in PEFT.glob("*/*/adapter_config.json"))
+
+every_adapter = pytest.mark.parametrize("name", ADAPTERS)
+
+
+@pytest.fixture
+def copied_adapter(tmp_path):
+    """Copies an adapter, with some fields or tensors changed (None removes one)."""
+
+    def copy(name, fields=(), tensors=()):
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        config = {**json.loads((PEFT / name / "adapter_config.json").read_text()), **dict(fields)}
+        (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        got = {**read(PEFT / name), **dict(tensors)}
+        got = {k: v for k, v in got.items() if v is not None}
+        shapes = {k: (v.shape, v.dtype) for k, v in got.items()}
+        interop.write_safetensors(folder / "adapter_model.safetensors", shapes, got.values())
+        return folder
+
+    return copy
+
+
+def read(folder):
+    return {k: np.array(t.read()) for k, t in interop.read_header(folder / "adapter_model.safetensors")[0].items()}
+
+
+def kept(tensors):
+    return {k: v for k, v in tensors.items() if not k.endswith(".base_layer.weight")}
+
+
+@every_adapter
+def test_logits_and_loss_are_those_of_peft_bound_and_merged(name, checkpoint):
+    config, params = interop.load_causal_lm(checkpoint(name.split("/")[0]), dtype=jnp.float32)
+    adapter = interop.load_peft_adapter(PEFT / name, config)
+    with np.load(PEFT / name / "io.npz") as io:
+        tokens, wanted, loss = jnp.asarray(io["input_ids"], jnp.int32), io["logits"], io.get("loss")
+    run = jax.jit(lambda params: nn.causal_lm_apply(config, params, tokens).logits)
+    with jax.default_matmul_precision("highest"):
+        bound = run(adapters.bind(params, adapter.trainable, adapter.settings))
+        merged = run(adapters.merge(params, adapter.trainable, adapter.settings))
+    np.testing.assert_allclose(bound, wanted, atol=1e-4)
+    np.testing.assert_allclose(merged, wanted, atol=1e-4)
+    scores = jax.nn.log_softmax(bound[:, :-1])
+    got = -jnp.mean(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
+    if loss is not None:
+        np.testing.assert_allclose(got, loss, rtol=1e-4)
+
+
+@every_adapter
+@pytest.mark.parametrize("again", [True, False], ids=["fields kept", "fields made"])
+def test_what_is_written_has_the_keys_shapes_and_numbers_that_were_read(name, again, checkpoint, tmp_path):
+    config = interop.read_config(checkpoint(name.split("/")[0]))
+    adapter = interop.load_peft_adapter(PEFT / name, config)
+    fields = adapter.fields if again else None
+    interop.save_peft_adapter(tmp_path / "out", config, adapter.trainable, adapter.settings, fields=fields)
+    got, expected = read(tmp_path / "out"), kept(read(PEFT / name))
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        np.testing.assert_array_equal(value, expected[key].astype(np.float32))
+        assert value.shape == expected[key].shape
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    if again:
+        assert written == adapter.fields
+    else:
+        assert all(adapter.fields.get(key) == written[key] for key in ("use_dora", "use_rslora", "fan_in_fan_out"))
+    back = interop.load_peft_adapter(tmp_path / "out", config)
+    jax.tree.map(np.testing.assert_array_equal, back.trainable, adapter.trainable)
+    assert {path: (type(s), getattr(s, "scale", None)) for path, s in back.settings.items()} == {
+        path: (type(s), getattr(s, "scale", None)) for path, s in adapter.settings.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": None}, "target_modules: missing"),
+        ({"target_modules": ["query"]}, "matches none"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"r": None}, "lacks"),
+        ({"r": 5}, r"expected \(5, 32\), got \(4, 32\)"),
+        ({"bias": "all"}, "bias"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "tensors that no target has"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"modules_to_save": ["q_proj"]}, "modules_to_save"),
+    ],
+)
+def test_configs_that_can_not_be_followed_are_refused(fields, message, copied_adapter, checkpoint):
+    config = interop.read_config(checkpoint("llama"))
+    folder = copied_adapter("llama/lora", fields)
+    with pytest.raises(ValueError, match=message):
+        interop.load_peft_adapter(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}, "is missing"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, "lacks the prefix"),
+        ({"base_model.model.other.lora_A.weight": np.zeros((4, 32), np.float32)}, "no target has"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tensors, message, copied_adapter, checkpoint):
+    config = interop.read_config(checkpoint("llama"))
+    with pytest.raises(ValueError, match=message):
+        interop.load_peft_adapter(copied_adapter("llama/lora", tensors=tensors), config)
+
+
+def test_what_peft_can_not_hold_is_not_written(checkpoint, tmp_path):
+    config, params = interop.load_causal_lm(checkpoint("llama"), dtype=jnp.float32)
+    for rules in (
+        {"q": adapters.SVFit(2)},
+        {"q": adapters.LoRA(2, 2.0, init="pissa")},
+        {"q": adapters.LoRA(2, 2.0), "v": adapters.DoRA(2, 2.0)},
+        {"q": adapters.LoRA(2, 2.0), "v": adapters.LoRA(2, 2.0, rslora=True)},
+    ):
+        trainable = adapters.prepare(jax.random.key(0), params, rules)[1]
+        with pytest.raises(ValueError, match="settings: "):
+            interop.save_peft_adapter(tmp_path / "out", config, trainable, rules)
