@@ -1,15 +1,24 @@
 """Optax transforms."""
 
+from subspace_jax.optim._projected import Basis, MatrixAxes
+from subspace_jax.optim.galore import galore, scale_by_galore
 from subspace_jax.optim.geometry import geometry_labels, with_geometry
+from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
 from subspace_jax.optim.rsgd import RiemannianSGDState, riemannian_sgd, scale_by_riemannian_sgd
 
 __all__ = [
+    "Basis",
+    "LowRankProjectionState",
+    "MatrixAxes",
     "RiemannianAdamState",
     "RiemannianSGDState",
+    "galore",
     "geometry_labels",
+    "low_rank_projection",
     "riemannian_adam",
     "riemannian_sgd",
+    "scale_by_galore",
     "scale_by_riemannian_adam",
     "scale_by_riemannian_sgd",
     "with_geometry",
