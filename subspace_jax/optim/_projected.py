@@ -293,3 +293,12 @@ def zero_state(plan: LeafPlan, x: jax.Array) -> tuple[Basis, jax.Array]:
         return Basis(left, right), like(x, reduced, plan.low_shape)
 
     return automatic(zeros, (x,), lambda: matrix_specs(plan, x))
+
+
+def zero_per_matrix(plan: LeafPlan, x: jax.Array) -> jax.Array:
+    """One zero for each matrix of a leaf, with the sharding of the batch axes."""
+
+    def zeros(x):
+        return jnp.zeros_like(jnp.max(to_matrices(plan, x), axis=(-2, -1)), linalg.working_dtype(x))
+
+    return automatic(zeros, (x,), lambda: P(*matrix_specs(plan, x)[1][:-2]))

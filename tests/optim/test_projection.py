@@ -1,5 +1,7 @@
 """What transforms of projected gradients promise, beyond the contract of all transforms and the golden vectors."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,3 +243,39 @@ def test_weight_decay_asks_for_parameters():
     tx = optim.galore(0.1, rank=2, weight_decay=0.1)
     with pytest.raises(ValueError, match="params: got None"):
         tx.update(jnp.zeros((4, 4)), tx.init(jnp.zeros((4, 4))))
+
+
+def test_fira_at_full_rank_adds_the_gradient_scaled_by_the_ratio_of_norms():
+    g = gaussian((7, 5))
+    tx = optim.fira(1.0, rank=5, method="svd", scale=0.25, eps=0.0)
+    updates, _ = tx.update(g, tx.init(g))
+    v = linalg.canonical_svd(g)[2].T
+    r = g @ v
+    # Adam's first direction is the sign of R, up to the bias correction that cancels its decay.
+    n = jnp.sign(r)
+    f = jnp.linalg.norm(n, axis=-1, keepdims=True) / jnp.linalg.norm(r, axis=-1, keepdims=True)
+    np.testing.assert_allclose(updates, -(0.25 * n @ v.T + 0.75 * g * f), atol=2e-4)
+
+
+def test_apollo_by_tensors_steps_along_the_gradient():
+    g = gaussian((2, 7, 5))
+    tx = optim.apollo_mini(1.0)
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    ratio = updates / g
+    np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1, :1], g.shape), rtol=1e-4)
+    assert state[0].norm.shape == (2,)
+
+
+def test_apollo_keeps_a_projection_for_a_period_and_leaves_take_turns():
+    """Projections are not stored: two moments of rank r are all the state, and a number for the limiter."""
+    params = [jnp.zeros((8, 6)), jnp.zeros((8, 6))]
+    tx = optim.apollo(1.0, rank=2, refresh_every=4, b1=0.0)
+    state, seen = tx.init(params), []
+    assert bytes_of(state) == 2 * 4 * (2 * 8 * 2 + 1) + 2 * 4
+    g = [gaussian((8, 6))] * 2
+    for _ in range(8):
+        _, state = tx.update(g, state)
+        seen.append(state[0].mu)
+    changed = [[j for j in range(2) if not jnp.allclose(a[j], b[j])] for a, b in itertools.pairwise(seen)]
+    # Steps 1 to 7; without momentum the first moment is the projection of one and the same gradient.
+    assert changed == [[], [1], [], [0], [], [1], []]
