@@ -1,6 +1,8 @@
 """Optax transforms."""
 
 from subspace_jax.optim._projected import Basis, MatrixAxes
+from subspace_jax.optim.coso import CoSOState, coso, coso_end_task
+from subspace_jax.optim.fira import ScaledGradientState, apollo, apollo_mini, fira
 from subspace_jax.optim.galore import galore, scale_by_galore
 from subspace_jax.optim.geometry import geometry_labels, with_geometry
 from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
@@ -9,10 +11,17 @@ from subspace_jax.optim.rsgd import RiemannianSGDState, riemannian_sgd, scale_by
 
 __all__ = [
     "Basis",
+    "CoSOState",
     "LowRankProjectionState",
     "MatrixAxes",
     "RiemannianAdamState",
     "RiemannianSGDState",
+    "ScaledGradientState",
+    "apollo",
+    "apollo_mini",
+    "coso",
+    "coso_end_task",
+    "fira",
     "galore",
     "geometry_labels",
     "low_rank_projection",

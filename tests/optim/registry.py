@@ -86,6 +86,14 @@ def stacks_of_kernels() -> PyTree:
     return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
 
+@functools.cache
+def stacks_of_large_kernels() -> PyTree:
+    """The same with more than four columns, which a sketch of four needs."""
+    rng = np.random.default_rng(12)
+    shapes = {"tall": (8, 8, 6), "wide": (8, 16), "embedding": (16, 4)}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
 def rank_but_for_embeddings(path: str, shape: tuple[int, ...]) -> int | None:
     return None if "embedding" in path else 3
 
@@ -173,5 +181,27 @@ ENTRIES = (
         kwargs={"side": "reverse_std"},
         static=("rank",),
         **_KERNELS,
+    ),
+    Entry(
+        "fira", public="fira", factory=optim.fira, **_KERNELS, static=_STATIC, kwargs={"rank": 2, "refresh_every": 2}
+    ),
+    Entry(
+        "apollo",
+        public="apollo",
+        factory=optim.apollo,
+        **_KERNELS,
+        static=("rank", "refresh_every", "seed"),
+        kwargs={"rank": 2},
+    ),
+    Entry("apollo-mini", public="apollo_mini", factory=optim.apollo_mini, **_KERNELS, static=("refresh_every", "seed")),
+    Entry(
+        "coso",
+        public="coso",
+        factory=optim.coso,
+        params=stacks_of_large_kernels,
+        needs_params=False,
+        layout=_KERNEL_LAYOUT,
+        static=("proj_rank", "sketch_rank", "update_every"),
+        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 4, "method": "svd", "update_every": 2},
     ),
 )
