@@ -1,6 +1,6 @@
 """CoSO: Adam in subspaces of the gradients that stay orthogonal to what earlier tasks used (arXiv 2505.11816)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from subspace_jax.linalg.frequent_directions import SVD_METHODS, left_singular, 
 from subspace_jax.optim import _adam, _projected
 from subspace_jax.optim._projected import RankRule
 
-PyTree = optax.Params
+PyTree = Any
 
 # A direction of unit length of which less than this is new to the history adds nothing.
 _NEW = 1e-6

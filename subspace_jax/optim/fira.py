@@ -1,6 +1,6 @@
 """Fira and APOLLO: gradients of full rank, scaled by what Adam does to their low-rank projections."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 from subspace_jax import linalg
 from subspace_jax.optim import _adam, _projected
 from subspace_jax.optim._projected import AxesRule, Basis, RankRule
+
+PyTree = Any
 
 # Growth of a norm from one step to the next that the limiter lets pass, and the guard of its quotients.
 _GROWTH, _GUARD = 1.01, 1e-8
@@ -27,10 +29,10 @@ class ScaledGradientState(NamedTuple):
     """
 
     count: jax.Array
-    bases: optax.Params
-    mu: optax.Params
-    nu: optax.Params
-    norm: optax.Params
+    bases: PyTree
+    mu: PyTree
+    nu: PyTree
+    norm: PyTree
 
 
 def fira(

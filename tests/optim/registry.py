@@ -98,6 +98,14 @@ def rank_but_for_embeddings(path: str, shape: tuple[int, ...]) -> int | None:
     return None if "embedding" in path else 3
 
 
+def axis_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | None:
+    return None if "embedding" in path else jnp.eye(shape[-2], 2)
+
+
+def momentum_outside(learning_rate, bases):
+    return optax.chain(optim.project_out(bases), optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
+
+
 def projected_momentum(
     learning_rate, side="std", method="subspace_iteration", moments="keep", refresh_every=2, fallback=None
 ):
@@ -202,6 +210,23 @@ ENTRIES = (
         needs_params=False,
         layout=_KERNEL_LAYOUT,
         static=("proj_rank", "sketch_rank", "update_every"),
-        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 4, "method": "svd", "update_every": 2},
+        # With a small eps the last bits of entries near zero, and of vectors of near singular values, are blown up.
+        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 4, "method": "svd", "update_every": 2, "eps": 0.1},
+    ),
+    Entry(
+        "project-out",
+        public="project_out",
+        factory=momentum_outside,
+        static=("bases",),
+        kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
+    ),
+    Entry(
+        "gradient-projection-memory",
+        public="gradient_projection_memory",
+        factory=optim.gradient_projection_memory,
+        static=("bases",),
+        kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
     ),
 )

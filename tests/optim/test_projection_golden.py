@@ -151,3 +151,14 @@ def test_coso_takes_the_steps_of_the_reference_over_three_tasks(x64, golden, cas
         if task < 2:
             assert int(state.history_dim) == case["history_dim"][task]
             assert_close(state.history @ state.history.T, case["history_projector"][task])
+
+
+def test_gradient_projection_memory_grows_as_in_the_reference(x64, golden):
+    data, memory = golden("coso/gpm"), [None, None]
+    # The file has two thresholds, one for each layer, the same in every task.
+    for task in range(4):
+        for layer in range(2):
+            acts = jnp.asarray(data[f"t{task}_l{layer}_act"])
+            memory[layer] = optim.gpm_update(memory[layer], acts, float(data["threshold"][layer]))
+            assert int(memory[layer].dim) == data[f"t{task}_l{layer}_dim"]
+            assert_close(memory[layer].basis @ memory[layer].basis.T, data[f"t{task}_l{layer}_proj"])
