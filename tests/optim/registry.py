@@ -88,9 +88,9 @@ def stacks_of_kernels() -> PyTree:
 
 @functools.cache
 def stacks_of_large_kernels() -> PyTree:
-    """The same with more than four columns, which a sketch of four needs."""
+    """The same with more columns than a sketch has; shapes for which no gradient has near singular values."""
     rng = np.random.default_rng(12)
-    shapes = {"tall": (8, 8, 6), "wide": (8, 16), "embedding": (16, 4)}
+    shapes = {"tall": (4, 6, 6), "wide": (8, 16), "embedding": (16, 4)}
     return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
 
@@ -102,8 +102,8 @@ def axis_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | No
     return None if "embedding" in path else jnp.eye(shape[-2], 2)
 
 
-def momentum_outside(learning_rate, bases):
-    return optax.chain(optim.project_out(bases), optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
+def descent_outside(learning_rate, bases):
+    return optax.chain(optim.project_out(bases), optax.scale_by_learning_rate(learning_rate))
 
 
 def projected_momentum(
@@ -211,12 +211,12 @@ ENTRIES = (
         layout=_KERNEL_LAYOUT,
         static=("proj_rank", "sketch_rank", "update_every"),
         # With a small eps the last bits of entries near zero, and of vectors of near singular values, are blown up.
-        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 4, "method": "svd", "update_every": 2, "eps": 0.1},
+        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 3, "method": "svd", "update_every": 2, "eps": 0.1},
     ),
     Entry(
         "project-out",
         public="project_out",
-        factory=momentum_outside,
+        factory=descent_outside,
         static=("bases",),
         kwargs={"bases": axis_but_for_embeddings},
         **_KERNELS,
@@ -227,6 +227,14 @@ ENTRIES = (
         factory=optim.gradient_projection_memory,
         static=("bases",),
         kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
+    ),
+    Entry(
+        "online-subspace-descent",
+        public="online_subspace_descent",
+        factory=optim.online_subspace_descent,
+        static=("rank", "period"),
+        kwargs={"rank": 2, "period": 5},
         **_KERNELS,
     ),
 )

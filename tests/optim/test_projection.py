@@ -279,3 +279,23 @@ def test_apollo_keeps_a_projection_for_a_period_and_leaves_take_turns():
     changed = [[j for j in range(2) if not jnp.allclose(a[j], b[j])] for a, b in itertools.pairwise(seen)]
     # Steps 1 to 7; without momentum the first moment is the projection of one and the same gradient.
     assert changed == [[], [1], [], [0], [], [1], []]
+
+
+def test_online_pca_turns_the_basis_towards_the_gradients_of_now():
+    """No step is a refresh, and the state of the tracker is counted."""
+    first, later = low_rank(12, 20, 3), low_rank(12, 20, 3, seed=5)
+    tx = optim.online_subspace_descent(0.1, rank=3, period=10)
+    step, state = jax.jit(tx.update), tx.init(first)
+    assert bytes_of(state) == 4 * (3 * 12 * 3 + 2 * 20 * 3) + 4
+
+    def missed(state):
+        p = jnp.linalg.qr(state.bases.left)[0]
+        return float(jnp.linalg.norm(later - p @ (p.T @ later)) / jnp.linalg.norm(later))
+
+    _, state = step(first, state)
+    before = missed(state)
+    for _ in range(60):
+        _, state = step(later, state)
+    assert missed(state) < 0.5 * before
+    with pytest.raises(ValueError, match="tracker"):
+        optim.online_subspace_descent(0.1, tracker="adam")

@@ -162,3 +162,21 @@ def test_gradient_projection_memory_grows_as_in_the_reference(x64, golden):
             memory[layer] = optim.gpm_update(memory[layer], acts, float(data["threshold"][layer]))
             assert int(memory[layer].dim) == data[f"t{task}_l{layer}_dim"]
             assert_close(memory[layer].basis @ memory[layer].basis.T, data[f"t{task}_l{layer}_proj"])
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("tracker", ["adamw", "sgd"])
+def test_online_subspace_descent_takes_the_steps_of_the_reference(x64, golden, shape, tracker):
+    data = golden("coso/online_subspace_descent")
+    case = f"{shape}_continuous" + ("_sgd" if tracker == "sgd" else "")
+    tx = optim.online_subspace_descent(
+        float(data["lr"]),
+        int(data["rank"]),
+        period=int(data["update_proj_gap"]),
+        scale=float(data["scale"]),
+        tracker=tracker,
+        eps=float(data["eps"]),
+    )
+    path, states = run(tx, data[f"{case}_W0"], data[f"{case}_grads"])
+    assert_close(states.bases.right.mT if shape == "tall" else states.bases.left, data[f"{case}_P"])
+    assert_close(path, data[f"{case}_params"])
