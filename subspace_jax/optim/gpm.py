@@ -52,8 +52,9 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
     """
 
     def update(grads, state, params=None):
-        del params
         paths, structure = jax.tree_util.tree_flatten_with_path(grads)
+        if params is not None and jax.tree.structure(params) != structure:
+            raise ValueError(f"grads: expected the structure of params, {jax.tree.structure(params)}, got {structure}")
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
         if callable(bases):
             found = [bases(name, g.shape) for name, (_, g) in zip(names, paths, strict=True)]
