@@ -224,11 +224,17 @@ def _iterate(g, start, key, cold, rounds):
     """Orthogonal iteration.  Positive QR turns columns towards singular vectors without a jump of order or sign."""
 
     def turn(_, basis):
-        return linalg.positive_qr(linalg.times(g, linalg.positive_qr(linalg.gram(g, basis))[0]))[0]
+        return _orthonormal(linalg.times(g, _orthonormal(linalg.gram(g, basis))))
 
     basis = jnp.where(cold, jax.random.normal(key, start.shape, start.dtype), start)
     basis = jax.lax.fori_loop(0, rounds + jnp.where(cold, _COLD_ROUNDS, 0), turn, basis)
-    return basis, linalg.positive_qr(linalg.gram(g, basis))[0]
+    return basis, _orthonormal(linalg.gram(g, basis))
+
+
+def _orthonormal(x):
+    """Q of positive QR: by Cholesky factors, and by reflections where ``x`` is too ill-conditioned for them."""
+    q = linalg.shifted_cholesky_qr3(x)[0]
+    return jax.lax.cond(jnp.all(jnp.isfinite(q)), lambda: q, lambda: linalg.positive_qr(x)[0])
 
 
 def rotated(old: Basis, new: Basis, moment: jax.Array, *, second: bool) -> jax.Array:
