@@ -3,6 +3,11 @@
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.expm import expm, expm_action
+from subspace_jax.linalg.frequent_directions import (
+    FDState,
+    frequent_directions_init,
+    frequent_directions_update,
+)
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
@@ -11,6 +16,7 @@ from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_s
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
+    "FDState",
     "arcsine_ratio",
     "broadcast_leading",
     "canonical_signs",
@@ -21,6 +27,8 @@ __all__ = [
     "expm",
     "expm_action",
     "eye_like",
+    "frequent_directions_init",
+    "frequent_directions_update",
     "gram",
     "orthonormality_error",
     "polar",

@@ -33,6 +33,7 @@ class Entry:
       check: ``check(params, tolerance)`` asserts what must hold of parameters after a step; nothing by default.
       rate: Keyword of the step size, a number or a schedule.
       kwargs: All other options.
+      static: Names of options that fix shapes or branches, which ``optax.inject_hyperparams`` must leave alone.
       needs_params: Whether ``update`` refuses to run without parameters.
       extra_args: Returns the extra arguments of ``update``, if it needs any.
       layout: PartitionSpec over the mesh axes "data" (4) and "model" (2), for every leaf of the parameters or a tree.
@@ -45,6 +46,7 @@ class Entry:
     check: Callable[[PyTree, float], None] = lambda params, tolerance: None
     rate: str = "learning_rate"
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    static: tuple[str, ...] = ()
     needs_params: bool = True
     extra_args: Callable[[], dict] = dict
     layout: PyTree = _BOTH_AXES
@@ -76,6 +78,46 @@ def orthonormal(params: PyTree, tolerance: float) -> None:
         assert float(jnp.max(linalg.orthonormality_error(s))) <= tolerance
 
 
+@functools.cache
+def stacks_of_kernels() -> PyTree:
+    """Tall and wide kernels, one of them a stack, and one that the rule of ranks leaves alone."""
+    rng = np.random.default_rng(11)
+    shapes = {"tall": (8, 8, 4), "wide": (8, 16), "embedding": (16, 4)}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+@functools.cache
+def stacks_of_large_kernels() -> PyTree:
+    """The same with more columns than a sketch has; shapes for which no gradient has near singular values."""
+    rng = np.random.default_rng(12)
+    shapes = {"tall": (4, 6, 6), "wide": (8, 16), "embedding": (16, 4)}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def rank_but_for_embeddings(path: str, shape: tuple[int, ...]) -> int | None:
+    return None if "embedding" in path else 3
+
+
+def axis_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | None:
+    return None if "embedding" in path else jnp.eye(shape[-2], 2)
+
+
+def descent_outside(learning_rate, bases):
+    return optax.chain(optim.project_out(bases), optax.scale_by_learning_rate(learning_rate))
+
+
+def projected_momentum(
+    learning_rate, side="std", method="subspace_iteration", moments="keep", refresh_every=2, fallback=None
+):
+    inner = optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
+    options = {"side": side, "method": method, "moments": moments, "refresh_every": refresh_every}
+    return optim.low_rank_projection(inner, rank_but_for_embeddings, fallback=fallback, **options)
+
+
+def galore_in_a_chain(step_size, rank=2, side="std"):
+    return optax.chain(optim.scale_by_galore(rank, side=side), optax.scale_by_learning_rate(step_size))
+
+
 def decayed_sgd_and_rsgd(learning_rate):
     euclidean = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(learning_rate))
     return optim.with_geometry(euclidean, optim.riemannian_sgd(learning_rate))
@@ -84,6 +126,13 @@ def decayed_sgd_and_rsgd(learning_rate):
 _BASES = {"params": stacks_of_bases, "check": orthonormal}
 _RSGD = {"public": "riemannian_sgd", "factory": optim.riemannian_sgd, **_BASES}
 _RADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASES}
+
+# Where the specs of two leaves differ by a trailing None only, JAX may give results the other one's and compile twice.
+_KERNEL_LAYOUT = {"tall": P("data", None, "model"), "wide": P("model", "data"), "embedding": P("data", "model")}
+_KERNELS = {"params": stacks_of_kernels, "needs_params": False, "layout": _KERNEL_LAYOUT}
+_STATIC = ("rank", "refresh_every", "rounds", "seed", "axes")
+_PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **_KERNELS, "static": ("refresh_every",)}
+_GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
 
 ENTRIES = (
     Entry("rsgd", **_RSGD),
@@ -114,5 +163,78 @@ ENTRIES = (
         factory=decayed_sgd_and_rsgd,
         params=head_on_a_layer,
         check=lambda params, tolerance: orthonormal(params["head"], tolerance),
+    ),
+    Entry("low-rank-projection", **_PROJECTED),
+    Entry(
+        "low-rank-projection-full-svd-rotated",
+        **_PROJECTED,
+        kwargs={"side": "full", "method": "svd", "moments": "rotate"},
+    ),
+    Entry(
+        "low-rank-projection-random-reset-fallback",
+        **_PROJECTED,
+        kwargs={"method": "random", "moments": "reset", "fallback": optax.sgd(0.1)},
+    ),
+    Entry("galore", **_GALORE, kwargs={"rank": rank_but_for_embeddings, "refresh_every": 2}),
+    Entry(
+        "galore-decayed-left-randomized",
+        **{**_GALORE, "needs_params": True},
+        kwargs={"rank": 2, "side": "left", "method": "randomized", "weight_decay": 0.1},
+    ),
+    Entry(
+        "scale-by-galore",
+        public="scale_by_galore",
+        factory=galore_in_a_chain,
+        rate="step_size",
+        kwargs={"side": "reverse_std"},
+        static=("rank",),
+        **_KERNELS,
+    ),
+    Entry(
+        "fira", public="fira", factory=optim.fira, **_KERNELS, static=_STATIC, kwargs={"rank": 2, "refresh_every": 2}
+    ),
+    Entry(
+        "apollo",
+        public="apollo",
+        factory=optim.apollo,
+        **_KERNELS,
+        static=("rank", "refresh_every", "seed"),
+        kwargs={"rank": 2},
+    ),
+    Entry("apollo-mini", public="apollo_mini", factory=optim.apollo_mini, **_KERNELS, static=("refresh_every", "seed")),
+    Entry(
+        "coso",
+        public="coso",
+        factory=optim.coso,
+        params=stacks_of_large_kernels,
+        needs_params=False,
+        layout=_KERNEL_LAYOUT,
+        static=("proj_rank", "sketch_rank", "update_every"),
+        # With a small eps the last bits of entries near zero, and of vectors of near singular values, are blown up.
+        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 3, "method": "svd", "update_every": 2, "eps": 0.1},
+    ),
+    Entry(
+        "project-out",
+        public="project_out",
+        factory=descent_outside,
+        static=("bases",),
+        kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
+    ),
+    Entry(
+        "gradient-projection-memory",
+        public="gradient_projection_memory",
+        factory=optim.gradient_projection_memory,
+        static=("bases",),
+        kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
+    ),
+    Entry(
+        "online-subspace-descent",
+        public="online_subspace_descent",
+        factory=optim.online_subspace_descent,
+        static=("rank", "period"),
+        kwargs={"rank": 2, "period": 5},
+        **_KERNELS,
     ),
 )

@@ -196,7 +196,7 @@ def test_chain_with_clipping_in_front(entry):
 
 @every_transform
 def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
-    tx = optax.inject_hyperparams(entry.factory)(**{entry.rate: 0.1}, **entry.kwargs)
+    tx = optax.inject_hyperparams(entry.factory, static_args=entry.static)(**{entry.rate: 0.1}, **entry.kwargs)
     step = jax.jit(stepper(entry, tx))
     params = entry.params()
     path = run(entry, step, tx.init(params), params)
@@ -215,7 +215,7 @@ def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
 def test_a_schedule_is_followed(entry):
     rates = jnp.asarray([0.1, 0.03, 0.2])
     scheduled = entry.make(lambda count: rates[count])
-    by_hand = optax.inject_hyperparams(entry.factory)(**{entry.rate: 0.1}, **entry.kwargs)
+    by_hand = optax.inject_hyperparams(entry.factory, static_args=entry.static)(**{entry.rate: 0.1}, **entry.kwargs)
     params = entry.params()
     expected, state = params, by_hand.init(params)
     for i, (got, _) in enumerate(run(entry, stepper(entry, scheduled), scheduled.init(params), params)[1:]):

@@ -1,0 +1,310 @@
+"""What all transforms of projected gradients share: which leaves are projected and how, products, and new bases.
+
+A leaf is a stack of matrices ``[..., m, n]``.  Its basis is ``[..., m, r]`` on the left and ``[..., n, r]`` on the
+right, in the working dtype, with the sharding that the axes ``m``, ``n`` and ``...`` have in the parameters.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax import linalg
+
+PyTree = Any
+RankRule = Callable[[str, tuple[int, ...]], int | None]
+
+SIDES = ("left", "right", "std", "reverse_std", "full")
+METHODS = ("svd", "randomized", "subspace_iteration", "random")
+
+# Rounds of iteration that a basis without a past gets beside the usual ones.
+_COLD_ROUNDS = 3
+
+
+class MatrixAxes(NamedTuple):
+    """Which axes of a parameter make up its rows and columns; all others are batch axes.
+
+    Attributes:
+      rows: Axes of the input side, merged in this order.
+      columns: Axes of the output side.
+    """
+
+    rows: tuple[int, ...] = (-2,)
+    columns: tuple[int, ...] = (-1,)
+
+
+AxesRule = Callable[[str, tuple[int, ...]], MatrixAxes]
+
+
+class Basis(NamedTuple):
+    """Orthonormal columns for one leaf.
+
+    Attributes:
+      left: ``[..., m, r]``, None where the leaf isn't projected from the left.
+      right: ``[..., n, r]``, None where it isn't projected from the right.
+    """
+
+    left: jax.Array | None = None
+    right: jax.Array | None = None
+
+
+class LeafPlan(NamedTuple):
+    """How one leaf is projected: everything static.
+
+    Attributes:
+      index: Number of the leaf.
+      name: Its path.
+      rank: Columns of a basis.
+      side: "left", "right" or "full".
+      axes: Batch axes, then those of rows, then those of columns.
+      shape: Shape as a stack of matrices ``[..., m, n]``.
+    """
+
+    index: int
+    name: str
+    rank: int
+    side: str
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    shape: tuple[int, ...]
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the projected gradient."""
+        *batch, m, n = self.shape
+        return (*batch, self.rank if self.side != "right" else m, self.rank if self.side != "left" else n)
+
+
+def static_int(name: str, value: Any, minimum: int) -> int:
+    """The value as an int.
+
+    Raises:
+      TypeError: It is an array, traced or not, or no whole number.
+      ValueError: It is below the minimum.
+    """
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name}: expected a Python integer, which fixes shapes and branches when the step is compiled, got "
+            f"{type(value).__name__}; under optax.inject_hyperparams name it in static_args"
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_rank(rank: int | RankRule) -> None:
+    """Raises unless ``rank`` is a rule or a positive Python integer."""
+    if not callable(rank):
+        static_int("rank", rank, 1)
+
+
+def plans_for(
+    tree: PyTree, rank: int | RankRule, side: str, axes: AxesRule | None = None
+) -> tuple[list[LeafPlan | None], Any]:
+    """Plans for all leaves, None for those that aren't projected, and the structure of the tree.
+
+    Raises:
+      TypeError: The rule of ranks returns no Python integer.
+      ValueError: It returns a number below 1, or the axes of a leaf are no rows and columns.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    plans = []
+    for i, (path, x) in enumerate(leaves):
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(x)
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        wanted = rank
+        if callable(rank):
+            wanted = rank(name, shape)
+        elif len(shape) < 2 or not floating:
+            wanted = None
+        if wanted is None:
+            plans.append(None)
+            continue
+        label = f"rank of {name or 'the leaf'}" if callable(rank) else "rank"
+        wanted = static_int(label, wanted, 1)
+        if len(shape) < 2 or not floating:
+            raise ValueError(
+                f"{name or 'params'}: expected a floating-point kernel [..., m, n] where the rule gives a rank, got "
+                f"{jnp.result_type(x)} of shape {shape}; return None for it"
+            )
+        split = _split_axes(name, shape, MatrixAxes() if axes is None else axes(name, shape))
+        m, n = (math.prod(shape[a] for a in group) for group in split[1:])
+        chosen = {"std": "right" if m >= n else "left", "reverse_std": "left" if m >= n else "right"}.get(side, side)
+        matrix = (*(shape[a] for a in split[0]), m, n)
+        plans.append(LeafPlan(i, name, min(wanted, m, n), chosen, split, matrix))
+    return plans, structure
+
+
+def _split_axes(name, shape, axes):
+    rows, columns = (tuple(a % len(shape) for a in group) for group in axes)
+    if not rows or not columns or len({*rows, *columns}) != len(rows) + len(columns):
+        raise ValueError(f"{name}: expected different axes for rows and columns of shape {shape}, got {axes}")
+    return tuple(a for a in range(len(shape)) if a not in (*rows, *columns)), rows, columns
+
+
+def to_matrices(plan: LeafPlan, x: jax.Array) -> jax.Array:
+    """The leaf as ``[..., m, n]``."""
+    order = sum(plan.axes, ())
+    return (x if order == tuple(range(x.ndim)) else x.transpose(order)).reshape(plan.shape)
+
+
+def from_matrices(plan: LeafPlan, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of :func:`to_matrices`."""
+    order = sum(plan.axes, ())
+    x = x.reshape(tuple(shape[a] for a in order))
+    return x if order == tuple(range(x.ndim)) else x.transpose(sorted(range(x.ndim), key=order.__getitem__))
+
+
+def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product in bfloat16 where the gradient is, accumulated in float32, and in full precision otherwise."""
+    if jnp.bfloat16 in (x.dtype, y.dtype):
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    work = linalg.working_dtype(x, y)
+    return jnp.einsum(equation, x.astype(work), y.astype(work), precision=jax.lax.Precision.HIGHEST)
+
+
+def project(basis: Basis, g: jax.Array) -> jax.Array:
+    """``P^T G``, ``G Q`` or ``P^T G Q``."""
+    if basis.left is not None:
+        g = product("...mr,...mn->...rn", basis.left, g)
+    return g if basis.right is None else product("...mn,...nr->...mr", g, basis.right)
+
+
+def back(basis: Basis, low: jax.Array) -> jax.Array:
+    """``P N``, ``N Q^T`` or ``P N Q^T``."""
+    if basis.left is not None:
+        low = product("...mr,...rn->...mn", basis.left, low)
+    return low if basis.right is None else product("...mr,...nr->...mn", low, basis.right)
+
+
+def new_basis(
+    plan: LeafPlan, g: jax.Array, basis: Basis, method: str, key: jax.Array, cold: jax.Array, rounds: int
+) -> Basis:
+    """A basis of the leading subspace of ``g [..., m, n]``, ``cold`` where there is no old one."""
+    g = g.astype(linalg.working_dtype(g))
+    *batch, m, n = plan.shape
+    if method == "random":
+        keys = jax.random.split(key)
+        sizes = (m if plan.side != "right" else None, n if plan.side != "left" else None)
+        return Basis(
+            *(
+                None if size is None else linalg.random_orthonormal(k, size, plan.rank, tuple(batch), g.dtype)
+                for k, size in zip(keys, sizes, strict=True)
+            )
+        )
+    if method == "subspace_iteration":
+        if plan.side == "right":
+            return Basis(right=_iterate(g.mT, basis.right, key, cold, rounds)[0])
+        left, right = _iterate(g, basis.left, key, cold, rounds)
+        return Basis(left, right if plan.side == "full" else None)
+    if method == "svd":
+        u, _, vt = linalg.canonical_svd(g)
+    else:
+        u, _, vt = linalg.randomized_svd(key, g, plan.rank)
+    left = None if plan.side == "right" else u[..., : plan.rank]
+    return Basis(left, None if plan.side == "left" else vt[..., : plan.rank, :].mT)
+
+
+def _iterate(g, start, key, cold, rounds):
+    """Orthogonal iteration.  Positive QR turns columns towards singular vectors without a jump of order or sign."""
+
+    def turn(_, basis):
+        return _orthonormal(linalg.times(g, _orthonormal(linalg.gram(g, basis))))
+
+    basis = jnp.where(cold, jax.random.normal(key, start.shape, start.dtype), start)
+    basis = jax.lax.fori_loop(0, rounds + jnp.where(cold, _COLD_ROUNDS, 0), turn, basis)
+    return basis, _orthonormal(linalg.gram(g, basis))
+
+
+def _orthonormal(x):
+    """Q of positive QR: by Cholesky factors, and by reflections where ``x`` is too ill-conditioned for them."""
+    q = linalg.shifted_cholesky_qr3(x)[0]
+    return jax.lax.cond(jnp.all(jnp.isfinite(q)), lambda: q, lambda: linalg.positive_qr(x)[0])
+
+
+def rotated(old: Basis, new: Basis, moment: jax.Array, *, second: bool) -> jax.Array:
+    """A moment in the coordinates of a new basis; second moments by the squared cosines, so that they stay positive."""
+    if old.left is not None:
+        turn = linalg.gram(new.left, old.left)
+        moment = linalg.times(jnp.square(turn) if second else turn, moment)
+    if old.right is not None:
+        turn = linalg.gram(old.right, new.right)
+        moment = linalg.times(moment, jnp.square(turn) if second else turn)
+    return moment
+
+
+def leaf_key(seed: int, plan: LeafPlan, count: jax.Array) -> jax.Array:
+    """The random key of a leaf at a step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), plan.index), count)
+
+
+def explicit_mesh() -> bool:
+    """Whether the mesh in use has Explicit axes."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def automatic(f: Callable, args: tuple, specs: Callable[[], PyTree]) -> PyTree:
+    """Calls ``f(*args)``, with sharding left to the compiler where mesh axes are Explicit; results get ``specs()``."""
+    return jax.sharding.auto_axes(f, out_sharding=specs())(*args) if explicit_mesh() else f(*args)
+
+
+def spec_of(x: PyTree) -> PyTree:
+    """PartitionSpecs of arrays, under Explicit axes."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, x)
+
+
+def matrix_specs(plan: LeafPlan, x: jax.Array) -> tuple[Basis, P]:
+    """PartitionSpecs of the bases and of the projected gradient, from those of the leaf."""
+    spec = [*jax.typeof(x).sharding.spec]
+    spec += [None] * (x.ndim - len(spec))
+    batch = [spec[a] for a in plan.axes[0]]
+    # Of merged axes only the first can be sharded without a shuffle.
+    rows, columns = (spec[group[0]] if all(spec[a] is None for a in group[1:]) else None for group in plan.axes[1:])
+    left = None if plan.side == "right" else P(*batch, rows, None)
+    right = None if plan.side == "left" else P(*batch, columns, None)
+    low = P(*batch, rows if plan.side == "right" else None, columns if plan.side == "left" else None)
+    return Basis(left, right), low
+
+
+def zero_state(plan: LeafPlan, x: jax.Array) -> tuple[Basis, jax.Array]:
+    """A basis and a projected gradient of zeros for a leaf, with its sharding."""
+    dtype = linalg.working_dtype(x)
+    *batch, m, n = plan.shape
+
+    def zeros(x):
+        x = to_matrices(plan, x)
+
+        def like(x, axes, shape):
+            # Through the leaf itself, so that its sharding is inherited.
+            return jnp.zeros_like(jnp.broadcast_to(jnp.max(x, axis=axes, keepdims=True), shape), dtype)
+
+        left = None if plan.side == "right" else like(x, -1, (*batch, m, plan.rank))
+        right = None if plan.side == "left" else like(x.mT, -1, (*batch, n, plan.rank))
+        reduced = {"left": (-2,), "right": (-1,), "full": (-2, -1)}[plan.side]
+        return Basis(left, right), like(x, reduced, plan.low_shape)
+
+    return automatic(zeros, (x,), lambda: matrix_specs(plan, x))
+
+
+def zero_per_matrix(plan: LeafPlan, x: jax.Array) -> jax.Array:
+    """One zero for each matrix of a leaf, with the sharding of the batch axes."""
+
+    def zeros(x):
+        return jnp.zeros_like(jnp.max(to_matrices(plan, x), axis=(-2, -1)), linalg.working_dtype(x))
+
+    return automatic(zeros, (x,), lambda: P(*matrix_specs(plan, x)[1][:-2]))

@@ -1,0 +1,350 @@
+"""Fira and APOLLO: gradients of full rank, scaled by what Adam does to their low-rank projections."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from subspace_jax import linalg
+from subspace_jax.optim import _adam, _projected
+from subspace_jax.optim._projected import AxesRule, Basis, RankRule
+
+PyTree = Any
+
+# Growth of a norm from one step to the next that the limiter lets pass, and the guard of its quotients.
+_GROWTH, _GUARD = 1.01, 1e-8
+
+
+class ScaledGradientState(NamedTuple):
+    """State of :func:`fira` and :func:`apollo`; trees like the parameters.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      bases: ``Basis`` of each projected leaf for Fira; both None for APOLLO, which draws its projections anew.
+      mu: First moments of projected gradients; of gradients where leaves are not projected.
+      nu: Second moments.
+      norm: The norm that the limiter compares with, ``[...]`` for each stack, None where there is none to limit.
+    """
+
+    count: jax.Array
+    bases: PyTree
+    mu: PyTree
+    nu: PyTree
+    norm: PyTree
+
+
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    *,
+    refresh_every: int = 200,
+    method: str = "subspace_iteration",
+    scale: ArrayLike = 0.25,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    weight_decay: ArrayLike = 0.0,
+    rounds: int = 2,
+    staggered: bool = True,
+    axes: AxesRule | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Fira (Chen et al., arXiv 2410.01623): GaLore, and what it leaves out of the gradient, scaled as Adam would.
+
+    The residual ``G - scale P R`` of a kernel is multiplied, channel by channel of the longer side, by
+    ``||N|| / ||R||``, and its norm may grow by 1% from step to step.  State as for :func:`galore`, one number more.
+
+    Args:
+      learning_rate: Number, or schedule of the step.
+      rank: See :func:`low_rank_projection`, as all options not named here.
+      refresh_every: Steps between refreshes.
+      method: How bases are found; "svd" is that of the paper.
+      scale: Factor on the low-rank part of the step, and on what the residual leaves out.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, before bias correction.
+      weight_decay: Decoupled, after the step.
+      rounds: Rounds of a subspace iteration.
+      staggered: Whether leaves take turns.
+      axes: Rows and columns of leaves.
+      seed: Seed of what is random.
+
+    Returns:
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+
+    Raises:
+      TypeError: See :func:`low_rank_projection`.
+      ValueError: See :func:`low_rank_projection`; and where weight decay lacks parameters.
+
+    Example:
+      >>> import jax
+      >>> from subspace_jax import optim
+      >>> tx = optim.fira(1e-2, rank=2)
+      >>> state = tx.init({"kernel": jax.numpy.ones((8, 4))})
+    """
+    _projected.check_choice("method", method, _projected.METHODS)
+    rounds = _projected.static_int("rounds", rounds, 1)
+
+    def leaf(plan, g, basis, mu, nu, norm, due, count):
+        new = jax.lax.cond(
+            due,
+            lambda: _projected.new_basis(
+                plan, g, basis, method, _projected.leaf_key(seed, plan, count), count == 0, rounds
+            ),
+            lambda: basis,
+        )
+        r = _projected.project(new, g)
+        mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
+        alpha = jnp.asarray(scale).astype(r.dtype)
+        rest = (g.astype(r.dtype) - alpha * _projected.back(new, r)) * _channel_ratio(plan, n, r)
+        rest, norm = _limit(rest, norm, count)
+        return alpha * _projected.back(new, n) + rest, new, mu, nu, norm
+
+    scaled = _scaled_gradients(leaf, rank, "std", refresh_every, staggered, axes, seed, b1, b2, eps)
+    return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 256,
+    *,
+    refresh_every: int = 200,
+    scaling: str = "channel",
+    scale: ArrayLike = 1.0,
+    scale_front: bool = False,
+    limiter: bool = True,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    weight_decay: ArrayLike = 0.0,
+    staggered: bool = True,
+    axes: AxesRule | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO (Zhu et al., arXiv 2412.05270): gradients scaled by what Adam does to a random projection of them.
+
+    The projection has entries of variance ``1 / r`` and is drawn anew from the seed at every step, so that no memory
+    goes to it: the state of an ``m x n`` kernel is ``2 max(m, n) r`` numbers, and one for the limiter.
+
+    Args:
+      learning_rate: Number, or schedule of the step.
+      rank: See :func:`low_rank_projection`, as all options not named here.
+      refresh_every: Steps for which one projection serves.
+      scaling: "channel" (one factor for each row or column of the longer side) or "tensor" (one for each matrix).
+      scale: The gradient is multiplied by its root.
+      scale_front: Whether that happens before the limiter or after it.
+      limiter: Whether the norm of the step may grow by 1% only from step to step.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, before bias correction.
+      weight_decay: Decoupled, after the step.
+      staggered: Whether leaves take turns.
+      axes: Rows and columns of leaves.
+      seed: Seed of the projections.
+
+    Returns:
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+
+    Raises:
+      TypeError: See :func:`low_rank_projection`.
+      ValueError: See :func:`low_rank_projection`; and where weight decay lacks parameters.
+
+    Example:
+      >>> import jax
+      >>> from subspace_jax import optim
+      >>> tx = optim.apollo(1e-2, rank=2)
+      >>> state = tx.init({"kernel": jax.numpy.ones((8, 4))})
+      >>> state[0].mu["kernel"].shape
+      (8, 2)
+    """
+    _projected.check_choice("scaling", scaling, ("channel", "tensor"))
+    project = _random_projection(seed)
+    return _apollo(
+        project,
+        learning_rate,
+        rank,
+        refresh_every=refresh_every,
+        scaling=scaling,
+        scale=scale,
+        scale_front=scale_front,
+        limiter=limiter,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        staggered=staggered,
+        axes=axes,
+        seed=seed,
+    )
+
+
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    refresh_every: int = 200,
+    scale: ArrayLike = 128.0,
+    weight_decay: ArrayLike = 0.0,
+    axes: AxesRule | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO-Mini: :func:`apollo` of rank 1 with one factor for each matrix, nearly the memory of SGD.
+
+    Args:
+      learning_rate: Number, or schedule of the step.
+      refresh_every: Steps for which one projection serves.
+      scale: The gradient is multiplied by its root.
+      weight_decay: Decoupled, after the step.
+      axes: Rows and columns of leaves.
+      seed: Seed of the projections.
+
+    Returns:
+      The transform.
+
+    Raises:
+      TypeError: See :func:`apollo`.
+      ValueError: See :func:`apollo`.
+    """
+    return apollo(
+        learning_rate,
+        1,
+        refresh_every=refresh_every,
+        scaling="tensor",
+        scale=scale,
+        weight_decay=weight_decay,
+        axes=axes,
+        seed=seed,
+    )
+
+
+def _random_projection(seed):
+    """Returns ``project(plan, g, period)``: a Gaussian projection that is the same all through a period."""
+
+    def project(plan, g, period):
+        *batch, m, n = plan.shape
+        size, dtype = n if plan.side == "right" else m, linalg.working_dtype(g)
+        p = jax.random.normal(_projected.leaf_key(seed, plan, period), (*batch, size, plan.rank), dtype)
+        p = p / jnp.sqrt(jnp.asarray(plan.rank, dtype))
+        return _projected.project(Basis(right=p) if plan.side == "right" else Basis(left=p), g)
+
+    return project
+
+
+def _apollo(
+    project,
+    learning_rate,
+    rank,
+    *,
+    refresh_every,
+    scaling,
+    scale,
+    scale_front,
+    limiter,
+    b1,
+    b2,
+    eps,
+    weight_decay,
+    staggered=True,
+    axes=None,
+    seed=0,
+):
+    """:func:`apollo` with a given projection."""
+    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
+
+    def leaf(plan, g, basis, mu, nu, norm, phase, count):
+        r = project(plan, g, (count + phase) // refresh_every)
+        mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
+        if scaling == "channel":
+            ratio = _channel_ratio(plan, n, r)
+        else:
+            ratio = _norm(n, (-2, -1)) / (_norm(r, (-2, -1)) + _GUARD)
+        d, root = g.astype(r.dtype) * ratio, jnp.sqrt(jnp.asarray(scale).astype(r.dtype))
+        d = d * root if scale_front else d
+        if limiter:
+            d, norm = _limit(d, norm, count)
+        return d if scale_front else d * root, basis, mu, nu, norm
+
+    scaled = _scaled_gradients(
+        leaf, rank, "std", refresh_every, staggered, axes, seed, b1, b2, eps, stored=False, limiter=limiter
+    )
+    return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
+
+
+def _norm(x, axes):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+def _channel_ratio(plan, n, r):
+    """``||N|| / ||R||`` along the low-rank axis: for each column on the left, for each row on the right."""
+    axis = -1 if plan.side == "right" else -2
+    return _norm(n, axis) / (_norm(r, axis) + _GUARD)
+
+
+def _limit(d, norm, count):
+    """Shrinks ``d`` where its norm grew too much; returns the new norm too."""
+    now = _norm(d, (-2, -1))
+    factor = jnp.maximum(now / (norm[..., None, None] + _GUARD), _GROWTH) / _GROWTH
+    factor = jnp.where(count == 0, 1, factor)
+    return d / factor, (now / factor)[..., 0, 0]
+
+
+def _scaled_gradients(
+    leaf, rank, side, refresh_every, staggered, axes, seed, b1, b2, eps, *, stored=True, limiter=True
+):
+    """A transform that steps projected leaves by ``leaf``, and all others by Adam.
+
+    ``leaf(plan, g, basis, mu, nu, norm, turn, count) -> (D, basis, mu, nu, norm)`` with ``g [..., m, n]``; ``turn`` is
+    whether a refresh is due where bases are stored, and otherwise how many steps the leaf is ahead of the counter.
+    """
+    _projected.check_rank(rank)
+    _projected.static_int("seed", seed, 0)
+    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
+
+    def init(params):
+        plans, structure = _projected.plans_for(params, rank, side, axes)
+        columns = []
+        for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
+            if plan is None:
+                zeros = jnp.zeros_like(x, linalg.working_dtype(x))
+                columns.append((Basis(), zeros, jnp.zeros_like(zeros), None))
+                continue
+            basis, low = _projected.zero_state(plan, x)
+            norm = _projected.zero_per_matrix(plan, x) if limiter else None
+            columns.append((basis if stored else Basis(), low, jnp.zeros_like(low), norm))
+        trees = [structure.unflatten([row[i] for row in columns]) for i in range(4)]
+        return ScaledGradientState(jnp.zeros((), jnp.int32), *trees)
+
+    def update(grads, state, params=None):
+        del params
+        plans, structure = _projected.plans_for(grads, rank, side, axes)
+        leaves, count = jax.tree.leaves(grads), state.count
+        rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
+        total, done, results = sum(plan is not None for plan in plans), 0, []
+        next_count = optax.safe_increment(count)
+
+        for plan, g, old in zip(plans, leaves, rows, strict=True):
+            if plan is None:
+                basis, mu, nu, norm = old
+                mu, nu, n = _adam.moments(g.astype(mu.dtype), mu, nu, b1, b2, eps)
+                d = (_adam.correction(next_count, b1, b2, n.dtype) * n).astype(g.dtype)
+                results.append((d, basis, mu, nu, norm))
+                continue
+            turn = done * refresh_every // total if staggered else 0
+            done += 1
+
+            def run(g, old, count, plan=plan, turn=turn):
+                due = (count == 0) | (count % refresh_every == turn)
+                x = _projected.to_matrices(plan, g)
+                d, *new = leaf(plan, x, *old, due if stored else -turn % refresh_every, count)
+                d = _adam.correction(count + 1, b1, b2, d.dtype) * d
+                return _projected.from_matrices(plan, d, g.shape).astype(g.dtype), tuple(new)
+
+            specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(old))  # noqa: E731
+            d, new = _projected.automatic(run, (g, old, count), specs)
+            results.append((d, *new))
+
+        trees = [structure.unflatten([row[i] for row in results]) for i in range(5)]
+        return trees[0], ScaledGradientState(next_count, *trees[1:])
+
+    return optax.GradientTransformation(init, update)

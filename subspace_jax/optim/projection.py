@@ -1,0 +1,288 @@
+"""Any Optax transform in a low-rank subspace of the gradients.
+
+The scheme is that of Zhao et al., "GaLore" (arXiv 2403.03507), with any optimizer inside, refreshes without
+singular value decompositions, and leaves that take turns.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from subspace_jax import linalg
+from subspace_jax.optim import _projected
+from subspace_jax.optim._projected import AxesRule, Basis, LeafPlan, RankRule
+
+PyTree = Any
+
+MOMENTS = ("keep", "reset", "rotate")
+_SECOND = ("nu", "nu_max", "v", "sum_of_squares")
+
+
+class LowRankProjectionState(NamedTuple):
+    """State of :func:`low_rank_projection`.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      bases: Tree like the parameters, of ``Basis(left [..., m, r], right [..., n, r])``, float32 (float64 for float64
+        parameters); both None where a leaf isn't projected, one of them where it is projected on one side.
+      inner: State of the inner transform, for leaves of the projected shapes.
+      fallback: State of the fallback, None without one.
+    """
+
+    count: jax.Array
+    bases: PyTree
+    inner: optax.OptState
+    fallback: optax.OptState
+
+
+def low_rank_projection(
+    inner: optax.GradientTransformation,
+    rank: int | RankRule,
+    *,
+    side: str = "std",
+    refresh_every: int = 200,
+    method: str = "subspace_iteration",
+    rounds: int = 2,
+    moments: str = "keep",
+    staggered: bool = True,
+    scale: ArrayLike = 1.0,
+    fallback: optax.GradientTransformation | None = None,
+    axes: AxesRule | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a transform on gradients that are projected to a low-rank subspace, and takes its updates back.
+
+    A kernel ``G [..., m, n]``, leading axes a stack, becomes ``P^T G`` (left), ``G Q`` (right) or ``P^T G Q`` (full),
+    with bases of the leading singular subspaces of a recent gradient.  The inner transform, its state included, sees
+    only these, and parameters that are projected likewise: weight decay inside would decay what lies in the subspace,
+    and belongs after this transform.
+
+    Bases are renewed by ``lax.cond`` on the step counter, without a wait for the host.  Under ``vmap`` a cond is a
+    select, and every step pays for a refresh: stack kernels along a leading axis instead.
+
+    Args:
+      inner: Any transform.
+      rank: Columns of a basis, clipped to the shorter side of a kernel; or a rule ``rank(path, shape)`` that returns
+        it for each leaf, None for leaves that are not projected.  With a number, leaves of at least two axes are.
+      side: "left" (``P`` on the rows, which are the inputs of a kernel ``[in, out]``), "right" (the columns), "std"
+        (right if ``m >= n``, else left: the state is ``max(m, n) x r``), "reverse_std" (the opposite) or "full".
+      refresh_every: Steps between refreshes.
+      method: "svd" (exact, canonical signs; slow to run, and on accelerators to compile), "randomized" (a sketch),
+        "subspace_iteration" (from the basis before, products and QR only), or "random" (Haar, whatever the gradient).
+      rounds: Products with ``G G^T`` in a subspace iteration; the first one, without a basis before, makes more.
+      moments: At a refresh the inner moments "keep" their numbers, "reset" to what ``inner.init`` gives, or "rotate"
+        into the new coordinates: by the cosines between old and new basis, fields named nu, nu_max, v and
+        sum_of_squares by the squared cosines.  Step counters stay, whatever is chosen.
+      staggered: Leaves take turns over ``refresh_every`` steps; else all are renewed at once.  The first step
+        renews all in any case.
+      scale: Factor on updates of projected leaves.
+      fallback: For leaves that are not projected, with parameters at hand; None gives them to ``inner`` as they are.
+      axes: Rule ``axes(path, shape)`` that returns the :class:`MatrixAxes` of kernels of more than two axes that are
+        not ``[..., m, n]``.
+      seed: Seed of what is random.
+
+    Returns:
+      The transform.  Updates have the dtypes of the gradients; R and all state are float32, or float64 for float64.
+
+    Raises:
+      TypeError: ``rank``, ``refresh_every``, ``rounds`` or ``seed`` is traced or not a whole number.
+      ValueError: An option is unknown or out of range.  ``init`` raises it for an inner transform that
+        fails on projected gradients, returns other shapes, or changes those of its state; and, where moments are
+        reset or rotated, for one whose state has arrays that are no moments of projected gradients.
+
+    Example:
+      >>> import jax, optax
+      >>> from subspace_jax import optim
+      >>> tx = optim.low_rank_projection(optax.sgd(0.1, momentum=0.9), rank=2)
+      >>> params = {"kernel": jax.numpy.ones((3, 8, 4)), "bias": jax.numpy.ones(4)}
+      >>> state = tx.init(params)
+      >>> state.bases["kernel"].right.shape, state.inner[0].trace["kernel"].shape
+      ((3, 4, 2), (3, 8, 2))
+    """
+    _projected.check_rank(rank)
+    _projected.check_choice("side", side, _projected.SIDES)
+    _projected.check_choice("method", method, _projected.METHODS)
+    _projected.check_choice("moments", moments, MOMENTS)
+    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
+    rounds = _projected.static_int("rounds", rounds, 1)
+    seed = _projected.static_int("seed", seed, 0)
+    inner = optax.with_extra_args_support(inner)
+    fallback = None if fallback is None else optax.with_extra_args_support(fallback)
+
+    def others(plans, leaves, structure):
+        """The leaves for the fallback, and holes for all others."""
+        hole = optax.MaskedNode()
+        return structure.unflatten([hole if plan else x for plan, x in zip(plans, leaves, strict=True)])
+
+    def init(params):
+        plans, structure = _projected.plans_for(params, rank, side, axes)
+        leaves = jax.tree.leaves(params)
+        bases, lows = [], []
+        for plan, x in zip(plans, leaves, strict=True):
+            if plan is not None:
+                basis, low = _projected.zero_state(plan, x)
+            else:
+                basis, low = Basis(), x.astype(linalg.working_dtype(x)) if _is_floating(x) else x
+                low = low if fallback is None else optax.MaskedNode()
+            bases.append(basis)
+            lows.append(low)
+        low = structure.unflatten(lows)
+        inner_state = inner.init(low)
+        _check_inner(inner, low, inner_state)
+        if moments != "keep":
+            _check_moments(low, inner_state, structure)
+        rest = None if fallback is None else fallback.init(others(plans, leaves, structure))
+        return LowRankProjectionState(jnp.zeros((), jnp.int32), structure.unflatten(bases), inner_state, rest)
+
+    def update(grads, state, params=None, **extra_args):
+        plans, structure = _projected.plans_for(grads, rank, side, axes)
+        leaves, bases = jax.tree.leaves(grads), structure.flatten_up_to(state.bases)
+        inner_state, slots, fresh = state.inner, [], []
+        like = [_low_like(plan, g, fallback) for plan, g in zip(plans, leaves, strict=True)]
+        if moments != "keep":
+            slots, rebuild = _moments(structure.unflatten(like), inner_state, structure)
+        if moments == "reset":
+            start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure.unflatten(like)))
+            fresh = _moments(structure.unflatten(like), start, structure)[0]
+
+        lows, projected = [], [plan for plan in plans if plan is not None]
+        for i, (plan, g) in enumerate(zip(plans, leaves, strict=True)):
+            if plan is None:
+                low = g.astype(linalg.working_dtype(g)) if _is_floating(g) else g
+                lows.append(low if fallback is None else optax.MaskedNode())
+                continue
+            turn = projected.index(plan) * refresh_every // len(projected) if staggered else 0
+            due = (state.count == 0) | (state.count % refresh_every == turn)
+            own = [values[i] for _, values in slots]
+            seconds = [name in _SECOND for name, _ in slots]
+            resets = [values[i] for _, values in fresh]
+            low, bases[i], own = _project_leaf(plan, g, bases[i], own, seconds, resets, due, state.count)
+            lows.append(low)
+            for (_, values), value in zip(slots, own, strict=True):
+                values[i] = value
+        if slots:
+            inner_state = rebuild(slots)
+
+        known = None
+        if params is not None:
+            # Compiled away where the inner transform does not look at it.
+            weights = [
+                _project_params(plan, w, basis) if plan else low if fallback else w.astype(low.dtype)
+                for plan, w, basis, low in zip(plans, structure.flatten_up_to(params), bases, lows, strict=True)
+            ]
+            known = structure.unflatten(weights)
+        low_updates, inner_state = inner.update(structure.unflatten(lows), inner_state, known, **extra_args)
+        updates, rest = structure.flatten_up_to(low_updates), state.fallback
+        if fallback is not None:
+            known = None if params is None else others(plans, structure.flatten_up_to(params), structure)
+            unprojected, rest = fallback.update(others(plans, leaves, structure), rest, known, **extra_args)
+            unprojected = structure.flatten_up_to(unprojected)
+            updates = [low if plan else x for plan, low, x in zip(plans, updates, unprojected, strict=True)]
+        for i, (plan, g) in enumerate(zip(plans, leaves, strict=True)):
+            updates[i] = updates[i].astype(g.dtype) if plan is None else _back_leaf(plan, g, bases[i], updates[i])
+        count = optax.safe_increment(state.count)
+        return structure.unflatten(updates), LowRankProjectionState(
+            count, structure.unflatten(bases), inner_state, rest
+        )
+
+    def _project_leaf(plan, g, basis, own, seconds, resets, due, count):
+        def run(g, basis, own, resets, due, count):
+            g = _projected.to_matrices(plan, g)
+
+            def refresh():
+                key = _projected.leaf_key(seed, plan, count)
+                new = _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
+                if moments == "rotate":
+                    turned = [
+                        _projected.rotated(basis, new, x, second=second) for x, second in zip(own, seconds, strict=True)
+                    ]
+                    # There is nothing to rotate from at the first step, where old bases are zero.
+                    return new, [jnp.where(count == 0, x, y) for x, y in zip(own, turned, strict=True)]
+                return new, resets if moments == "reset" else own
+
+            new, moved = jax.lax.cond(due, refresh, lambda: (basis, own))
+            return _projected.project(new, g), new, moved
+
+        def specs():
+            return _projected.matrix_specs(plan, g)[1], _projected.spec_of(basis), _projected.spec_of(own)
+
+        return _projected.automatic(run, (g, basis, own, resets, due, count), specs)
+
+    def _back_leaf(plan, g, basis, low):
+        def run(basis, low):
+            factor = jnp.asarray(scale).astype(low.dtype)
+            # A bfloat16 gradient gets its update by a bfloat16 product.
+            narrow = (factor * low).astype(g.dtype) if g.dtype == jnp.bfloat16 else factor * low
+            return _projected.from_matrices(plan, _projected.back(basis, narrow), g.shape).astype(g.dtype)
+
+        return _projected.automatic(run, (basis, low), lambda: _projected.spec_of(g))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _project_params(plan, w, basis):
+    def run(w, basis):
+        return _projected.project(basis, _projected.to_matrices(plan, w)).astype(linalg.working_dtype(w))
+
+    return _projected.automatic(run, (w, basis), lambda: _projected.matrix_specs(plan, w)[1])
+
+
+def _is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _low_like(plan: LeafPlan | None, g: jax.Array, fallback) -> Any:
+    if plan is None and fallback is not None:
+        return optax.MaskedNode()
+    dtype = linalg.working_dtype(g) if _is_floating(g) else g.dtype
+    return jax.ShapeDtypeStruct(g.shape if plan is None else plan.low_shape, dtype)
+
+
+def _check_inner(inner, low, state) -> None:
+    """Raises ValueError unless the inner transform can be run on projected gradients."""
+    try:
+        updates, after = jax.eval_shape(inner.update, low, state, low)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"inner: its update fails on projected gradients: {error}") from error
+    kinds = [jax.tree.map(lambda x: jnp.shape(x), tree) for tree in (low, updates, state, after)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"inner: expected updates like the projected gradients, {kinds[0]}, got {kinds[1]}")
+    if kinds[2] != kinds[3]:
+        raise ValueError(f"inner: expected a state that keeps its shapes, {kinds[2]}, got {kinds[3]} after a step")
+
+
+def _moments(low: PyTree, state: optax.OptState, structure: Any):
+    """Moments in a state, trees like ``low``: names and lists of leaves, and a function that puts lists back."""
+    kind, shapes = jax.tree.structure(low), [x.shape for x in jax.tree.leaves(low)]
+
+    def is_moment(x):
+        return bool(shapes) and jax.tree.structure(x) == kind and [jnp.shape(y) for y in jax.tree.leaves(x)] == shapes
+
+    entries, outside = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
+    at = [i for i, (_, x) in enumerate(entries) if is_moment(x)]
+
+    def name(path):
+        return str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
+
+    def rebuild(slots):
+        values = [x for _, x in entries]
+        for i, (_, leaves) in zip(at, slots, strict=True):
+            values[i] = structure.unflatten(leaves)
+        return outside.unflatten(values)
+
+    return [(name(entries[i][0]), structure.flatten_up_to(entries[i][1])) for i in at], rebuild
+
+
+def _check_moments(low: PyTree, state: optax.OptState, structure: Any) -> None:
+    """Raises ValueError where a state has arrays that can be neither reset nor rotated."""
+    moments = _moments(low, state, structure)[0]
+    inside = {id(x) for _, leaves in moments for x in leaves}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if id(x) not in inside and jnp.ndim(x) > 0:
+            raise ValueError(
+                f"inner: expected a state of counters and of moments shaped like the projected gradients, which can "
+                f"be reset or rotated, got {jnp.shape(x)} at {jax.tree_util.keystr(path)}; use moments='keep'"
+            )
