@@ -31,6 +31,7 @@ from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.vision_output import VisionOutput
 
 __all__ = [
     "MLP",
@@ -48,6 +49,7 @@ __all__ = [
     "SoftmaxHead",
     "StructuredKernel",
     "StructuredTable",
+    "VisionOutput",
     "apply_rope",
     "attention",
     "causal_lm_apply",
