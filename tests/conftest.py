@@ -1,5 +1,7 @@
 """Strict settings for every test: 8 CPU devices, no silent dtype or rank promotion, a persistent compilation cache."""
 
+import gc
+import itertools
 import os
 import pathlib
 
@@ -25,6 +27,21 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+# A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker
+# that has run a thousand tests dies.
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY = 30_000
+_LOOK_EVERY = 10
+_tests_run = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drops compiled functions where there are many."""
+    if next(_tests_run) % _LOOK_EVERY == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
