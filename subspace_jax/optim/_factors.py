@@ -209,7 +209,10 @@ def on_factors(
         made = _projected.automatic(run, (count, seen), specs) if found else []
         known = others(found, weights, structure)
         rest, after = fallback.update(others(found, leaves, structure), state.fallback, known, **extra_args)
-        updates = structure.flatten_up_to(rest)
+        updates = [
+            x if isinstance(x, optax.MaskedNode) else x.astype(g.dtype)
+            for x, g in zip(structure.flatten_up_to(rest), leaves, strict=True)
+        ]
         for pair, ((da, db), slots) in zip(found, made, strict=True):
             updates[pair.a], updates[pair.b] = da, db
             for i in pair.probes or ():

@@ -13,9 +13,10 @@ from subspace_jax.optim._factors import PairRule
 
 
 class LoRAPlusState(NamedTuple):
-    """State of the last part of :func:`lora_plus`: the number of steps taken, int32 scalar."""
+    """State of :func:`lora_plus`: the number of steps taken, int32 scalar, and that of the transform inside."""
 
     count: jax.Array
+    inner: optax.OptState
 
 
 def lora_plus(
@@ -66,20 +67,21 @@ def lora_plus(
     rule = _factors.adapter_pairs if pairs is None else pairs
     # A number that is an array is not looked at: that would wait for the device.
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
-    inner = _adam.scale_by_plain_adam(b1, b2, eps) if inner is None else inner
+    inner = optax.with_extra_args_support(_adam.scale_by_plain_adam(b1, b2, eps) if inner is None else inner)
 
     def init(params):
         _factors.find_pairs(params, rule)
-        return LoRAPlusState(jnp.zeros((), jnp.int32))
+        return LoRAPlusState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates, state, params=None):
+    def update(grads, state, params=None, **extra_args):
         if decays and params is None:
             raise ValueError(
                 "params: got None, expected the current parameters, which weight decay needs; "
                 "call update(gradients, state, params)"
             )
-        found, structure = _factors.find_pairs(updates, rule)
-        leaves = jax.tree.leaves(updates)
+        found, structure = _factors.find_pairs(grads, rule)
+        leaves = jax.tree.leaves(grads)
+        ascents, after = inner.update(grads, state.inner, params, **extra_args)
         weights = structure.flatten_up_to(params) if decays else [None] * len(leaves)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         table_rate = embedding_rate(state.count) if callable(embedding_rate) else embedding_rate
@@ -90,17 +92,18 @@ def lora_plus(
             for i in pair.probes or ():
                 rates[i] = 0.0
 
-        def leaf(d, w, rate):
-            dtype = linalg.working_dtype(d)
-            ascent = d.astype(dtype)
+        def leaf(g, ascent, w, rate):
+            dtype = linalg.working_dtype(g)
+            ascent = ascent.astype(dtype)
             if w is not None:
                 ascent = ascent + jnp.asarray(weight_decay).astype(dtype) * w.astype(dtype)
-            return (-jnp.asarray(rate).astype(dtype) * ascent).astype(d.dtype)
+            return (-jnp.asarray(rate).astype(dtype) * ascent).astype(g.dtype)
 
-        new = structure.unflatten([leaf(*args) for args in zip(leaves, weights, rates, strict=True)])
-        return new, LoRAPlusState(optax.safe_increment(state.count))
+        rows = zip(leaves, structure.flatten_up_to(ascents), weights, rates, strict=True)
+        updates = structure.unflatten([leaf(*row) for row in rows])
+        return updates, LoRAPlusState(optax.safe_increment(state.count), after)
 
-    return optax.chain(inner, optax.GradientTransformation(init, update))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_lora_plus(
@@ -132,8 +135,10 @@ def scale_by_lora_plus(
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         found, structure = _factors.find_pairs(updates, rule)
+        if params is not None:
+            structure.flatten_up_to(params)
         leaves = jax.tree.leaves(updates)
         for pair in found:
             b = leaves[pair.b]
