@@ -280,11 +280,10 @@ def scale_of(scale: Any, name: str, lead: tuple[int, ...], dtype: jnp.dtype) -> 
     """The scale of a pair with these leading axes."""
     value = scale(name) if callable(scale) else scale
     check_scale(value)
-    shape = jnp.shape(value)
-    if shape not in ((), lead):
+    given = jnp.asarray(value).astype(dtype)
+    if given.shape not in ((), lead):
         raise ValueError(f"scale: expected a number, or one for each of the layers {lead} of {name}, got {value!r}")
-    value = jnp.asarray(value).astype(dtype)
-    return jnp.where(value == 0, 1, value)[..., None, None] if shape else value
+    return jnp.where(given == 0, 1, given)[..., None, None] if given.ndim else given
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), closed: bool = True) -> None:
