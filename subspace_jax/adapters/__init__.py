@@ -9,6 +9,7 @@ from subspace_jax.adapters.effort import Effort, EffortWeight
 from subspace_jax.adapters.energies import add_energy_probes, drop_energy_probes
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.lora_ga import lora_ga_init
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
     bind,
@@ -45,6 +46,7 @@ __all__ = [
     "init",
     "label_fn",
     "logical_axes",
+    "lora_ga_init",
     "match_rules",
     "materialize",
     "merge",
