@@ -36,6 +36,8 @@ class Entry:
       static: Names of options that fix shapes or branches, which ``optax.inject_hyperparams`` must leave alone.
       needs_params: Whether ``update`` refuses to run without parameters.
       extra_args: Returns the extra arguments of ``update``, if it needs any.
+      same_code: Whether another entry runs the same code and this one is a thin form of it: tests that compile a step
+        anew pass it over.
       layout: PartitionSpec over the mesh axes "data" (4) and "model" (2), for every leaf of the parameters or a tree.
     """
 
@@ -50,6 +52,7 @@ class Entry:
     needs_params: bool = True
     extra_args: Callable[[], dict] = dict
     layout: PyTree = _BOTH_AXES
+    same_code: bool = False
 
     def make(self, rate=0.1) -> optax.GradientTransformationExtraArgs:
         """The transform, with this step size."""
@@ -296,6 +299,7 @@ ENTRIES = (
     Entry(
         "scale-by-lora-plus",
         public="scale_by_lora_plus",
+        same_code=True,
         factory=in_a_chain(optim.scale_by_lora_plus),
         rate="step_size",
         **{**_PAIRS, "needs_params": False},
@@ -304,6 +308,7 @@ ENTRIES = (
     Entry(
         "scale-by-scaled-gd-lora",
         public="scale_by_scaled_gd_lora",
+        same_code=True,
         factory=in_a_chain(optim.scale_by_scaled_gd_lora),
         rate="step_size",
         **_PAIRS,
@@ -319,6 +324,7 @@ ENTRIES = (
     Entry(
         "scale-by-scaled-adamw-lora",
         public="scale_by_scaled_adamw_lora",
+        same_code=True,
         factory=in_a_chain(optim.scale_by_scaled_adamw_lora),
         rate="step_size",
         **_PAIRS,
