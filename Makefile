@@ -34,6 +34,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/grassmann.py
 	$(PY) scripts/bench/kernels.py
 	$(PY) scripts/bench/lm.py
+	$(PY) scripts/bench/optimizers.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -6,8 +6,10 @@
 
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
 from subspace_jax.adapters.effort import Effort, EffortWeight
+from subspace_jax.adapters.energies import add_energy_probes, drop_energy_probes
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.lora_ga import lora_ga_init
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
     bind,
@@ -35,13 +37,16 @@ __all__ = [
     "SVFitWeight",
     "SpectralBase",
     "SpectralBases",
+    "add_energy_probes",
     "bind",
     "count",
     "describe",
+    "drop_energy_probes",
     "energy_rank",
     "init",
     "label_fn",
     "logical_axes",
+    "lora_ga_init",
     "match_rules",
     "materialize",
     "merge",

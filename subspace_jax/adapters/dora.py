@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import kernels, nn
+from subspace_jax.adapters.energies import probes_in
 from subspace_jax.adapters.lora import (
     INITS,
     adapted,
@@ -32,6 +33,8 @@ class DoRAWeight:
       magnitude: ``[..., out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
       scale: The scale where they do not.
+      row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
+      column_energy: Energy probe ``[..., out]``.
       detach_norm: Whether the norm is a constant for derivatives.
     """
 
@@ -40,6 +43,8 @@ class DoRAWeight:
     b: jax.Array
     magnitude: jax.Array
     scales: jax.Array | None = None
+    row_energy: jax.Array | None = None
+    column_energy: jax.Array | None = None
     scale: float = field(default=1.0, metadata={"static": True})
     detach_norm: bool = field(default=True, metadata={"static": True})
 
@@ -64,7 +69,11 @@ class DoRAWeight:
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
         base = jax.lax.stop_gradient(self.base)
-        return kernels.dora_linear(x, base, self.a, self.b, self.magnitude, self.factor, detach_norm=self.detach_norm)
+        y = kernels.dora_linear(x, base, self.a, self.b, self.magnitude, self.factor, detach_norm=self.detach_norm)
+        if self.row_energy is None:
+            return y
+        # The factors' gradients are those at the weight before it is brought to its lengths.
+        return kernels.energy_probes(x, y, self.row_energy, self.column_energy, self.gain)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
@@ -140,7 +149,7 @@ class DoRA:
 
     def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> DoRAWeight:
         """Puts the weight and its arrays together."""
-        fields = scale_fields(self.scale, base)
+        fields = scale_fields(self.scale, base) | probes_in(arrays)
         return DoRAWeight(base, arrays["a"], arrays["b"], arrays["magnitude"], detach_norm=self.detach_norm, **fields)
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:

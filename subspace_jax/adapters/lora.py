@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import kernels, linalg, nn
+from subspace_jax.adapters.energies import probes_in
 
 INITS = ("kaiming", "gaussian", "pissa", "pissa_randomized")
 
@@ -25,12 +26,16 @@ class LoRAWeight:
       b: ``[..., r, out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
       scale: The scale where they do not.
+      row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
+      column_energy: Energy probe ``[..., out]``.
     """
 
     base: jax.Array
     a: jax.Array
     b: jax.Array
     scales: jax.Array | None = None
+    row_energy: jax.Array | None = None
+    column_energy: jax.Array | None = None
     scale: float = field(default=1.0, metadata={"static": True})
 
     @property
@@ -40,7 +45,10 @@ class LoRAWeight:
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        return kernels.lora_linear(x, jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
+        y = kernels.lora_linear(x, jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
+        if self.row_energy is None:
+            return y
+        return kernels.energy_probes(x, y, self.row_energy, self.column_energy)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
@@ -118,7 +126,7 @@ class LoRA:
 
     def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> LoRAWeight:
         """Puts the weight and its arrays together."""
-        return LoRAWeight(base, arrays["a"], arrays["b"], **scale_fields(self.scale, base))
+        return LoRAWeight(base, arrays["a"], arrays["b"], **scale_fields(self.scale, base), **probes_in(arrays))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""

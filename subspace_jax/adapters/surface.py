@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax.adapters.dora import DoRAWeight
 from subspace_jax.adapters.effort import EffortWeight
+from subspace_jax.adapters.energies import PROBES, probe_axes
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
 from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
@@ -237,6 +238,7 @@ def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTr
 
     def put(setting, spec, arrays, path):
         base, own = setting.axes(spec)
+        own = {**own, **(probe_axes(spec) if PROBES[0] in arrays else {})}
         if own.keys() != arrays.keys():
             raise ValueError(f"{path}: expected arrays {sorted(own)}, got {sorted(arrays)}")
         insert(names, path, {name: own[name] for name in arrays})
@@ -287,6 +289,8 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
 LABELS = {
     "a": "factor",
     "b": "factor",
+    "row_energy": "factor",
+    "column_energy": "factor",
     "u": "factor",
     "vt": "factor",
     "magnitude": "magnitude",

@@ -7,7 +7,7 @@ from subspace_jax.kernels.grassmann_step import grassmann_step
 from subspace_jax.kernels.lora_linear import lora_linear
 from subspace_jax.kernels.projected_adam_step import projected_adam_step
 from subspace_jax.kernels.subspace_residual import complement_basis, subspace_residual
-from subspace_jax.kernels.weight_grad_energy import weight_grad_energy
+from subspace_jax.kernels.weight_grad_energy import energy_probes, weight_grad_energy
 
 __all__ = [
     "column_energy",
@@ -15,6 +15,7 @@ __all__ = [
     "dora_compose",
     "dora_linear",
     "dora_weight_norm",
+    "energy_probes",
     "grassmann_cross_entropy",
     "grassmann_logits",
     "grassmann_step",

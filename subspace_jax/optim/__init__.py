@@ -1,26 +1,45 @@
 """Optax transforms."""
 
 from subspace_jax.optim._projected import Basis, MatrixAxes
+from subspace_jax.optim.adaprelora import AdaPreLoRAState, adaprelora, scale_by_adaprelora
 from subspace_jax.optim.coso import CoSOState, coso, coso_end_task
 from subspace_jax.optim.fira import ScaledGradientState, apollo, apollo_mini, fira
 from subspace_jax.optim.galore import galore, scale_by_galore
 from subspace_jax.optim.geometry import geometry_labels, with_geometry
 from subspace_jax.optim.gpm import GPMBasis, gpm_update, gradient_projection_memory, project_out
+from subspace_jax.optim.lora_plus import LoRAPlusState, lora_plus, scale_by_lora_plus
+from subspace_jax.optim.lora_pro import LoRAProState, lora_pro, scale_by_lora_pro
+from subspace_jax.optim.lora_rite import LoRARITEState, lora_rite, scale_by_lora_rite
 from subspace_jax.optim.online_subspace import OnlineSubspaceState, online_subspace_descent
 from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
 from subspace_jax.optim.rsgd import RiemannianSGDState, riemannian_sgd, scale_by_riemannian_sgd
+from subspace_jax.optim.scaled_lora import (
+    ScaledAdamWLoRAState,
+    ScaledGDLoRAState,
+    scale_by_scaled_adamw_lora,
+    scale_by_scaled_gd_lora,
+    scaled_adamw_lora,
+    scaled_gd_lora,
+)
 
 __all__ = [
+    "AdaPreLoRAState",
     "Basis",
     "CoSOState",
     "GPMBasis",
+    "LoRAPlusState",
+    "LoRAProState",
+    "LoRARITEState",
     "LowRankProjectionState",
     "MatrixAxes",
     "OnlineSubspaceState",
     "RiemannianAdamState",
     "RiemannianSGDState",
+    "ScaledAdamWLoRAState",
+    "ScaledGDLoRAState",
     "ScaledGradientState",
+    "adaprelora",
     "apollo",
     "apollo_mini",
     "coso",
@@ -30,13 +49,24 @@ __all__ = [
     "geometry_labels",
     "gpm_update",
     "gradient_projection_memory",
+    "lora_plus",
+    "lora_pro",
+    "lora_rite",
     "low_rank_projection",
     "online_subspace_descent",
     "project_out",
     "riemannian_adam",
     "riemannian_sgd",
+    "scale_by_adaprelora",
     "scale_by_galore",
+    "scale_by_lora_plus",
+    "scale_by_lora_pro",
+    "scale_by_lora_rite",
     "scale_by_riemannian_adam",
     "scale_by_riemannian_sgd",
+    "scale_by_scaled_adamw_lora",
+    "scale_by_scaled_gd_lora",
+    "scaled_adamw_lora",
+    "scaled_gd_lora",
     "with_geometry",
 ]

@@ -71,8 +71,13 @@ def scale_by_plain_adam(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike) -> optax.G
     return optax.GradientTransformation(init, update)
 
 
-def descend(learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike) -> optax.GradientTransformation:
-    """``W <- (W - lr D) (1 - lr wd)``: the decay comes after the step, as in the reference code of these methods."""
+def descend(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike, *, after: bool = True
+) -> optax.GradientTransformation:
+    """``W <- (W - lr D) (1 - lr wd)``: the decay comes after the step, as in the reference code of most methods.
+
+    Else ``W <- W (1 - lr wd) - lr D``.
+    """
     # A number that is an array is not looked at: that would wait for the device.
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
 
@@ -93,7 +98,8 @@ def descend(learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike) -> o
             lr = jnp.asarray(rate).astype(dtype)
             step = -lr * d.astype(dtype)
             if w is not None:
-                step = step - lr * jnp.asarray(weight_decay).astype(dtype) * (w.astype(dtype) + step)
+                decayed = w.astype(dtype) + step if after else w.astype(dtype)
+                step = step - lr * jnp.asarray(weight_decay).astype(dtype) * decayed
             return step.astype(d.dtype)
 
         trees = (updates, params) if decays else (updates,)

@@ -36,6 +36,8 @@ class Entry:
       static: Names of options that fix shapes or branches, which ``optax.inject_hyperparams`` must leave alone.
       needs_params: Whether ``update`` refuses to run without parameters.
       extra_args: Returns the extra arguments of ``update``, if it needs any.
+      same_code: Whether another entry runs the same code and this one is a thin form of it: tests that compile a step
+        anew pass it over.
       layout: PartitionSpec over the mesh axes "data" (4) and "model" (2), for every leaf of the parameters or a tree.
     """
 
@@ -50,6 +52,7 @@ class Entry:
     needs_params: bool = True
     extra_args: Callable[[], dict] = dict
     layout: PyTree = _BOTH_AXES
+    same_code: bool = False
 
     def make(self, rate=0.1) -> optax.GradientTransformationExtraArgs:
         """The transform, with this step size."""
@@ -102,6 +105,48 @@ def axis_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | No
     return None if "embedding" in path else jnp.eye(shape[-2], 2)
 
 
+@functools.cache
+def pairs_of_factors() -> PyTree:
+    """A stack of pairs and another leaf; every shape occurs once."""
+    rng = np.random.default_rng(13)
+    shapes = {"q": {"a": (2, 8, 2), "b": (2, 2, 16)}, "other": (16, 4)}
+    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), shapes, is_leaf=is_shape)
+
+
+def is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def with_energies(tx):
+    """Gives a transform energies for all pairs, of gradients that it makes up of the factors' own."""
+
+    def energies(tree):
+        if isinstance(tree, dict) and tree.keys() == {"a", "b"}:
+            return {"": tuple(jnp.sum(jnp.square(tree[name]), axis=axis) for name, axis in (("a", -1), ("b", -2)))}
+        children = tree.items() if isinstance(tree, dict) else ()
+        found = {(name, path): e for name, child in children for path, e in energies(child).items()}
+        return {f"{name}/{path}".rstrip("/"): e for (name, path), e in found.items()}
+
+    def update(grads, state, params=None):
+        return tx.update(grads, state, params, energies=energies(grads))
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def adaprelora_with_energies(learning_rate, b1=0.9, damping_rel=1e-2, weight_decay=0.1):
+    options = {"b1": b1, "damping_rel": damping_rel, "weight_decay": weight_decay}
+    return with_energies(optim.adaprelora(learning_rate, **options))
+
+
+def in_a_chain(scale_by, **options):
+    """A factory that has the step size after ``scale_by``."""
+
+    def factory(step_size):
+        return optax.chain(scale_by(**options), optax.scale_by_learning_rate(step_size))
+
+    return factory
+
+
 def descent_outside(learning_rate, bases):
     return optax.chain(optim.project_out(bases), optax.scale_by_learning_rate(learning_rate))
 
@@ -133,6 +178,11 @@ _KERNELS = {"params": stacks_of_kernels, "needs_params": False, "layout": _KERNE
 _STATIC = ("rank", "refresh_every", "rounds", "seed", "axes")
 _PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **_KERNELS, "static": ("refresh_every",)}
 _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
+
+_PAIRS = {
+    "params": pairs_of_factors,
+    "layout": {"q": {"a": P(None, "data"), "b": P(None, None, "model")}, "other": P("data", "model")},
+}
 
 ENTRIES = (
     Entry("rsgd", **_RSGD),
@@ -236,5 +286,70 @@ ENTRIES = (
         static=("rank", "period"),
         kwargs={"rank": 2, "period": 5},
         **_KERNELS,
+    ),
+    Entry("adaprelora", public="adaprelora", factory=adaprelora_with_energies, **_PAIRS),
+    Entry(
+        "scale-by-adaprelora-projected-transported",
+        public="scale_by_adaprelora",
+        factory=in_a_chain(optim.scale_by_adaprelora, stats="projected", transport=True, clip_rms=1.0),
+        rate="step_size",
+        **_PAIRS,
+    ),
+    Entry("lora-plus", public="lora_plus", factory=optim.lora_plus, **{**_PAIRS, "needs_params": False}),
+    Entry(
+        "scale-by-lora-plus",
+        public="scale_by_lora_plus",
+        same_code=True,
+        factory=in_a_chain(optim.scale_by_lora_plus),
+        rate="step_size",
+        **{**_PAIRS, "needs_params": False},
+    ),
+    Entry("scaled-gd-lora", public="scaled_gd_lora", factory=optim.scaled_gd_lora, **_PAIRS),
+    Entry(
+        "scale-by-scaled-gd-lora",
+        public="scale_by_scaled_gd_lora",
+        same_code=True,
+        factory=in_a_chain(optim.scale_by_scaled_gd_lora),
+        rate="step_size",
+        **_PAIRS,
+    ),
+    Entry(
+        "scaled-adamw-lora",
+        public="scaled_adamw_lora",
+        factory=optim.scaled_adamw_lora,
+        static=("bias_correction", "gauss_seidel"),
+        kwargs={"gauss_seidel": True, "weight_decay": 0.1},
+        **_PAIRS,
+    ),
+    Entry(
+        "scale-by-scaled-adamw-lora",
+        public="scale_by_scaled_adamw_lora",
+        same_code=True,
+        factory=in_a_chain(optim.scale_by_scaled_adamw_lora),
+        rate="step_size",
+        **_PAIRS,
+    ),
+    Entry(
+        "lora-rite",
+        public="lora_rite",
+        factory=optim.lora_rite,
+        static=("escape", "balance"),
+        kwargs={"balance": True, "skip_rms": None},
+        **_PAIRS,
+    ),
+    Entry(
+        "scale-by-lora-rite",
+        public="scale_by_lora_rite",
+        factory=in_a_chain(optim.scale_by_lora_rite, escape=True, clip_norm=None, skip_rms=None),
+        rate="step_size",
+        **_PAIRS,
+    ),
+    Entry("lora-pro", public="lora_pro", factory=optim.lora_pro, **_PAIRS),
+    Entry(
+        "scale-by-lora-pro-sgd",
+        public="scale_by_lora_pro",
+        factory=in_a_chain(optim.scale_by_lora_pro, method="sgd"),
+        rate="step_size",
+        **_PAIRS,
     ),
 )

@@ -1,0 +1,72 @@
+"""Energy probes: leaves beside the factors of an adapter whose gradients are energies of its weight's gradient."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax.adapters.rules import adapters_of, insert
+
+PyTree = Any
+
+PROBES = ("row_energy", "column_energy")
+
+
+def add_energy_probes(trainable: PyTree) -> PyTree:
+    """Adds probes to all adapters with factors ``a`` and ``b``, but to those of tables.
+
+    :func:`subspace_jax.adapters.bind` puts them into the weights, and a gradient of the loss then has in their places
+    the sums of squares of the gradient of the whole weight, by rows and by columns: what the statistic "full" of
+    :func:`subspace_jax.optim.adaprelora` is made of.  The price is a product of the weight's size in the backward pass;
+    see :func:`subspace_jax.kernels.energy_probes`.  (Of a table, which is looked up, there are none; nor is the
+    gradient of a norm that is not a constant in them.)
+
+    Args:
+      trainable: Of :func:`subspace_jax.adapters.init` or :func:`subspace_jax.adapters.prepare`.
+
+    Returns:
+      A nested dict with ``row_energy [..., in]`` and ``column_energy [..., out]`` beside ``a`` and ``b``, zeros.
+
+    Example:
+      >>> import jax
+      >>> from subspace_jax import adapters
+      >>> settings = {"q": adapters.LoRA(2, 4.0)}
+      >>> trainable = adapters.init(jax.random.key(0), {"q": {"kernel": jax.numpy.ones((8, 4))}}, settings)
+      >>> sorted(adapters.add_energy_probes(trainable)["q"]["kernel"])
+      ['a', 'b', 'column_energy', 'row_energy']
+    """
+    out: dict[str, Any] = {}
+    for path, arrays in adapters_of(trainable).items():
+        if {"a", "b"} <= arrays.keys() and path.split("/")[-1] != "embedding":
+            a, b = arrays["a"], arrays["b"]
+            # Through the factors, so that they are placed alike.
+            probes = (jnp.zeros_like(jnp.max(a, axis=-1)), jnp.zeros_like(jnp.max(b, axis=-2)))
+            arrays = {**arrays, **dict(zip(PROBES, probes, strict=True))}
+        insert(out, path, arrays)
+    return out
+
+
+def drop_energy_probes(trainable: PyTree) -> PyTree:
+    """Takes the probes out again, for other optimizers, :func:`subspace_jax.adapters.count`, or an export.
+
+    Args:
+      trainable: A trainable tree, with probes or without.
+
+    Returns:
+      A nested dict without them.
+    """
+    out: dict[str, Any] = {}
+    for path, arrays in adapters_of(trainable).items():
+        insert(out, path, {name: x for name, x in arrays.items() if name not in PROBES})
+    return out
+
+
+def probes_in(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a structured weight that hold probes."""
+    return {name: arrays[name] for name in PROBES if name in arrays}
+
+
+def probe_axes(names: P) -> dict[str, P]:
+    """Logical axes of probes, from those of the weight."""
+    *lead, rows, columns = names
+    return dict(zip(PROBES, (P(*lead, rows), P(*lead, columns)), strict=True))
