@@ -4,10 +4,14 @@
 :mod:`subspace_jax.nn`, and ``materialize`` for any other.
 """
 
+from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
 from subspace_jax.adapters.effort import Effort, EffortWeight
+from subspace_jax.adapters.factors import lora_ga_factors
+from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.quantized import Int8Weight, quantize
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
     bind,
@@ -24,11 +28,16 @@ from subspace_jax.adapters.surface import (
 from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
 
 __all__ = [
+    "ConvDoRAWeight",
+    "ConvLoRAWeight",
     "DoRA",
     "DoRAWeight",
     "Effort",
     "EffortWeight",
+    "FLoRA",
+    "FLoRAWeight",
     "Full",
+    "Int8Weight",
     "LoRA",
     "LoRAWeight",
     "SVFit",
@@ -42,9 +51,11 @@ __all__ = [
     "init",
     "label_fn",
     "logical_axes",
+    "lora_ga_factors",
     "match_rules",
     "materialize",
     "merge",
     "prepare",
+    "quantize",
     "unmerge",
 ]
