@@ -6,7 +6,8 @@
 
 from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
-from subspace_jax.adapters.effort import Effort, EffortWeight
+from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
+from subspace_jax.adapters.effort_penalty import effort_penalty, energy_loss, orthogonality_loss
 from subspace_jax.adapters.factors import lora_ga_factors
 from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
@@ -33,6 +34,7 @@ __all__ = [
     "DoRA",
     "DoRAWeight",
     "Effort",
+    "EffortBase",
     "EffortWeight",
     "FLoRA",
     "FLoRAWeight",
@@ -40,6 +42,7 @@ __all__ = [
     "Int8Weight",
     "LoRA",
     "LoRAWeight",
+    "PrincipalBases",
     "SVFit",
     "SVFitWeight",
     "SpectralBase",
@@ -47,6 +50,8 @@ __all__ = [
     "bind",
     "count",
     "describe",
+    "effort_penalty",
+    "energy_loss",
     "energy_rank",
     "init",
     "label_fn",
@@ -55,6 +60,7 @@ __all__ = [
     "match_rules",
     "materialize",
     "merge",
+    "orthogonality_loss",
     "prepare",
     "quantize",
     "unmerge",

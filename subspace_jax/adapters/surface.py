@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRAWeight
-from subspace_jax.adapters.effort import EffortWeight
+from subspace_jax.adapters.effort import EffortBase, EffortWeight
 from subspace_jax.adapters.flora import FLoRA, FLoRAWeight, factor_names
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
@@ -25,7 +25,7 @@ PyTree = Any
 
 _WEIGHTS = (LoRAWeight, DoRAWeight, ConvLoRAWeight, ConvDoRAWeight, FLoRAWeight, SVFitWeight, EffortWeight)
 # What stands in a weight's place in a prepared tree, and brings what taking a merged adapter out needs.
-_BASES = (SpectralBase,)
+_BASES = (SpectralBase, EffortBase)
 _NOT_WEIGHTS = ("scale", "bias")
 
 
@@ -101,7 +101,7 @@ def prepare(
       TypeError: A weight is not of floating point, or is quantised and would have to be taken apart.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
-    at_gradient = {} if gradients is None else _at_paths(gradients)
+    at_gradient = {} if gradients is None else bases_of(gradients)
     paths = [path_of(path) for path, _ in leaves]
     chosen = _choose(settings, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
     base, trainable = [], {}
@@ -203,14 +203,14 @@ def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = Fa
       ValueError: As :func:`bind`, or a merged weight is not finite.
     """
     merged = jax.jit(lambda params, trainable: materialize(params, trainable, settings))(params, trainable)
-    at = _at_paths(merged)
+    at = bases_of(merged)
     for path in adapters_of(trainable):
         if not bool(jnp.all(jnp.isfinite(at[path]))):
             raise ValueError(f"{path}: the merged weight is not finite")
     if not keep:
         return merged
-    bound = _at_paths(bind(params, trainable, settings))
-    before = _at_paths(params)
+    bound = bases_of(bind(params, trainable, settings))
+    before = bases_of(params)
     kept = {}
     for path, setting in settings_of(trainable, settings).items():
         weight = bound[path]
@@ -288,7 +288,7 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
     Returns:
       Lines of aligned columns; the last one has the total.
     """
-    at, rows = _at_paths(params), [("path", "shape", "method", "rank", "trained", "share")]
+    at, rows = bases_of(params), [("path", "shape", "method", "rank", "trained", "share")]
     for path, arrays in adapters_of(trainable).items():
         setting = settings_of(trainable, settings)[path]
         shape, trained = _shape(at[path]), count(arrays)
@@ -376,7 +376,8 @@ def _shape(weight: Any) -> tuple[int, ...]:
     return weight.shape if hasattr(weight, "shape") else np.shape(weight)
 
 
-def _at_paths(tree: PyTree) -> dict[str, Any]:
+def bases_of(tree: PyTree) -> dict[str, Any]:
+    """What stands at each path: an array, or a weight with what its method keeps beside it."""
     return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_base)}
 
 
