@@ -12,6 +12,7 @@ from subspace_jax.adapters.factors import lora_ga_factors
 from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.many import ManyWeight, bind_many, combine, with_rows
 from subspace_jax.adapters.quantized import Int8Weight, quantize
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
@@ -42,12 +43,15 @@ __all__ = [
     "Int8Weight",
     "LoRA",
     "LoRAWeight",
+    "ManyWeight",
     "PrincipalBases",
     "SVFit",
     "SVFitWeight",
     "SpectralBase",
     "SpectralBases",
     "bind",
+    "bind_many",
+    "combine",
     "count",
     "describe",
     "effort_penalty",
@@ -64,4 +68,5 @@ __all__ = [
     "prepare",
     "quantize",
     "unmerge",
+    "with_rows",
 ]

@@ -396,16 +396,18 @@ def settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
 
 def _replace(params: PyTree, trainable: PyTree, settings: Rules, make, with_path: bool = False) -> PyTree:
     found, chosen = adapters_of(trainable), settings_of(trainable, settings)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
-    paths = [path_of(path) for path, _ in leaves]
-    if lost := sorted(found.keys() - set(paths)):
+    at, made = bases_of(params), {}
+    if lost := sorted(found.keys() - at.keys()):
         raise ValueError(f"params: have no weights for the adapters {lost}")
-    made = []
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        if path in found:
-            try:
-                leaf = make(chosen[path], leaf, found[path], *([path] if with_path else []))
-            except KeyError as error:
-                raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
-        made.append(leaf)
-    return jax.tree_util.tree_unflatten(treedef, made)
+    for path, arrays in found.items():
+        try:
+            made[path] = make(chosen[path], at[path], arrays, *([path] if with_path else []))
+        except KeyError as error:
+            raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
+    return replace_at(params, made)
+
+
+def replace_at(params: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """Puts other leaves, or subtrees, at some paths."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
+    return jax.tree_util.tree_unflatten(treedef, [new.get(path_of(path), leaf) for path, leaf in leaves])
