@@ -1,10 +1,14 @@
 """The one door through which every convolution of a model goes, with kernels that are arrays or structured."""
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax import linalg
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -42,7 +46,8 @@ def conv(
       strides: Steps of the window, one number or one for each axis of space.
       padding: "SAME", "VALID", or zeros to add at both ends: one number, or for each axis a number or a pair.
       dilation: Distances of the window's points, one number or one for each axis.
-      groups: Number of groups of channels that do not see each other; ``in`` of them is a depthwise convolution.
+      groups: Number of groups of channels that do not see each other; ``in`` of them is a depthwise convolution.  More
+        than one can be differentiated in reverse only.
 
     Returns:
       ``[batch, *space', out]`` in the dtype of ``x``.
@@ -71,16 +76,64 @@ def conv(
             f"conv: x of shape {x.shape} has {x.shape[-1]} channels, kernel {kernel.shape} takes {channels} in each "
             f"of {groups} groups, which have to divide its {out} outputs"
         )
-    letters = "DHW"[3 - space :]
+    how = (_each("strides", strides, space), _padding(padding, space), _each("dilation", dilation, space), groups)
+    kernel = kernel.astype(x.dtype)
+    return _convolved(x, kernel, *how) if groups == 1 else _grouped(x, kernel, how)
+
+
+def _convolved(x, kernel, strides, padding, dilation, groups):
+    letters = "DHW"[5 - x.ndim :]
     return jax.lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),
-        _each("strides", strides, space),
-        _padding(padding, space),
-        rhs_dilation=_each("dilation", dilation, space),
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         feature_group_count=groups,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _grouped(x, kernel, how):
+    """A convolution with groups, whose kernel gets its gradient from products.
+
+    The derivative that JAX has by itself is a convolution with groups in the batch.  Where the batch is split over some
+    axes of a mesh and copied over others, the compiler adds the copies up too: with JAX 0.10.2 on a 2 x 2 x 2 mesh of
+    CPU devices it was two or four times too large.
+    """
+    return _convolved(x, kernel, *how)
+
+
+def _grouped_forward(x, kernel, how):
+    return _convolved(x, kernel, *how), (x, kernel)
+
+
+def _grouped_backward(how, kept, d):
+    x, kernel = kept
+    strides, padding, dilation, groups = how
+    window, space = kernel.shape[:-2], x.shape[1:-1]
+    (dx,) = jax.vjp(lambda x: _convolved(x, kernel, *how), x)[1](d)
+    if isinstance(padding, str):
+        reach = [(n - 1) * step + 1 for n, step in zip(window, dilation, strict=True)]
+        padding = jax.lax.padtype_to_pads(space, reach, strides, padding)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    d = d.reshape(*d.shape[:-1], groups, -1)
+    letters = "xyz"[: len(window)]
+    rule = f"b{letters}gi,b{letters}go->igo"
+    wide = linalg.working_dtype(x)
+    grads = []
+    for point in np.ndindex(*window):
+        # What this point of the window saw, for each output.
+        start = [p * step for p, step in zip(point, dilation, strict=True)]
+        stop = [b + (n - 1) * step + 1 for b, n, step in zip(start, d.shape[1:-2], strides, strict=True)]
+        seen = jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+        seen = seen.reshape(*seen.shape[:-1], groups, -1)
+        grads.append(jnp.einsum(rule, seen, d, preferred_element_type=wide))
+    return dx, jnp.stack(grads).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _each(name: str, given: int | Sequence[int], space: int) -> tuple[int, ...]:
@@ -90,13 +143,13 @@ def _each(name: str, given: int | Sequence[int], space: int) -> tuple[int, ...]:
     return numbers
 
 
-def _padding(given: Padding, space: int) -> str | list[tuple[int, int]]:
+def _padding(given: Padding, space: int) -> str | tuple[tuple[int, int], ...]:
     if isinstance(given, str):
         if given not in ("SAME", "VALID"):
             raise ValueError(f"padding: expected 'SAME', 'VALID' or numbers, got {given!r}")
         return given
     each = (given,) * space if isinstance(given, int) else tuple(given)
-    pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in each]
+    pairs = tuple((p, p) if isinstance(p, int) else tuple(p) for p in each)
     if len(pairs) != space or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
         raise ValueError(f"padding: expected a number or a pair for each of {space} axes, got {given!r}")
     return pairs

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from subspace_jax import adapters, nn
 
@@ -82,3 +84,46 @@ def test_lora_ga_begins_with_the_gradients_vectors_and_the_same_outputs(golden, 
         adapters.lora_ga_factors(grads["w"], 10)
     with pytest.raises(ValueError, match="call prepare instead"):
         adapters.init(jax.random.key(0), params, rules)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), by=st.floats(0.2, 5.0))
+def test_what_factors_and_magnitudes_can_not_tell_apart(seed, by):
+    """Any basis of the rank gives one weight, DoRA's columns have their magnitudes, and its outputs grow with them."""
+    draw = np.random.default_rng(seed).normal
+    w, a, b, m, x = (jnp.asarray(draw(size=s), jnp.float32) for s in ((7, 5), (7, 2), (2, 5), (5,), (3, 7)))
+    turn = jnp.asarray(np.linalg.qr(draw(size=(2, 2)))[0] * by, jnp.float32)
+    y, dense = both(w, a, b, m, x)
+    again, _ = both(w, a @ turn, jnp.linalg.inv(turn) @ b, m, x)
+    for got, expected in zip(again, y, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(jnp.linalg.norm(dense, axis=0), jnp.abs(m), rtol=1e-5)
+    longer, _ = both(w, a, b, by * m, x)
+    np.testing.assert_allclose(longer[1], by * y[1], atol=1e-4 * by * float(jnp.abs(y[1]).max()))
+
+
+@jax.jit
+def both(w, a, b, m, x):
+    rules = {"lora": adapters.LoRA(2, 3.0), "dora": adapters.DoRA(2, 3.0)}
+    own = {"lora": {"a": a, "b": b}, "dora": {"a": a, "b": b, "magnitude": m}}
+    bound = adapters.bind({"lora": w, "dora": w}, own, rules)
+    with jax.default_matmul_precision("highest"):
+        return [nn.linear(x, bound[name]) for name in own], bound["dora"].dense()
+
+
+@BOTH
+def test_bfloat16_outputs_are_within_one_unit_in_the_last_place(method):
+    """Of the output's scale: a sum that cancels has the errors of what it was made from."""
+    rules = {"w": method(8, 16.0)}
+    params, trainable = drawn(rules, 64, 48, dtype=jnp.bfloat16)
+    trainable = jax.tree.map(lambda p: 0.2 * p if p.ndim > 1 else p, trainable)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 64)), jnp.bfloat16)
+    got = np.asarray(jax.jit(lambda t: nn.linear(x, adapters.bind(params, t, rules)["w"]))(trainable), np.float64)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    exact = np.asarray(x, np.float64) @ np.asarray(adapters.merge(wide, trainable, rules)["w"], np.float64)
+    row = np.abs(exact).max(axis=1, keepdims=True)
+    unit = 2.0 ** (np.floor(np.log2(row)) - 7)
+    assert np.max(np.abs(got - exact) / unit) <= 1.0
+    # What PEFT's users see who merge: the weight is rounded before it is used.
+    merged = jnp.matmul(x, adapters.merge(params, trainable, rules)["w"])
+    assert np.max(np.abs(np.asarray(merged, np.float64) - exact) / unit) <= 1.5
