@@ -62,7 +62,7 @@ def test_low_rank_training_is_that_of_peft(name, golden, x64):
         np.testing.assert_allclose(merged[layer]["kernel"], g[f"merged_{layer}.weight"].T, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["train_ce", "train_reg"])
+@pytest.mark.parametrize("name", [pytest.param("train_ce", marks=pytest.mark.slow), "train_reg"])
 def test_effort_training_is_that_of_the_authors(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"effort/{name}").items()}
     paths = [f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("q", "k", "v", "out")]

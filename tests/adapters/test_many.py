@@ -7,41 +7,51 @@ import pytest
 
 from subspace_jax import adapters, nn
 
-from . import cases
-
+DRAW = np.random.default_rng(0).normal
+SHAPES = {"embed/embedding": (16, 8), "layers/q/kernel": (3, 8, 8), "layers/up/kernel": (3, 8, 8)}
 LORA = (
-    {"attn/*": adapters.LoRA(4, 8.0)},
-    {
-        "qkv": adapters.LoRA(2, 1.0, rslora=True),
-        "embed": adapters.LoRA(3, 3.0),
-        "mlp/*": adapters.LoRA((1, 0, 2, 1), 2.0),
-    },
+    {"q": adapters.LoRA(4, 8.0)},
+    {"q": adapters.LoRA(2, 1.0, rslora=True), "embed": adapters.LoRA(3, 3.0), "up": adapters.LoRA((1, 0, 2), 2.0)},
 )
-DORA = ({"qkv": adapters.DoRA(4, 8.0), "embed": adapters.DoRA(3, 2.0)},) * 2
+DORA = ({"q": adapters.DoRA(3, 6.0), "embed": adapters.DoRA(2, 2.0)},) * 2
+
+
+def params():
+    embed, q, up = (jnp.asarray(np.random.default_rng(1).normal(size=s), jnp.float32) for s in SHAPES.values())
+    return {"embed": {"embedding": embed}, "layers": {"q": {"kernel": q}, "up": {"kernel": up}}}
+
+
+@jax.jit
+def model(params, tokens):
+    """A table, layers under a scan, and the table again."""
+    table = params["embed"]["embedding"]
+
+    def layer(x, own):
+        return jnp.tanh(nn.linear(x, own["q"]["kernel"])) + 0.1 * nn.linear(x, own["up"]["kernel"]), None
+
+    return nn.unembed(jax.lax.scan(layer, nn.embed(tokens, table), params["layers"])[0], table)
 
 
 def trained(rules):
-    own = enumerate(rules)
-    return [cases.moved(adapters.init(jax.random.key(i), cases.params(), r), seed=i + 5) for i, r in own]
+    start = jax.jit(lambda p: [adapters.init(jax.random.key(i), p, r) for i, r in enumerate(rules)])(params())
+    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * DRAW(size=x.shape), x.dtype), start)
 
 
 @pytest.mark.parametrize("rules", [LORA, DORA], ids=["LoRA", "DoRA"])
 def test_each_row_of_a_batch_has_its_own_adapter(rules):
-    trainables = trained(rules)
-    bound = adapters.bind_many(cases.params(), trainables, rules, jnp.array([1, -1, 0, 1]))
-    got = cases.logits(bound, cases.tokens(4, 8))
-    for i, row in ((0, [2]), (1, [0, 3])):
-        one = adapters.bind(cases.params(), trainables[i], rules[i])
-        expected = cases.logits(one, cases.tokens(4, 8))[np.array(row)]
-        # Four layers of products in float32.
+    trainables, tokens = trained(rules), jnp.arange(12, dtype=jnp.int32).reshape(4, 3)
+    bound = adapters.bind_many(params(), trainables, rules, jnp.array([1, -1, 0, 1]))
+    got = model(bound, tokens)
+    for i, rows in ((0, [2]), (1, [0, 3])):
+        expected = model(adapters.merge(params(), trainables[i], rules[i]), tokens)[np.array(rows)]
+        # Three layers of products in float32.
         scale = float(jnp.abs(expected).max())
-        np.testing.assert_allclose(got[np.array(row)], expected, rtol=1e-5, atol=1e-5 * scale)
-    plain = cases.logits(cases.params(), cases.tokens(4, 8))
-    np.testing.assert_array_equal(got[1], plain[1])
-    assert float(jnp.abs(got - plain)[np.array([0, 2, 3])].min(axis=0).max()) > 1e-2
-    again = cases.logits(adapters.with_rows(bound, jnp.array([-1, 1, 0, 2])), cases.tokens(4, 8))
-    np.testing.assert_array_equal(again[0], plain[0])
-    np.testing.assert_allclose(again[2], got[2], rtol=1e-5, atol=1e-5 * float(jnp.abs(plain).max()))
+        np.testing.assert_allclose(got[np.array(rows)], expected, rtol=1e-5, atol=1e-5 * scale)
+    plain = model(params(), tokens)
+    np.testing.assert_allclose(got[1], plain[1], rtol=1e-6, atol=1e-6 * float(jnp.abs(plain).max()))
+    assert float(jnp.abs(got - plain)[np.array([0, 2, 3])].max(axis=(1, 2)).min()) > 1e-2
+    again = model(adapters.with_rows(bound, jnp.array([-1, 1, 0, 2])), tokens)
+    np.testing.assert_array_equal(again[2], got[2])
     assert np.all(np.isnan(again[3]))
 
 
@@ -59,21 +69,19 @@ def test_one_product_serves_the_batch_and_rows_do_not_unroll():
 
 
 def test_sums_of_adapters_are_sums_of_their_updates():
-    first, second = (
-        {"attn/*": adapters.LoRA(4, 8.0), "up": adapters.LoRA(2, 2.0, rslora=True)},
-        {"qkv": adapters.LoRA((2, 1, 3, 0), (1.0, 2.0, 1.0, 1.0))},
-    )
-    own = trained((first, second))
-    total, rules = adapters.combine(own, (first, second), (0.5, -2.0))
-    got = adapters.materialize(cases.params(), total, rules)
-    one, two = (adapters.materialize(cases.params(), t, r) for t, r in zip(own, (first, second), strict=True))
+    own = trained(LORA)
+    total, rules = adapters.combine(own, LORA, (0.5, -2.0))
 
-    def expected(w, x, y):
-        return w + 0.5 * (x - w) - 2.0 * (y - w)
+    @jax.jit
+    def updates(*trees):
+        pairs = zip(trees, (*LORA, rules), strict=True)
+        return [jax.tree.map(jnp.subtract, adapters.materialize(params(), t, r), params()) for t, r in pairs]
 
-    wanted = jax.tree.map(expected, cases.params(), one, two)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), got, wanted)
-    assert total["layers"]["attn"]["qkv"]["kernel"]["a"].shape[-1] == 4 + 3
+    one, two, got = updates(*own, total)
+    wanted = jax.tree.map(lambda x, y: 0.5 * x - 2.0 * y, one, two)
+    # Each update is what is left of a weight of size three after another is taken from it.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, wanted)
+    assert total["layers"]["q"]["kernel"]["a"].shape[-1] == 4 + 2
     spectral = {"w": adapters.SVFit(2)}
     deltas = [{"w": {"delta": jnp.array([1.0, 2.0])}}, {"w": {"delta": jnp.array([0.0, 1.0])}}]
     np.testing.assert_array_equal(adapters.combine(deltas, spectral, (2.0, 1.0))[0]["w"]["delta"], [2.0, 5.0])
