@@ -4,12 +4,17 @@
 :mod:`subspace_jax.nn`, and ``materialize`` for any other.
 """
 
+from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
-from subspace_jax.adapters.effort import Effort, EffortWeight
+from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
+from subspace_jax.adapters.effort_penalty import effort_penalty, energy_loss, orthogonality_loss
 from subspace_jax.adapters.energies import add_energy_probes, drop_energy_probes
+from subspace_jax.adapters.factors import lora_ga_factors
+from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
-from subspace_jax.adapters.lora_ga import lora_ga_init
+from subspace_jax.adapters.many import ManyWeight, bind_many, combine, with_rows
+from subspace_jax.adapters.quantized import Int8Weight, quantize
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
     bind,
@@ -26,30 +31,45 @@ from subspace_jax.adapters.surface import (
 from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
 
 __all__ = [
+    "ConvDoRAWeight",
+    "ConvLoRAWeight",
     "DoRA",
     "DoRAWeight",
     "Effort",
+    "EffortBase",
     "EffortWeight",
+    "FLoRA",
+    "FLoRAWeight",
     "Full",
+    "Int8Weight",
     "LoRA",
     "LoRAWeight",
+    "ManyWeight",
+    "PrincipalBases",
     "SVFit",
     "SVFitWeight",
     "SpectralBase",
     "SpectralBases",
     "add_energy_probes",
     "bind",
+    "bind_many",
+    "combine",
     "count",
     "describe",
     "drop_energy_probes",
+    "effort_penalty",
+    "energy_loss",
     "energy_rank",
     "init",
     "label_fn",
     "logical_axes",
-    "lora_ga_init",
+    "lora_ga_factors",
     "match_rules",
     "materialize",
     "merge",
+    "orthogonality_loss",
     "prepare",
+    "quantize",
     "unmerge",
+    "with_rows",
 ]

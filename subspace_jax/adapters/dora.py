@@ -8,17 +8,23 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import kernels, nn
+from subspace_jax.adapters.convolution import ConvDoRAWeight, conv_norm, formed
 from subspace_jax.adapters.energies import probes_in
-from subspace_jax.adapters.lora import (
-    INITS,
+from subspace_jax.adapters.factors import (
     adapted,
-    check_rank_alpha,
+    check_setting,
+    column_norm,
+    dropout_fields,
+    dropped,
     factor_axes,
+    gain,
+    keeps_base,
     remove,
     scale_fields,
     scale_of,
-    start_factors,
+    start_adapter,
 )
+from subspace_jax.adapters.quantized import Int8Weight
 
 
 @jax.tree_util.register_dataclass
@@ -32,20 +38,24 @@ class DoRAWeight:
       b: ``[..., r, out]``.
       magnitude: ``[..., out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
+      key: Random key, ``[...]``, while training with dropout; None without.
       scale: The scale where they do not.
       row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
       column_energy: Energy probe ``[..., out]``.
+      dropout: Share of the entries of x that the adapter doesn't see, if there is a key.
       detach_norm: Whether the norm is a constant for derivatives.
     """
 
-    base: jax.Array
+    base: jax.Array | Int8Weight
     a: jax.Array
     b: jax.Array
     magnitude: jax.Array
     scales: jax.Array | None = None
     row_energy: jax.Array | None = None
     column_energy: jax.Array | None = None
+    key: jax.Array | None = None
     scale: float = field(default=1.0, metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
     detach_norm: bool = field(default=True, metadata={"static": True})
 
     @property
@@ -56,24 +66,31 @@ class DoRAWeight:
     @property
     def norm(self) -> jax.Array:
         """Norms of the adapted columns, ``[..., out]``."""
-        norm = _norm(jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
-        return jax.lax.stop_gradient(norm) if self.detach_norm else norm
+        return column_norm(jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
 
     @property
     def gain(self) -> jax.Array:
         """``magnitude / norm``, ``[..., out]``."""
-        norm = self.norm
-        least = 1e-6 if self.base.dtype == jnp.bfloat16 else 1e-12
-        return self.magnitude.astype(norm.dtype) / jnp.maximum(norm, least)
+        return gain(self.magnitude, self.norm, self.detach_norm, self.base.dtype)
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
         base = jax.lax.stop_gradient(self.base)
-        y = kernels.dora_linear(x, base, self.a, self.b, self.magnitude, self.factor, detach_norm=self.detach_norm)
+        y = self._dora(x, base)
         if self.row_energy is None:
             return y
         # The factors' gradients are those at the weight before it is brought to its lengths.
         return kernels.energy_probes(x, y, self.row_energy, self.column_energy, self.gain)
+
+    def _dora(self, x: jax.Array, base: jax.Array | Int8Weight) -> jax.Array:
+        seen = None if self.key is None else dropped(x, self.key, self.dropout)
+        if not isinstance(base, Int8Weight):
+            return kernels.dora_linear(
+                x, base, self.a, self.b, self.magnitude, self.factor, dropped=seen, detach_norm=self.detach_norm
+            )
+        y = nn.linear(x, base)
+        own, seen = (y, x) if seen is None else (nn.linear(seen, base), seen)
+        return y + kernels.dora_compose(own, nn.linear(nn.linear(seen, self.a), self.b), self.gain, self.factor)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
@@ -98,10 +115,10 @@ class DoRAWeight:
 class DoRA:
     """Weight-decomposed update ``(W + s a b) diag(magnitude / norm)``.
 
-    The trained ``magnitude [..., out]`` begins as the norm of the columns, so that the start changes nothing.  The rest
-    is as in :class:`LoRA`.
+    The trained ``magnitude [..., out]`` begins as the norm of the columns, so that the start changes nothing.  Of a
+    table these run over the words, of a convolution over window and inputs.  The rest is as in :class:`LoRA`.
 
-    Source: arXiv 2402.09353; arXiv 2603.22276 for how it is computed.
+    Source: arXiv 2402.09353; arXiv 2603.22276 for how it is computed; dropout as in PEFT.
 
     Attributes:
       rank: See :class:`LoRA`.
@@ -109,6 +126,9 @@ class DoRA:
       rslora: See :class:`LoRA`.
       init: See :class:`LoRA`.
       detach_norm: Whether the norm is a constant for derivatives, as in the published training.
+      dropout: See :class:`LoRA`; the correction of the frozen part doesn't see the entries either.
+      window: See :class:`LoRA`.
+      groups: See :class:`LoRA`.
 
     Raises:
       ValueError: As :class:`LoRA`, or a layer has rank zero: its magnitude would still be trained.
@@ -119,15 +139,14 @@ class DoRA:
     rslora: bool = False
     init: str = "kaiming"
     detach_norm: bool = True
+    dropout: float = 0.0
+    window: int = 0
+    groups: int = 1
 
     def __post_init__(self):
-        check_rank_alpha(self.rank, self.alpha)
+        check_setting(self)
         if isinstance(self.rank, tuple) and 0 in self.rank:
             raise ValueError(f"rank: DoRA needs at least 1 in every layer, got {self.rank}")
-        if self.init not in INITS:
-            raise ValueError(f"init: expected one of {INITS}, got {self.init!r}")
-        if self.init.startswith("pissa") and isinstance(self.rank, tuple):
-            raise ValueError(f"init: {self.init!r} takes one rank for all layers, got {self.rank}")
 
     @property
     def scale(self) -> float | tuple[float, ...]:
@@ -137,37 +156,43 @@ class DoRA:
     @property
     def keeps_base(self) -> bool:
         """Whether the start leaves the frozen weight as it is."""
-        return not self.init.startswith("pissa")
+        return keeps_base(self)
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def start(
+        self, key: jax.Array, w: jax.Array, table: bool, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Draws the trained arrays for a weight ``[..., in, out]``; returns the frozen part with them."""
-        base, arrays = start_factors(key, w, table, self)
+        base, arrays = start_adapter(key, w, table, self, gradient)
         # By the function that the layer uses: a norm that differs in its last bit would move the first output.
         fields = scale_fields(self.scale, base)
-        magnitude = _norm(base, arrays["a"], arrays["b"], fields.get("scales", fields["scale"]))
+        scale = fields.get("scales", fields["scale"])
+        if self.window:
+            magnitude = conv_norm(base, arrays["a"], arrays["b"], scale, self.window, self.groups)
+        else:
+            magnitude = column_norm(base, arrays["a"], arrays["b"], scale)
         return base, {**arrays, "magnitude": magnitude}
 
-    def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> DoRAWeight:
+    def bind(
+        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
+    ) -> DoRAWeight | ConvDoRAWeight:
         """Puts the weight and its arrays together."""
-        fields = scale_fields(self.scale, base) | probes_in(arrays)
-        return DoRAWeight(base, arrays["a"], arrays["b"], arrays["magnitude"], detach_norm=self.detach_norm, **fields)
+        fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
+        parts = (base, arrays["a"], arrays["b"], arrays["magnitude"])
+        if self.window:
+            fields |= {"window": self.window, "groups": self.groups}
+            return ConvDoRAWeight(*parts, detach_norm=self.detach_norm, **fields)
+        return DoRAWeight(*parts, detach_norm=self.detach_norm, **fields, **probes_in(arrays))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
-        *lead, _, columns = names
-        return names, {**factor_axes(names), "magnitude": P(*lead, columns)}
+        lead = names[: len(names) - 2 - self.window]
+        return names, {**factor_axes(names, self.window), "magnitude": P(*lead, names[-1])}
 
     def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
         """Takes the update out of a merged weight; ``kept`` is ``magnitude / norm`` as it was when merging."""
-        dtype = kept.dtype
-        direction = merged.astype(dtype) / kept[..., None, :]
-        return remove(direction, arrays["a"], arrays["b"], self.scale).astype(merged.dtype)
-
-
-def _norm(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Norms of stacked weights, one at a time, as a scan over layers has them."""
-    if jnp.ndim(scale) == 0 and w.ndim == 2:
-        return kernels.dora_weight_norm(w, a, b, scale)
-    if jnp.ndim(scale) == 0:
-        return jax.lax.map(lambda xs: _norm(*xs, scale), (w, a, b))
-    return jax.lax.map(lambda xs: _norm(*xs), (w, a, b, scale))
+        direction = merged.astype(kept.dtype) / jnp.expand_dims(kept, tuple(range(-2 - self.window, -1)))
+        if self.window:
+            back = formed(direction, arrays["a"], arrays["b"], -self.scale, self.window, self.groups)
+        else:
+            back = remove(direction, arrays["a"], arrays["b"], self.scale)
+        return back.astype(merged.dtype)

@@ -13,6 +13,41 @@ from subspace_jax.adapters.svfit import SpectralBases, shifted, through
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class PrincipalBases:
+    """Singular vectors of the principal part, all frozen.
+
+    Attributes:
+      u: ``[..., in, p - q]``.
+      vt: ``[..., p - q, out]``.
+      energy: ``[...]``, the sum of the squares of the residual singular values at the start.
+    """
+
+    u: jax.Array
+    vt: jax.Array
+    energy: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EffortBase:
+    """The principal part of a weight with its singular vectors: what :func:`prepare` puts in a weight's place.
+
+    Attributes:
+      weight: The principal part, ``[..., in, out]``.
+      bases: Its singular vectors.
+    """
+
+    weight: jax.Array
+    bases: PrincipalBases
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.weight.shape
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class EffortWeight:
     """A weight ``base + u diag(s) vt`` that is never formed.
 
@@ -53,19 +88,27 @@ class Effort:
     """Trains the minor singular triplets of a weight, and keeps the principal part.
 
     All three parts of a triplet are trained, without constraint, as in the released code: the residual part is
-    orthogonal to the principal one at the start only.  Needs :func:`subspace_jax.adapters.prepare`, which takes an SVD
-    of each weight and whose frozen tree holds the principal part; the start equals the weight up to rounding.
+    orthogonal to the principal one at the start only, unless it is projected or penalised
+    (:func:`subspace_jax.adapters.effort_penalty`).  Needs :func:`subspace_jax.adapters.prepare`, which takes an SVD of
+    each weight and whose frozen tree holds the principal part; the start equals the weight up to rounding.
 
     Source: arXiv 2411.15633.
 
     Attributes:
       residual: How many triplets are trained, counted from the smallest.
+      project: Whether :func:`subspace_jax.adapters.bind` takes from ``u`` and ``vt`` what lies in the principal part,
+        so that the weight acts on the principal directions exactly as it did, whatever the optimizer does; what it
+        takes away gets no gradient.
+      bases: Whether the frozen tree holds the principal singular vectors, which ``project`` and the penalty need:
+        ``in + out`` numbers for each of them.
 
     Raises:
       ValueError: ``residual`` is below 1.
     """
 
     residual: int = 1
+    project: bool = False
+    bases: bool = False
     keeps_base = False
 
     def __post_init__(self):
@@ -77,27 +120,49 @@ class Effort:
         """Number of trained triplets."""
         return self.residual
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array | EffortBase, dict[str, jax.Array]]:
         """Splits a weight ``[..., in, out]``."""
         del key, table
-        if w.ndim < 2 or self.residual > min(w.shape[-2:]):
-            raise ValueError(f"residual: {self.residual} triplets of a weight {w.shape}")
+        q = self.residual
+        if w.ndim < 2 or q > min(w.shape[-2:]):
+            raise ValueError(f"residual: {q} triplets of a weight {w.shape}")
         if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(w))):
             raise ValueError(f"Effort: a weight {w.shape} is not finite, and has no singular values")
         u, s, vt = linalg.canonical_svd(w.astype(linalg.working_dtype(w)))
-        u, s, vt = u[..., -self.residual :], s[..., -self.residual :], vt[..., -self.residual :, :]
-        return shifted(w, SpectralBases(u, vt, s), -s), {"u": u, "s": s, "vt": vt}
+        arrays = {"u": u[..., -q:], "s": s[..., -q:], "vt": vt[..., -q:, :]}
+        base = shifted(w, SpectralBases(arrays["u"], arrays["vt"], arrays["s"]), -arrays["s"])
+        if self.project or self.bases:
+            energy = jnp.sum(jnp.square(arrays["s"]), axis=-1)
+            base = EffortBase(base, PrincipalBases(u[..., :-q], vt[..., :-q, :], energy))
+        return base, arrays
 
-    def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> EffortWeight:
+    def bind(self, base: jax.Array | EffortBase, arrays: dict[str, jax.Array]) -> EffortWeight:
         """Puts the weight and its arrays together."""
-        return EffortWeight(base, arrays["u"], arrays["s"], arrays["vt"])
+        weight = base.weight if isinstance(base, EffortBase) else base
+        if self.project and not isinstance(weight, P):
+            arrays = self._projected(base, arrays)
+        return EffortWeight(weight, arrays["u"], arrays["s"], arrays["vt"])
 
-    def axes(self, names: P) -> tuple[P, dict[str, P]]:
+    def axes(self, names: P) -> tuple[P | EffortBase, dict[str, P]]:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
         *lead, rows, columns = names
-        return names, {"u": P(*lead, rows, None), "s": P(*lead, None), "vt": P(*lead, None, columns)}
+        own = {"u": P(*lead, rows, None), "s": P(*lead, None), "vt": P(*lead, None, columns)}
+        if self.project or self.bases:
+            return EffortBase(names, PrincipalBases(own["u"], own["vt"], P(*lead))), own
+        return names, own
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
+    def undo(
+        self, merged: jax.Array, arrays: dict[str, jax.Array], kept: PrincipalBases | None
+    ) -> jax.Array | EffortBase:
         """Takes the residual part out of a merged weight."""
-        del kept
-        return shifted(merged, SpectralBases(arrays["u"], arrays["vt"], arrays["s"]), -arrays["s"])
+        whole = merged if kept is None else EffortBase(merged, kept)
+        arrays = self._projected(whole, arrays) if self.project else arrays
+        weight = shifted(merged, SpectralBases(arrays["u"], arrays["vt"], arrays["s"]), -arrays["s"])
+        return weight if kept is None else EffortBase(weight, kept)
+
+    def _projected(self, base, arrays):
+        if not isinstance(base, EffortBase):
+            raise ValueError("params: a projected Effort needs the tree that prepare returned, with singular vectors")
+        u, vt = (jax.lax.stop_gradient(x) for x in (base.bases.u, base.bases.vt))
+        inside = linalg.times(u, linalg.gram(u, arrays["u"])), linalg.times(linalg.times(arrays["vt"], vt.mT), vt)
+        return {"u": arrays["u"] - inside[0], "s": arrays["s"], "vt": arrays["vt"] - inside[1]}

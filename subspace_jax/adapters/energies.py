@@ -13,7 +13,7 @@ PROBES = ("row_energy", "column_energy")
 
 
 def add_energy_probes(trainable: PyTree) -> PyTree:
-    """Adds probes to all adapters with factors ``a`` and ``b``, but to those of tables.
+    """Adds probes to all adapters with factors ``a`` and ``b``, but to those of tables and convolutions.
 
     :func:`subspace_jax.adapters.bind` puts them into the weights, and a gradient of the loss then has in their places
     the sums of squares of the gradient of the whole weight, by rows and by columns: what the statistic "full" of
@@ -37,7 +37,8 @@ def add_energy_probes(trainable: PyTree) -> PyTree:
     """
     out: dict[str, Any] = {}
     for path, arrays in adapters_of(trainable).items():
-        if {"a", "b"} <= arrays.keys() and path.split("/")[-1] != "embedding":
+        factors = {"a", "b"} <= arrays.keys() and arrays["a"].ndim == arrays["b"].ndim  # a convolution's have not
+        if factors and path.split("/")[-1] != "embedding":
             a, b = arrays["a"], arrays["b"]
             # Through the factors, so that they are placed alike.
             probes = (jnp.zeros_like(jnp.max(a, axis=-1)), jnp.zeros_like(jnp.max(b, axis=-2)))

@@ -1,7 +1,5 @@
 """LoRA: a frozen weight and a low-rank update of it."""
 
-import math
-import warnings
 from dataclasses import dataclass, field
 
 import jax
@@ -9,10 +7,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from subspace_jax import kernels, linalg, nn
+from subspace_jax import kernels, nn
+from subspace_jax.adapters.convolution import ConvLoRAWeight
 from subspace_jax.adapters.energies import probes_in
-
-INITS = ("kaiming", "gaussian", "pissa", "pissa_randomized")
+from subspace_jax.adapters.factors import (
+    adapted,
+    check_setting,
+    dropout_fields,
+    dropped,
+    factor_axes,
+    keeps_base,
+    remove,
+    scale_fields,
+    scale_of,
+    start_adapter,
+)
+from subspace_jax.adapters.quantized import Int8Weight
 
 
 @jax.tree_util.register_dataclass
@@ -25,18 +35,22 @@ class LoRAWeight:
       a: ``[..., in, r]``.
       b: ``[..., r, out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
+      key: Random key, ``[...]``, while training with dropout; None without.
       scale: The scale where they do not.
       row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
       column_energy: Energy probe ``[..., out]``.
+      dropout: Share of the entries of x that the update doesn't see, if there is a key.
     """
 
-    base: jax.Array
+    base: jax.Array | Int8Weight
     a: jax.Array
     b: jax.Array
     scales: jax.Array | None = None
     row_energy: jax.Array | None = None
     column_energy: jax.Array | None = None
+    key: jax.Array | None = None
     scale: float = field(default=1.0, metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
 
     @property
     def factor(self) -> jax.Array | float:
@@ -45,10 +59,17 @@ class LoRAWeight:
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        y = kernels.lora_linear(x, jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
+        y = self._lora(x, jax.lax.stop_gradient(self.base))
         if self.row_energy is None:
             return y
         return kernels.energy_probes(x, y, self.row_energy, self.column_energy)
+
+    def _lora(self, x: jax.Array, base: jax.Array | Int8Weight) -> jax.Array:
+        if self.key is None and not isinstance(base, Int8Weight):
+            return kernels.lora_linear(x, base, self.a, self.b, self.factor)
+        # The two branches see different inputs, or the base is no array: no one product makes both.
+        update = nn.linear(nn.linear(dropped(x, self.key, self.dropout), self.a), self.b)
+        return nn.linear(x, base) + self._scaled(update)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
@@ -68,14 +89,6 @@ class LoRAWeight:
         return jnp.asarray(self.factor, x.dtype) * x
 
 
-def adapted(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Forms ``w + scale * a @ b``, in float32, or in float64 if any argument is; w gets no gradient."""
-    dtype = linalg.working_dtype(w, a, b)
-    update = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    scale = jnp.asarray(scale, dtype)
-    return jax.lax.stop_gradient(w).astype(dtype) + scale.reshape(*scale.shape, *(1,) * (w.ndim - scale.ndim)) * update
-
-
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank update ``W + s a b`` with ``s = alpha / rank``.
@@ -83,7 +96,10 @@ class LoRA:
     ``a [..., in, rank]`` and ``b [..., rank, out]`` are trained, the weight is not; leading axes are stacked weights.
     Of a table (a weight called ``embedding``) the side of the words begins at zero, of others ``b``.
 
-    Source: arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA, arXiv 2404.02948.
+    A convolution's kernel ``[..., *window, in / groups, out]`` gets ``a [..., *window, in / groups, rank]``, a
+    convolution like its own, and ``b [..., rank / groups, out]``, one by a window of one.
+
+    Source: arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA, arXiv 2404.02948; LoRA-GA, arXiv 2407.05000.
 
     Attributes:
       rank: Rank of the update.  A tuple gives one for each layer of a stacked weight, zero for none: arrays then have
@@ -92,23 +108,27 @@ class LoRA:
       rslora: Whether ``s = alpha / sqrt(rank)``.
       init: "kaiming" (``a`` uniform within ``1 / sqrt(in)``), "gaussian" (deviation ``1 / rank``), or "pissa": the
         leading singular triplets, which :func:`subspace_jax.adapters.prepare` then takes from the weight;
-        "pissa_randomized" finds them by a random sketch, for large weights.
+        "pissa_randomized" finds them by a random sketch, for large weights.  "lora_ga": singular vectors of a gradient
+        that ``prepare`` is given, see :func:`subspace_jax.adapters.lora_ga_factors`.
+      dropout: Share of the inputs that the update doesn't see while training: with a key for
+        :func:`subspace_jax.adapters.bind`.  Tables have none, as in PEFT.
+      window: Number of axes of a convolution's window, 0 for a matrix.
+      groups: Those of the convolution; they divide the rank.
 
     Raises:
-      ValueError: A rank is below 1, alpha is not positive, or ``init`` is unknown.
+      ValueError: A rank is below 1, alpha is not positive, ``init`` is unknown, or another number is out of range.
     """
 
     rank: int | tuple[int, ...]
     alpha: float | tuple[float, ...]
     rslora: bool = False
     init: str = "kaiming"
+    dropout: float = 0.0
+    window: int = 0
+    groups: int = 1
 
     def __post_init__(self):
-        check_rank_alpha(self.rank, self.alpha)
-        if self.init not in INITS:
-            raise ValueError(f"init: expected one of {INITS}, got {self.init!r}")
-        if self.init.startswith("pissa") and isinstance(self.rank, tuple):
-            raise ValueError(f"init: {self.init!r} takes one rank for all layers, got {self.rank}")
+        check_setting(self)
 
     @property
     def scale(self) -> float | tuple[float, ...]:
@@ -118,104 +138,32 @@ class LoRA:
     @property
     def keeps_base(self) -> bool:
         """Whether the start leaves the frozen weight as it is."""
-        return not self.init.startswith("pissa")
+        return keeps_base(self)
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def start(
+        self, key: jax.Array, w: jax.Array, table: bool, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Draws the trained arrays for a weight ``[..., in, out]``; returns the frozen part with them."""
-        return start_factors(key, w, table, self)
+        return start_adapter(key, w, table, self, gradient)
 
-    def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> LoRAWeight:
+    def bind(
+        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
+    ) -> LoRAWeight | ConvLoRAWeight:
         """Puts the weight and its arrays together."""
-        return LoRAWeight(base, arrays["a"], arrays["b"], **scale_fields(self.scale, base), **probes_in(arrays))
+        fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
+        if self.window:
+            return ConvLoRAWeight(base, arrays["a"], arrays["b"], window=self.window, groups=self.groups, **fields)
+        return LoRAWeight(base, arrays["a"], arrays["b"], **fields, **probes_in(arrays))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
-        return names, factor_axes(names)
+        return names, factor_axes(names, self.window)
 
     def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
         """Takes the update out of a merged weight."""
         del kept
+        if self.window:
+            return ConvLoRAWeight(
+                merged, arrays["a"], arrays["b"], scale=-self.scale, window=self.window, groups=self.groups
+            ).dense()
         return remove(merged, arrays["a"], arrays["b"], self.scale)
-
-
-def remove(w: jax.Array, a: jax.Array, b: jax.Array, scale: float | tuple[float, ...]) -> jax.Array:
-    """Forms ``w - scale * a @ b`` in the dtype of w."""
-    return adapted(w, a, b, -jnp.asarray(scale, linalg.working_dtype(w, a, b))).astype(w.dtype)
-
-
-def factor_axes(names: P) -> dict[str, P]:
-    """Logical axes of ``a`` and ``b`` for a weight with these: the rank is never split."""
-    *lead, rows, columns = names
-    return {"a": P(*lead, rows, None), "b": P(*lead, None, columns)}
-
-
-def scale_fields(scale: float | tuple[float, ...], base: jax.Array | P) -> dict:
-    """Fields of a structured weight for a scale: an array where layers differ, and its axes for a base of axes."""
-    if isinstance(scale, tuple):
-        scales = P(*base[:-2]) if isinstance(base, P) else jnp.asarray(scale, linalg.working_dtype(base))
-        return {"scales": scales, "scale": 0.0}
-    return {"scale": scale}
-
-
-def scale_of(rank, alpha, rslora: bool) -> float | tuple[float, ...]:
-    """The scale for a rank and an alpha, either of which may be a tuple over layers."""
-    if not isinstance(rank, tuple) and not isinstance(alpha, tuple):
-        return alpha / (math.sqrt(rank) if rslora else rank)
-    layers = len(rank if isinstance(rank, tuple) else alpha)
-    ranks = rank if isinstance(rank, tuple) else (rank,) * layers
-    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * layers
-    scales = tuple(0.0 if r == 0 else a / (math.sqrt(r) if rslora else r) for r, a in zip(ranks, alphas, strict=True))
-    return scales[0] if len(set(scales)) == 1 else scales
-
-
-def check_rank_alpha(rank, alpha) -> None:
-    """Raises unless rank and alpha are positive numbers, or tuples of one length."""
-    ranks = rank if isinstance(rank, tuple) else (rank,)
-    integers = all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
-    if not integers or min(ranks, default=0) < 0 or not any(ranks):
-        raise ValueError(f"rank: expected an integer of at least 1, or a tuple of them, got {rank!r}")
-    if not isinstance(rank, tuple) and rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    alphas = alpha if isinstance(alpha, tuple) else (alpha,)
-    if not alphas or not all(isinstance(a, int | float) and math.isfinite(a) and a > 0 for a in alphas):
-        raise ValueError(f"alpha: expected a positive number, or a tuple of them, got {alpha!r}")
-    if isinstance(rank, tuple) and isinstance(alpha, tuple) and len(rank) != len(alpha):
-        raise ValueError(f"rank, alpha: expected one of each for every layer, got {len(rank)} and {len(alpha)}")
-
-
-def start_factors(key: jax.Array, w: jax.Array, table: bool, setting) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Draws ``a`` and ``b``; the frozen part is w, less their product for PiSSA."""
-    *lead, rows, columns = w.shape
-    ranks, width = setting.rank, max(setting.rank) if isinstance(setting.rank, tuple) else setting.rank
-    for name, given in (("rank", setting.rank), ("alpha", setting.alpha)):
-        if isinstance(given, tuple) and (len(lead) != 1 or len(given) != lead[0]):
-            raise ValueError(f"{name}: {len(given)} for the layers of a weight {w.shape}")
-    if width > min(rows, columns):
-        warnings.warn(f"rank {width} exceeds the {min(rows, columns)} of a weight {w.shape}", stacklevel=4)
-    dtype = linalg.working_dtype(w)
-    if not setting.init.startswith("pissa"):
-        used = jnp.arange(width)[None] < jnp.reshape(jnp.asarray(ranks), (-1, 1))
-        used = used.astype(dtype).reshape(*(lead if isinstance(ranks, tuple) else [1] * len(lead)), 1, width)
-        if table:
-            b = jax.random.normal(key, (*lead, width, columns), dtype)
-            return w, {"a": jnp.zeros((*lead, rows, width), dtype), "b": b * jnp.swapaxes(used, -1, -2)}
-        if setting.init == "kaiming":
-            bound = 1 / math.sqrt(rows)
-            a = jax.random.uniform(key, (*lead, rows, width), dtype, -bound, bound)
-        else:
-            a = jax.random.normal(key, (*lead, rows, width), dtype) / jnp.maximum(jnp.sum(used, -1, keepdims=True), 1)
-        return w, {"a": a * used, "b": jnp.zeros((*lead, width, columns), dtype)}
-    if width > min(rows, columns):
-        raise ValueError(f"rank: PiSSA has at most {min(rows, columns)} triplets of a weight {w.shape}, got {width}")
-    scale = setting.scale
-    if isinstance(scale, tuple):
-        raise ValueError(f"alpha: PiSSA takes one for all layers, got {setting.alpha}")
-    full = w.astype(dtype)
-    if setting.init == "pissa":
-        u, s, vt = linalg.canonical_svd(full)
-        u, s, vt = u[..., :width], s[..., :width], vt[..., :width, :]
-    else:
-        u, s, vt = linalg.randomized_svd(key, full, width, oversample=16, power_steps=4)
-    root = jnp.sqrt(s / scale)
-    a, b = u * root[..., None, :], root[..., :, None] * vt
-    return remove(w, a, b, scale), {"a": a, "b": b}

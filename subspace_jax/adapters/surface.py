@@ -11,19 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRAWeight
-from subspace_jax.adapters.effort import EffortWeight
+from subspace_jax.adapters.effort import EffortBase, EffortWeight
 from subspace_jax.adapters.energies import PROBES, probe_axes
+from subspace_jax.adapters.flora import FLoRA, FLoRAWeight, factor_names
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
+from subspace_jax.adapters.quantized import Int8Weight
 from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
 from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
 
 PyTree = Any
 
-_WEIGHTS = (LoRAWeight, DoRAWeight, SVFitWeight, EffortWeight)
-# What stands in a weight's place in a prepared tree.
-_BASES = (SpectralBase,)
+_WEIGHTS = (LoRAWeight, DoRAWeight, ConvLoRAWeight, ConvDoRAWeight, FLoRAWeight, SVFitWeight, EffortWeight)
+# What stands in a weight's place in a prepared tree, and brings what taking a merged adapter out needs.
+_BASES = (SpectralBase, EffortBase)
 _NOT_WEIGHTS = ("scale", "bias")
 
 
@@ -52,8 +55,9 @@ def init(key: jax.Array, params: PyTree, settings: Rules) -> PyTree:
     """Draws adapters for the weights that rules name.
 
     Weights are floating-point leaves ``[..., in, out]``; leading axes are stacked weights, each with an adapter of its
-    own.  (A convolution's kernel would be taken for a stack: adapt it as a matrix.)  Leaves called ``scale`` or
-    ``bias`` and vectors are no weights, except for :class:`Full`.
+    own, unless the setting says that they are a convolution's window (``window`` of LoRA and DoRA, the number of ranks
+    of FLoRA).  Leaves called ``scale`` or ``bias`` and vectors are no weights, except for :class:`Full` and for
+    :class:`FLoRA` of one rank.  Weights out of :func:`quantize` may be adapted, too.
 
     Args:
       key: Random key.  The values of an adapter depend on it, on the path and on the shape of its weight alone.
@@ -74,26 +78,31 @@ def init(key: jax.Array, params: PyTree, settings: Rules) -> PyTree:
     return prepare(key, params, settings)[1]
 
 
-def prepare(key: jax.Array, params: PyTree, settings: Rules) -> tuple[PyTree, PyTree]:
+def prepare(
+    key: jax.Array, params: PyTree, settings: Rules, *, gradients: PyTree | None = None
+) -> tuple[PyTree, PyTree]:
     """Draws adapters, and makes what stays frozen beside them.
 
-    For most settings that is the parameters themselves; for PiSSA the weight less its leading part; for the spectral
-    methods the weight with its singular vectors.  All later functions take the returned tree in place of ``params``.
-    Keep it, or its seed, in a checkpoint: singular vectors of equal singular values are not unique.
+    For most settings that is the parameters themselves; for PiSSA and LoRA-GA the weight less the update that they
+    begin with; for the spectral methods the weight with its singular vectors.  All later functions take the returned
+    tree in place of ``params``.  Keep it, or its seed, in a checkpoint: singular vectors of equal singular values are
+    not unique.
 
     Args:
       key: See :func:`init`.
       params: See :func:`init`.
       settings: See :func:`init`.
+      gradients: Of the loss over some batches, with the structure of ``params``, for LoRA-GA.
 
     Returns:
       The frozen tree, and the trainable tree.
 
     Raises:
       ValueError: A rule matches nothing, or a setting doesn't fit its weight.
-      TypeError: A weight is not of floating point.
+      TypeError: A weight is not of floating point, or is quantised and would have to be taken apart.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
+    at_gradient = {} if gradients is None else bases_of(gradients)
     paths = [path_of(path) for path, _ in leaves]
     chosen = _choose(settings, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
     base, trainable = [], {}
@@ -103,8 +112,12 @@ def prepare(key: jax.Array, params: PyTree, settings: Rules) -> tuple[PyTree, Py
             continue
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise TypeError(f"{path}: expected a floating-point weight, got {w.dtype}")
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        frozen, arrays = chosen[path].start(own, w, path.split("/")[-1] == "embedding")
+        setting = chosen[path]
+        if _is_quantized(w) and (isinstance(setting, Full) or not setting.keeps_base):
+            raise TypeError(f"{path}: {setting} takes the weight apart or trains it, which is quantised")
+        more = {"gradient": at_gradient.get(path)} if getattr(setting, "init", "") == "lora_ga" else {}
+        table = path.split("/")[-1] == "embedding"
+        frozen, arrays = setting.start(_key_at(key, path), w, table, **more)
         base.append(frozen)
         insert(trainable, path, arrays)
     return jax.tree_util.tree_unflatten(treedef, base), trainable
@@ -112,12 +125,14 @@ def prepare(key: jax.Array, params: PyTree, settings: Rules) -> tuple[PyTree, Py
 
 def _choose(settings: Rules, leaves: dict[str, Any]) -> dict[str, Setting]:
     def admits(path, setting):
-        return isinstance(setting, Full) or (leaves[path].ndim >= 2 and path.split("/")[-1] not in _NOT_WEIGHTS)
+        if isinstance(setting, Full) or (isinstance(setting, FLoRA) and len(setting.ranks) == 1):
+            return True
+        return leaves[path].ndim >= 2 and path.split("/")[-1] not in _NOT_WEIGHTS
 
     return match_rules(settings, leaves, admits)
 
 
-def bind(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
+def bind(params: PyTree, trainable: PyTree, settings: Rules, *, key: jax.Array | None = None) -> PyTree:
     """Puts adapters into the places of their weights: what a model of :mod:`subspace_jax.nn` is called with.
 
     :func:`subspace_jax.nn.linear` multiplies with the structured weights, whose update is never formed.  Takes no time
@@ -131,14 +146,25 @@ def bind(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
       params: The frozen tree.
       trainable: Of :func:`init` or :func:`prepare`.
       settings: The same rules.
+      key: Random key of this step, for settings with dropout; without one nothing is dropped.  A weight that is
+        applied twice drops the same entries of inputs of one shape.
 
     Returns:
       ``params`` with structured weights.
 
     Raises:
       ValueError: An adapter has no weight or no rule, or lacks an array.
+      TypeError: The key is not of ``jax.random.key``.
     """
-    return _replace(params, trainable, settings, lambda setting, base, arrays: setting.bind(base, arrays))
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key: expected one of jax.random.key, got {key.dtype}")
+
+    def put(setting, base, arrays, path):
+        if key is None or not getattr(setting, "dropout", 0):
+            return setting.bind(base, arrays)
+        return setting.bind(base, arrays, _key_at(key, path))
+
+    return _replace(params, trainable, settings, put, with_path=True)
 
 
 def materialize(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
@@ -178,18 +204,18 @@ def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = Fa
       ValueError: As :func:`bind`, or a merged weight is not finite.
     """
     merged = jax.jit(lambda params, trainable: materialize(params, trainable, settings))(params, trainable)
-    at = _at_paths(merged)
+    at = bases_of(merged)
     for path in adapters_of(trainable):
         if not bool(jnp.all(jnp.isfinite(at[path]))):
             raise ValueError(f"{path}: the merged weight is not finite")
     if not keep:
         return merged
-    bound = _at_paths(bind(params, trainable, settings))
-    before = _at_paths(params)
+    bound = bases_of(bind(params, trainable, settings))
+    before = bases_of(params)
     kept = {}
     for path, setting in settings_of(trainable, settings).items():
         weight = bound[path]
-        if isinstance(weight, DoRAWeight):
+        if isinstance(weight, DoRAWeight | ConvDoRAWeight):
             kept[path] = weight.gain
         elif isinstance(setting, Full):
             kept[path] = before[path]
@@ -237,7 +263,8 @@ def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTr
     names = {}
 
     def put(setting, spec, arrays, path):
-        base, own = setting.axes(spec)
+        base, own = setting.axes(spec.values if _is_quantized(spec) else spec)
+        base = spec if _is_quantized(spec) else base
         own = {**own, **(probe_axes(spec) if PROBES[0] in arrays else {})}
         if own.keys() != arrays.keys():
             raise ValueError(f"{path}: expected arrays {sorted(own)}, got {sorted(arrays)}")
@@ -263,7 +290,7 @@ def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
     Returns:
       Lines of aligned columns; the last one has the total.
     """
-    at, rows = _at_paths(params), [("path", "shape", "method", "rank", "trained", "share")]
+    at, rows = bases_of(params), [("path", "shape", "method", "rank", "trained", "share")]
     for path, arrays in adapters_of(trainable).items():
         setting = settings_of(trainable, settings)[path]
         shape, trained = _shape(at[path]), count(arrays)
@@ -293,6 +320,8 @@ LABELS = {
     "column_energy": "factor",
     "u": "factor",
     "vt": "factor",
+    "core": "core",
+    **{name: "factor" for name in factor_names(9)},
     "magnitude": "magnitude",
     "s": "spectrum",
     "delta": "spectrum",
@@ -301,7 +330,7 @@ LABELS = {
 
 
 def label_fn(tree: PyTree) -> PyTree:
-    """Labels arrays for ``optax.partition``: "factor", "magnitude", "spectrum", "full", or "frozen".
+    """Labels arrays for ``optax.partition``: "factor", "core", "magnitude", "spectrum", "full", or "frozen".
 
     Of a trainable tree every array gets the label of its kind; of bound parameters also the frozen ones get theirs.
     So weight decay can be kept from magnitudes, and base weights from any change:
@@ -327,12 +356,20 @@ def label_fn(tree: PyTree) -> PyTree:
     return jax.tree.map(label, tree, is_leaf=_is_weight)
 
 
+def _key_at(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Int8Weight)
+
+
 def _is_weight(x: Any) -> bool:
     return isinstance(x, _WEIGHTS)
 
 
 def _is_base(x: Any) -> bool:
-    return isinstance(x, (*_BASES, *_WEIGHTS))
+    return isinstance(x, (*_BASES, *_WEIGHTS, Int8Weight))
 
 
 def _dense(weight: Any) -> jax.Array:
@@ -343,7 +380,8 @@ def _shape(weight: Any) -> tuple[int, ...]:
     return weight.shape if hasattr(weight, "shape") else np.shape(weight)
 
 
-def _at_paths(tree: PyTree) -> dict[str, Any]:
+def bases_of(tree: PyTree) -> dict[str, Any]:
+    """What stands at each path: an array, or a weight with what its method keeps beside it."""
     return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_base)}
 
 
@@ -362,16 +400,18 @@ def settings_of(trainable: PyTree, settings: Rules) -> dict[str, Setting]:
 
 def _replace(params: PyTree, trainable: PyTree, settings: Rules, make, with_path: bool = False) -> PyTree:
     found, chosen = adapters_of(trainable), settings_of(trainable, settings)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
-    paths = [path_of(path) for path, _ in leaves]
-    if lost := sorted(found.keys() - set(paths)):
+    at, made = bases_of(params), {}
+    if lost := sorted(found.keys() - at.keys()):
         raise ValueError(f"params: have no weights for the adapters {lost}")
-    made = []
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        if path in found:
-            try:
-                leaf = make(chosen[path], leaf, found[path], *([path] if with_path else []))
-            except KeyError as error:
-                raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
-        made.append(leaf)
-    return jax.tree_util.tree_unflatten(treedef, made)
+    for path, arrays in found.items():
+        try:
+            made[path] = make(chosen[path], at[path], arrays, *([path] if with_path else []))
+        except KeyError as error:
+            raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
+    return replace_at(params, made)
+
+
+def replace_at(params: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """Puts other leaves, or subtrees, at some paths."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
+    return jax.tree_util.tree_unflatten(treedef, [new.get(path_of(path), leaf) for path, leaf in leaves])

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def save_causal_lm(
         for _ in fetch:
             pass
     else:
-        with _replacing(folder) as new:
+        with replacing(folder, _is_checkpoint_file) as new:
             (new / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
             for file, names in files.items():
                 write_safetensors(
@@ -139,8 +139,11 @@ def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 
 @contextlib.contextmanager
-def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a folder to fill, which takes the place of ``folder`` if all goes well and is gone otherwise."""
+def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
+    """Gives a folder to fill, which takes the place of ``folder`` if all goes well and is gone otherwise.
+
+    Files of an older folder that are not ours, by their names, go over to the new one.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     old = new.with_name(new.name.replace(".new-", ".old-"))
@@ -149,7 +152,7 @@ def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield new
         if folder.exists():
             for file in folder.iterdir():
-                if not _is_checkpoint_file(file.name):
+                if not is_ours(file.name):
                     (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
             folder.rename(old)
         try:

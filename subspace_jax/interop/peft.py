@@ -12,6 +12,7 @@ import numpy as np
 
 from subspace_jax.adapters import DoRA, Full, LoRA
 from subspace_jax.adapters.surface import settings_of
+from subspace_jax.interop.causal_lm_write import replacing
 from subspace_jax.interop.names import Place, module_places
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import read_header, write_safetensors
@@ -141,8 +142,11 @@ def save_peft_adapter(
 ) -> None:
     """Writes a folder that PEFT reads.
 
+    The folder appears when all is written: whatever goes wrong before, a full disk among it, leaves an older one as it
+    was.
+
     Args:
-      folder: Where to write; made where there is none.
+      folder: Where to write; made where there is none.  An adapter in it is replaced, its other files stay.
       config: The model.
       trainable: Adapters of its parameters.
       settings: Their rules, LoRA, DoRA or Full only.
@@ -152,6 +156,7 @@ def save_peft_adapter(
     Raises:
       ValueError: A setting has no counterpart in PEFT, LoRA and DoRA or two kinds of scale are mixed, or the fields
         are not those of these adapters.
+      OSError: Writing failed.
     """
     chosen = settings_of(trainable, settings)
     made = fields or _fields(config, chosen, base_model)
@@ -175,12 +180,16 @@ def save_peft_adapter(
                 size = stored[::-1] if transposed else stored
                 value = value[tuple(slice(0, n) for n in size)]
                 tensors[f"{_PREFIX}{module}{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(sorted(tensors.items()))
     shapes = {name: (t.shape, t.dtype) for name, t in tensors.items()}
-    write_safetensors(folder / _TENSORS, shapes, tensors.values())
-    (folder / _CONFIG).write_text(json.dumps(dict(made), indent=2, sort_keys=True) + "\n")
+    with replacing(pathlib.Path(folder), _is_adapter_file) as new:
+        write_safetensors(new / _TENSORS, shapes, tensors.values())
+        (new / _CONFIG).write_text(json.dumps(dict(made), indent=2, sort_keys=True) + "\n")
+
+
+def _is_adapter_file(name: str) -> bool:
+    # An older pickled adapter would be read by nobody, and be another one.
+    return name in (_CONFIG, _TENSORS, "adapter_model.bin")
 
 
 def _plain_name(name: str) -> str:

@@ -13,6 +13,7 @@ from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, time
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
+from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "frequent_directions_init",
     "frequent_directions_update",
     "gram",
+    "hosvd",
     "orthonormality_error",
     "polar",
     "polar_step",
@@ -43,6 +45,7 @@ __all__ = [
     "spectral",
     "subspace_iteration",
     "times",
+    "tucker_product",
     "versine_sinc_sqrt",
     "versine_sqrt",
     "working_dtype",

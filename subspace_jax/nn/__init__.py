@@ -4,7 +4,7 @@ Parameters carry logical axis names in their ``axes`` metadata; :mod:`subspace_j
 """
 
 from subspace_jax.nn.attention import attention, causal_mask
-from subspace_jax.nn.backbones import MLP, ConvNet, conv, group_norm
+from subspace_jax.nn.backbones import MLP, ConvNet, group_norm
 from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm_logits
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
 from subspace_jax.nn.causal_lm_module import CausalLM
@@ -16,6 +16,7 @@ from subspace_jax.nn.causal_lm_params import (
     causal_lm_specs,
     count_params,
 )
+from subspace_jax.nn.conv import StructuredConv, conv
 from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
 from subspace_jax.nn.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.heads import (
@@ -47,6 +48,7 @@ __all__ = [
     "ParamSpec",
     "Rope",
     "SoftmaxHead",
+    "StructuredConv",
     "StructuredKernel",
     "StructuredTable",
     "VisionOutput",

@@ -1,5 +1,6 @@
 """PEFT's adapter folders, against what PEFT computes with them."""
 
+import functools
 import json
 import pathlib
 
@@ -42,22 +43,64 @@ def kept(tensors):
     return {k: v for k, v in tensors.items() if not k.endswith(".base_layer.weight")}
 
 
-@every_adapter
-def test_logits_and_loss_are_those_of_peft_bound_and_merged(name, checkpoint):
+@functools.cache
+def model(config):
+    """Logits, and the loss that PEFT's gradients are of; compiled once for merged weights of all adapters."""
+
+    @jax.jit
+    def run(params, tokens):
+        with jax.default_matmul_precision("highest"):
+            logits = nn.causal_lm_apply(config, params, tokens).logits
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)), logits
+
+    return run
+
+
+def loaded(name, checkpoint):
+    """Config, base weights and adapter, and what PEFT computes with them."""
     config, params = interop.load_causal_lm(checkpoint(name.split("/")[0]), dtype=jnp.float32)
-    adapter = interop.load_peft_adapter(PEFT / name, config)
     with np.load(PEFT / name / "io.npz") as io:
-        tokens, wanted, loss = jnp.asarray(io["input_ids"], jnp.int32), io["logits"], io.get("loss")
-    run = jax.jit(lambda params: nn.causal_lm_apply(config, params, tokens).logits)
-    with jax.default_matmul_precision("highest"):
-        bound = run(adapters.bind(params, adapter.trainable, adapter.settings))
-        merged = run(adapters.merge(params, adapter.trainable, adapter.settings))
-    np.testing.assert_allclose(bound, wanted, atol=1e-4)
-    np.testing.assert_allclose(merged, wanted, atol=1e-4)
-    scores = jax.nn.log_softmax(bound[:, :-1])
-    got = -jnp.mean(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
-    if loss is not None:
-        np.testing.assert_allclose(got, loss, rtol=1e-4)
+        return config, params, interop.load_peft_adapter(PEFT / name, config), dict(io)
+
+
+@every_adapter
+def test_logits_losses_and_merged_weights_are_those_of_peft(name, checkpoint, tmp_path):
+    config, params, adapter, io = loaded(name, checkpoint)
+    tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
+    loss, bound = run(adapters.bind(params, adapter.trainable, adapter.settings), tokens)
+    np.testing.assert_allclose(bound, io["logits"], atol=1e-4)
+    if "loss" in io:
+        np.testing.assert_allclose(loss, io["loss"], rtol=1e-4)
+    merged = adapters.merge(params, adapter.trainable, adapter.settings)
+    np.testing.assert_allclose(run(merged, tokens)[1], io["logits"], atol=1e-4)
+    for key in (key for key in io if key.startswith("merged:")):
+        interop.save_causal_lm(tmp_path / "merged", config, merged)
+        stored = interop.open_folder(tmp_path / "merged")[key.removeprefix("merged:")]
+        np.testing.assert_allclose(stored.read(), io[key], rtol=1e-5, atol=1e-6)
+
+
+def with_gradients():
+    """Adapters whose gradients PEFT gives; one of each kind in the quick tests, for each takes seconds to compile."""
+    for name in ADAPTERS:
+        with np.load(PEFT / name / "io.npz") as io:
+            if any(key.startswith("grad:") for key in io):
+                quick = name in ("gpt2/rslora", "llama/lora_embed", "mistral/dora")
+                yield pytest.param(name, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", with_gradients())
+def test_gradients_are_those_of_peft(name, checkpoint, tmp_path):
+    config, params, adapter, io = loaded(name, checkpoint)
+    tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
+    grads = jax.jit(jax.grad(lambda t: run(adapters.bind(params, t, adapter.settings), tokens)[0]))(adapter.trainable)
+    # Written as adapters, gradients get the names and the layout of PEFT's parameters.
+    interop.save_peft_adapter(tmp_path / "grads", config, grads, adapter.settings, fields=adapter.fields)
+    got = read(tmp_path / "grads")
+    expected = {key.removeprefix("grad:"): value for key, value in io.items() if key.startswith("grad:")}
+    for key, value in expected.items():
+        own = got[key.replace("magnitude_vector.weight", "magnitude_vector")]
+        np.testing.assert_allclose(own, value, rtol=1e-3, atol=1e-5)
 
 
 @every_adapter
@@ -121,6 +164,30 @@ def test_tensors_that_do_not_fit_are_refused(tensors, message, copied_adapter, c
     config = interop.read_config(checkpoint("llama"))
     with pytest.raises(ValueError, match=message):
         interop.load_peft_adapter(copied_adapter("llama/lora", tensors=tensors), config)
+
+
+def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
+    config, folder = interop.read_config(checkpoint("llama")), tmp_path / "out"
+    adapter = interop.load_peft_adapter(PEFT / "llama/lora", config)
+    interop.save_peft_adapter(folder, config, adapter.trainable, adapter.settings)
+    (folder / "README.md").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(file, *_):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subspace_jax.interop.peft.write_safetensors", full)
+        with pytest.raises(OSError, match="no space"):
+            interop.save_peft_adapter(folder, config, adapter.trainable, adapter.settings)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    doubled = jax.tree.map(lambda x: 2 * x, adapter.trainable)
+    interop.save_peft_adapter(folder, config, doubled, adapter.settings)
+    back = interop.load_peft_adapter(folder, config)
+    jax.tree.map(np.testing.assert_array_equal, back.trainable, doubled)
+    assert (folder / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_peft_can_not_hold_is_not_written(checkpoint, tmp_path):

@@ -1,0 +1,219 @@
+"""FLoRA: an update of low rank in every axis of a weight of any order."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from subspace_jax import linalg, nn
+from subspace_jax.adapters.factors import dropout_fields, dropped, mix
+from subspace_jax.adapters.lora import LoRAWeight
+from subspace_jax.adapters.quantized import Int8Weight, dense_base, names_of
+
+FLORA_INITS = ("kaiming_normal", "normal002", "kaiming_uniform")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FLoRAWeight:
+    """A weight ``base + scale * T`` where T is a core times a matrix along each axis, and is never formed.
+
+    Axes are counted as the authors do, inputs, outputs, then those of a convolution's window; the weight itself has
+    the window first.
+
+    Attributes:
+      base: Frozen ``[..., *window, in, out]``.
+      core: ``[..., r_0, r_1, ...]``.
+      factors: ``p0 [..., in, r_0]``, ``p1 [..., out, r_1]``, and ``p2 [..., window_0, r_2]`` and so on.
+      key: Random key, ``[...]``, while training with dropout; None without.
+      scale: The scale.
+      dropout: Share of the entries of x that the update doesn't see, if there is a key.
+    """
+
+    base: jax.Array | Int8Weight
+    core: jax.Array
+    factors: Mapping[str, jax.Array]
+    key: jax.Array | None = None
+    scale: float = field(default=1.0, metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
+
+    @property
+    def order(self) -> int:
+        """Number of axes of the weight, less those of a stack."""
+        return len(self.factors)
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        """Returns ``x @ W``, ``[..., out]``."""
+        self._check(2, "linear")
+        p0, p1 = self.factors["p0"], self.factors["p1"]
+        # The core goes to the side that leaves the smaller rank between the two products.
+        if self.core.shape[-1] < self.core.shape[-2]:
+            return self._pair(linalg.times(p0, self.core), p1.mT).linear(x)
+        return self._table().linear(x)
+
+    def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Returns the rows of tokens, ``[..., out]``."""
+        self._check(2, "lookup")
+        return self._table().lookup(tokens, dtype)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Returns ``x @ W.T``, ``[..., in]``."""
+        self._check(2, "scores")
+        return self._table().scores(x)
+
+    def conv(self, x: jax.Array, *, groups: int, **how) -> jax.Array:
+        """Returns what :func:`subspace_jax.nn.conv` does with the adapted kernel.
+
+        The update is three convolutions: inputs to ``r_0`` by a window of one, ``r_0`` to ``r_1`` with the window,
+        and on to the outputs by a window of one.  With groups each group has the same core and the same ``p0``.
+        """
+        self._check(x.ndim, "conv")
+        p0, p1, *window = (self.factors[name] for name in factor_names(self.order))
+        small = jnp.moveaxis(linalg.tucker_product(self.core, window), (0, 1), (-2, -1))
+        small = jnp.tile(small, (*(1,) * (x.ndim - 1), groups))
+        seen = dropped(x, self.key, self.dropout)
+        inner = jnp.matmul(seen.reshape(*x.shape[:-1], groups, -1), p0.astype(x.dtype))
+        inner = nn.conv(inner.reshape(*x.shape[:-1], -1), small, groups=groups, **how)
+        base = nn.conv(x, jax.lax.stop_gradient(self.base), groups=groups, **how)
+        return base + jnp.asarray(self.scale, x.dtype) * mix(inner, p1.T, groups)
+
+    def update(self) -> jax.Array:
+        """Returns what is added to the frozen weight, ``[..., *window, in, out]``, in float32 or better."""
+        order = self.order
+        tensor = linalg.tucker_product(self.core, [self.factors[name] for name in factor_names(order)])
+        tensor = tensor if order < 3 else jnp.moveaxis(tensor, (-order, 1 - order), (-2, -1))
+        return jnp.asarray(self.scale, tensor.dtype) * tensor
+
+    def dense(self) -> jax.Array:
+        """Returns the weight itself, in the dtype of ``base``."""
+        update = self.update()
+        base = jax.lax.stop_gradient(dense_base(self.base))
+        dtype = linalg.working_dtype(base, update)
+        return (base.astype(dtype) + update.astype(dtype)).astype(self.base.dtype)
+
+    def _table(self) -> LoRAWeight:
+        p0, p1 = self.factors["p0"], self.factors["p1"]
+        return self._pair(p0, linalg.times(self.core, p1.mT))
+
+    def _pair(self, a, b) -> LoRAWeight:
+        return LoRAWeight(self.base, a, b, key=self.key, scale=self.scale, dropout=self.dropout)
+
+    def _check(self, order: int, name: str) -> None:
+        if self.order != order:
+            raise ValueError(f"{name}: expected a FLoRA weight of order {order}, got {self.order}: {self.base.shape}")
+
+
+@dataclass(frozen=True)
+class FLoRA:
+    """Update of low rank in every axis: a small core, and a matrix for each axis, all trained.
+
+    ``T[i, o, k...] = sum core[j_0, j_1, ...] p0[i, j_0] p1[o, j_1] p2[k, j_2] ...`` is added ``scale`` times.  The core
+    begins at zero, so the start changes nothing, and the first step changes the core only; keep weight decay from it.
+    Costs ``prod r_i + sum d_i r_i`` numbers.
+
+    Matrices, tables and convolutions are applied without forming the update; for weights of other orders use
+    :func:`subspace_jax.adapters.materialize`.  Vectors (one rank) are bound as they are formed.
+
+    Source: arXiv 2405.14739; orders of one, groups and tables as the authors leave them open.
+
+    Attributes:
+      ranks: One for each axis, in the order inputs, outputs, window, as in the authors' code; their number says how
+        many axes the weight has, and further leading axes are stacked weights.  With groups the first is of
+        ``in / groups``.
+      scale: Multiplies the update; there is no division by a rank.  What is best changes with the ranks, for the
+        factors' size depends on them.
+      init: Of the factors: "kaiming_normal" (variance ``0.5 / r_i``, the authors'), "normal002" (deviation 0.02) or
+        "kaiming_uniform" (within ``1 / sqrt(in)`` for inputs, ``1 / sqrt(r_i)`` otherwise).
+      dropout: Share of the inputs that the update doesn't see while training: with a key for
+        :func:`subspace_jax.adapters.bind`.  Tables have none.
+
+    Raises:
+      ValueError: A rank is below 1, the scale is not positive, or a name or a share is out of range.
+    """
+
+    ranks: tuple[int, ...]
+    scale: float = 1.0
+    init: str = "kaiming_normal"
+    dropout: float = 0.0
+    keeps_base = True
+
+    def __post_init__(self):
+        whole = isinstance(self.ranks, tuple) and all(
+            isinstance(r, int) and not isinstance(r, bool) for r in self.ranks
+        )
+        if not whole or not 1 <= len(self.ranks) <= 9 or min(self.ranks) < 1:
+            raise ValueError(f"ranks: expected a tuple of one to nine integers of at least 1, got {self.ranks!r}")
+        if not (isinstance(self.scale, float | int) and math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: expected a positive number, got {self.scale!r}")
+        if self.init not in FLORA_INITS:
+            raise ValueError(f"init: expected one of {FLORA_INITS}, got {self.init!r}")
+        if not (isinstance(self.dropout, float | int) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout!r}")
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The ranks."""
+        return self.ranks
+
+    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Draws the trained arrays for a weight ``[..., *window, in, out]``; the frozen part is the weight."""
+        del table
+        order = len(self.ranks)
+        if w.ndim < order:
+            raise ValueError(f"ranks: {order} of them, {self.ranks}, for a weight {w.shape}")
+        lead, dtype = w.shape[: w.ndim - order], linalg.working_dtype(w)
+        arrays = {"core": jnp.zeros((*lead, *self.ranks), dtype)}
+        for i, (own, rank) in enumerate(zip(jax.random.split(key, order), self.ranks, strict=True)):
+            size = w.shape[_axis(i, order)]
+            if rank > size:
+                raise ValueError(
+                    f"ranks: expected 1 to {size} for axis {_axis(i, order)} of a weight {w.shape} "
+                    f"(number {i} of {self.ranks}), got {rank}"
+                )
+            arrays[f"p{i}"] = self._draw(own, (*lead, size, rank), dtype, size if i == 0 else rank)
+        return w, arrays
+
+    def bind(
+        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
+    ) -> FLoRAWeight | jax.Array:
+        """Puts the weight and its arrays together."""
+        order = len(self.ranks)
+        factors = {name: arrays[name] for name in factor_names(order)}
+        fields = dropout_fields(self.dropout, key, base, order - 2) if order > 1 else {}
+        weight = FLoRAWeight(base, arrays["core"], factors, scale=self.scale, **fields)
+        return weight if order > 1 else base if names_of(base) is not None else weight.dense()
+
+    def axes(self, names: P) -> tuple[P, dict[str, P]]:
+        """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
+        order = len(self.ranks)
+        lead = names[: len(names) - order]
+        factors = {f"p{i}": P(*lead, names[_axis(i, order)], None) for i in range(order)}
+        return names, {"core": P(*lead, *(None,) * order), **factors}
+
+    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
+        """Takes the update out of a merged weight."""
+        del kept
+        factors = {name: arrays[name] for name in factor_names(len(self.ranks))}
+        return FLoRAWeight(merged, arrays["core"], factors, scale=-self.scale).dense()
+
+    def _draw(self, key, shape, dtype, fan):
+        if self.init == "kaiming_uniform":
+            return jax.random.uniform(key, shape, dtype, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
+        deviation = 0.02 if self.init == "normal002" else math.sqrt(0.5 / shape[-1])
+        return deviation * jax.random.normal(key, shape, dtype)
+
+
+def factor_names(order: int) -> tuple[str, ...]:
+    """Names of the factors, in the order of the core's axes."""
+    return tuple(f"p{i}" for i in range(order))
+
+
+def _axis(i: int, order: int) -> int:
+    """The axis of a weight ``[..., *window, in, out]`` to which the i-th axis of the core belongs."""
+    if order == 1:
+        return -1
+    return (-2, -1)[i] if i < 2 else i - 2 - order
