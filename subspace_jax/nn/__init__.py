@@ -9,7 +9,6 @@ from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
 from subspace_jax.nn.causal_lm_module import CausalLM
 from subspace_jax.nn.causal_lm_params import (
-    ParamSpec,
     causal_lm_axes,
     causal_lm_init,
     causal_lm_shapes,
@@ -30,8 +29,20 @@ from subspace_jax.nn.heads import (
 from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
+from subspace_jax.nn.param_specs import ParamSpec
+from subspace_jax.nn.resample import resample_positions
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
 from subspace_jax.nn.vision_output import VisionOutput
+from subspace_jax.nn.vision_transformer import (
+    VisionTransformer,
+    vision_transformer_apply,
+    vision_transformer_axes,
+    vision_transformer_init,
+    vision_transformer_shapes,
+    vision_transformer_specs,
+    with_image_size,
+)
+from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 __all__ = [
     "MLP",
@@ -50,6 +61,8 @@ __all__ = [
     "StructuredKernel",
     "StructuredTable",
     "VisionOutput",
+    "VisionTransformer",
+    "VisionTransformerConfig",
     "apply_rope",
     "attention",
     "causal_lm_apply",
@@ -72,9 +85,16 @@ __all__ = [
     "layer_norm",
     "linear",
     "normalize",
+    "resample_positions",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
     "unembed",
+    "vision_transformer_apply",
+    "vision_transformer_axes",
+    "vision_transformer_init",
+    "vision_transformer_shapes",
+    "vision_transformer_specs",
+    "with_image_size",
 ]
