@@ -220,7 +220,7 @@ def canonical_name(config: VisionTransformerConfig, name: str, layout: str) -> s
         name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
         return None if name.startswith("pre_logits.") else name
     if config.family in ("clip", "siglip"):
-        if name.startswith(_OTHER_TOWER) or name.endswith(".embeddings.position_ids") or name == "position_ids":
+        if name.startswith(_OTHER_TOWER) or name.endswith("embeddings.position_ids"):
             return None
         return name if name.startswith(("vision_model.", *_HEADS)) else f"vision_model.{name}"
     if name.startswith(_HEADS):
