@@ -2,6 +2,7 @@
 
 from subspace_jax.interop.causal_lm import from_pretrained, load_causal_lm
 from subspace_jax.interop.causal_lm_write import save_causal_lm, save_pretrained
+from subspace_jax.interop.dual_tower import load_dual, save_dual
 from subspace_jax.interop.hf_config import config_from_hf, config_to_hf, read_config
 from subspace_jax.interop.names import Place, TensorName, module_names, module_places, tensor_names
 from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, save_peft_adapter
@@ -19,6 +20,7 @@ __all__ = [
     "from_pretrained",
     "load_causal_lm",
     "load_dino_params",
+    "load_dual",
     "load_peft_adapter",
     "load_vision",
     "match_modules",
@@ -29,6 +31,7 @@ __all__ = [
     "read_config",
     "read_header",
     "save_causal_lm",
+    "save_dual",
     "save_peft_adapter",
     "save_pretrained",
     "save_vision",

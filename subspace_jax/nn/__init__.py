@@ -15,6 +15,16 @@ from subspace_jax.nn.causal_lm_params import (
     causal_lm_specs,
     count_params,
 )
+from subspace_jax.nn.dual_tower import (
+    DualTowerConfig,
+    dual_tower_axes,
+    dual_tower_init,
+    dual_tower_shapes,
+    dual_tower_specs,
+    encode_image,
+    encode_text,
+    similarity,
+)
 from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
 from subspace_jax.nn.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.heads import (
@@ -32,6 +42,15 @@ from subspace_jax.nn.norms import layer_norm, rms_norm
 from subspace_jax.nn.param_specs import ParamSpec
 from subspace_jax.nn.resample import resample_positions
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.text_tower import (
+    TextOutput,
+    TextTowerConfig,
+    text_tower_apply,
+    text_tower_axes,
+    text_tower_init,
+    text_tower_shapes,
+    text_tower_specs,
+)
 from subspace_jax.nn.vision_output import VisionOutput
 from subspace_jax.nn.vision_transformer import (
     VisionTransformer,
@@ -51,6 +70,7 @@ __all__ = [
     "CausalLMOutput",
     "ConvNet",
     "CosineHead",
+    "DualTowerConfig",
     "Generated",
     "GrassmannHead",
     "KVCache",
@@ -60,6 +80,8 @@ __all__ = [
     "SoftmaxHead",
     "StructuredKernel",
     "StructuredTable",
+    "TextOutput",
+    "TextTowerConfig",
     "VisionOutput",
     "VisionTransformer",
     "VisionTransformerConfig",
@@ -76,7 +98,13 @@ __all__ = [
     "conv",
     "cosine_logits",
     "count_params",
+    "dual_tower_axes",
+    "dual_tower_init",
+    "dual_tower_shapes",
+    "dual_tower_specs",
     "embed",
+    "encode_image",
+    "encode_text",
     "generate",
     "grassmann_logits",
     "group_norm",
@@ -90,6 +118,12 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
+    "similarity",
+    "text_tower_apply",
+    "text_tower_axes",
+    "text_tower_init",
+    "text_tower_shapes",
+    "text_tower_specs",
     "unembed",
     "vision_transformer_apply",
     "vision_transformer_axes",
