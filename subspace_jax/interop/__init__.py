@@ -9,6 +9,7 @@ from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, save_peft_
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
 from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
+from subspace_jax.interop.vision_adapters import vision_adapter_names
 
 __all__ = [
     "PeftAdapter",
@@ -36,5 +37,6 @@ __all__ = [
     "save_pretrained",
     "save_vision",
     "tensor_names",
+    "vision_adapter_names",
     "write_safetensors",
 ]
