@@ -232,10 +232,10 @@ def canonical_name(config: VisionTransformerConfig, name: str, layout: str) -> s
 
 
 def converted(config: VisionTransformerConfig, params: PyTree, layout: str) -> tuple[VisionTransformerConfig, PyTree]:
-    """Brings a model into the form that checkpoints of a layout have, without changing what it computes at its size.
+    """Brings a model into the form that checkpoints of a layout have, without changing its logits at its size.
 
-    Kernels of queries, keys and values are fused or taken apart.  Resampled positions differ between the two libraries,
-    and so will those of the result.
+    Kernels of queries, keys and values are fused or taken apart.  Where the two libraries differ the result does as its
+    own: in how positions are resampled, whether CLIP's tokens are normalised, and what is pooled of a distilled DeiT.
 
     Args:
       config: The model.

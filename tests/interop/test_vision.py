@@ -242,3 +242,37 @@ def test_heads_and_activations_of_timm_are_known_by_the_names_of_architectures()
     for tanh in ("vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so400m_patch16_siglip_384"):
         assert config(tanh, 768).activation == "gelu_tanh"
     assert config("vit_so400m_patch14_siglip_384", 1152).activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit", {"activation": "gelu_tanh"}),
+        ("vit_model", {"norm_eps": 1e-12}),
+        ("clip_vision_timm", {"activation": "gelu"}),
+        ("deit3_timm", {"antialias_positions": False}),
+    ],
+)
+def test_the_references_tell_one_setting_from_another(name, changes):
+    config, params = loaded(name)
+    images, golden = pixels(name), stored(name)
+    if "antialias_positions" in changes:
+        images, wanted = pixels(name, "pixel_values_other"), golden["features_other"]
+    else:
+        wanted = golden.get("last_hidden_state", golden.get("features"))
+    run = functools.partial(nn.vision_transformer_apply, config.replace(**changes), resample=True)
+    # The least of these differences is that of the two GELUs; the tolerance above is 1e-4.
+    assert np.max(np.abs(jax.jit(run)(params, images).tokens - wanted)) > 3e-4
+
+
+def test_a_norm_behind_the_mean_of_patches_is_read_from_timm(tmp_path):
+    folder = copy("vit_timm", tmp_path / "mean", global_pool="avg", model_args={"global_pool": "avg", "num_heads": 4})
+    rewrite(folder, lambda t: {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in t.items()})
+    config, params = interop.load_vision(folder)
+    assert (config.pool, config.norm_at) == ("mean", "pooled")
+    mean = np.asarray(found("vit_timm")[0].hidden[-1])[:, 1:].mean(axis=1)
+    unit = (mean - mean.mean(axis=1, keepdims=True)) / np.sqrt(mean.var(axis=1, keepdims=True) + 1e-6)
+    output = jax.jit(functools.partial(nn.vision_transformer_apply, config))(params, pixels("vit_timm"))
+    close(output.pooled, unit * np.asarray(params["norm"]["scale"]) + np.asarray(params["norm"]["bias"]))
+    interop.save_vision(tmp_path / "out", config, params)
+    assert interop.load_vision(tmp_path / "out")[0] == config

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from sklearn.datasets import load_digits
 
 from subspace_jax import adapters, interop, losses, nn
 
@@ -123,3 +125,48 @@ def test_a_fused_kernel_of_timm_takes_one_adapter(tmp_path):
     assert header["base_model.model.blocks.1.attn.qkv.lora_B.weight"].shape == (96, 2)
     again = interop.load_peft_adapter(tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+
+
+@pytest.mark.slow
+def test_digits_are_learned_by_adapters_on_a_random_backbone():
+    # PEFT reached 0.90 and 0.93 with LoRA and the head, 0.58 and 0.57 with the head alone, at these settings.
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 8 - 1).reshape(-1, 8, 8, 1).repeat(4, 1).repeat(4, 2).repeat(3, 3).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = jnp.asarray(images[order]), jnp.asarray(labels[order], jnp.int32)
+    config, params = loaded("vit")
+    config = config.replace(num_classes=10)
+    fresh = {"kernel": 0.02 * jax.random.normal(jax.random.key(0), (32, 10)), "bias": jnp.zeros(10)}
+    params = {**params, "head": fresh}
+    head = {"head/kernel": adapters.Full(), "head/bias": adapters.Full()}
+    names = ("attn/q", "attn/k", "attn/v", "attn/out", "mlp/up", "mlp/down")
+    both = {**head, **{f"layers/{name}/kernel": adapters.LoRA(4, 8) for name in names}}
+
+    def accuracy(settings):
+        trainable, tx = adapters.init(jax.random.key(1), params, settings), optax.adamw(5e-3, weight_decay=0.0)
+
+        def loss(trainable, index):
+            bound = adapters.bind(params, trainable, settings)
+            logits = nn.vision_transformer_apply(config, bound, images[index]).logits
+            return jnp.mean(losses.cross_entropy(logits, labels[index])), logits
+
+        def step(carry, key):
+            trainable, state = carry
+            grads = jax.grad(loss, has_aux=True)(trainable, jax.random.choice(key, 1200, (64,), replace=False))[0]
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = tx.update(grads, state, trainable)
+            return (optax.apply_updates(trainable, updates), state), None
+
+        @jax.jit
+        def run(trainable):
+            keys = jax.random.split(jax.random.key(2), 300)
+            (trainable, _), _ = jax.lax.scan(step, (trainable, tx.init(trainable)), keys)
+            logits = loss(trainable, jnp.arange(1200, 1797))[1]
+            return jnp.mean(jnp.argmax(logits, axis=1) == labels[1200:])
+
+        return float(run(trainable))
+
+    adapted, alone = accuracy(both), accuracy(head)
+    print(f"LoRA and head {adapted:.3f}, head alone {alone:.3f}")
+    assert adapted >= 0.87
+    assert adapted >= alone + 0.2
