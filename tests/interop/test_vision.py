@@ -11,7 +11,21 @@ from subspace_jax import interop, nn, train
 from subspace_jax.interop import vision_transformer_names
 
 from .conftest import rewrite, tensors_of
-from .vision_goldens import DUAL, GOLDEN, HF, TIMM, close, copy, forward, found, gradients_are, loaded, pixels, stored
+from .vision_goldens import (
+    DUAL,
+    GOLDEN,
+    HF,
+    TIMM,
+    close,
+    copy,
+    forward,
+    found,
+    gradients_are,
+    jit,
+    loaded,
+    pixels,
+    stored,
+)
 
 every_model = pytest.mark.parametrize("name", [*HF, *DUAL, *TIMM])
 
@@ -43,7 +57,7 @@ def test_hidden_states_pooled_vectors_and_logits_are_those_of_the_reference(name
 def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name):
     golden, tower = stored(name), "vision_" if name in DUAL else ""
     config, params = loaded(name)
-    output = jax.jit(lambda x: forward(name, params, x, resample=True))(pixels(name, "pixel_values_other"))
+    output = jit(lambda x: forward(name, params, x, resample=True))(pixels(name, "pixel_values_other"))
     wanted = {
         "tokens": golden.get(f"{tower}last_hidden_state_other", golden.get("features_other")),
         "pooled": golden.get(f"{tower}pooled_other"),
@@ -161,7 +175,7 @@ def test_a_model_moves_between_the_libraries_where_both_can_express_it(tmp_path)
     interop.save_vision(tmp_path / "hf", config, params, layout="hf")
     moved = interop.load_vision(tmp_path / "hf")
     assert moved[0].architecture is None
-    run = jax.jit(lambda params: nn.vision_transformer_apply(moved[0], params, pixels("vit_timm")).logits)
+    run = jit(lambda params: nn.vision_transformer_apply(moved[0], params, pixels("vit_timm")).logits)
     with jax.default_matmul_precision("highest"):
         close(run(moved[1]), found("vit_timm")[0].logits)
     interop.save_vision(tmp_path / "timm", *moved, layout="timm")
@@ -174,7 +188,7 @@ def test_a_model_moves_between_the_libraries_where_both_can_express_it(tmp_path)
         interop.save_vision(tmp_path / "no", *loaded("deit3_timm"), layout="hf")
 
 
-def test_a_mesh_holds_the_same_numbers_in_shares():
+def test_a_mesh_holds_the_same_numbers_in_shares(tmp_path):
     mesh = train.make_mesh(2, 2, 2)
     for name in ("vit", "siglip_vision_timm", "siglip"):
         config, params = interop.load_vision(
@@ -183,6 +197,8 @@ def test_a_mesh_holds_the_same_numbers_in_shares():
         same(loaded(name)[1], params)
         kernel = params["layers"]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (2, config.width // 2, config.mlp_size // 2)
+        interop.save_vision(tmp_path / name, config, params)
+        same(loaded(name)[1], interop.load_vision(tmp_path / name)[1])
 
 
 def test_an_asked_for_type_is_given():
@@ -262,7 +278,7 @@ def test_the_references_tell_one_setting_from_another(name, changes):
         wanted = golden.get("last_hidden_state", golden.get("features"))
     run = functools.partial(nn.vision_transformer_apply, config.replace(**changes), resample=True)
     # The least of these differences is that of the two GELUs; the tolerance above is 1e-4.
-    assert np.max(np.abs(jax.jit(run)(params, images).tokens - wanted)) > 3e-4
+    assert np.max(np.abs(jit(run)(params, images).tokens - wanted)) > 3e-4
 
 
 def test_a_norm_behind_the_mean_of_patches_is_read_from_timm(tmp_path):
@@ -272,7 +288,7 @@ def test_a_norm_behind_the_mean_of_patches_is_read_from_timm(tmp_path):
     assert (config.pool, config.norm_at) == ("mean", "pooled")
     mean = np.asarray(found("vit_timm")[0].hidden[-1])[:, 1:].mean(axis=1)
     unit = (mean - mean.mean(axis=1, keepdims=True)) / np.sqrt(mean.var(axis=1, keepdims=True) + 1e-6)
-    output = jax.jit(functools.partial(nn.vision_transformer_apply, config))(params, pixels("vit_timm"))
+    output = jit(functools.partial(nn.vision_transformer_apply, config))(params, pixels("vit_timm"))
     close(output.pooled, unit * np.asarray(params["norm"]["scale"]) + np.asarray(params["norm"]["bias"]))
     interop.save_vision(tmp_path / "out", config, params)
     assert interop.load_vision(tmp_path / "out")[0] == config

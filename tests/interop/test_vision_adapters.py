@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from subspace_jax import adapters, interop, losses, nn
 
-from .vision_goldens import GOLDEN, close, loaded, pixels, stored
+from .vision_goldens import GOLDEN, close, jit, loaded, pixels, stored
 
 ADAPTERS = ("lora", "dora", "lora_v4names")
 
@@ -44,7 +44,7 @@ def test_logits_loss_and_gradients_of_vit_are_those_of_peft(name):
         return jnp.mean(losses.cross_entropy(logits, labels)), logits
 
     with jax.default_matmul_precision("highest"):
-        (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
+        (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
     kind = name.removesuffix("_v4names")
     close(logits, golden[f"logits_{kind}"])
     close(value, golden[f"loss_{kind}"])
@@ -65,7 +65,7 @@ def test_scores_and_gradients_of_clip_s_two_towers_are_those_of_peft():
         return jnp.mean(own), nn.similarity(config, params, image, text)
 
     with jax.default_matmul_precision("highest"):
-        (value, scores), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
+        (value, scores), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
     close(scores, golden["logits_per_image_lora"])
     close(value, golden["loss_lora"])
     assert factors("clip", "lora", config, grads) == 8

@@ -13,6 +13,9 @@ from subspace_jax.interop.placing import to_stored
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 
+# Programs that run once: to optimise their machine code takes as long as all else of a compilation.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 HF = ("vit", "vit_model", "deit_distilled")
 DUAL = ("clip", "clip_legacy", "siglip")
 TIMM = ("vit_timm", "deit3_timm", "deit_distilled_timm", "clip_vision_timm", "siglip_vision_timm")
@@ -29,9 +32,13 @@ def loaded(name):
     return interop.load_vision(GOLDEN / name)
 
 
-def forward(name, params, pixels, resample=False):
+# What the backward pass computes again must not change its results.
+REMAT = {"vit_timm": "dots", "deit3_timm": "full"}
+
+
+def forward(name, params, pixels, **options):
     with jax.default_matmul_precision("highest"):
-        return nn.vision_transformer_apply(loaded(name)[0], params, pixels, resample=resample, capture="all")
+        return nn.vision_transformer_apply(loaded(name)[0], params, pixels, capture="all", **options)
 
 
 @functools.cache
@@ -39,15 +46,15 @@ def found(name):
     """What a golden checkpoint gives for its images; with labels also the loss and its gradients."""
     golden, params = stored(name), loaded(name)[1]
     if "labels" not in golden:
-        return jax.jit(lambda params, x: forward(name, params, x))(params, pixels(name)), None, None
+        return jit(lambda params, x: forward(name, params, x))(params, pixels(name)), None, None
     labels = jnp.asarray(golden["labels"], jnp.int32)
 
     def loss(params):
-        output = forward(name, params, pixels(name))
+        output = forward(name, params, pixels(name), remat=REMAT.get(name, "none"))
         return jnp.mean(losses.cross_entropy(output.logits, labels)), output
 
     # One program for all: compiling takes longer than all else here.
-    (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, output), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
     return output, value, grads
 
 

