@@ -1,5 +1,6 @@
 """Checkpoints of other libraries, in and out: Hugging Face folders of causal language models and PEFT's adapters."""
 
+from subspace_jax.interop import resnet_names, swin_names
 from subspace_jax.interop.causal_lm import from_pretrained, load_causal_lm
 from subspace_jax.interop.causal_lm_write import save_causal_lm, save_pretrained
 from subspace_jax.interop.hf_config import config_from_hf, config_to_hf, read_config
@@ -7,12 +8,15 @@ from subspace_jax.interop.names import Place, TensorName, module_names, module_p
 from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, save_peft_adapter
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
+from subspace_jax.interop.vision_tensors import VisionTensor, check_tensors, read_tensors, write_tensors
 
 __all__ = [
     "PeftAdapter",
     "Place",
     "StoredTensor",
     "TensorName",
+    "VisionTensor",
+    "check_tensors",
     "config_from_hf",
     "config_to_hf",
     "from_pretrained",
@@ -25,9 +29,13 @@ __all__ = [
     "rank_and_alpha",
     "read_config",
     "read_header",
+    "read_tensors",
+    "resnet_names",
     "save_causal_lm",
     "save_peft_adapter",
     "save_pretrained",
+    "swin_names",
     "tensor_names",
     "write_safetensors",
+    "write_tensors",
 ]

@@ -4,7 +4,8 @@ Parameters carry logical axis names in their ``axes`` metadata; :mod:`subspace_j
 """
 
 from subspace_jax.nn.attention import attention, causal_mask
-from subspace_jax.nn.backbones import MLP, ConvNet, conv, group_norm
+from subspace_jax.nn.backbones import MLP, ConvNet, group_norm
+from subspace_jax.nn.batch_norm import batch_norm
 from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm_logits
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
 from subspace_jax.nn.causal_lm_module import CausalLM
@@ -16,6 +17,8 @@ from subspace_jax.nn.causal_lm_params import (
     causal_lm_specs,
     count_params,
 )
+from subspace_jax.nn.conv import conv
+from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
 from subspace_jax.nn.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.heads import (
@@ -30,11 +33,19 @@ from subspace_jax.nn.heads import (
 from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
+from subspace_jax.nn.pooling import halve, max_pool
+from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
+from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
+from subspace_jax.nn.swin_config import SwinConfig
+from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
+from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
 from subspace_jax.nn.vision_output import VisionOutput
 
 __all__ = [
     "MLP",
+    "VGG",
     "CausalLM",
     "CausalLMConfig",
     "CausalLMOutput",
@@ -45,13 +56,19 @@ __all__ = [
     "KVCache",
     "Linear",
     "ParamSpec",
+    "ResNet",
+    "ResNetConfig",
     "Rope",
     "SoftmaxHead",
     "StructuredKernel",
     "StructuredTable",
+    "SwinConfig",
+    "SwinTransformer",
+    "VGGConfig",
     "VisionOutput",
     "apply_rope",
     "attention",
+    "batch_norm",
     "causal_lm_apply",
     "causal_lm_axes",
     "causal_lm_init",
@@ -63,18 +80,36 @@ __all__ = [
     "conv",
     "cosine_logits",
     "count_params",
+    "drop_path",
+    "drop_path_rates",
     "embed",
     "generate",
     "grassmann_logits",
     "group_norm",
+    "halve",
     "init_cache",
     "keep_top_p",
     "layer_norm",
     "linear",
+    "max_pool",
     "normalize",
+    "resnet_apply",
+    "resnet_axes",
+    "resnet_init",
+    "resnet_shapes",
+    "resnet_specs",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
+    "swin_apply",
+    "swin_axes",
+    "swin_init",
+    "swin_shapes",
+    "swin_specs",
     "unembed",
+    "vgg_apply",
+    "vgg_axes",
+    "vgg_init",
+    "vgg_specs",
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from subspace_jax.nn.conv import conv
 from subspace_jax.nn.linear import Linear
 
 
@@ -49,22 +50,6 @@ class MLP(nnx.Module):
         for i, layer in enumerate(self.layers):
             x = layer(jax.nn.relu(x) if i else x)
         return x
-
-
-def conv(x: jax.Array, kernel: jax.Array, *, strides: int = 1) -> jax.Array:
-    """Two-dimensional convolution with "SAME" padding, channels last.
-
-    Args:
-      x: ``[batch, height, width, in]``.
-      kernel: ``[kh, kw, in, out]``, rounded to the dtype of ``x``.
-      strides: Step in both directions.
-
-    Returns:
-      ``[batch, ceil(height / strides), ceil(width / strides), out]``.
-    """
-    return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps: float = 1e-5) -> jax.Array:
