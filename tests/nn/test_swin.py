@@ -15,10 +15,16 @@ from subspace_jax.nn.causal_lm_params import ParamSpec
 TINY = nn.SwinConfig((16, 16), 2, 8, (2, 1), (2, 2), window=3, num_classes=5, family="hf")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options"))
-def step(config, params, pixels, key=None, options=()):
+def random_params(config):
+    """Every parameter normal, of order one tenth."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: np.float32(0.1) * rng.standard_normal(s.shape, s.dtype), nn.swin_shapes(config))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def step(config, params, pixels):
     def loss(params):
-        out = nn.swin_apply(config, params, pixels, key=key, **dict(options))
+        out = nn.swin_apply(config, params, pixels)
         return jnp.mean(jax.nn.logsumexp(out.logits, axis=-1) - out.logits[:, 0])
 
     return jax.value_and_grad(loss)(params)
@@ -26,9 +32,8 @@ def step(config, params, pixels, key=None, options=()):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Parameters of order one tenth, and images whose maps are no multiples of the window."""
-    params = jax.tree.map(lambda x: 5 * x, nn.swin_init(jax.random.key(0), TINY))
-    return params, jax.random.normal(jax.random.key(1), (8, 14, 20, 3))
+    """Parameters, and images whose maps are no multiples of the window."""
+    return random_params(TINY), np.random.default_rng(1).standard_normal((8, 14, 20, 3), np.float32)
 
 
 @pytest.mark.parametrize(("size", "params"), [("tiny", 28_288_354), ("base", 87_768_224)])
@@ -50,36 +55,42 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
 
 def test_one_window_without_shift_is_plain_attention_with_a_bias():
     config = nn.SwinConfig((6, 6), 2, 8, (2,), (2,), window=3, num_classes=0, family="hf")
-    params = jax.tree.map(lambda x: 5 * x, nn.swin_init(jax.random.key(0), config))
-    out = nn.swin_apply(config, params, jax.random.normal(jax.random.key(1), (2, 6, 6, 3)), capture=(0, 1))
-    x = out.hidden[0]
-    for i in range(2):
-        p = params["stage0"][f"block{i}"]
-        u = nn.layer_norm(x, p["norm1"]["scale"], p["norm1"]["bias"], config.norm_eps)
-        q, k, v = (
-            (u @ p["attn"][n]["kernel"] + p["attn"][n]["bias"][None, None]).reshape(2, 9, 2, 4) for n in ("q", "k", "v")
-        )
-        table = np.asarray(p["attn"]["relative_bias"]["table"]).reshape(5, 5, 2)
-        y, z = np.divmod(np.arange(9), 3)
-        bias = table[y[:, None] - y + 2, z[:, None] - z + 2]
-        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2 + np.moveaxis(bias, -1, 0)[None], axis=-1)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 9, 8)
-        x = x + mixed @ p["attn"]["out"]["kernel"] + p["attn"]["out"]["bias"][None, None]
-        u = nn.layer_norm(x, p["norm2"]["scale"], p["norm2"]["bias"], config.norm_eps)
-        u = jax.nn.gelu(u @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"][None, None], approximate=False)
-        x = x + u @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"][None, None]
-    np.testing.assert_allclose(out.hidden[1], x, atol=1e-5)
+    params, pixels = random_params(config), np.random.default_rng(1).standard_normal((2, 6, 6, 3), np.float32)
+    before, after = jax.jit(functools.partial(nn.swin_apply, config, capture=(0, 1)))(params, pixels).hidden
+    np.testing.assert_allclose(after, jax.jit(plain_blocks)(params, before), atol=1e-5)
 
 
-def test_dropped_branches_and_recomputed_blocks(tiny):
-    params, pixels = tiny
-    config = TINY.replace(drop_path_rate=0.5)
-    key = jax.random.key(3)
-    loss, grads = step(config, params, pixels, key, (("train", True),))
-    again, recomputed = step(config, params, pixels, key, (("train", True), ("remat", True)))
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), recomputed, grads)
-    assert loss != step(TINY, params, pixels)[0]
+def plain_blocks(params, x):
+    """Two transformer blocks of nine tokens in a square, each of which sees all."""
+
+    def dense(p, u):
+        return u @ p["kernel"] + p["bias"][None, None]
+
+    def norm(p, u):
+        return nn.layer_norm(u, p["scale"], p["bias"], 1e-5)
+
+    rows, columns = np.divmod(np.arange(9), 3)
+    for block in params["stage0"].values():
+        attn, u = block["attn"], norm(block["norm1"], x)
+        q, k, v = (dense(attn[name], u).reshape(2, 9, 2, 4) for name in ("q", "k", "v"))
+        table = attn["relative_bias"]["table"].reshape(5, 5, 2)
+        bias = table[rows[:, None] - rows + 2, columns[:, None] - columns + 2]
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2 + jnp.moveaxis(bias, -1, 0)[None], axis=-1)
+        x = x + dense(attn["out"], jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 9, 8))
+        inner = jax.nn.gelu(dense(block["mlp"]["up"], norm(block["norm2"], x)), approximate=False)
+        x = x + dense(block["mlp"]["down"], inner)
+    return x
+
+
+def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
+    config = TINY.replace(drop_path_rate=0.5, depths=(2, 1))
+    run = jax.jit(functools.partial(nn.swin_apply, config, train=True))
+    first, second = (run(*tiny, key=jax.random.key(i)).pooled for i in (0, 1))
+    assert np.any(first != second)
+    with pytest.raises(ValueError, match="key: a random key is needed"):
+        nn.swin_apply(config, *tiny, train=True)
+    jaxpr = jax.make_jaxpr(functools.partial(nn.swin_apply, TINY, remat=True))(*tiny)
+    assert sum(eqn.primitive.name.startswith(("remat", "checkpoint")) for eqn in jaxpr.eqns) == 3
 
 
 def test_bfloat16_activations_give_float32_logits(tiny):
@@ -92,11 +103,11 @@ def test_bfloat16_activations_give_float32_logits(tiny):
 
 def test_absolute_positions_belong_to_one_size():
     config = TINY.replace(absolute_positions=True)
-    params = nn.swin_init(jax.random.key(0), config)
+    params = jax.eval_shape(lambda: nn.swin_init(jax.random.key(0), config))
     shapes = jax.eval_shape(functools.partial(nn.swin_apply, config), params, jnp.zeros((1, 16, 16, 3)))
     assert shapes.logits.shape == (1, 5)
     with pytest.raises(ValueError, match=r"positions are those of images \(16, 16\), got \(16, 18\)"):
-        nn.swin_apply(config, params, jnp.zeros((1, 16, 18, 3)))
+        jax.eval_shape(functools.partial(nn.swin_apply, config), params, jnp.zeros((1, 16, 18, 3)))
 
 
 def test_images_smaller_than_a_window_are_refused(tiny):
