@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, in and out: Hugging Face folders of causal language models and PEFT's adapters."""
+"""Checkpoints of other libraries, in and out: folders of language and vision models, and PEFT's adapters."""
 
 from subspace_jax.interop import resnet_names, swin_names
 from subspace_jax.interop.causal_lm import from_pretrained, load_causal_lm
@@ -8,20 +8,20 @@ from subspace_jax.interop.names import Place, TensorName, module_names, module_p
 from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, save_peft_adapter
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
-from subspace_jax.interop.vision_tensors import VisionTensor, check_tensors, read_tensors, write_tensors
+from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
 
 __all__ = [
     "PeftAdapter",
     "Place",
     "StoredTensor",
     "TensorName",
-    "VisionTensor",
-    "check_tensors",
     "config_from_hf",
     "config_to_hf",
     "from_pretrained",
     "load_causal_lm",
+    "load_dino_params",
     "load_peft_adapter",
+    "load_vision",
     "match_modules",
     "module_names",
     "module_places",
@@ -29,13 +29,12 @@ __all__ = [
     "rank_and_alpha",
     "read_config",
     "read_header",
-    "read_tensors",
     "resnet_names",
     "save_causal_lm",
     "save_peft_adapter",
     "save_pretrained",
+    "save_vision",
     "swin_names",
     "tensor_names",
     "write_safetensors",
-    "write_tensors",
 ]

@@ -1,24 +1,26 @@
-"""Causal language models to Hugging Face checkpoint folders, all or nothing."""
+"""Checkpoint folders written all or nothing, and causal language models to those of Hugging Face."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.interop.causal_lm import some, stored_shape
 from subspace_jax.interop.hf_config import config_to_hf
 from subspace_jax.interop.names import TensorName, tensor_names
+from subspace_jax.interop.placing import some, stored_shape, to_stored
 from subspace_jax.interop.safetensors_io import write_safetensors
-from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_shapes, causal_lm_specs
+from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs
+from subspace_jax.nn.param_specs import spec_shapes
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -52,23 +54,60 @@ def save_causal_lm(
       ValueError: The parameters are not those of the config, or their type can't be stored.
       OSError: Writing failed.
     """
+    write_checkpoint(
+        folder,
+        functools.partial(config_to_hf, config),
+        causal_lm_specs(config),
+        tensor_names(config),
+        params,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def save_pretrained(model: CausalLM, folder: str | os.PathLike, **options) -> None:
+    """Writes a module as a checkpoint folder; options as of :func:`save_causal_lm`."""
+    save_causal_lm(folder, model.config, model.params, **options)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    fields: Callable[[str], dict[str, Any]],
+    specs: PyTree,
+    tensors: Sequence[TensorName],
+    params: PyTree,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes the checkpoint folder of any model; see :func:`save_causal_lm`.
+
+    Args:
+      folder: Where to write.
+      fields: Those of ``config.json``, given the name of the weights' type.
+      specs: Tree of :class:`ParamSpec`.
+      tensors: Tensors in the order of the files; the parts of one stand together, in their order.
+      params: The parameters.
+      shard_bytes: Largest file.
+      overwrite: Whether the folder may be there.
+    """
     folder = pathlib.Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists; pass overwrite=True to replace the checkpoint in it")
-    tensors = tensor_names(config)
-    leaves = _checked_leaves(config, params)
+    leaves = _checked_leaves(specs, params)
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
-    fields = config_to_hf(config, str(jnp.result_type(*dtypes)) if len(dtypes) == 1 else "float32")
-    shapes = {t.name: (stored_shape(causal_lm_specs(config), t), leaves[t.place.path].dtype) for t in tensors}
+    made = fields(str(jnp.result_type(*dtypes)) if len(dtypes) == 1 else "float32")
+    shapes = {t.name: (stored_shape(specs, t), leaves[t.place.path].dtype) for t in tensors}
     files = _split(shapes, shard_bytes)
-    fetch = (_fetch(leaves[t.place.path], t) for t in tensors)
+    together = itertools.groupby(tensors, lambda t: t.name)
+    fetch = (_fetch(leaves, list(parts)) for _, parts in together)
     if jax.process_index() != 0:
         # Bringing a tensor together takes all processes.
         for _ in fetch:
             pass
     else:
         with _replacing(folder) as new:
-            (new / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            (new / "config.json").write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
             for file, names in files.items():
                 write_safetensors(
                     new / file, {name: shapes[name] for name in names}, itertools.islice(fetch, len(names))
@@ -82,19 +121,14 @@ def save_causal_lm(
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("save_causal_lm")
+        multihost_utils.sync_global_devices("write_checkpoint")
 
 
-def save_pretrained(model: CausalLM, folder: str | os.PathLike, **options) -> None:
-    """Writes a module as a checkpoint folder; options as of :func:`save_causal_lm`."""
-    save_causal_lm(folder, model.config, model.params, **options)
-
-
-def _checked_leaves(config: CausalLMConfig, params: PyTree) -> dict[Path, jax.Array]:
+def _checked_leaves(specs: PyTree, params: PyTree) -> dict[Path, jax.Array]:
     def flat(tree: PyTree) -> dict[Path, Any]:
         return {tuple(_key(k) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-    expected, got = flat(causal_lm_shapes(config)), flat(params)
+    expected, got = flat(spec_shapes(specs)), flat(params)
     if expected.keys() != got.keys():
         missing, extra = (["/".join(p) for p in sorted(a)] for a in (expected - got.keys(), got - expected.keys()))
         raise ValueError(f"params: not those of the config; missing: {some(missing)}; unexpected: {some(extra)}")
@@ -108,15 +142,19 @@ def _key(entry: Any) -> str:
     return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
 
 
-def _fetch(leaf: jax.Array, tensor: TensorName) -> np.ndarray:
+def _fetch(leaves: Mapping[Path, jax.Array], parts: list[TensorName]) -> np.ndarray:
+    fetched = [to_stored(part, _to_host(leaves[part.place.path], part.place.layer)) for part in parts]
+    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched)
+
+
+def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
     # An array keeps its value on the host once that was asked for; a copy or a slice takes it along when it goes.
-    part = jnp.copy(leaf) if tensor.place.layer is None else leaf[tensor.place.layer]
+    part = jnp.copy(leaf) if layer is None else leaf[layer]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         part = multihost_utils.process_allgather(part, tiled=True)
-    part = np.asarray(part)
-    return part.T if tensor.transposed else part
+    return np.asarray(part)
 
 
 def _split(shapes: dict[str, tuple[tuple[int, ...], Any]], shard_bytes: int) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from subspace_jax.nn import CausalLMConfig, Rope
 
-_FROM_HF_ACTIVATION = {
+FROM_HF_ACTIVATION = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -18,7 +18,7 @@ _FROM_HF_ACTIVATION = {
     "swish": "silu",
     "tanh": "tanh",
 }
-_TO_HF_ACTIVATION = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu", "tanh": "tanh"}
+TO_HF_ACTIVATION = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu", "tanh": "tanh"}
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -204,7 +204,7 @@ def _gpt2_fields(config: CausalLMConfig) -> dict[str, Any]:
         "n_inner": None if config.mlp_size == 4 * config.hidden_size else config.mlp_size,
         "n_positions": config.max_length,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": _TO_HF_ACTIVATION[config.activation],
+        "activation_function": TO_HF_ACTIVATION[config.activation],
         "scale_attn_weights": config.scale_scores,
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
     }
@@ -220,7 +220,7 @@ def _llama_fields(config: CausalLMConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_size,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": _TO_HF_ACTIVATION[config.activation],
+        "hidden_act": TO_HF_ACTIVATION[config.activation],
     }
     if config.rope is not None:
         scaling = {}
@@ -256,9 +256,9 @@ def _need(fields: Mapping[str, Any], name: str) -> int:
 
 
 def _activation(name: str) -> str:
-    if name not in _FROM_HF_ACTIVATION:
-        raise ValueError(f"activation {name!r} is not supported; expected one of {sorted(_FROM_HF_ACTIVATION)}")
-    return _FROM_HF_ACTIVATION[name]
+    if name not in FROM_HF_ACTIVATION:
+        raise ValueError(f"activation {name!r} is not supported; expected one of {sorted(FROM_HF_ACTIVATION)}")
+    return FROM_HF_ACTIVATION[name]
 
 
 def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:

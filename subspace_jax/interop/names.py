@@ -58,11 +58,20 @@ class TensorName:
       name: Its name there.
       place: Where it is here.
       transposed: Whether it is stored as ``[out, in]``.
+      order: Which axis of the stored tensor each axis here is, where it is another order than that; ``(2, 3, 1, 0)`` of
+        a convolution's kernel.
+      shape: Shape of the stored tensor, where it is not ours in another order: the array here is then the stored one
+        with its axes in ``order``, reshaped.
+      part: ``(i, n)`` where the array here is the ``i``-th of ``n`` equal blocks of rows of a stored tensor, which
+        several arrays share.
     """
 
     name: str
     place: Place
     transposed: bool
+    order: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    part: tuple[int, int] = (0, 1)
 
 
 def module_places(config: CausalLMConfig) -> dict[str, Place]:

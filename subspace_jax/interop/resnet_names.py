@@ -1,16 +1,19 @@
 """Residual networks in the files of Hugging Face transformers and of timm (whose names are torchvision's too).
 
-The arrays lie at ``("params", ...)`` and ``("batch_stats", ...)``: a file holds both trees of
-:func:`subspace_jax.nn.resnet_init`.
+A file holds both trees of :func:`subspace_jax.nn.resnet_init`; here they are the branches ``params`` and
+``batch_stats`` of one.  The counters of training steps that files carry beside the running statistics are passed over
+and not written: both libraries do without.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from subspace_jax.interop.names import Place
-from subspace_jax.interop.vision_tensors import VisionTensor
-from subspace_jax.nn import ResNetConfig, resnet_specs
+from subspace_jax.interop.names import Place, TensorName
+from subspace_jax.nn.resnet import resnet_specs
+from subspace_jax.nn.resnet_config import ResNetConfig
+
+PyTree = Any
 
 LAYOUTS = ("hf", "timm")
 
@@ -36,12 +39,16 @@ _HARMLESS = {
 }
 
 
-def config_from_hf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ResNetConfig:
+def specs(config: ResNetConfig) -> PyTree:
+    """Describes parameters and running statistics: ``{"params": ..., "batch_stats": ...}``."""
+    return dict(zip(("params", "batch_stats"), resnet_specs(config), strict=True))
+
+
+def config_from_hf(fields: Mapping[str, Any]) -> ResNetConfig:
     """Turns the fields of a Hugging Face ``config.json`` into a config.
 
     Args:
       fields: The fields; absent ones have transformers' defaults.
-      shapes: Shape of every tensor of the checkpoint, where known: without a classifier the config has no classes.
 
     Raises:
       ValueError: The model is not a ResNet, or its activation is not ReLU.
@@ -60,16 +67,57 @@ def config_from_hf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         stem=(fields.get("embedding_size", 64),),
         stride_first=kind == "bottleneck" and bool(fields.get("downsample_in_bottleneck", False)),
         first_strides=2 if fields.get("downsample_in_first_stage", False) else 1,
-        num_classes=0 if shapes is not None and "classifier.1.weight" not in shapes else num_labels(fields),
-        in_channels=fields.get("num_channels", 3),
-        family="hf",
+        num_classes=num_labels(fields),
+        channels=fields.get("num_channels", 3),
+        convention="hf",
     )
+
+
+def complete(config: ResNetConfig, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfig:
+    """Takes the classes away from a config of Hugging Face whose files have no classifier."""
+    del fields
+    bare = config.convention == "hf" and "classifier.1.weight" not in shapes
+    return config.replace(num_classes=0) if bare else config
+
+
+def config_to_hf(config: ResNetConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Turns a config into the fields of a Hugging Face ``config.json``; labels are numbered.
+
+    Args:
+      config: The config.
+      dtype: Name of the type of the weights.
+    """
+    stages = [f"stage{i + 1}" for i in range(len(config.depths))]
+    return {
+        "architectures": ["ResNetForImageClassification" if config.num_classes else "ResNetModel"],
+        "model_type": "resnet",
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "num_channels": config.channels,
+        "embedding_size": config.stem[-1],
+        "hidden_sizes": list(config.widths),
+        "depths": list(config.depths),
+        "layer_type": config.block,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": config.first_strides == 2,
+        "downsample_in_bottleneck": config.stride_first,
+        "stage_names": ["stem", *stages],
+        "out_features": stages[-1:],
+        "out_indices": [len(stages)],
+        **labels(config.num_classes),
+    }
+
+
+def labels(count: int) -> dict[str, Any]:
+    """The fields of a Hugging Face config that name classes, here by numbers."""
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if count else {}
 
 
 def num_labels(fields: Mapping[str, Any]) -> int:
     """Classes of a Hugging Face model: as many as ``id2label`` names, else ``num_labels``, else 2."""
-    labels = fields.get("id2label")
-    return len(labels) if labels is not None else fields.get("num_labels", 2)
+    named = fields.get("id2label")
+    return len(named) if named is not None else fields.get("num_labels", 2)
 
 
 def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfig:
@@ -118,63 +166,107 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         average_shortcut=any(len(shapes.get(f"layer{s}.0.downsample.1.weight", ())) == 4 for s in stages),
         groups=inner[0] // shapes["layer1.0.conv2.weight"][1],
         num_classes=shapes["fc.weight"][0] if "fc.weight" in shapes else 0,
-        in_channels=shapes[stem[0]][1],
-        family="timm",
+        channels=shapes[stem[0]][1],
+        convention="timm",
+        architecture=name,
     )
 
 
-def tensor_names(config: ResNetConfig, layout: str | None = None) -> list[VisionTensor]:
+def config_to_timm(config: ResNetConfig) -> dict[str, Any]:
+    """Turns a config into the fields of timm's ``config.json``; those of preprocessing are for the caller to add.
+
+    Raises:
+      ValueError: timm has no network with such a stem or another number of stages than four.
+    """
+    deep = len(config.stem) == 3
+    stem = config.stem[2] == 2 * config.stem[1] if deep else config.stem == (64,)
+    if len(config.depths) != 4 or not stem:
+        raise ValueError(
+            f"layout: 'timm' has four stages, and a stem of (64,) or (s, s, 2 s) channels; got {len(config.depths)} "
+            f"stages and {config.stem}"
+        )
+    share = 4 if config.block == "bottleneck" else 1
+    planes = [width // share for width in config.widths]
+    arguments = {
+        "layers": list(config.depths),
+        "channels": planes,
+        "cardinality": config.groups,
+        "base_width": 64 * config.inner_widths[0] // planes[0] // config.groups,
+        "num_classes": config.num_classes,
+        "in_chans": config.channels,
+        "global_pool": "avg",
+    }
+    if deep:
+        arguments["stem_type"] = "deep" if config.stem[0] == config.stem[1] else "deep_tiered"
+        arguments["stem_width"] = config.stem[1]
+    if config.average_shortcut:
+        arguments["avg_down"] = True
+    name = config.architecture or f"resnet{18 if config.block == 'basic' else 50}{'d' if deep else ''}"
+    return {
+        "architecture": name,
+        "num_classes": config.num_classes,
+        "num_features": config.out_features,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.channels, 224, 224],
+            "fixed_input_size": False,
+            "num_classes": config.num_classes,
+            "first_conv": "conv1.0" if deep else "conv1",
+            "classifier": "fc",
+        },
+    }
+
+
+def converted(config: ResNetConfig, params: PyTree, layout: str) -> tuple[ResNetConfig, PyTree]:
+    """Changes what a layout alone decides, which of the stem's outputs is hidden state 0."""
+    return config.replace(convention=layout), params
+
+
+def tensor_names(config: ResNetConfig, layout: str = "hf") -> list[TensorName]:
     """Lists every tensor of a checkpoint, with its place here.
 
     Args:
       config: The network.
-      layout: "hf" or "timm"; the family of the config by default.
+      layout: "hf" or "timm".
 
     Raises:
-      ValueError: The layout is unknown, or Hugging Face has no name for a deep stem, groups, shortcuts that average or
-        free inner widths.
+      ValueError: The layout is unknown, or can't express the network: Hugging Face has no name for a deep stem, groups,
+        shortcuts that average or free inner widths, timm none for a first stage with stride.
     """
-    layout = _check_layout(config, layout)
-    specs = dict(zip(("params", "batch_stats"), resnet_specs(config), strict=True))
-    tensors: list[VisionTensor] = []
+    _check_layout(config, layout)
+    tensors: list[TensorName] = []
     for path, conv, norm in _layers(config, layout):
-        tensors.append(_tensor(specs, f"{conv}.weight", ("params", *path, "conv", "kernel"), "conv"))
+        kernel = Place(("params", *path, "conv", "kernel"))
+        tensors.append(TensorName(f"{conv}.weight", kernel, False, order=(2, 3, 1, 0)))
         for suffix, tree, leaf in (
             ("weight", "params", "scale"),
             ("bias", "params", "bias"),
             ("running_mean", "batch_stats", "mean"),
             ("running_var", "batch_stats", "var"),
         ):
-            tensors.append(_tensor(specs, f"{norm}.{suffix}", (tree, *path, "norm", leaf)))
+            tensors.append(TensorName(f"{norm}.{suffix}", Place((tree, *path, "norm", leaf)), False))
     if config.num_classes:
         head = "classifier.1" if layout == "hf" else "fc"
-        tensors.append(_tensor(specs, f"{head}.weight", ("params", "head", "kernel"), "linear"))
-        tensors.append(_tensor(specs, f"{head}.bias", ("params", "head", "bias")))
+        tensors.append(TensorName(f"{head}.weight", Place(("params", "head", "kernel")), True))
+        tensors.append(TensorName(f"{head}.bias", Place(("params", "head", "bias")), False))
     return tensors
 
 
-def counter_names(config: ResNetConfig, layout: str | None = None) -> list[str]:
-    """Lists the int64 scalars that count training steps; nothing reads them, but the libraries store them."""
-    return [f"{norm}.num_batches_tracked" for _, _, norm in _layers(config, _check_layout(config, layout))]
-
-
-def canonical_names(names: Iterable[str], layout: str) -> dict[str, str]:
-    """Maps the names in a file to those of :func:`tensor_names`, and leaves out the counters.
+def canonical_name(config: ResNetConfig, name: str, layout: str) -> str | None:
+    """Returns the name of :func:`tensor_names` for one in a file, or None for a counter.
 
     A bare Hugging Face model is stored without the prefix ``resnet.``.
-
-    Args:
-      names: The names in the file.
-      layout: "hf" or "timm".
     """
-    names = [name for name in names if not name.endswith(".num_batches_tracked")]
-    if layout == "hf" and not any(name.startswith("resnet.") for name in names):
-        return {name: name if name.startswith("classifier.") else f"resnet.{name}" for name in names}
-    return {name: name for name in names}
+    del config
+    if name.endswith(".num_batches_tracked"):
+        return None
+    if layout == "hf" and not name.startswith(("resnet.", "classifier.")):
+        return f"resnet.{name}"
+    return name
 
 
-def _check_layout(config: ResNetConfig, layout: str | None) -> str:
-    layout = config.family if layout is None else layout
+def _check_layout(config: ResNetConfig, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     share = 4 if config.block == "bottleneck" else 1
@@ -188,7 +280,6 @@ def _check_layout(config: ResNetConfig, layout: str | None) -> str:
         raise ValueError(
             f"layout: 'timm' has the stride in the 3x3 convolutions and none in the first stage; got {config}"
         )
-    return layout
 
 
 def _layers(config: ResNetConfig, layout: str) -> list[tuple[tuple[str, ...], str, str]]:
@@ -220,13 +311,3 @@ def _layers(config: ResNetConfig, layout: str) -> list[tuple[tuple[str, ...], st
 
 def _pair(root: str) -> tuple[str, str]:
     return f"{root}.convolution", f"{root}.normalization"
-
-
-def _tensor(specs: Mapping, name: str, path: tuple[str, ...], kind: str = "same") -> VisionTensor:
-    spec = specs
-    for key in path:
-        spec = spec[key]
-    shape = spec.shape
-    if kind == "conv":
-        shape = (shape[3], shape[2], *shape[:2])
-    return VisionTensor(name, shape[::-1] if kind == "linear" else shape, (Place(path),), kind)

@@ -5,10 +5,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from subspace_jax.interop.names import Place
-from subspace_jax.interop.resnet_names import num_labels
-from subspace_jax.interop.vision_tensors import VisionTensor
-from subspace_jax.nn import SwinConfig, swin_specs
+from subspace_jax.interop.names import Place, TensorName
+from subspace_jax.interop.resnet_names import labels, num_labels
+from subspace_jax.nn.param_specs import ParamSpec
+from subspace_jax.nn.swin import swin_specs as specs
+from subspace_jax.nn.swin_config import SwinConfig
+
+PyTree = Any
 
 LAYOUTS = ("hf", "hf_v5", "timm")
 
@@ -45,6 +48,7 @@ _TIMM_HARMLESS = {
     "depths",
     "num_heads",
     "window_size",
+    "qkv_bias",
     "mlp_ratio",
     "num_classes",
     "in_chans",
@@ -55,14 +59,13 @@ _TIMM_HARMLESS = {
 }
 
 
-def config_from_hf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> SwinConfig:
+def config_from_hf(fields: Mapping[str, Any]) -> SwinConfig:
     """Turns the fields of a Hugging Face ``config.json`` into a config.
 
     The drop path rate of the file is that of its training, and is left out; ``config.replace`` sets another.
 
     Args:
       fields: The fields; absent ones have transformers' defaults.
-      shapes: Shape of every tensor of the checkpoint, where known: without a classifier the config has no classes.
 
     Raises:
       ValueError: The model is not a Swin transformer of the first version, or its activation is not supported.
@@ -84,10 +87,51 @@ def config_from_hf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         activation=_FROM_HF_ACTIVATION[activation],
         qkv_bias=fields.get("qkv_bias", True),
         absolute_positions=fields.get("use_absolute_embeddings", False),
-        num_classes=0 if shapes is not None and "classifier.weight" not in shapes else num_labels(fields),
-        in_channels=fields.get("num_channels", 3),
-        family="hf",
+        num_classes=num_labels(fields),
+        channels=fields.get("num_channels", 3),
+        convention="hf",
     )
+
+
+def complete(config: SwinConfig, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> SwinConfig:
+    """Takes the classes away from a config of Hugging Face whose files have no classifier."""
+    del fields
+    bare = config.convention == "hf" and "classifier.weight" not in shapes
+    return config.replace(num_classes=0) if bare else config
+
+
+def config_to_hf(config: SwinConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Turns a config into the fields of a Hugging Face ``config.json``; labels are numbered.
+
+    Args:
+      config: The config.
+      dtype: Name of the type of the weights.
+    """
+    stages, size = [f"stage{i + 1}" for i in range(len(config.depths))], config.image_size
+    activation = next(theirs for theirs, ours in _FROM_HF_ACTIVATION.items() if ours == config.activation)
+    return {
+        "architectures": ["SwinForImageClassification" if config.num_classes else "SwinModel"],
+        "model_type": "swin",
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "embed_dim": config.embed_dim,
+        "hidden_size": config.out_features,
+        "depths": list(config.depths),
+        "num_heads": list(config.num_heads),
+        "window_size": config.window,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.qkv_bias,
+        "hidden_act": activation,
+        "use_absolute_embeddings": config.absolute_positions,
+        "layer_norm_eps": config.norm_eps,
+        "stage_names": ["stem", *stages],
+        "out_features": stages[-1:],
+        "out_indices": [len(stages)],
+        **labels(config.num_classes),
+    }
 
 
 def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> SwinConfig:
@@ -133,68 +177,86 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         mlp_ratio=shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / width,
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in shapes,
         num_classes=shapes[heads[0]][0] if heads else 0,
-        in_channels=channels,
-        family="timm",
+        channels=channels,
+        convention="timm",
+        architecture=name,
     )
 
 
-def tensor_names(config: SwinConfig, layout: str | None = None) -> list[VisionTensor]:
+def config_to_timm(config: SwinConfig) -> dict[str, Any]:
+    """Turns a config into the fields of timm's ``config.json``; those of preprocessing are for the caller to add."""
+    arguments = {
+        "img_size": list(config.image_size),
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.num_heads),
+        "window_size": config.window,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.qkv_bias,
+        "num_classes": config.num_classes,
+        "in_chans": config.channels,
+        "global_pool": "avg",
+    }
+    return {
+        "architecture": config.architecture or "swin_tiny_patch4_window7_224",
+        "num_classes": config.num_classes,
+        "num_features": config.out_features,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.channels, *config.image_size],
+            "fixed_input_size": True,
+            "num_classes": config.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc",
+        },
+    }
+
+
+def converted(config: SwinConfig, params: PyTree, layout: str) -> tuple[SwinConfig, PyTree]:
+    """Changes what a layout alone decides: where hidden states are taken, and how other sizes are treated."""
+    return config.replace(convention=layout), params
+
+
+def tensor_names(config: SwinConfig, layout: str = "hf") -> list[TensorName]:
     """Lists every tensor of a checkpoint, with its place here.
 
     Args:
       config: The model.
-      layout: "hf", "timm", or "hf_v5" for the names that transformers 5 has in memory, which PEFT's adapters use;
-        the family of the config by default.
+      layout: "hf", "timm", or "hf_v5" for the names that transformers 5 has in memory, which PEFT's adapters use.
 
     Raises:
       ValueError: The layout is unknown, or timm has no name for absolute positions.
     """
-    layout = config.family if layout is None else layout
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     if layout == "timm" and config.absolute_positions:
         raise ValueError("layout: 'timm' can't express absolute positions")
-    specs, timm = swin_specs(config), layout == "timm"
-    tensors: list[VisionTensor] = []
+    tree, timm, tensors = specs(config), layout == "timm", []
 
-    def module(name: str, *paths: str, kind: str = "linear") -> None:
-        """Adds the tensors of one module there, the arrays of one or more modules here."""
-        branch = specs
-        for key in paths[0].split("/"):
+    def module(name: str, path: str, part: tuple[int, int] = (0, 1)) -> None:
+        """Adds the tensors of the module at ``path``."""
+        branch, keys = tree, tuple(path.split("/"))
+        for key in keys:
             branch = branch[key]
         for leaf, spec in branch.items():
-            own = kind if leaf == "kernel" else "same"
-            shape = spec.shape
-            if own == "patch":
-                shape = (shape[1], config.in_channels, config.patch_size, config.patch_size)
-            elif own == "linear":
-                shape = shape[::-1]
-            suffix = {"bias": "bias", "table": "relative_position_bias_table"}.get(leaf, "weight")
-            places = tuple(Place((*path.split("/"), leaf)) for path in paths)
-            stored = (shape[0] * len(paths), *shape[1:])
-            tensors.append(VisionTensor(f"{name}.{suffix}", stored, places, own))
+            tensors.append(_tensor(config, name, (*keys, leaf), spec, part))
 
     top = {path: names[timm] for path, names in _TOP.items()}
-    module(top["patch_embed"], "patch_embed", kind="patch")
+    module(top["patch_embed"], "patch_embed")
     module(top["embed_norm"], "embed_norm")
     if config.absolute_positions:
-        spec = specs["position"]["embedding"]
-        place = Place(("position", "embedding"))
-        tensors.append(VisionTensor("swin.embeddings.position_embeddings", (1, *spec.shape), (place,), "rows"))
+        module("swin.embeddings", "position")
     for stage, depth in enumerate(config.depths):
         root = f"layers.{stage}" if timm else f"swin.encoder.layers.{stage}"
-        merge = (f"layers.{stage + 1}" if timm else root) + ".downsample"
         for block in range(depth):
-            done = set()
             for path, names in _BLOCK.items():
-                name = f"{root}.blocks.{block}.{names[LAYOUTS.index(layout)]}"
-                paths = [f"stage{stage}/block{block}/{path}"]
-                if name.endswith("attn.qkv"):
-                    paths = [f"stage{stage}/block{block}/attn/{part}" for part in "qkv"]
-                if name not in done:
-                    module(name, *paths)
-                done.add(name)
+                name = names[LAYOUTS.index(layout)]
+                part = ("qkv".index(path[-1]), 3) if name == "attn.qkv" else (0, 1)
+                module(f"{root}.blocks.{block}.{name}", f"stage{stage}/block{block}/{path}", part)
         if stage + 1 < len(config.depths):
+            merge = (f"layers.{stage + 1}" if timm else root) + ".downsample"
             module(f"{merge}.norm", f"stage{stage}/merge/norm")
             module(f"{merge}.reduction", f"stage{stage}/merge/reduction")
     module(top["norm"], "norm")
@@ -203,16 +265,34 @@ def tensor_names(config: SwinConfig, layout: str | None = None) -> list[VisionTe
     return tensors
 
 
-def canonical_names(names: Iterable[str], layout: str) -> dict[str, str]:
+def _tensor(
+    config: SwinConfig, module: str, path: tuple[str, ...], spec: ParamSpec, part: tuple[int, int]
+) -> TensorName:
+    leaf, place = path[-1], Place(path)
+    if leaf == "embedding":
+        shape = (1, *spec.shape)
+        return TensorName(f"{module}.position_embeddings", place, False, order=(0, 1, 2), shape=shape)
+    if leaf == "table":
+        return TensorName(f"{module}.relative_position_bias_table", place, False)
+    if path == ("patch_embed", "kernel"):
+        shape = (spec.shape[1], config.channels, config.patch_size, config.patch_size)
+        return TensorName(f"{module}.weight", place, False, order=(2, 3, 1, 0), shape=shape)
+    suffix = "bias" if leaf == "bias" else "weight"
+    return TensorName(f"{module}.{suffix}", place, leaf == "kernel", part=part)
+
+
+def canonical_names(config: SwinConfig, names: Iterable[str], layout: str) -> dict[str, str]:
     """Maps the names in a file to those of :func:`tensor_names`, and leaves out indices and masks.
 
     Of Hugging Face, both spellings are read, with and without the prefix ``swin.``; of timm, also the authors' own
     files, which count the mergings from 0 and call the head ``head``.
 
     Args:
+      config: The model.
       names: The names in the file.
       layout: "hf" or "timm".
     """
+    del config
     names = [name for name in names if not name.endswith((".relative_position_index", ".attn_mask"))]
     if layout == "timm":
         authors = "layers.0.downsample.reduction.weight" in names

@@ -10,7 +10,6 @@ from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
 from subspace_jax.nn.causal_lm_module import CausalLM
 from subspace_jax.nn.causal_lm_params import (
-    ParamSpec,
     causal_lm_axes,
     causal_lm_init,
     causal_lm_shapes,
@@ -33,7 +32,9 @@ from subspace_jax.nn.heads import (
 from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
+from subspace_jax.nn.param_specs import ParamSpec
 from subspace_jax.nn.pooling import halve, max_pool
+from subspace_jax.nn.resample import resample_positions
 from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
 from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
@@ -42,6 +43,16 @@ from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
 from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
 from subspace_jax.nn.vision_output import VisionOutput
+from subspace_jax.nn.vision_transformer import (
+    VisionTransformer,
+    vision_transformer_apply,
+    vision_transformer_axes,
+    vision_transformer_init,
+    vision_transformer_shapes,
+    vision_transformer_specs,
+    with_image_size,
+)
+from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 __all__ = [
     "MLP",
@@ -66,6 +77,8 @@ __all__ = [
     "SwinTransformer",
     "VGGConfig",
     "VisionOutput",
+    "VisionTransformer",
+    "VisionTransformerConfig",
     "apply_rope",
     "attention",
     "batch_norm",
@@ -93,6 +106,7 @@ __all__ = [
     "linear",
     "max_pool",
     "normalize",
+    "resample_positions",
     "resnet_apply",
     "resnet_axes",
     "resnet_init",
@@ -112,4 +126,10 @@ __all__ = [
     "vgg_axes",
     "vgg_init",
     "vgg_specs",
+    "vision_transformer_apply",
+    "vision_transformer_axes",
+    "vision_transformer_init",
+    "vision_transformer_shapes",
+    "vision_transformer_specs",
+    "with_image_size",
 ]

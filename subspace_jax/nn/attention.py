@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries, windows, padding and packed sequences."""
+"""Attention with grouped queries: causal with windows, padding and packed sequences, or to everything."""
 
 import functools
 import math
@@ -58,6 +58,7 @@ def attention(
     *,
     mask: jax.Array | None = None,
     window: int | None = None,
+    causal: bool = True,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -69,8 +70,10 @@ def attention(
       query: ``[batch, length, heads, head_dim]``.
       key: ``[batch, slots, kv_heads, head_dim]``.
       value: ``[batch, slots, kv_heads, head_dim]``.
-      mask: ``[batch or 1, 1, length, slots]`` bool; None for plain causal attention, where ``slots == length``.
+      mask: ``[batch or 1, 1, length, slots]`` bool; None for plain causal attention, where ``slots == length``, or
+        without ``causal`` for attention to everything.
       window: Of plain causal attention: how many tokens a query sees, itself included.
+      causal: Whether a query without a mask sees its own and earlier slots only.
       scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default.
       implementation: "xla", which takes blocks of queries one by one where there are 2048 or more; "cudnn" for
         NVIDIA's flash attention, which keeps no scores (bfloat16 and float16 only); None for "cudnn" on a GPU where
@@ -88,20 +91,20 @@ def attention(
         raise ValueError(f"attention: {query.shape[2]} query heads can't share {key.shape[2]} key heads evenly")
 
     if implementation == "cudnn":
-        return _cudnn(query, key, value, mask, window, scale)
-    xla = functools.partial(_xla, mask=mask, window=window, scale=scale)
+        return _cudnn(query, key, value, mask, window, causal, scale)
+    xla = functools.partial(_xla, mask=mask, window=window, causal=causal, scale=scale)
     if implementation is None and mask is None and _cudnn_serves(query):
-        cudnn = functools.partial(_cudnn, mask=None, window=window, scale=scale)
+        cudnn = functools.partial(_cudnn, mask=None, window=window, causal=causal, scale=scale)
         # Which platform a program is for is known when it is lowered; a host with a GPU may compile for its CPU too.
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
     return xla(query, key, value)
 
 
-def _xla(query, key, value, mask, window, scale) -> jax.Array:
+def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
     # JAX's own version asks for a dot algorithm whose gradient can't be lowered under strict dtype promotion
     # (bfloat16, JAX 0.10.2), and it keeps the scores of all queries at once.
     batch, length, _, head_dim = query.shape
-    if mask is None:
+    if mask is None and causal:
         slots = jnp.arange(length, dtype=jnp.int32)
         mask = causal_mask(slots, slots[None], slots[None], window=window)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -110,7 +113,8 @@ def _xla(query, key, value, mask, window, scale) -> jax.Array:
     def some(queries_and_mask):
         grouped, mask = queries_and_mask
         scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=working_dtype(query))
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+        if mask is not None:
+            scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bkgts,bskd->btkgd", weights, value)
 
@@ -120,14 +124,14 @@ def _xla(query, key, value, mask, window, scale) -> jax.Array:
         # Of a long text the scores of one block of queries are kept at a time, in the backward pass too.
         count = length // BLOCK
         blocks = grouped.reshape(batch, count, BLOCK, *grouped.shape[2:]).swapaxes(0, 1)
-        masks = jnp.moveaxis(mask.reshape(*mask.shape[:2], count, BLOCK, -1), 2, 0)
+        masks = None if mask is None else jnp.moveaxis(mask.reshape(*mask.shape[:2], count, BLOCK, -1), 2, 0)
         mixed = jax.lax.map(jax.checkpoint(some, prevent_cse=False), (blocks, masks)).swapaxes(0, 1)
     return mixed.reshape(query.shape)
 
 
-def _cudnn(query, key, value, mask, window, scale) -> jax.Array:
-    plain = {"is_causal": True} if mask is None else {"mask": mask}
-    if mask is None and window is not None:
+def _cudnn(query, key, value, mask, window, causal, scale) -> jax.Array:
+    plain = {"is_causal": causal} if mask is None else {"mask": mask}
+    if mask is None and causal and window is not None:
         plain["local_window_size"] = (window - 1, 0)
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn", **plain)

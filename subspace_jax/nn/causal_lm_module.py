@@ -41,26 +41,28 @@ class CausalLM(nnx.Module):
             params = causal_lm_init(rngs.params(), config, param_dtype)
         self.config = config
         for name, part in params.items():
-            setattr(self, name, _variables(part, causal_lm_axes(config)[name]))
+            setattr(self, name, variables_of(part, causal_lm_axes(config)[name]))
 
     @property
     def params(self) -> PyTree:
         """The parameters, as :func:`causal_lm_apply` takes them."""
         names = ("embed", "position", "layers", "norm", "head")
-        return {name: _arrays(getattr(self, name)) for name in names if hasattr(self, name)}
+        return {name: arrays_of(getattr(self, name)) for name in names if hasattr(self, name)}
 
     def __call__(self, tokens: jax.Array, **options) -> jax.Array:
         """Returns the logits ``[batch, length, vocab]`` of tokens ``[batch, length]``, with its options."""
         return causal_lm_apply(self.config, self.params, tokens, **options).logits
 
 
-def _variables(tree: PyTree, axes: PyTree) -> PyTree:
+def variables_of(tree: PyTree, axes: PyTree) -> PyTree:
+    """Wraps the arrays of nested dicts as parameters with their logical axes."""
     if isinstance(tree, dict):
-        return nnx.Dict({name: _variables(part, axes[name]) for name, part in tree.items()})
+        return nnx.Dict({name: variables_of(part, axes[name]) for name, part in tree.items()})
     return nnx.Param(tree, axes=tuple(axes))
 
 
-def _arrays(tree: PyTree) -> PyTree:
+def arrays_of(tree: PyTree) -> PyTree:
+    """The inverse of :func:`variables_of`."""
     if isinstance(tree, nnx.Variable):
         return tree.get_value()
-    return {name: _arrays(part) for name, part in tree.items()}
+    return {name: arrays_of(part) for name, part in tree.items()}

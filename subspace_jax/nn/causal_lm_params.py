@@ -1,34 +1,16 @@
 """The parameters of a causal language model: one table of shapes, logical axes and initial values."""
 
 import math
-import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
+from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_count, spec_shapes
 
 PyTree = Any
-
-
-class ParamSpec(NamedTuple):
-    """One parameter before it exists.
-
-    Attributes:
-      shape: Its shape.
-      axes: Logical name of each axis, or None for one that is never split.
-      stddev: Standard deviation of the initial values; None for a parameter that begins constant.
-      value: The constant.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    stddev: float | None = None
-    value: float = 0.0
 
 
 def causal_lm_specs(config: CausalLMConfig) -> PyTree:
@@ -92,12 +74,12 @@ def causal_lm_specs(config: CausalLMConfig) -> PyTree:
 
 def causal_lm_axes(config: CausalLMConfig) -> PyTree:
     """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return _map_specs(lambda spec: P(*spec.axes), config)
+    return spec_axes(causal_lm_specs(config))
 
 
 def causal_lm_shapes(config: CausalLMConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
     """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return _map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), config)
+    return spec_shapes(causal_lm_specs(config), dtype)
 
 
 def causal_lm_init(key: jax.Array, config: CausalLMConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -111,25 +93,9 @@ def causal_lm_init(key: jax.Array, config: CausalLMConfig, dtype: DTypeLike = jn
     Returns:
       Nested dict of arrays, as :func:`causal_lm_specs` lays them out.
     """
-
-    def draw(path, spec: ParamSpec) -> jax.Array:
-        if spec.stddev is None:
-            return jnp.full(spec.shape, spec.value, dtype)
-        name = "/".join(entry.key for entry in path)
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return (spec.stddev * jax.random.normal(own, spec.shape, jnp.float32)).astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, causal_lm_specs(config), is_leaf=_is_spec)
+    return draw_params(key, causal_lm_specs(config), dtype)
 
 
 def count_params(config: CausalLMConfig) -> int:
     """Number of parameters of a model."""
-    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(causal_lm_specs(config), is_leaf=_is_spec))
-
-
-def _map_specs(f: Callable[[ParamSpec], Any], config: CausalLMConfig) -> PyTree:
-    return jax.tree.map(f, causal_lm_specs(config), is_leaf=_is_spec)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, ParamSpec)
+    return spec_count(causal_lm_specs(config))

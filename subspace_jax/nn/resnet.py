@@ -23,10 +23,10 @@ from jax.typing import DTypeLike
 from subspace_jax.linalg import working_dtype
 from subspace_jax.nn import _specs
 from subspace_jax.nn.batch_norm import batch_norm
-from subspace_jax.nn.causal_lm_params import ParamSpec
 from subspace_jax.nn.conv import conv
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.linear import linear
+from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
 from subspace_jax.nn.pooling import halve, max_pool
 from subspace_jax.nn.resnet_config import ResNetBlock, ResNetConfig
 from subspace_jax.nn.vision_output import VisionOutput
@@ -41,7 +41,7 @@ def resnet_specs(config: ResNetConfig) -> tuple[PyTree, PyTree]:
     arXiv 1706.02677, section 5.1).
     """
     params, stats = {"stem": {}}, {"stem": {}}
-    side, entering = (7 if len(config.stem) == 1 else 3), config.in_channels
+    side, entering = (7 if len(config.stem) == 1 else 3), config.channels
     for i, width in enumerate(config.stem):
         params["stem"][f"layer{i}"], stats["stem"][f"layer{i}"] = _layer_specs(side, entering, width)
         entering = width
@@ -79,13 +79,13 @@ def _layer_specs(side: int, m: int, n: int, groups: int = 1) -> tuple[dict, dict
 
 def resnet_axes(config: ResNetConfig) -> tuple[PyTree, PyTree]:
     """Returns the logical axis names of parameters and running statistics, two trees of ``PartitionSpec``."""
-    return _specs.axes_of(resnet_specs(config))
+    return spec_axes(resnet_specs(config))
 
 
 def resnet_shapes(config: ResNetConfig, dtype: DTypeLike = jnp.float32) -> tuple[PyTree, PyTree]:
     """Returns parameters (of type ``dtype``) and running statistics (float32) as ``ShapeDtypeStruct``."""
     params, stats = resnet_specs(config)
-    return _specs.shapes_of(params, dtype), _specs.shapes_of(stats, jnp.float32)
+    return spec_shapes(params, dtype), spec_shapes(stats, jnp.float32)
 
 
 def resnet_init(key: jax.Array, config: ResNetConfig, dtype: DTypeLike = jnp.float32) -> tuple[PyTree, PyTree]:
@@ -100,7 +100,7 @@ def resnet_init(key: jax.Array, config: ResNetConfig, dtype: DTypeLike = jnp.flo
       ``(params, batch_stats)``, as laid out above.
     """
     params, stats = resnet_specs(config)
-    return _specs.draw(key, params, dtype), _specs.draw(key, stats, jnp.float32)
+    return draw_params(key, params, dtype), draw_params(key, stats, jnp.float32)
 
 
 def resnet_apply(
@@ -127,7 +127,7 @@ def resnet_apply(
       train: Whether to normalise by the statistics of the batch, which are those of the global batch under ``jit``,
         and to drop branches.
       frozen_stats: Whether to use and keep the running statistics in training too, as a frozen base does.
-      key: Random key of stochastic depth; needed to train with a ``drop_path_rate``.
+      key: Random key of stochastic depth; needed to train with a ``drop_path``.
       capture: Hidden states to return: indices, or "all".  State 0 leaves the stem, state ``s + 1`` leaves stage ``s``.
       axis_name: Mesh axes that split the batch, inside ``shard_map``.
       remat: Whether to compute the inside of a block again in the backward pass instead of keeping it.
@@ -140,10 +140,10 @@ def resnet_apply(
     Raises:
       ValueError: The images have other channels, ``capture`` names no hidden state, or a key is missing.
     """
-    check_pixels(pixels, config.in_channels)
+    check_pixels(pixels, config.channels)
     wanted = captured(capture, len(config.depths) + 1)
     training = train and not frozen_stats
-    keys = branch_keys(key, train, config.drop_path_rate, sum(config.depths))
+    keys = branch_keys(key, train, config.drop_path, sum(config.depths))
     norm = functools.partial(
         batch_norm, train=training, eps=config.norm_eps, momentum=config.norm_momentum, axis_name=axis_name
     )
@@ -159,10 +159,10 @@ def resnet_apply(
         x = jax.nn.relu(x)
     hidden[0] = x
     x = max_pool(x, 3, strides=2, padding=1)
-    if config.family == "hf":
+    if config.convention == "hf":
         hidden[0] = x
 
-    rates = drop_path_rates(config.drop_path_rate, sum(config.depths))
+    rates = drop_path_rates(config.drop_path, sum(config.depths))
     for i, block in enumerate(config.blocks()):
         stage, name = block.name
         run = functools.partial(_block, config, block, norm, rates[i])
@@ -242,5 +242,5 @@ def branch_keys(key: jax.Array | None, train: bool, rate: float, blocks: int) ->
     if not train or rate == 0:
         return [None] * blocks
     if key is None:
-        raise ValueError(f"key: a random key is needed to train with drop_path_rate = {rate}, got None")
+        raise ValueError(f"key: a random key is needed to train with drop_path = {rate}, got None")
     return list(jax.random.split(key, blocks))

@@ -41,12 +41,13 @@ class ResNetConfig:
       first_strides: Step of the first stage, 1 or 2; it is 2 in all others.
       groups: Groups of the 3x3 convolutions of bottlenecks (ResNeXt, arXiv 1611.05431).
       num_classes: Classes of the linear head; 0 for a network without one.
-      in_channels: Channels of the images.
-      drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
+      channels: Channels of the images.
+      drop_path: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
       norm_eps: Added to the variance in every normalisation.
       norm_momentum: Weight of the old running statistics.
-      family: "hf" or "timm": hidden state 0 is what leaves the stem after its max-pool, or before it.  It changes
+      convention: "hf" or "timm": hidden state 0 is what leaves the stem after its max-pool, or before it.  It changes
         no other number.
+      architecture: timm's name of the architecture, of a model that came from there.
     """
 
     depths: tuple[int, ...]
@@ -59,14 +60,19 @@ class ResNetConfig:
     first_strides: int = 1
     groups: int = 1
     num_classes: int = 1000
-    in_channels: int = 3
-    drop_path_rate: float = 0.0
+    channels: int = 3
+    drop_path: float = 0.0
     norm_eps: float = 1e-5
     norm_momentum: float = 0.9
-    family: str = "timm"
+    convention: str = "timm"
+    architecture: str | None = None
 
     def __post_init__(self):
-        for name, known in (("block", ("bottleneck", "basic")), ("family", ("hf", "timm")), ("first_strides", (1, 2))):
+        for name, known in (
+            ("block", ("bottleneck", "basic")),
+            ("convention", ("hf", "timm")),
+            ("first_strides", (1, 2)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         if self.inner_widths is None:
@@ -84,13 +90,12 @@ class ResNetConfig:
             raise ValueError("block: a basic block has one width and no groups; expected 'bottleneck'")
         if self.groups < 1 or any(width % self.groups for width in self.inner_widths):
             raise ValueError(f"groups: expected a divisor of the inner widths {self.inner_widths}, got {self.groups}")
-        if self.num_classes < 0 or self.in_channels < 1:
+        if self.num_classes < 0 or self.channels < 1:
             raise ValueError(
-                f"num_classes: expected at least 0, got {self.num_classes}; in_channels: at least 1, got "
-                f"{self.in_channels}"
+                f"num_classes: expected at least 0, got {self.num_classes}; channels: at least 1, got {self.channels}"
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {self.drop_path_rate}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: expected a number in [0, 1), got {self.drop_path}")
 
     @property
     def out_features(self) -> int:

@@ -32,10 +32,10 @@ from jax.typing import DTypeLike
 from subspace_jax.linalg import working_dtype
 from subspace_jax.nn import _specs
 from subspace_jax.nn.causal_lm_config import ACTIVATIONS
-from subspace_jax.nn.causal_lm_params import ParamSpec
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
+from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
 from subspace_jax.nn.resnet import branch_keys, captured, check_pixels, head_logits
 from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.vision_output import VisionOutput
@@ -52,7 +52,7 @@ def swin_specs(config: SwinConfig) -> PyTree:
     """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters."""
     width, std = config.embed_dim, 0.02
     specs = {
-        "patch_embed": _specs.dense(config.patch_size**2 * config.in_channels, width, (None, "embed"), std),
+        "patch_embed": _specs.dense(config.patch_size**2 * config.channels, width, (None, "embed"), std),
         "embed_norm": _specs.scale_and_bias(width),
         "norm": _specs.scale_and_bias(config.out_features),
     }
@@ -88,12 +88,12 @@ def swin_specs(config: SwinConfig) -> PyTree:
 
 def swin_axes(config: SwinConfig) -> PyTree:
     """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return _specs.axes_of(swin_specs(config))
+    return spec_axes(swin_specs(config))
 
 
 def swin_shapes(config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
     """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return _specs.shapes_of(swin_specs(config), dtype)
+    return spec_shapes(swin_specs(config), dtype)
 
 
 def swin_init(key: jax.Array, config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -104,7 +104,7 @@ def swin_init(key: jax.Array, config: SwinConfig, dtype: DTypeLike = jnp.float32
       config: The model.
       dtype: Type of the parameters.
     """
-    return _specs.draw(key, swin_specs(config), dtype)
+    return draw_params(key, swin_specs(config), dtype)
 
 
 def swin_apply(
@@ -125,7 +125,7 @@ def swin_apply(
       params: Its parameters; kernels may be structured weights.
       pixels: Images ``[batch, height, width, channels]``, standardised, floating point.
       train: Whether to drop branches.
-      key: Random key of stochastic depth; needed to train with a ``drop_path_rate``.
+      key: Random key of stochastic depth; needed to train with a ``drop_path``.
       capture: Hidden states to return: indices, or "all".  State 0 are the embedded patches; see
         :class:`SwinConfig` on the others.
       remat: Whether to compute the inside of a block again in the backward pass instead of keeping it.
@@ -140,11 +140,11 @@ def swin_apply(
         of a "timm" model; the positions are those of another size; ``capture`` names no hidden state; or a key is
         missing.
     """
-    check_pixels(pixels, config.in_channels)
+    check_pixels(pixels, config.channels)
     _check_size(config, *pixels.shape[1:3])
     wanted = captured(capture, len(config.depths) + 1)
-    keys = branch_keys(key, train, config.drop_path_rate, sum(config.depths))
-    rates = drop_path_rates(config.drop_path_rate, sum(config.depths))
+    keys = branch_keys(key, train, config.drop_path, sum(config.depths))
+    rates = drop_path_rates(config.drop_path, sum(config.depths))
 
     x = _embed(config, params, pixels if dtype is None else pixels.astype(dtype))
     hidden = {0: x}
@@ -155,7 +155,7 @@ def swin_apply(
             key, rate = next(blocks)
             run = functools.partial(_block, config, stage, config.window // 2 if i % 2 else 0, rate)
             x = (jax.checkpoint(run) if remat else run)(own[f"block{i}"], x, key)
-        if config.family == "timm":
+        if config.convention == "timm":
             hidden[stage + 1] = x
         if "merge" in own:
             x = _merge(own["merge"], x)
@@ -175,7 +175,7 @@ def _check_size(config: SwinConfig, height: int, width: int) -> None:
         raise ValueError(f"pixels: the positions are those of images {config.image_size}, got {size}")
     if any(min(sides) < config.window for sides in maps):
         raise ValueError(f"pixels: images {size} have {maps} patches a stage, fewer than a window of {config.window}")
-    if config.family == "timm" and any(n % config.window for sides in maps for n in sides):
+    if config.convention == "timm" and any(n % config.window for sides in maps for n in sides):
         raise ValueError(
             f"pixels: images {size} have {maps} patches a stage; a timm model takes multiples of its window of "
             f"{config.window} only"
@@ -222,7 +222,7 @@ def _merge(params: PyTree, x: jax.Array) -> jax.Array:
 def _block(config, stage, shift, rate, params, x, key) -> jax.Array:
     first, second = (None, None) if key is None else jax.random.split(key)
     # A map that is one window has nothing to be shifted against.
-    native = config.maps(*config.image_size)[stage] if config.family == "timm" else x.shape[1:3]
+    native = config.maps(*config.image_size)[stage] if config.convention == "timm" else x.shape[1:3]
     shift = 0 if min(native) <= config.window else shift
     mixed = _window_attention(
         config, config.num_heads[stage], shift, params["attn"], _norm(params["norm1"], x, config.norm_eps)

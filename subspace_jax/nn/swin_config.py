@@ -23,11 +23,12 @@ class SwinConfig:
       qkv_bias: Whether queries, keys and values have biases.
       absolute_positions: Whether a learned table of positions is added to the patches.
       num_classes: Classes of the linear head; 0 for a model without one.
-      in_channels: Channels of the images.
-      drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
-      family: "hf" or "timm".  Of "hf", hidden state ``s + 1`` is taken after the patches of stage ``s`` are merged, and
-        whether windows are shifted depends on the image at hand.  Of "timm", it is taken before, shifts are those of
-        ``image_size``, and every stage has to be a whole number of windows.
+      channels: Channels of the images.
+      drop_path: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
+      convention: "hf" or "timm".  Of "hf", hidden state ``s + 1`` is taken after the patches of stage ``s`` are merged,
+        and whether windows are shifted depends on the image at hand.  Of "timm", it is taken before, shifts are those
+        of ``image_size``, and every stage has to be a whole number of windows.
+      architecture: timm's name of the architecture, of a model that came from there.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -42,15 +43,16 @@ class SwinConfig:
     qkv_bias: bool = True
     absolute_positions: bool = False
     num_classes: int = 1000
-    in_channels: int = 3
-    drop_path_rate: float = 0.0
-    family: str = "timm"
+    channels: int = 3
+    drop_path: float = 0.0
+    convention: str = "timm"
+    architecture: str | None = None
 
     def __post_init__(self):
-        for name, known in (("family", ("hf", "timm")), ("activation", tuple(ACTIVATIONS))):
+        for name, known in (("convention", ("hf", "timm")), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        for name in ("patch_size", "embed_dim", "window", "in_channels"):
+        for name in ("patch_size", "embed_dim", "window", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if len(self.image_size) != 2 or min(self.image_size) < self.patch_size:
@@ -64,8 +66,8 @@ class SwinConfig:
                 raise ValueError(f"num_heads: expected divisors of the widths {self.widths}, got {self.num_heads}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected at least 0, got {self.num_classes}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {self.drop_path_rate}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: expected a number in [0, 1), got {self.drop_path}")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 
 from subspace_jax.nn import _specs
 from subspace_jax.nn.batch_norm import batch_norm
-from subspace_jax.nn.causal_lm_params import ParamSpec
 from subspace_jax.nn.conv import conv
 from subspace_jax.nn.linear import linear
+from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes
 from subspace_jax.nn.pooling import max_pool
 from subspace_jax.nn.resnet import captured, check_pixels, head_logits
 from subspace_jax.nn.vision_output import VisionOutput
@@ -41,7 +41,7 @@ class VGGConfig:
       dropout: Rate of dropout after each of them.  The Grassmann study (arXiv 2308.01547) sets the last to 0.
       image_size: Height and width of the images, on which the first fully connected layer depends.
       num_classes: Classes of the linear head; 0 for a network without one.
-      in_channels: Channels of the images.
+      channels: Channels of the images.
       norm_eps: Added to the variance in every normalisation.
       norm_momentum: Weight of the old running statistics.
     """
@@ -52,7 +52,7 @@ class VGGConfig:
     dropout: tuple[float, ...] = (0.5, 0.5)
     image_size: tuple[int, int] = (224, 224)
     num_classes: int = 1000
-    in_channels: int = 3
+    channels: int = 3
     norm_eps: float = 1e-5
     norm_momentum: float = 0.9
 
@@ -78,7 +78,7 @@ class VGGConfig:
 
 def vgg_specs(config: VGGConfig) -> tuple[PyTree, PyTree]:
     """Describes parameters and running statistics: two nested dicts of :class:`ParamSpec`."""
-    params, stats, entering = {}, {}, config.in_channels
+    params, stats, entering = {}, {}, config.channels
     for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
         params[f"stage{stage}"], stats[f"stage{stage}"] = {}, {}
         for i in range(depth):
@@ -99,13 +99,13 @@ def vgg_specs(config: VGGConfig) -> tuple[PyTree, PyTree]:
 
 def vgg_axes(config: VGGConfig) -> tuple[PyTree, PyTree]:
     """Returns the logical axis names of parameters and running statistics, two trees of ``PartitionSpec``."""
-    return _specs.axes_of(vgg_specs(config))
+    return spec_axes(vgg_specs(config))
 
 
 def vgg_init(key: jax.Array, config: VGGConfig, dtype: DTypeLike = jnp.float32) -> tuple[PyTree, PyTree]:
     """Draws fresh parameters of type ``dtype``, and float32 running statistics of mean 0 and variance 1."""
     params, stats = vgg_specs(config)
-    return _specs.draw(key, params, dtype), _specs.draw(key, stats, jnp.float32)
+    return draw_params(key, params, dtype), draw_params(key, stats, jnp.float32)
 
 
 def vgg_apply(
@@ -142,7 +142,7 @@ def vgg_apply(
     Raises:
       ValueError: The images have another size or other channels, ``capture`` names no stage, or a key is missing.
     """
-    check_pixels(pixels, config.in_channels)
+    check_pixels(pixels, config.channels)
     if pixels.shape[1:3] != tuple(config.image_size):
         raise ValueError(f"pixels: expected images {config.image_size}, got {pixels.shape[1:3]}")
     if train and key is None and any(config.dropout):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from subspace_jax.nn.causal_lm_module import arrays_of
 from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init
 from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init
@@ -55,20 +56,16 @@ class ResNet(nnx.Module):
     @property
     def params(self) -> PyTree:
         """The parameters, as :func:`resnet_apply` takes them."""
-        return _arrays(self.weights)
+        return arrays_of(self.weights)
 
     @property
     def batch_stats(self) -> PyTree:
         """The running statistics, as :func:`resnet_apply` takes them."""
-        return _arrays(self.statistics)
+        return arrays_of(self.statistics)
 
-    def output(self, pixels: jax.Array, **options) -> VisionOutput:
+    def __call__(self, pixels: jax.Array, **options) -> VisionOutput:
         """Returns what :func:`resnet_apply` returns in this mode, with its options."""
         return _run(resnet_apply, self, pixels, options)
-
-    def __call__(self, pixels: jax.Array, **options) -> jax.Array:
-        """Returns logits ``[batch, classes]``, or pooled features where the network has no head."""
-        return _answer(self.output(pixels, **options))
 
 
 class VGG(nnx.Module):
@@ -96,20 +93,16 @@ class VGG(nnx.Module):
     @property
     def params(self) -> PyTree:
         """The parameters, as :func:`vgg_apply` takes them."""
-        return _arrays(self.weights)
+        return arrays_of(self.weights)
 
     @property
     def batch_stats(self) -> PyTree:
         """The running statistics, as :func:`vgg_apply` takes them."""
-        return _arrays(self.statistics)
+        return arrays_of(self.statistics)
 
-    def output(self, pixels: jax.Array, **options) -> VisionOutput:
+    def __call__(self, pixels: jax.Array, **options) -> VisionOutput:
         """Returns what :func:`vgg_apply` returns in this mode, with its options."""
         return _run(vgg_apply, self, pixels, options)
-
-    def __call__(self, pixels: jax.Array, **options) -> jax.Array:
-        """Returns logits ``[batch, classes]``, or pooled features where the network has no head."""
-        return _answer(self.output(pixels, **options))
 
 
 class SwinTransformer(nnx.Module):
@@ -146,16 +139,12 @@ class SwinTransformer(nnx.Module):
     @property
     def params(self) -> PyTree:
         """The parameters, as :func:`swin_apply` takes them."""
-        return _arrays(self.weights)
+        return arrays_of(self.weights)
 
-    def output(self, pixels: jax.Array, **options) -> VisionOutput:
+    def __call__(self, pixels: jax.Array, **options) -> VisionOutput:
         """Returns what :func:`swin_apply` returns in this mode, with its options."""
         options = {"train": not self.deterministic, "dtype": self.dtype, **options}
         return swin_apply(self.config, self.params, pixels, **options)
-
-    def __call__(self, pixels: jax.Array, **options) -> jax.Array:
-        """Returns logits ``[batch, classes]``, or pooled features where the model has no head."""
-        return _answer(self.output(pixels, **options))
 
 
 def _key(rngs: nnx.Rngs | None, name: str) -> jax.Array:
@@ -177,12 +166,6 @@ def _variables(tree: PyTree, axes: PyTree, kind: type[nnx.Variable]) -> PyTree:
     return kind(tree, axes=tuple(axes))
 
 
-def _arrays(tree: PyTree) -> PyTree:
-    if isinstance(tree, nnx.Variable):
-        return tree.get_value()
-    return {name: _arrays(part) for name, part in tree.items()}
-
-
 def _update(variables: PyTree, values: PyTree | None) -> None:
     if isinstance(variables, nnx.Variable):
         if values is not None:
@@ -201,7 +184,3 @@ def _run(apply: Callable[..., VisionOutput], module: nnx.Module, pixels: jax.Arr
     out = apply(module.config, module.params, module.batch_stats, pixels, **{**mode, **options})
     _update(module.statistics, out.batch_stats)
     return out
-
-
-def _answer(output: VisionOutput) -> jax.Array:
-    return output.pooled if output.logits is None else output.logits

@@ -131,11 +131,11 @@ def test_a_mesh_holds_the_same_numbers_in_shares(model, sizes, checkpoint, tmp_p
 
 def test_large_stacks_come_a_few_layers_at_a_time(checkpoint, monkeypatch):
     _, params = interop.load_causal_lm(checkpoint("llama"))
-    monkeypatch.setattr("subspace_jax.interop.causal_lm.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("subspace_jax.interop.placing.CHUNK_BYTES", 2000)
     _, chunked = interop.load_causal_lm(checkpoint("llama"))
     same(params, chunked)
     mesh = train.make_mesh(1, 4, 2)
-    monkeypatch.setattr("subspace_jax.interop.causal_lm.CHUNK_BYTES", 200)
+    monkeypatch.setattr("subspace_jax.interop.placing.CHUNK_BYTES", 200)
     _, split = interop.load_causal_lm(checkpoint("llama"), shardings=shardings_on(mesh))
     same(params, split)
     kernel = split["layers"]["attn"]["q"]["kernel"]

@@ -21,7 +21,7 @@ def channels_last(x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_hidden_states_and_logits(name):
-    config, tree = vision.load(name)
+    config, tree = interop.load_vision(vision.FOLDERS / name)
     wanted = vision.arrays(name)
     out = vision.run_resnet(config, tree, vision.pixels(name))
     tokens = wanted["features"] if "timm" in name else wanted["last_hidden_state"]
@@ -39,7 +39,7 @@ def test_features_hidden_states_and_logits(name):
     "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet_v1", "resnet_basic"))]
 )
 def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
-    config, tree = vision.load(name)
+    config, tree = interop.load_vision(vision.FOLDERS / name)
     wanted = vision.arrays(name)
 
     @jax.jit
@@ -57,7 +57,7 @@ def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
     np.testing.assert_allclose(out.logits, wanted["train_logits"], **CLOSE)
     np.testing.assert_allclose(loss, wanted["train_loss"], atol=1e-4)
     check_after(name, config, out.batch_stats)
-    stored = dict(interop.write_tensors(interop.resnet_names.tensor_names(config), {**tree, "params": grads}))
+    stored = vision.in_files(interop.resnet_names.tensor_names(config), {**tree, "params": grads})
     expected = [key for key in wanted if key.startswith("train_grad:")]
     assert len(expected) == 3
     for key in expected:
@@ -67,7 +67,7 @@ def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
 
 @pytest.mark.parametrize("name", ["resnet_timm"])
 def test_one_training_pass_of_timm_gives_running_statistics(name):
-    config, tree = vision.load(name)
+    config, tree = interop.load_vision(vision.FOLDERS / name)
     out = vision.run_resnet(config, tree, vision.pixels(name), train=True, capture=())
     np.testing.assert_allclose(out.logits, vision.arrays(name)["train_logits"], **CLOSE)
     check_after(name, config, out.batch_stats)
@@ -76,10 +76,10 @@ def test_one_training_pass_of_timm_gives_running_statistics(name):
 def check_after(name, config, batch_stats):
     wanted = {key.removeprefix("train_after:"): value for key, value in vision.arrays(name).items()}
     seen = 0
-    for tensor in interop.resnet_names.tensor_names(config):
+    for tensor in interop.resnet_names.tensor_names(config, "timm" if "timm" in name else "hf"):
         if tensor.name in wanted:
             value = batch_stats
-            for key in tensor.places[0].path[1:]:
+            for key in tensor.place.path[1:]:
                 value = value[key]
             np.testing.assert_allclose(value, wanted[tensor.name], rtol=1e-4, atol=1e-5)
             seen += 1
@@ -87,41 +87,50 @@ def check_after(name, config, batch_stats):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_written_is_what_was_read(name):
-    config, tree = vision.load(name)
-    stored = vision.tensors(name)
-    written = dict(interop.write_tensors(interop.resnet_names.tensor_names(config), tree))
-    counters = interop.resnet_names.counter_names(config)
-    assert written.keys() | set(counters) == stored.keys()
+def test_what_is_written_is_what_was_read(name, tmp_path):
+    config, tree = interop.load_vision(vision.FOLDERS / name)
+    interop.save_vision(tmp_path / "out", config, tree)
+    stored, written = vision.tensors(vision.FOLDERS / name), vision.tensors(tmp_path / "out")
+    assert written.keys() == {key for key in stored if not key.endswith("num_batches_tracked")}
     for key, value in written.items():
         np.testing.assert_array_equal(value, stored[key])
+        assert value.dtype == stored[key].dtype
+    assert interop.load_vision(tmp_path / "out")[0] == config
 
 
-def test_a_bare_model_without_prefix_and_head_is_read():
+def test_a_bare_model_without_prefix_and_head_is_read_and_written(tmp_path):
     stored = {
         key.removeprefix("resnet."): value
-        for key, value in vision.tensors("resnet").items()
+        for key, value in vision.tensors(vision.FOLDERS / "resnet").items()
         if not key.startswith("classifier.")
     }
-    config, tree = vision.load("resnet", stored)
+    config, tree = interop.load_vision(vision.changed(tmp_path / "in", "resnet", stored))
     assert config.num_classes == 0
-    _, whole = vision.load("resnet")
+    interop.save_vision(tmp_path / "out", config, tree)
+    again, same = interop.load_vision(tmp_path / "out")
+    assert again == config
+    _, whole = interop.load_vision(vision.FOLDERS / "resnet")
     del whole["params"]["head"]
     jax.tree.map(np.testing.assert_array_equal, tree, whole)
+    jax.tree.map(np.testing.assert_array_equal, same, whole)
 
 
-def test_files_of_timm_and_transformers_carry_the_same_network():
-    config = nn.ResNetConfig(depths=(1, 2), widths=(8, 16), stem=(8,), num_classes=3)
-    names = [interop.resnet_names.tensor_names(config, layout) for layout in ("hf", "timm")]
-    assert [t.places for t in names[0]] == [t.places for t in names[1]]
-    assert names[0][0].name == "resnet.embedder.embedder.convolution.weight"
-    assert names[1][0].name == "conv1.weight"
-
-
-def test_groups_of_resnext_are_read_off_the_kernels():
-    config = nn.ResNetConfig(depths=(1, 1), widths=(16, 32), inner_widths=(8, 16), groups=4, num_classes=3)
-    shapes = {tensor.name: tensor.shape for tensor in interop.resnet_names.tensor_names(config)}
-    assert interop.resnet_names.config_from_timm({"architecture": "resnext50_32x4d"}, shapes) == config
+@pytest.mark.parametrize(
+    "config",
+    [
+        nn.ResNetConfig.resnet(18, depths=(1, 1, 1, 1), widths=(8, 8, 8, 16), num_classes=3, channels=1),
+        nn.ResNetConfig.resnext50(depths=(1, 1, 1, 1), widths=(16, 16, 16, 16), inner_widths=(8,) * 4, groups=4),
+        nn.ResNetConfig.resnet_d(50, depths=(1, 1, 1, 1), widths=(16,) * 4, inner_widths=None, stem=(3, 4, 8)),
+    ],
+)
+def test_a_fresh_network_goes_to_a_folder_of_timm_and_back(config, tmp_path):
+    rng = np.random.default_rng(0)
+    params, stats = jax.tree.map(lambda s: rng.standard_normal(s.shape, s.dtype), nn.resnet_shapes(config))
+    tree = {"params": params, "batch_stats": stats}
+    interop.save_vision(tmp_path / "out", config, tree, "timm")
+    again, same = interop.load_vision(tmp_path / "out")
+    assert again == config.replace(architecture=again.architecture)
+    jax.tree.map(np.testing.assert_array_equal, same, tree)
 
 
 @pytest.mark.parametrize(
@@ -133,27 +142,28 @@ def test_groups_of_resnext_are_read_off_the_kernels():
         ({"global_pool": "max"}, "global_pool: expected 'avg'"),
     ],
 )
-def test_timm_networks_that_compute_something_else_are_refused(fields, message):
+def test_timm_networks_that_compute_something_else_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        vision.load("resnet_timm", **fields)
+        interop.load_vision(vision.changed(tmp_path, "resnet_timm", **fields))
 
 
-def test_files_of_another_network_are_refused_by_name():
-    stored = vision.tensors("resnet_timm")
+def test_files_of_another_network_are_refused_by_name(tmp_path):
+    stored = vision.tensors(vision.FOLDERS / "resnet_timm")
     stored["layer1.0.se.conv_reduce.weight"] = stored.pop("layer1.0.bn1.weight")
     with pytest.raises(ValueError, match=r"missing: \['layer1.0.bn1.weight'\]; unexpected: \['layer1.0.se"):
-        vision.load("resnet_timm", stored)
-    with pytest.raises(ValueError, match=r"classifier.1.weight: expected \(9, 48\), got \(7, 48\)"):
-        vision.load("resnet", id2label={str(i): "" for i in range(9)})
-    with pytest.raises(ValueError, match="model_type: expected 'resnet', got 'regnet'"):
-        vision.load("resnet", model_type="regnet")
+        interop.load_vision(vision.changed(tmp_path, "resnet_timm", stored))
+    nine = {str(i): "" for i in range(9)}
+    with pytest.raises(ValueError, match=r"classifier.1.weight: expected \(9, 48\).*, got \(7, 48\)"):
+        interop.load_vision(vision.changed(tmp_path, "resnet", id2label=nine))
     with pytest.raises(ValueError, match="hidden_act: expected 'relu'"):
-        vision.load("resnet", hidden_act="gelu")
+        interop.load_vision(vision.changed(tmp_path, "resnet", hidden_act="gelu"))
     with pytest.raises(ValueError, match="'hf' can't express a deep stem"):
         interop.resnet_names.tensor_names(nn.ResNetConfig.resnet_d(18), "hf")
+    config, tree = interop.load_vision(vision.FOLDERS / "resnet")
+    with pytest.raises(ValueError, match="'timm' has four stages"):
+        interop.save_vision(tmp_path / "out", config, tree, "timm")
 
 
 def test_absent_fields_have_the_defaults_of_transformers():
-    assert interop.resnet_names.config_from_hf({"model_type": "resnet"}) == nn.ResNetConfig.resnet(
-        50, num_classes=2, family="hf"
-    )
+    expected = nn.ResNetConfig.resnet(50, num_classes=2, convention="hf")
+    assert interop.resnet_names.config_from_hf({"model_type": "resnet"}) == expected

@@ -1,6 +1,7 @@
-"""Golden folders of convolutional networks and Swin, read without the loader."""
+"""Golden folders of vision models, and copies of them with something changed."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from subspace_jax import interop, nn
+from subspace_jax.interop.placing import to_stored
 
 FOLDERS = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 
@@ -19,28 +21,34 @@ def arrays(name):
         return dict(archive)
 
 
-def fields(name):
-    return json.loads((FOLDERS / name / "config.json").read_text())
-
-
-def tensors(name):
+def tensors(folder):
     """All tensors of a folder, as they are stored."""
-    return {key: np.array(tensor.read()) for key, tensor in interop.open_folder(FOLDERS / name).items()}
+    return {key: np.array(tensor.read()) for key, tensor in interop.open_folder(folder).items()}
 
 
-def names_of(name):
-    return interop.swin_names if name.startswith("swin") else interop.resnet_names
+def changed(folder, name, stored=None, **fields):
+    """Writes a golden folder with other tensors or fields of its config."""
+    stored = tensors(FOLDERS / name) if stored is None else stored
+    config = {**json.loads((FOLDERS / name / "config.json").read_text()), **fields}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {key: (value.shape, value.dtype) for key, value in stored.items()}
+    interop.write_safetensors(folder / "model.safetensors", shapes, stored.values())
+    return folder
 
 
-def load(name, stored=None, **changes):
-    """Config and arrays of a folder; ``stored`` in the place of its tensors."""
-    module, layout = names_of(name), "timm" if "timm" in name else "hf"
-    stored = tensors(name) if stored is None else stored
-    stored = {ours: stored[theirs] for theirs, ours in module.canonical_names(stored, layout).items()}
-    shapes = {key: value.shape for key, value in stored.items()}
-    read = module.config_from_timm if layout == "timm" else module.config_from_hf
-    config = read({**fields(name), **changes}, shapes)
-    return config, interop.read_tensors(module.tensor_names(config), stored)
+def in_files(names, tree):
+    """Arrays of ours by their names in files."""
+
+    def own(tensor):
+        value = tree
+        for key in tensor.place.path:
+            value = value[key]
+        return to_stored(tensor, np.asarray(value))
+
+    groups = itertools.groupby(sorted(names, key=lambda t: (t.name, t.part)), lambda t: t.name)
+    blocks = {name: [own(tensor) for tensor in parts] for name, parts in groups}
+    return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in blocks.items()}
 
 
 def pixels(name, key="pixel_values"):
@@ -51,9 +59,3 @@ def pixels(name, key="pixel_values"):
 def run_resnet(config, tree, images, train=False, capture="all"):
     with jax.default_matmul_precision("highest"):
         return nn.resnet_apply(config, tree["params"], tree["batch_stats"], images, train=train, capture=capture)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "capture"))
-def run_swin(config, params, images, capture="all"):
-    with jax.default_matmul_precision("highest"):
-        return nn.swin_apply(config, params, images, capture=capture)

@@ -14,7 +14,7 @@ def main(index, count, port, source, target):
     jax.distributed.initialize(f"localhost:{port}", count, index)
     mesh = train.make_mesh(1, 4, 2)
 
-    reader = importlib.import_module("subspace_jax.interop.causal_lm")
+    reader = importlib.import_module("subspace_jax.interop.placing")
     reader.CHUNK_BYTES = 500
     read_share, bytes_read = reader._read_share, []
 

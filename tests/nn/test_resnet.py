@@ -11,15 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import nn, train
-from subspace_jax.nn.causal_lm_params import ParamSpec
+from subspace_jax.nn.param_specs import spec_count
 
-TINY = nn.ResNetConfig.resnet_d(18, depths=(1, 1), widths=(8, 16), stem=(4, 4, 8), num_classes=5, drop_path_rate=0.3)
+TINY = nn.ResNetConfig.resnet_d(18, depths=(1, 1), widths=(8, 16), stem=(4, 4, 8), num_classes=5, drop_path=0.3)
 VGG = nn.VGGConfig((1, 1), (4, 8), (16, 12), (0.5, 0.0), image_size=(8, 8), num_classes=5)
-
-
-def count(specs):
-    leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return sum(int(np.prod(spec.shape)) for spec in leaves)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +49,11 @@ def step(config, params, stats, pixels, labels, key, options=()):
     ],
 )
 def test_well_known_networks_have_the_published_number_of_parameters(config, params):
-    assert count(nn.resnet_specs(config)[0]) == params
+    assert spec_count(nn.resnet_specs(config)[0]) == params
 
 
 def test_vgg13_with_batch_normalisation_has_the_published_number_of_parameters():
-    assert count(nn.vgg_specs(nn.VGGConfig())[0]) == 133_053_736
+    assert spec_count(nn.vgg_specs(nn.VGGConfig())[0]) == 133_053_736
 
 
 def test_a_sharded_step_is_that_of_one_device_statistics_included(tiny):
@@ -132,7 +127,7 @@ def test_grouped_convolution_keeps_groups_apart():
 
 
 def test_bfloat16_activations_give_float32_logits_and_statistics():
-    config = TINY.replace(drop_path_rate=0.0)
+    config = TINY.replace(drop_path=0.0)
     run = functools.partial(nn.resnet_apply, config, train=True, dtype=jnp.bfloat16, capture="all")
     params, stats = jax.eval_shape(lambda: nn.resnet_init(jax.random.key(0), config))
     out = jax.eval_shape(run, params, stats, jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
@@ -180,9 +175,9 @@ def test_networks_that_contradict_themselves_are_refused(make, message):
 
 def test_the_module_updates_its_statistics_in_training_mode_only(tiny):
     params, stats, pixels, _ = tiny
-    config = TINY.replace(num_classes=0, drop_path_rate=0.0)
+    config = TINY.replace(num_classes=0, drop_path=0.0)
     model = nn.ResNet(config, {k: v for k, v in params.items() if k != "head"}, stats)
-    call = nnx.jit(lambda model, x: model(x))
+    call = nnx.jit(lambda model, x: model(x).pooled)
     assert call(model, pixels).shape == (16, 16) == (16, model.out_features)
     jax.tree.map(np.testing.assert_array_equal, model.batch_stats, stats)
     model.train()
@@ -206,7 +201,7 @@ def test_vgg_drops_features_in_training():
     params, stats = jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
     x = rng.standard_normal((4, 8, 8, 3), np.float32)
     model = nn.VGG(VGG, params, stats)
-    run = nnx.jit(lambda model, x, key: model.output(x, key=key, capture="all"))
+    run = nnx.jit(lambda model, x, key: model(x, key=key, capture="all"))
     first, second = (run(model, x, jax.random.key(i)) for i in (0, 1))
     np.testing.assert_array_equal(first.logits, second.logits)
     assert first.logits.shape == (4, 5)

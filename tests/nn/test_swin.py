@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import nn, train
-from subspace_jax.nn.causal_lm_params import ParamSpec
+from subspace_jax.nn.param_specs import spec_count
 
-TINY = nn.SwinConfig((16, 16), 2, 8, (2, 1), (2, 2), window=3, num_classes=5, family="hf")
+TINY = nn.SwinConfig((16, 16), 2, 8, (2, 1), (2, 2), window=3, num_classes=5, convention="hf")
 
 
 def random_params(config):
@@ -38,8 +38,7 @@ def tiny():
 
 @pytest.mark.parametrize(("size", "params"), [("tiny", 28_288_354), ("base", 87_768_224)])
 def test_well_known_models_have_the_published_number_of_parameters(size, params):
-    specs = jax.tree.leaves(nn.swin_specs(nn.SwinConfig.swin(size)), is_leaf=lambda x: isinstance(x, ParamSpec))
-    assert sum(int(np.prod(spec.shape)) for spec in specs) == params
+    assert spec_count(nn.swin_specs(nn.SwinConfig.swin(size))) == params
 
 
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
@@ -54,7 +53,7 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
 
 
 def test_one_window_without_shift_is_plain_attention_with_a_bias():
-    config = nn.SwinConfig((6, 6), 2, 8, (2,), (2,), window=3, num_classes=0, family="hf")
+    config = nn.SwinConfig((6, 6), 2, 8, (2,), (2,), window=3, num_classes=0, convention="hf")
     params, pixels = random_params(config), np.random.default_rng(1).standard_normal((2, 6, 6, 3), np.float32)
     before, after = jax.jit(functools.partial(nn.swin_apply, config, capture=(0, 1)))(params, pixels).hidden
     np.testing.assert_allclose(after, jax.jit(plain_blocks)(params, before), atol=1e-5)
@@ -83,7 +82,7 @@ def plain_blocks(params, x):
 
 
 def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
-    config = TINY.replace(drop_path_rate=0.5, depths=(2, 1))
+    config = TINY.replace(drop_path=0.5, depths=(2, 1))
     run = jax.jit(functools.partial(nn.swin_apply, config, train=True))
     first, second = (run(*tiny, key=jax.random.key(i)).pooled for i in (0, 1))
     assert np.any(first != second)

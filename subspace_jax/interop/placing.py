@@ -1,0 +1,213 @@
+"""Arrays on devices from tensors in files: each process reads the slices of its own devices, one share at a time."""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from subspace_jax.interop.names import TensorName
+from subspace_jax.interop.safetensors_io import StoredTensor
+from subspace_jax.nn.param_specs import spec_axes, spec_shapes
+
+PyTree = Any
+Path = tuple[str, ...]
+Shardings = PyTree | Callable[[PyTree, PyTree], PyTree]
+Pieces = list[tuple[TensorName, StoredTensor]]
+
+CHUNK_BYTES = 32 * 2**20
+
+
+def read_params(
+    specs: PyTree,
+    tensors: Sequence[TensorName],
+    stored: Mapping[str, StoredTensor],
+    *,
+    shardings: Shardings | None = None,
+    dtype: DTypeLike | None = None,
+) -> PyTree:
+    """Reads every parameter straight onto its devices.
+
+    Args:
+      specs: Tree of :class:`ParamSpec`.
+      tensors: The tensors of the checkpoint, those of a stacked array in the order of its layers.
+      stored: The same by name, as they are in the files.
+      shardings: Tree of shardings with the layout of the parameters, or a function ``(shapes, axes) -> shardings``;
+        all on one device by default.
+      dtype: Type of the parameters; the one in the files by default.
+    """
+    shapes = spec_shapes(specs)
+    if callable(shardings):
+        shardings = shardings(shapes, spec_axes(specs))
+    elif shardings is None:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: one, shapes)
+
+    pieces: dict[Path, Pieces] = {}
+    for tensor in tensors:
+        pieces.setdefault(tensor.place.path, []).append((tensor, stored[tensor.name]))
+
+    def read(path, shape: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        own = pieces[tuple(entry.key for entry in path)]
+        return _place(own, shape.shape, sharding, _common_dtype(own) if dtype is None else np.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(read, shapes, shardings)
+
+
+def match_tensors(
+    folder: str | os.PathLike,
+    what: str,
+    specs: PyTree,
+    tensors: Sequence[TensorName],
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    """Refuses files that hold fewer tensors than a model needs, more, or others.
+
+    Args:
+      folder: The checkpoint, for the message.
+      what: The model, for the message.
+      specs: Its parameters.
+      tensors: Its tensors.
+      stored: Those in the files.
+
+    Raises:
+      ValueError: Tensors are missing or unexpected, or of another shape, or not of floating point; the message names
+        them.
+    """
+    expected = {tensor.name for tensor in tensors}
+    missing, unexpected = sorted(expected - stored.keys()), sorted(stored.keys() - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder}: the weights are not those of {what}; missing: {some(missing)}; unexpected: {some(unexpected)}"
+        )
+    wrong = []
+    for tensor in tensors:
+        found, shape = stored[tensor.name], stored_shape(specs, tensor)
+        if found.shape != shape:
+            wrong.append(f"{tensor.name}: expected {shape} from config.json, got {found.shape}")
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            wrong.append(f"{tensor.name}: expected floating point, got {found.dtype}")
+    wrong = list(dict.fromkeys(wrong))
+    if wrong:
+        raise ValueError(f"{folder}: {'; '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
+
+
+def some(names: list[str]) -> str:
+    """Shows the first few of many names."""
+    return f"{names[:8]}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "none"
+
+
+def stored_shape(specs: PyTree, tensor: TensorName) -> tuple[int, ...]:
+    """The shape of a tensor in a checkpoint, with the parts of other arrays where it has such."""
+    spec = specs
+    for key in tensor.place.path:
+        spec = spec[key]
+    block = _block_shape(tensor, spec.shape if tensor.place.layer is None else spec.shape[1:])
+    return (tensor.part[1] * block[0], *block[1:]) if block else block
+
+
+def to_stored(tensor: TensorName, value: np.ndarray) -> np.ndarray:
+    """Turns an array of ours, without its axis of layers, into the tensor of a checkpoint or its part of one."""
+    block = _block_shape(tensor, value.shape)
+    order = _order(tensor, len(block))
+    return value.reshape([block[axis] for axis in order]).transpose(np.argsort(order) if order else ())
+
+
+def _block_shape(tensor: TensorName, own: tuple[int, ...]) -> tuple[int, ...]:
+    if tensor.shape is not None:
+        return tensor.shape
+    order = _order(tensor, len(own))
+    return tuple(own[order.index(axis)] for axis in range(len(own)))
+
+
+def _order(tensor: TensorName, ndim: int) -> tuple[int, ...]:
+    if tensor.order is not None:
+        return tensor.order
+    return tuple(range(ndim))[::-1] if tensor.transposed else tuple(range(ndim))
+
+
+def _common_dtype(pieces: Pieces) -> np.dtype:
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(jnp.result_type(*{stored.dtype for _, stored in pieces}))
+
+
+def _place(pieces: Pieces, shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype) -> jax.Array:
+    """Reads one parameter; a large stack comes to the devices a few layers at a time."""
+    stacked, share = pieces[0][0].place.layer is not None, sharding.shard_shape(shape)
+    nbytes = int(np.prod(share, dtype=np.int64)) * dtype.itemsize
+    if not stacked or nbytes <= CHUNK_BYTES or share[0] != shape[0]:
+        return _place_whole(pieces, shape, sharding, dtype)
+    layers = shape[0]
+    count = max(n for n in range(1, layers + 1) if layers % n == 0 and (n == 1 or n * nbytes <= CHUNK_BYTES * layers))
+    array = jnp.zeros(shape, dtype, device=sharding)
+    for start in range(0, layers, count):
+        chunk = _place_whole(pieces[start : start + count], (count, *shape[1:]), sharding, dtype)
+        array = jax.block_until_ready(_insert(array, chunk, start))
+    return jax.device_put(array, sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(array: jax.Array, chunk: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, chunk, start, 0)
+
+
+def _place_whole(pieces: Pieces, shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype) -> jax.Array:
+    """Reads share by share: the host holds one share at a time, not those of all its devices."""
+    holders: dict[tuple, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shares = {}
+    for bounds, devices in holders.items():
+        share = _read_share(pieces, shape, tuple(slice(*b) for b in bounds), dtype)
+        for device in devices:
+            shares[device] = jax.device_put(share, SingleDeviceSharding(device))
+        jax.block_until_ready([shares[device] for device in devices])
+    # The order of the map is that in which JAX keeps the devices of a sharding.
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, [shares[device] for device in sharding.addressable_devices_indices_map(shape)]
+    )
+
+
+def _read_share(pieces: Pieces, shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    share = np.empty([s.stop - s.start for s in index], dtype)
+    if pieces[0][0].place.layer is None:
+        _copy(share, _read_part(*pieces[0], shape, index))
+        return share
+    for i in range(index[0].start, index[0].stop):
+        # The target is a view, down to a single number.
+        target = share[i - index[0].start : i - index[0].start + 1].reshape(share.shape[1:])
+        _copy(target, _read_part(*pieces[i], shape[1:], index[1:]))
+    return share
+
+
+def _read_part(
+    tensor: TensorName, stored: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Maps the part of a tensor that is at ``index`` of our array of one layer."""
+    number, count = tensor.part
+    order = _order(tensor, len(stored.shape))
+    rows = stored.shape[0] // count if stored.shape else 0
+    if tensor.shape is not None:
+        # Tensors that need another shape are tokens, positions and patch kernels, and small.
+        whole = stored.read((slice(number * rows, (number + 1) * rows),) if stored.shape else ())
+        return np.asarray(whole).transpose(order).reshape(shape)[index]
+    found = [index[order.index(axis)] for axis in range(len(order))]
+    if found:
+        found[0] = slice(found[0].start + number * rows, found[0].stop + number * rows)
+    return np.asarray(stored.read(tuple(found))).transpose(order)
+
+
+def _copy(target: np.ndarray, source: np.ndarray, tile: int = 256) -> None:
+    """Copies in tiles: a transposed matrix read row by row would visit every page of the file once for each row."""
+    if target.ndim < 2:
+        target[...] = source
+        return
+    for i, j in itertools.product(range(0, target.shape[0], tile), range(0, target.shape[1], tile)):
+        target[i : i + tile, j : j + tile] = source[i : i + tile, j : j + tile]
