@@ -14,7 +14,7 @@ from subspace_jax.data.image_augment import (
     three_augment,
 )
 from subspace_jax.data.images import Images, decode_image, image_folder, image_set
-from subspace_jax.data.mixing import mix_images, smooth_targets
+from subspace_jax.data.mixing import mix_images
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
 from subspace_jax.data.sources import ImageSource, default_data_dir, image_source
 from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
@@ -42,7 +42,6 @@ __all__ = [
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
-    "smooth_targets",
     "standardize",
     "steps_per_epoch",
     "three_augment",

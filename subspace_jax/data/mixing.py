@@ -3,68 +3,51 @@
 import jax
 import jax.numpy as jnp
 
-__all__ = ["mix_images", "smooth_targets"]
-
-
-def smooth_targets(labels: jax.Array, num_classes: int, label_smoothing: float = 0.0) -> jax.Array:
-    """Returns float32 targets ``[batch, classes]``: ``1 - a`` on the label, plus ``a / classes`` everywhere.
-
-    Args:
-      labels: ``[batch]`` integers.
-      num_classes: Number of classes.
-      label_smoothing: ``a``, in [0, 1) (Szegedy et al., arXiv 1512.00567, section 7).
-
-    Raises:
-      ValueError: ``label_smoothing`` is out of range.
-    """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    return (1 - label_smoothing) * jax.nn.one_hot(labels, num_classes) + label_smoothing / num_classes
+__all__ = ["mix_images"]
 
 
 def mix_images(
     key: jax.Array,
     images: jax.Array,
-    targets: jax.Array,
     *,
     mixup: float = 0.8,
     cutmix: float = 1.0,
     switch: float = 0.5,
     probability: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image of a batch with its counterpart from the other end, and their targets in the same proportion.
+    """Mixes every image of a batch with its counterpart from the other end.
 
     Mixup (arXiv 1710.09412) averages whole images with weight ``lam ~ Beta(mixup, mixup)``; CutMix (arXiv 1905.04899)
-    pastes a rectangle of area ``1 - lam``, ``lam ~ Beta(cutmix, cutmix)``, and takes ``lam`` from what is pasted.  One
-    choice holds for the whole batch, as in timm, also where the batch is split over devices.
+    pastes a rectangle of area ``1 - lam``, ``lam ~ Beta(cutmix, cutmix)``, as far as it lies inside.  One choice holds
+    for the whole batch, as in timm, also where the batch is split over devices.
+
+    The loss is mixed by the same weight ``w``, which equals the loss of mixed targets and needs no array of them::
+
+        w * loss(logits, labels) + (1 - w) * loss(logits, labels[::-1])
 
     Args:
       key: Random key, such as the one of a train step.
       images: ``[batch, height, width, channels]``, floating point.
-      targets: ``[batch, classes]``, from :func:`smooth_targets`.
       mixup: Parameter of the Beta distribution; 0 for no Mixup.
       cutmix: Likewise of CutMix.
       switch: Share of the batches that CutMix takes, where both are on.
       probability: Share of the batches that are mixed at all.
 
     Returns:
-      Images and targets of the same shapes and dtypes.
+      Images of the same shape and dtype, and the share of its own pixels in each, a float32 scalar.
 
     Raises:
-      ValueError: A number is out of range, or the shapes don't fit.
+      ValueError: A number is out of range, or the images have another number of axes.
     """
-    if images.ndim != 4 or targets.ndim != 2 or images.shape[0] != targets.shape[0]:
-        raise ValueError(
-            "mix_images: expected images [batch, height, width, channels] and targets [batch, classes], got "
-            f"{images.shape} and {targets.shape}"
-        )
+    if images.ndim != 4:
+        raise ValueError(f"mix_images: expected images [batch, height, width, channels], got {images.shape}")
     if mixup < 0 or cutmix < 0:
         raise ValueError(f"mixup and cutmix: expected at least 0, got {mixup} and {cutmix}")
     for name, value in (("switch", switch), ("probability", probability)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     if not mixup and not cutmix:
-        return images, targets
+        return images, jnp.ones(())
     share = (switch if mixup else 1.0) if cutmix else 0.0
     which, whether, blend, cut, place = jax.random.split(key, 5)
     cuts = jax.random.uniform(which) < share
@@ -73,13 +56,12 @@ def mix_images(
     inside = jnp.zeros(images.shape[1:3], bool)
     if cutmix:
         inside = _rectangle(place, 1 - jax.random.beta(cut, cutmix, cutmix), *images.shape[1:3])
-    # Weight of the image's own pixels: one number, or 0 and 1 by place; and of its target.
+    # Weight of the image's own pixels: one number, or 0 and 1 by place.
     own = jnp.where(cuts, jnp.where(inside, 0.0, 1.0), blended)
     own = jnp.where(mixes, own, 1.0)
-    weight = jnp.mean(own)
     other = images[::-1].astype(jnp.float32)
     mixed = other + own[None, :, :, None] * (images.astype(jnp.float32) - other)
-    return mixed.astype(images.dtype), weight * targets + (1 - weight) * targets[::-1]
+    return mixed.astype(images.dtype), jnp.mean(own)
 
 
 def _rectangle(key: jax.Array, area: jax.Array, height: int, width: int) -> jax.Array:

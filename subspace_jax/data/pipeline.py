@@ -79,9 +79,8 @@ def train_batches(
       transform: ``transform(example, rng) -> example``, applied to each example, such as
         :func:`subspace_jax.data.random_crop_flip`.  ``rng`` depends on the seed and on the example's place in the
         stream, not on the process.  Examples need one shape only after it.
-      repeats: How often a batch holds each of its examples, changed by ``transform`` anew each time (repeated
-        augmentation, arXiv 1901.09335); a divisor of ``batch_size``.  An epoch keeps its length, and so shows one
-        example in ``repeats``.
+      repeats: How often an example comes in a row, changed by ``transform`` anew each time (repeated augmentation,
+        arXiv 1901.09335).  An epoch keeps its length, and so shows one example in ``repeats``.
       num_epochs: Epochs after which the iterator ends; None goes on for ever.
       process_index: This process; ``jax.process_index()`` by default.
       process_count: All processes; ``jax.process_count()`` by default.
@@ -102,8 +101,8 @@ def train_batches(
         raise ValueError(f"seed: expected at least 0, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs: expected at least 1, or None for no end, got {num_epochs}")
-    if repeats < 1 or batch_size % repeats:
-        raise ValueError(f"repeats: expected a divisor of batch_size {batch_size}, got {repeats}")
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
     steps = steps_per_epoch(num_examples, batch_size)
 
     # A permutation per epoch, rather than grain's shuffle: that takes some 20 us for each row.
