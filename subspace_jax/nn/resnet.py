@@ -1,16 +1,4 @@
-"""Residual networks of the ResNet family as pure functions of parameters and running statistics.
-
-The parameters are nested dicts; a "layer" is a convolution without bias and the batch normalisation after it::
-
-    stem/layer{0..}/conv/kernel                      [7, 7, 3, width], or three of 3x3
-    stem/layer{0..}/norm/{scale, bias}               [width]
-    stage{s}/block{b}/layer{0..}/conv/kernel         [1 or 3, 1 or 3, in / groups, out]
-    stage{s}/block{b}/layer{0..}/norm/{scale, bias}
-    stage{s}/block{b}/shortcut/{conv, norm}/...      where a block changes width or resolution
-    head/{kernel, bias}                              [features, classes], where there are classes
-
-The running statistics are a tree of their own, which no optimizer meets: the same paths, ``norm/{mean, var}``.
-"""
+"""Residual networks of the ResNet family as pure functions of parameters and running statistics."""
 
 import functools
 from collections.abc import Sequence
@@ -37,8 +25,22 @@ PyTree = Any
 def resnet_specs(config: ResNetConfig) -> tuple[PyTree, PyTree]:
     """Describes parameters and running statistics: two nested dicts of :class:`ParamSpec`.
 
+    A "layer" is a convolution without bias and the batch normalisation after it::
+
+        stem/layer{0..}/conv/kernel                      [7, 7, 3, width], or three of 3x3
+        stem/layer{0..}/norm/{scale, bias}               [width]
+        stage{s}/block{b}/layer{0..}/conv/kernel         [1 or 3, 1 or 3, in / groups, out]
+        stage{s}/block{b}/layer{0..}/norm/{scale, bias}  [out]
+        stage{s}/block{b}/shortcut/{conv, norm}/...      where a block changes width or resolution
+        head/{kernel, bias}                              [features, classes], where there are classes
+
+    The running statistics are a tree of their own, which no optimizer meets: the same paths, ``norm/{mean, var}``.
+
     The last normalisation of every block begins with scale 0, so that a fresh network is shallow (Goyal et al.,
     arXiv 1706.02677, section 5.1).
+
+    Args:
+      config: The network.
     """
     params, stats = {"stem": {}}, {"stem": {}}
     side, entering = (7 if len(config.stem) == 1 else 3), config.channels
@@ -97,7 +99,7 @@ def resnet_init(key: jax.Array, config: ResNetConfig, dtype: DTypeLike = jnp.flo
       dtype: Type of the parameters; the statistics are float32.
 
     Returns:
-      ``(params, batch_stats)``, as laid out above.
+      ``(params, batch_stats)``, as :func:`resnet_specs` lays them out.
     """
     params, stats = resnet_specs(config)
     return draw_params(key, params, dtype), draw_params(key, stats, jnp.float32)

@@ -1,20 +1,5 @@
 """Swin transformers as pure functions of parameters.
 
-The parameters are nested dicts::
-
-    patch_embed/{kernel, bias}                        [patch^2 channels, e]: rows, columns, channels of a patch
-    embed_norm/{scale, bias}                          [e]
-    position/embedding                                [patches, e], with absolute positions only
-    stage{s}/block{b}/norm1/{scale, bias}             [c], c = e 2^s
-    stage{s}/block{b}/attn/{q, k, v, out}/{kernel, bias}  [c, c]
-    stage{s}/block{b}/attn/relative_bias/table        [(2 window - 1)^2, heads]
-    stage{s}/block{b}/norm2/{scale, bias}             [c]
-    stage{s}/block{b}/mlp/{up, down}/{kernel, bias}   [c, f], [f, c]
-    stage{s}/merge/norm/{scale, bias}                 [4 c], of all stages but the last
-    stage{s}/merge/reduction/kernel                   [4 c, 2 c]
-    norm/{scale, bias}                                [features]
-    head/{kernel, bias}                               [features, classes], where there are classes
-
 What depends on shapes alone, indices into the bias table and masks of shifted windows, is computed in NumPy when a
 program is traced.
 """
@@ -49,7 +34,26 @@ HIDDEN = -100.0
 
 
 def swin_specs(config: SwinConfig) -> PyTree:
-    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters."""
+    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+
+    ::
+
+        patch_embed/{kernel, bias}                        [patch^2 channels, e]: rows, columns, channels of a patch
+        embed_norm/{scale, bias}                          [e]
+        position/embedding                                [patches, e], with absolute positions only
+        stage{s}/block{b}/norm1/{scale, bias}             [c], c = e 2^s
+        stage{s}/block{b}/attn/{q, k, v, out}/{kernel, bias}  [c, c]
+        stage{s}/block{b}/attn/relative_bias/table        [(2 window - 1)^2, heads]
+        stage{s}/block{b}/norm2/{scale, bias}             [c]
+        stage{s}/block{b}/mlp/{up, down}/{kernel, bias}   [c, f], [f, c]
+        stage{s}/merge/norm/{scale, bias}                 [4 c], of all stages but the last
+        stage{s}/merge/reduction/kernel                   [4 c, 2 c]
+        norm/{scale, bias}                                [features]
+        head/{kernel, bias}                               [features, classes], where there are classes
+
+    Args:
+      config: The model.
+    """
     width, std = config.embed_dim, 0.02
     specs = {
         "patch_embed": _specs.dense(config.patch_size**2 * config.channels, width, (None, "embed"), std),

@@ -1,12 +1,4 @@
-"""VGG with batch normalisation as pure functions of parameters and running statistics.
-
-::
-
-    stage{s}/layer{i}/conv/{kernel, bias}     [3, 3, in, out]
-    stage{s}/layer{i}/norm/{scale, bias}      [out]; running statistics norm/{mean, var} in a tree of their own
-    hidden{i}/{kernel, bias}                  [in, out]
-    head/{kernel, bias}                       [features, classes], where there are classes
-"""
+"""VGG with batch normalisation as pure functions of parameters and running statistics."""
 
 import dataclasses
 import functools
@@ -77,7 +69,18 @@ class VGGConfig:
 
 
 def vgg_specs(config: VGGConfig) -> tuple[PyTree, PyTree]:
-    """Describes parameters and running statistics: two nested dicts of :class:`ParamSpec`."""
+    """Describes parameters and running statistics: two nested dicts of :class:`ParamSpec`.
+
+    ::
+
+        stage{s}/layer{i}/conv/{kernel, bias}     [3, 3, in, out]
+        stage{s}/layer{i}/norm/{scale, bias}      [out]; running statistics norm/{mean, var} in a tree of their own
+        hidden{i}/{kernel, bias}                  [in, out]
+        head/{kernel, bias}                       [features, classes], where there are classes
+
+    Args:
+      config: The network.
+    """
     params, stats, entering = {}, {}, config.channels
     for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
         params[f"stage{stage}"], stats[f"stage{stage}"] = {}, {}
