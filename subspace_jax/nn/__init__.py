@@ -16,7 +16,7 @@ from subspace_jax.nn.causal_lm_params import (
     causal_lm_specs,
     count_params,
 )
-from subspace_jax.nn.conv import conv
+from subspace_jax.nn.conv import StructuredConv, conv
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
 from subspace_jax.nn.generate import Generated, generate, keep_top_p
@@ -71,6 +71,7 @@ __all__ = [
     "ResNetConfig",
     "Rope",
     "SoftmaxHead",
+    "StructuredConv",
     "StructuredKernel",
     "StructuredTable",
     "SwinConfig",
