@@ -13,9 +13,11 @@ from subspace_jax.data.image_augment import (
     standardize,
     three_augment,
 )
+from subspace_jax.data.image_processor import ImageProcessor
 from subspace_jax.data.images import Images, decode_image, image_folder, image_set
 from subspace_jax.data.mixing import mix_images
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
+from subspace_jax.data.resize import resize_uint8
 from subspace_jax.data.sources import ImageSource, default_data_dir, image_source
 from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
 
@@ -23,6 +25,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "EvalImage",
+    "ImageProcessor",
     "ImageSource",
     "Images",
     "Source",
@@ -42,6 +45,7 @@ __all__ = [
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
+    "resize_uint8",
     "standardize",
     "steps_per_epoch",
     "three_augment",

@@ -1,9 +1,9 @@
-"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out."""
+"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out, of language models and of vision transformers."""
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,14 @@ from subspace_jax.adapters.surface import settings_of
 from subspace_jax.interop.names import Place, module_places
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import read_header, write_safetensors
+from subspace_jax.interop.vision_adapters import vision_adapter_names, without_effect
 from subspace_jax.nn import CausalLMConfig, causal_lm_specs
+from subspace_jax.nn.dual_tower import DualTowerConfig, dual_tower_specs
+from subspace_jax.nn.vision_transformer import vision_transformer_specs
+from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 PyTree = Any
+Config = CausalLMConfig | VisionTransformerConfig | DualTowerConfig
 
 _PREFIX = "base_model.model."
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,11 +73,13 @@ class PeftAdapter:
     fields: Mapping[str, Any]
 
 
-def load_peft_adapter(folder: str | os.PathLike, config: CausalLMConfig) -> PeftAdapter:
-    """Reads a folder that PEFT wrote for a causal language model, LoRA, rsLoRA or DoRA.
+def load_peft_adapter(folder: str | os.PathLike, config: Config) -> PeftAdapter:
+    """Reads a folder that PEFT wrote, LoRA, rsLoRA or DoRA.
 
-    Layers that the folder leaves out, or gives another rank, are filled up with zeros, because our layers are stacked.
-    Factors come as float32, as PEFT has them.  A stored copy of an adapted embedding is passed over.
+    Paths of ViT, DeiT and DINOv2 may be those of transformers 5 or of 4 (PEFT itself takes only those of the version
+    that it runs on).  A head under ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or
+    gives another rank, are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has
+    them.  A stored copy of an adapted embedding is passed over.
 
     Args:
       folder: Has ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -97,8 +104,9 @@ def load_peft_adapter(folder: str | os.PathLike, config: CausalLMConfig) -> Peft
         raise FileNotFoundError(f"{folder}: has no {_TENSORS}")
     tensors = {_plain_name(name): t for name, t in read_header(folder / _TENSORS)[0].items()}
     _check_fields(fields, config)
-    settings, names = _layout(fields, config)
-    specs, arrays = causal_lm_specs(config), {}
+    version = _version(config, tensors)
+    settings, names = _layout(fields, config, version)
+    specs, arrays = _specs(config), {}
     for path, modules in names.items():
         shape, setting = _at(specs, path.split("/")).shape, settings[path]
         stacked = shape[:-2] if isinstance(setting, LoRA | DoRA) else ()
@@ -117,8 +125,8 @@ def load_peft_adapter(folder: str | os.PathLike, config: CausalLMConfig) -> Peft
                 full = _full_shape(setting, shape, name)
                 own = arrays.setdefault((path, name), np.zeros(full, np.float32))
                 own[(layer, *(slice(0, n) for n in value.shape))] = value
-    for module in [m for m in tensors if m.endswith(".base_layer.weight")]:
-        del tensors[module]
+    for name in [n for n in tensors if n.endswith(".base_layer.weight") or without_effect(n.split(".lora_")[0])]:
+        del tensors[name]
     if tensors:
         raise ValueError(f"{folder}: tensors that no target has: {[_PREFIX + name for name in sorted(tensors)][:5]}")
     trainable: dict = {}
@@ -132,12 +140,13 @@ def load_peft_adapter(folder: str | os.PathLike, config: CausalLMConfig) -> Peft
 
 def save_peft_adapter(
     folder: str | os.PathLike,
-    config: CausalLMConfig,
+    config: Config,
     trainable: PyTree,
     settings: Mapping[str, Any],
     *,
     base_model: str = "",
     fields: Mapping[str, Any] | None = None,
+    names: str = "v5",
 ) -> None:
     """Writes a folder that PEFT reads.
 
@@ -148,16 +157,18 @@ def save_peft_adapter(
       settings: Their rules, LoRA, DoRA or Full only.
       base_model: Name or folder of the checkpoint that the adapter belongs to.
       fields: Those of an adapter that was read, to be written as they were; made from the settings by default.
+      names: "v5" for the paths that ViT and DeiT have on transformers 5, "v4" for those on 4; fields that were read
+        name the paths of one of them.
 
     Raises:
       ValueError: A setting has no counterpart in PEFT, LoRA and DoRA or two kinds of scale are mixed, or the fields
         are not those of these adapters.
     """
     chosen = settings_of(trainable, settings)
-    made = fields or _fields(config, chosen, base_model)
+    made = fields or _fields(config, chosen, base_model, names)
     _check_fields(made, config)
-    expected, names = _layout(made, config)
-    specs, tensors = causal_lm_specs(config), {}
+    expected, modules_of = _layout(made, config, names)
+    specs, tensors = _specs(config), {}
     if expected.keys() != chosen.keys():
         raise ValueError(f"fields: mean {sorted(expected)}, the adapters are of {sorted(chosen)}")
     for path, setting in chosen.items():
@@ -167,7 +178,7 @@ def save_peft_adapter(
             expected[path].scale,
         ):
             raise ValueError(f"fields: mean {expected[path]} for {path}, the adapter is {setting}")
-    for path, modules in names.items():
+    for path, modules in modules_of.items():
         shape, own = _at(specs, path.split("/")).shape, _at(trainable, path.split("/"))
         for module, layer in modules.items():
             for name, (suffix, stored, transposed) in _tensors(expected[path], path, shape, layer).items():
@@ -190,7 +201,7 @@ def _plain_name(name: str) -> str:
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
-def _check_fields(fields: Mapping[str, Any], config: CausalLMConfig) -> None:
+def _check_fields(fields: Mapping[str, Any], config: Config) -> None:
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"peft_type: expected 'LORA', got {fields.get('peft_type')!r}")
     if missing := [name for name in ("r", "lora_alpha") if fields.get(name) is None]:
@@ -204,23 +215,41 @@ def _check_fields(fields: Mapping[str, Any], config: CausalLMConfig) -> None:
         raise ValueError(f"init_lora_weights: {start!r} also changes the base weights, and is not supported")
 
 
-def _layout(fields: Mapping[str, Any], config: CausalLMConfig) -> tuple[dict[str, Any], dict[str, dict]]:
+def _specs(config: Config) -> PyTree:
+    if isinstance(config, CausalLMConfig):
+        return causal_lm_specs(config)
+    return dual_tower_specs(config) if isinstance(config, DualTowerConfig) else vision_transformer_specs(config)
+
+
+def _places(config: Config, names: str) -> dict[str, Place]:
+    return module_places(config) if isinstance(config, CausalLMConfig) else vision_adapter_names(config, names)
+
+
+def _version(config: Config, tensors: Iterable[str]) -> str:
+    """By which version's paths a file names its modules; by those of either one where they agree."""
+    own = _places(config, "v4").keys() - _places(config, "v5").keys()
+    return "v4" if any(name.startswith(tuple(own)) for name in tensors) else "v5"
+
+
+def _layout(fields: Mapping[str, Any], config: Config, names_of: str = "v5") -> tuple[dict[str, Any], dict[str, dict]]:
     """Setting of each path, and its modules with their layers."""
-    places = {m: p for m, p in module_places(config).items() if _leaf(config, p) is not None}
-    linear = [m for m, p in places.items() if p.path[-1] not in ("embed", "position", "head")]
+    places = {m: p for m, p in _places(config, names_of).items() if _leaf(config, p) is not None}
+    linear = [m for m, p in places.items() if p.path[-1] not in ("embed", "position")]
+    if isinstance(config, CausalLMConfig):
+        linear = [m for m in linear if places[m].path != ("head",)]
     method = DoRA if fields.get("use_dora") else LoRA
     ranks: dict[str, dict] = {}
     names: dict[str, dict] = {}
     for module in match_modules(fields, places, linear=linear):
         place = places[module]
-        if place.path[-1] == "embed" and config.tied:
+        if place.path == ("embed",) and config.tied:
             raise ValueError("target_modules: the embedding is tied to the head, which PEFT leaves without the update")
         path = "/".join((*place.path, _leaf(config, place)))
         ranks.setdefault(path, {})[place.layer] = rank_and_alpha(fields, module)
         names.setdefault(path, {})[module] = place.layer
     settings = {}
     for path, own in ranks.items():
-        layers = [None] if None in own else range(config.num_layers)
+        layers = [None] if None in own else range(_at(_specs(config), path.split("/")).shape[0])
         rank = tuple(own[i][0] if i in own else 0 for i in layers)
         alpha = tuple(own[i][1] if i in own else fields["lora_alpha"] for i in layers)
         rank = rank[0] if len(set(rank)) == 1 else rank
@@ -233,18 +262,22 @@ def _layout(fields: Mapping[str, Any], config: CausalLMConfig) -> tuple[dict[str
                 f"modules_to_save: {saved!r} is none of {[m for m, p in places.items() if p.layer is None]}"
             )
         for module in found:
-            path = "/".join((*places[module].path, _leaf(config, places[module])))
-            settings[path], names[path] = Full(), {module: None}
+            parts = _at(_specs(config), places[module].path)
+            for name in [name for name in (_leaf(config, places[module]), "bias") if name in parts]:
+                path = "/".join((*places[module].path, name))
+                settings[path], names[path] = Full(), {module: None}
     return settings, names
 
 
-def _leaf(config: CausalLMConfig, place: Place) -> str | None:
-    parts = _at(causal_lm_specs(config), place.path)
+def _leaf(config: Config, place: Place) -> str | None:
+    parts = _at(_specs(config), place.path)
     return next((name for name in ("kernel", "embedding") if name in parts), None)
 
 
 def _tensors(setting: Any, path: str, shape: tuple[int, ...], layer: int | None) -> dict[str, tuple]:
     """Our arrays of one module: name in the file, shape there, and whether it is transposed."""
+    if path.endswith("/bias"):
+        return {"full": (".bias", shape, False)}
     rows, columns = shape[-2:]
     table = path.endswith("/embedding")
     if isinstance(setting, Full):
@@ -263,7 +296,7 @@ def _full_shape(setting: Any, shape: tuple[int, ...], name: str) -> tuple[int, .
     return (*lead, *{"a": (rows, rank), "b": (rank, columns), "magnitude": (columns,)}[name])
 
 
-def _fields(config: CausalLMConfig, chosen: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+def _fields(config: Config, chosen: Mapping[str, Any], base_model: str, names_of: str = "v5") -> dict[str, Any]:
     """The config of adapters that were made here: modules by their whole paths, ranks of their own as patterns."""
     adapted = {path: s for path, s in chosen.items() if isinstance(s, LoRA | DoRA)}
     if strange := [f"{path}: {s}" for path, s in chosen.items() if not isinstance(s, LoRA | DoRA | Full)]:
@@ -273,7 +306,7 @@ def _fields(config: CausalLMConfig, chosen: Mapping[str, Any], base_model: str) 
     if len({(type(s), s.rslora) for s in adapted.values()}) != 1:
         raise ValueError("settings: PEFT has LoRA or DoRA, and one kind of scale, in one folder; got a mixture or none")
     first = next(iter(adapted.values()))
-    names = {(("/".join((*p.path, _leaf(config, p) or "")), p.layer)): m for m, p in module_places(config).items()}
+    names = {(("/".join((*p.path, _leaf(config, p) or "")), p.layer)): m for m, p in _places(config, names_of).items()}
     targets, ranks, alphas, saved = [], {}, {}, []
     for (path, layer), module in names.items():
         setting = chosen.get(path)
@@ -287,17 +320,19 @@ def _fields(config: CausalLMConfig, chosen: Mapping[str, Any], base_model: str) 
             ranks[module] = rank
             alphas[module] = setting.alpha[layer] if isinstance(setting.alpha, tuple) else setting.alpha
     rank, alpha = (max(set(d.values()), key=list(d.values()).count) for d in (ranks, alphas))
+    language = isinstance(config, CausalLMConfig)
     escaped = {m: m.replace(".", r"\.") for m in targets}
     return {
         **_DEFAULTS,
         "alpha_pattern": {escaped[m]: v for m, v in alphas.items() if v != alpha},
         "base_model_name_or_path": base_model,
-        "fan_in_fan_out": config.family == "gpt2",
+        "fan_in_fan_out": language and config.family == "gpt2",
         "lora_alpha": alpha,
         "modules_to_save": saved or None,
         "r": rank,
         "rank_pattern": {escaped[m]: v for m, v in ranks.items() if v != rank},
         "target_modules": targets,
+        "task_type": "CAUSAL_LM" if language else None,
         "use_dora": isinstance(first, DoRA),
         "use_rslora": first.rslora,
     }

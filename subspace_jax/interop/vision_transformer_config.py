@@ -284,7 +284,7 @@ def config_to_hf(config: VisionTransformerConfig, dtype: str = "float32") -> dic
     if family == "dinov2":
         fields |= {
             "qkv_bias": config.qkv_bias,
-            "mlp_ratio": 4 if config.gated_mlp else config.mlp_size / config.width,
+            "mlp_ratio": 4 if config.gated_mlp else _ratio(config),
             "use_swiglu_ffn": config.gated_mlp,
             "hidden_act": "gelu" if config.gated_mlp else activation_to_hf(config.activation),
             "use_mask_token": config.mask_token,
@@ -336,6 +336,12 @@ def config_to_timm(config: VisionTransformerConfig) -> dict[str, Any]:
             "classifier": ["head", "head_dist"] if config.distilled_head else "head",
         },
     }
+
+
+def _ratio(config: VisionTransformerConfig) -> int | float:
+    # An integer where it is one: transformers 5 refuses 4.0.
+    whole, rest = divmod(config.mlp_size, config.width)
+    return config.mlp_size / config.width if rest else whole
 
 
 def _timm_architecture(config: VisionTransformerConfig) -> str:

@@ -220,7 +220,7 @@ def canonical_name(config: VisionTransformerConfig, name: str, layout: str) -> s
         name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
         return None if name.startswith("pre_logits.") else name
     if config.family in ("clip", "siglip"):
-        if name.startswith(_OTHER_TOWER) or name.endswith(".embeddings.position_ids") or name == "position_ids":
+        if name.startswith(_OTHER_TOWER) or name.endswith("embeddings.position_ids"):
             return None
         return name if name.startswith(("vision_model.", *_HEADS)) else f"vision_model.{name}"
     if name.startswith(_HEADS):
@@ -232,10 +232,10 @@ def canonical_name(config: VisionTransformerConfig, name: str, layout: str) -> s
 
 
 def converted(config: VisionTransformerConfig, params: PyTree, layout: str) -> tuple[VisionTransformerConfig, PyTree]:
-    """Brings a model into the form that checkpoints of a layout have, without changing what it computes at its size.
+    """Brings a model into the form that checkpoints of a layout have, without changing its logits at its size.
 
-    Kernels of queries, keys and values are fused or taken apart.  Resampled positions differ between the two libraries,
-    and so will those of the result.
+    Kernels of queries, keys and values are fused or taken apart.  Where the two libraries differ the result does as its
+    own: in how positions are resampled, whether CLIP's tokens are normalised, and what is pooled of a distilled DeiT.
 
     Args:
       config: The model.

@@ -18,6 +18,16 @@ from subspace_jax.nn.causal_lm_params import (
 )
 from subspace_jax.nn.conv import StructuredConv, conv
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
+from subspace_jax.nn.dual_tower import (
+    DualTowerConfig,
+    dual_tower_axes,
+    dual_tower_init,
+    dual_tower_shapes,
+    dual_tower_specs,
+    encode_image,
+    encode_text,
+    similarity,
+)
 from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
 from subspace_jax.nn.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.heads import (
@@ -40,6 +50,15 @@ from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
 from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
 from subspace_jax.nn.swin_config import SwinConfig
+from subspace_jax.nn.text_tower import (
+    TextOutput,
+    TextTowerConfig,
+    text_tower_apply,
+    text_tower_axes,
+    text_tower_init,
+    text_tower_shapes,
+    text_tower_specs,
+)
 from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
 from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
 from subspace_jax.nn.vision_output import VisionOutput
@@ -62,6 +81,7 @@ __all__ = [
     "CausalLMOutput",
     "ConvNet",
     "CosineHead",
+    "DualTowerConfig",
     "Generated",
     "GrassmannHead",
     "KVCache",
@@ -76,6 +96,8 @@ __all__ = [
     "StructuredTable",
     "SwinConfig",
     "SwinTransformer",
+    "TextOutput",
+    "TextTowerConfig",
     "VGGConfig",
     "VisionOutput",
     "VisionTransformer",
@@ -96,7 +118,13 @@ __all__ = [
     "count_params",
     "drop_path",
     "drop_path_rates",
+    "dual_tower_axes",
+    "dual_tower_init",
+    "dual_tower_shapes",
+    "dual_tower_specs",
     "embed",
+    "encode_image",
+    "encode_text",
     "generate",
     "grassmann_logits",
     "group_norm",
@@ -117,11 +145,17 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
+    "similarity",
     "swin_apply",
     "swin_axes",
     "swin_init",
     "swin_shapes",
     "swin_specs",
+    "text_tower_apply",
+    "text_tower_axes",
+    "text_tower_init",
+    "text_tower_shapes",
+    "text_tower_specs",
     "unembed",
     "vgg_apply",
     "vgg_axes",

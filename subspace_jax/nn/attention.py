@@ -110,6 +110,8 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
 
+    # As flash attention does, the backward pass makes the scores again: kept, they outweigh all else of a layer.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def some(queries_and_mask):
         grouped, mask = queries_and_mask
         scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=working_dtype(query))
@@ -121,11 +123,11 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
     if length < 2 * BLOCK or length % BLOCK:
         mixed = some((grouped, mask))
     else:
-        # Of a long text the scores of one block of queries are kept at a time, in the backward pass too.
+        # Of a long text the scores of one block of queries are there at a time, in the backward pass too.
         count = length // BLOCK
         blocks = grouped.reshape(batch, count, BLOCK, *grouped.shape[2:]).swapaxes(0, 1)
         masks = None if mask is None else jnp.moveaxis(mask.reshape(*mask.shape[:2], count, BLOCK, -1), 2, 0)
-        mixed = jax.lax.map(jax.checkpoint(some, prevent_cse=False), (blocks, masks)).swapaxes(0, 1)
+        mixed = jax.lax.map(some, (blocks, masks)).swapaxes(0, 1)
     return mixed.reshape(query.shape)
 
 

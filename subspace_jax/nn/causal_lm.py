@@ -216,7 +216,8 @@ def _attention_block(config: CausalLMConfig, params: PyTree, x: jax.Array, table
 
 
 def _mlp(config: CausalLMConfig, params: PyTree, x: jax.Array) -> jax.Array:
-    act = ACTIVATIONS[config.activation]
+    # Made again from its input in the backward pass: a GELU would else keep six arrays of the inner width.
+    act = jax.checkpoint(ACTIVATIONS[config.activation], prevent_cse=False)
     inner = linear(x, params["up"]["kernel"], params["up"].get("bias"))
     if config.gated_mlp:
         inner = act(linear(x, params["gate"]["kernel"], params["gate"].get("bias"))) * inner

@@ -202,7 +202,8 @@ def captured_entries(capture: Sequence[int], num_layers: int) -> list[int]:
 
 def mlp(params: PyTree, x: jax.Array, activation: str) -> jax.Array:
     """Two linear maps around an activation; three where there is a gate."""
-    act = ACTIVATIONS[activation]
+    # Made again from its input in the backward pass, as norms and attention weights are.
+    act = jax.checkpoint(ACTIVATIONS[activation], prevent_cse=False)
     inner = linear(x, params["up"]["kernel"], params["up"].get("bias"))
     if "gate" in params:
         inner = act(linear(x, params["gate"]["kernel"], params["gate"].get("bias"))) * inner

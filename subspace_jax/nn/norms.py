@@ -1,11 +1,18 @@
 """Normalisation over the feature axis, computed in float32 whatever the activations are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg import working_dtype
 
+# The backward pass starts from the input again: arithmetic on what is at hand is cheaper than writing and reading
+# three more arrays of the input's size.
+_from_input = functools.partial(jax.checkpoint, prevent_cse=False)
 
+
+@functools.partial(_from_input, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divides by the root mean square and scales (Zhang and Sennrich, arXiv 1910.07467).
 
@@ -24,6 +31,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return unit.astype(x.dtype) * _along_features(scale.astype(x.dtype), x)
 
 
+@functools.partial(_from_input, static_argnums=3)
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """Normalises to mean 0 and variance 1, scales and shifts (Ba et al., arXiv 1607.06450).
 

@@ -337,6 +337,6 @@ def _check(config: VisionTransformerConfig, pixels: jax.Array, resample: bool) -
 def _check_resampling(config: VisionTransformerConfig, grid: tuple[int, int]) -> None:
     if grid != config.grid and config.grid[0] != config.grid[1] and not config.antialias_positions:
         raise ValueError(
-            f"pixels: positions of a {config.grid[0]} x {config.grid[1]} grid can't be resampled: Hugging Face "
+            f"image size: positions of a {config.grid[0]} x {config.grid[1]} grid can't be resampled: Hugging Face "
             "takes any table for a square one"
         )

@@ -125,3 +125,12 @@ def test_norms_match_their_definitions(dtype):
     ):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float64), expected, **tolerance)
+
+
+@pytest.mark.parametrize("length", [5, 2048])
+def test_without_causality_every_query_sees_every_key(length):
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, length, 1, 4)) for i in range(3))
+    got = jax.jit(functools.partial(nn.attention, causal=False))(query, key, value)
+    q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (query, key, value))
+    weights = np.exp(q @ k.T / 2)
+    np.testing.assert_allclose(got[0, :, 0], weights @ v / weights.sum(axis=1, keepdims=True), atol=2e-5)

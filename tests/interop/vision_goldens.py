@@ -1,0 +1,95 @@
+"""The golden checkpoints of vision models, and what the libraries that they come from computed with them."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax import interop, losses, nn
+from subspace_jax.interop.placing import to_stored
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
+
+# Programs that run once: to optimise their machine code takes as long as all else of a compilation.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+HF = ("vit", "vit_model", "deit_distilled")
+DUAL = ("clip", "clip_legacy", "siglip")
+TIMM = ("vit_timm", "deit3_timm", "deit_distilled_timm", "clip_vision_timm", "siglip_vision_timm")
+
+
+@functools.cache
+def stored(name):
+    with np.load(GOLDEN / name / "io.npz") as archive:
+        return dict(archive)
+
+
+@functools.cache
+def loaded(name):
+    return interop.load_vision(GOLDEN / name)
+
+
+# What the backward pass computes again must not change its results.
+REMAT = {"vit_timm": "dots", "deit3_timm": "full"}
+
+
+def forward(name, params, pixels, **options):
+    with jax.default_matmul_precision("highest"):
+        return nn.vision_transformer_apply(loaded(name)[0], params, pixels, capture="all", **options)
+
+
+@functools.cache
+def found(name):
+    """What a golden checkpoint gives for its images; with labels also the loss and its gradients."""
+    golden, params = stored(name), loaded(name)[1]
+    if "labels" not in golden:
+        return jit(lambda params, x: forward(name, params, x))(params, pixels(name)), None, None
+    labels = jnp.asarray(golden["labels"], jnp.int32)
+
+    def loss(params):
+        output = forward(name, params, pixels(name), remat=REMAT.get(name, "none"))
+        return jnp.mean(losses.cross_entropy(output.logits, labels)), output
+
+    # One program for all: compiling takes longer than all else here.
+    (value, output), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return output, value, grads
+
+
+def pixels(name, key="pixel_values"):
+    return jnp.asarray(stored(name)[key].transpose(0, 2, 3, 1))
+
+
+def close(got, wanted, atol=1e-4, rtol=1e-5):
+    """Sums over tokens and features in another order than torch's change the sixth digit."""
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(np.asarray(got), wanted, atol=atol, rtol=rtol)
+
+
+def gradients_are(golden, tensors, grads):
+    """Compares gradients of parameters with those of the tensors that they are stored in, where the golden has them."""
+    parts, seen = {}, 0
+    for tensor in tensors:
+        if f"grad:{tensor.name}" in golden:
+            value = functools.reduce(lambda node, key: node[key], tensor.place.path, grads)
+            value = np.asarray(value if tensor.place.layer is None else value[tensor.place.layer])
+            parts.setdefault(tensor.name, []).append((tensor.part, to_stored(tensor, value)))
+    for name, found in parts.items():
+        blocks = [value for _, value in sorted(found, key=lambda pair: pair[0])]
+        got = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        close(got, golden[f"grad:{name}"], atol=1e-5, rtol=1e-3)
+        seen += 1
+    return seen
+
+
+def copy(name, folder, **changes):
+    """Copies a checkpoint, with some fields of its config changed (``...`` removes one)."""
+    folder.mkdir()
+    for file in (GOLDEN / name).iterdir():
+        if file.is_file() and file.name != "io.npz":
+            (folder / file.name).write_bytes(file.read_bytes())
+    fields = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    return folder
