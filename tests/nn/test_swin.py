@@ -88,8 +88,9 @@ def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
     assert np.any(first != second)
     with pytest.raises(ValueError, match="key: a random key is needed"):
         nn.swin_apply(config, *tiny, train=True)
-    jaxpr = jax.make_jaxpr(functools.partial(nn.swin_apply, TINY, remat=True))(*tiny)
-    assert sum(eqn.primitive.name.startswith(("remat", "checkpoint")) for eqn in jaxpr.eqns) == 3
+    plain, again = (jax.make_jaxpr(functools.partial(nn.swin_apply, TINY, remat=r))(*tiny).eqns for r in (False, True))
+    # What is inside a block is one equation then, whose inside the backward pass computes again.
+    assert len(again) < len(plain) / 2
 
 
 def test_bfloat16_activations_give_float32_logits(tiny):
