@@ -2,7 +2,7 @@
 
 A file holds both trees of :func:`subspace_jax.nn.resnet_init`; here they are the branches ``params`` and
 ``batch_stats`` of one.  The counters of training steps that files carry beside the running statistics are passed over
-and not written: both libraries do without.
+and not written, for no output depends on them.
 """
 
 import re
