@@ -1,25 +1,54 @@
 """Data: image sets through TensorFlow Datasets, Grain pipelines, synthetic sets."""
 
 from subspace_jax.data.augment import random_crop_flip
+from subspace_jax.data.image_augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvalImage,
+    TrainImage,
+    color_jitter,
+    rand_augment,
+    random_erasing,
+    random_resized_crop,
+    standardize,
+    three_augment,
+)
 from subspace_jax.data.image_processor import ImageProcessor
+from subspace_jax.data.images import Images, decode_image, image_folder, image_set
+from subspace_jax.data.mixing import mix_images
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
 from subspace_jax.data.resize import resize_uint8
 from subspace_jax.data.sources import ImageSource, default_data_dir, image_source
 from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "EvalImage",
     "ImageProcessor",
     "ImageSource",
+    "Images",
     "Source",
+    "TrainImage",
     "Transform",
     "UnionOfSubspaces",
+    "color_jitter",
+    "decode_image",
     "default_data_dir",
     "eval_batches",
+    "image_folder",
+    "image_set",
     "image_source",
     "load_arrays",
+    "mix_images",
+    "rand_augment",
     "random_crop_flip",
+    "random_erasing",
+    "random_resized_crop",
     "resize_uint8",
+    "standardize",
     "steps_per_epoch",
+    "three_augment",
     "train_batches",
     "union_of_subspaces",
 ]

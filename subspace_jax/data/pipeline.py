@@ -49,7 +49,7 @@ def load_arrays(source: Source) -> Batch:
     Raises:
       ValueError: The source is empty or lacks a field.
     """
-    num_examples, read = _reader(source)
+    num_examples, read, _ = _reader(source)
     return read(np.arange(num_examples))
 
 
@@ -59,15 +59,17 @@ def train_batches(
     batch_size: int,
     seed: int,
     transform: Transform | None = None,
+    repeats: int = 1,
     num_epochs: int | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> grain.DatasetIterator:
     """Shuffled batches of whole size, in a new order every epoch; what an epoch has over is left out.
 
-    The batches are a function of ``(source, batch_size, seed, transform)`` and of their number alone.  The iterator's
-    state is ``{"next_index": number of batches given}``, the same on every process: ``get_state``, ``set_state``, and
-    ``grain.checkpoint.CheckpointSave`` and ``CheckpointRestore`` with an Orbax ``CheckpointManager``.
+    The batches are a function of ``(source, batch_size, seed, transform, repeats)`` and of their number alone.  The
+    iterator's state is ``{"next_index": number of batches given}``, the same on every process: ``get_state``,
+    ``set_state``, and ``grain.checkpoint.CheckpointSave`` and ``CheckpointRestore`` with an Orbax
+    ``CheckpointManager``.
 
     Args:
       source: Examples by index (such as :func:`subspace_jax.data.image_source` gives), or a dict of arrays with
@@ -76,7 +78,9 @@ def train_batches(
       seed: Seed of order and transform, at least 0.
       transform: ``transform(example, rng) -> example``, applied to each example, such as
         :func:`subspace_jax.data.random_crop_flip`.  ``rng`` depends on the seed and on the example's place in the
-        stream, not on the process.
+        stream, not on the process.  Examples need one shape only after it.
+      repeats: How often an example comes in a row, changed by ``transform`` anew each time (repeated augmentation,
+        arXiv 1901.09335).  An epoch keeps its length, and so shows one example in ``repeats``.
       num_epochs: Epochs after which the iterator ends; None goes on for ever.
       process_index: This process; ``jax.process_index()`` by default.
       process_count: All processes; ``jax.process_count()`` by default.
@@ -89,7 +93,7 @@ def train_batches(
       ValueError: A number is out of range, the batch is larger than the source or can't be split over the processes,
         or a field is missing or of another length.
     """
-    num_examples, read = _reader(source)
+    num_examples, read, read_each = _reader(source)
     rows = _process_rows(batch_size, process_index, process_count)
     if batch_size > num_examples:
         raise ValueError(f"batch_size: expected at most the {num_examples} examples of the source, got {batch_size}")
@@ -97,6 +101,8 @@ def train_batches(
         raise ValueError(f"seed: expected at least 0, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs: expected at least 1, or None for no end, got {num_epochs}")
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
     steps = steps_per_epoch(num_examples, batch_size)
 
     # A permutation per epoch, rather than grain's shuffle: that takes some 20 us for each row.
@@ -106,18 +112,12 @@ def train_batches(
 
     def batch(index: int) -> Batch:
         epoch, step = divmod(index, steps)
-        first = step * batch_size
-        examples = read(order(epoch)[first + rows.start : first + rows.stop])
+        indices = order(epoch)[(step * batch_size + np.asarray(rows)) // repeats]
         if transform is None:
-            return examples
+            return read(indices)
         place = index * batch_size + rows.start
-        changed = [
-            transform(
-                {name: values[i] for name, values in examples.items()}, np.random.default_rng((seed, 1, place + i))
-            )
-            for i in range(len(rows))
-        ]
-        return _stack(changed)
+        examples = enumerate(read_each(indices))
+        return _stack([transform(x, np.random.default_rng((seed, 1, place + i))) for i, x in examples])
 
     return _iterate(source, batch, sys.maxsize if num_epochs is None else num_epochs * steps)
 
@@ -148,7 +148,7 @@ def eval_batches(
       ValueError: The batch can't be split over the processes, a number is out of range, or a field is missing or of
         another length.
     """
-    num_examples, read = _reader(source)
+    num_examples, read, _ = _reader(source)
     rows = _process_rows(batch_size, process_index, process_count)
 
     def batch(index: int) -> Batch:
@@ -186,8 +186,10 @@ def _process_rows(batch_size: int, process_index: int | None, process_count: int
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _reader(source: Source | Mapping[str, np.ndarray]) -> tuple[int, Callable[[np.ndarray], Batch]]:
-    """Returns the number of examples, and a function from indices ``[rows]`` to fields ``[rows, ...]``."""
+def _reader(
+    source: Source | Mapping[str, np.ndarray],
+) -> tuple[int, Callable[[np.ndarray], Batch], Callable[[np.ndarray], Sequence[Mapping[str, np.ndarray]]]]:
+    """Returns the number of examples, and functions from indices ``[rows]`` to whole fields and to single examples."""
     if isinstance(source, Mapping):
         lengths = {name: len(values) for name, values in source.items()}
         if len(set(lengths.values())) > 1:
@@ -203,9 +205,17 @@ def _reader(source: Source | Mapping[str, np.ndarray]) -> tuple[int, Callable[[n
         raise ValueError(f"source: expected the fields inputs and labels, got {sorted(fields)}; missing: {missing}")
     if isinstance(source, Mapping):
         arrays = {name: np.asarray(values) for name, values in source.items()}
-        return num_examples, lambda indices: {name: values[indices] for name, values in arrays.items()}
+        return (
+            num_examples,
+            lambda indices: {name: values[indices] for name, values in arrays.items()},
+            lambda indices: [{name: values[i] for name, values in arrays.items()} for i in indices],
+        )
     read_many = getattr(source, "__getitems__", None) or (lambda indices: [source[i] for i in indices])
-    return num_examples, lambda indices: _stack(read_many(indices.tolist()))
+    return (
+        num_examples,
+        lambda indices: _stack(read_many(indices.tolist())),
+        lambda indices: read_many(indices.tolist()),
+    )
 
 
 def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> Batch:

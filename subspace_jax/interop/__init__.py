@@ -1,5 +1,6 @@
 """Checkpoints of other libraries, in and out: folders of language and vision models, and PEFT's adapters."""
 
+from subspace_jax.interop import resnet_names, swin_names
 from subspace_jax.interop.causal_lm import from_pretrained, load_causal_lm
 from subspace_jax.interop.causal_lm_write import save_causal_lm, save_pretrained
 from subspace_jax.interop.dual_tower import load_dual, save_dual
@@ -31,11 +32,13 @@ __all__ = [
     "rank_and_alpha",
     "read_config",
     "read_header",
+    "resnet_names",
     "save_causal_lm",
     "save_dual",
     "save_peft_adapter",
     "save_pretrained",
     "save_vision",
+    "swin_names",
     "tensor_names",
     "vision_adapter_names",
     "write_safetensors",

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from subspace_jax.interop import vision_transformer_names
+from subspace_jax.interop import resnet_names, swin_names, vision_transformer_names
 from subspace_jax.interop.causal_lm_write import SHARD_BYTES, write_checkpoint
 from subspace_jax.interop.placing import Shardings, match_tensors, read_params, stored_shape
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder
+from subspace_jax.nn.resnet_config import ResNetConfig
+from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 PyTree = Any
 
 # A family is a module with config_from_hf(fields), config_from_timm(fields, shapes), config_to_hf(config, dtype),
 # config_to_timm(config), tensor_names(config, layout) and specs(config), and where it needs them with complete(config,
-# fields, shapes), canonical_name(config, name, layout) and converted(config, params, layout).
+# fields, shapes), canonical_name(config, name, layout) or canonical_names(config, names, layout), and
+# converted(config, params, layout).
 _BY_MODEL_TYPE: dict[str, ModuleType] = {
     "vit": vision_transformer_names,
     "deit": vision_transformer_names,
@@ -31,12 +34,23 @@ _BY_MODEL_TYPE: dict[str, ModuleType] = {
     "siglip_vision_model": vision_transformer_names,
     "dinov2": vision_transformer_names,
     "dinov2_with_registers": vision_transformer_names,
+    "resnet": resnet_names,
+    "swin": swin_names,
 }
 _BY_TIMM_NAME: dict[str, ModuleType] = {
     "vit_": vision_transformer_names,
     "deit": vision_transformer_names,
+    "resnet": resnet_names,
+    "resnext": resnet_names,
+    "tv_resnet": resnet_names,
+    "wide_resnet": resnet_names,
+    "swin_": swin_names,
 }
-_BY_CONFIG: dict[type, ModuleType] = {VisionTransformerConfig: vision_transformer_names}
+_BY_CONFIG: dict[type, ModuleType] = {
+    VisionTransformerConfig: vision_transformer_names,
+    ResNetConfig: resnet_names,
+    SwinConfig: swin_names,
+}
 
 
 def load_vision(
@@ -154,6 +168,8 @@ def renamed(
     family: ModuleType, config: Any, layout: str, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """The tensors of a folder by the names that a family gives to them, without those to ignore."""
+    if hasattr(family, "canonical_names"):
+        return {new: stored[name] for name, new in family.canonical_names(config, stored, layout).items()}
     canonical = getattr(family, "canonical_name", lambda config, name, layout: name)
     names = {name: canonical(config, name, layout) for name in stored}
     return {new: stored[name] for name, new in names.items() if new is not None}

@@ -5,6 +5,7 @@ Parameters carry logical axis names in their ``axes`` metadata; :mod:`subspace_j
 
 from subspace_jax.nn.attention import attention, causal_mask
 from subspace_jax.nn.backbones import MLP, ConvNet, group_norm
+from subspace_jax.nn.batch_norm import batch_norm
 from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm_logits
 from subspace_jax.nn.causal_lm_config import CausalLMConfig
 from subspace_jax.nn.causal_lm_module import CausalLM
@@ -16,6 +17,7 @@ from subspace_jax.nn.causal_lm_params import (
     count_params,
 )
 from subspace_jax.nn.conv import StructuredConv, conv
+from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.dual_tower import (
     DualTowerConfig,
     dual_tower_axes,
@@ -41,8 +43,13 @@ from subspace_jax.nn.kv_cache import KVCache, init_cache
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
 from subspace_jax.nn.param_specs import ParamSpec
+from subspace_jax.nn.pooling import halve, max_pool
 from subspace_jax.nn.resample import resample_positions
+from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
+from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
+from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.text_tower import (
     TextOutput,
     TextTowerConfig,
@@ -52,6 +59,8 @@ from subspace_jax.nn.text_tower import (
     text_tower_shapes,
     text_tower_specs,
 )
+from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
+from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
 from subspace_jax.nn.vision_output import VisionOutput
 from subspace_jax.nn.vision_transformer import (
     VisionTransformer,
@@ -66,6 +75,7 @@ from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 __all__ = [
     "MLP",
+    "VGG",
     "CausalLM",
     "CausalLMConfig",
     "CausalLMOutput",
@@ -77,18 +87,24 @@ __all__ = [
     "KVCache",
     "Linear",
     "ParamSpec",
+    "ResNet",
+    "ResNetConfig",
     "Rope",
     "SoftmaxHead",
     "StructuredConv",
     "StructuredKernel",
     "StructuredTable",
+    "SwinConfig",
+    "SwinTransformer",
     "TextOutput",
     "TextTowerConfig",
+    "VGGConfig",
     "VisionOutput",
     "VisionTransformer",
     "VisionTransformerConfig",
     "apply_rope",
     "attention",
+    "batch_norm",
     "causal_lm_apply",
     "causal_lm_axes",
     "causal_lm_init",
@@ -100,6 +116,8 @@ __all__ = [
     "conv",
     "cosine_logits",
     "count_params",
+    "drop_path",
+    "drop_path_rates",
     "dual_tower_axes",
     "dual_tower_init",
     "dual_tower_shapes",
@@ -110,23 +128,39 @@ __all__ = [
     "generate",
     "grassmann_logits",
     "group_norm",
+    "halve",
     "init_cache",
     "keep_top_p",
     "layer_norm",
     "linear",
+    "max_pool",
     "normalize",
     "resample_positions",
+    "resnet_apply",
+    "resnet_axes",
+    "resnet_init",
+    "resnet_shapes",
+    "resnet_specs",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
     "similarity",
+    "swin_apply",
+    "swin_axes",
+    "swin_init",
+    "swin_shapes",
+    "swin_specs",
     "text_tower_apply",
     "text_tower_axes",
     "text_tower_init",
     "text_tower_shapes",
     "text_tower_specs",
     "unembed",
+    "vgg_apply",
+    "vgg_axes",
+    "vgg_init",
+    "vgg_specs",
     "vision_transformer_apply",
     "vision_transformer_axes",
     "vision_transformer_init",

@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 
 from subspace_jax import nn
+from subspace_jax.represent.vision_backbones import VISION_BACKBONES, VisionBackbone
 
 HEADS = ("softmax", "cosine", "grassmann")
-BACKBONES = ("mlp", "convnet")
+BACKBONES = ("mlp", "convnet", *VISION_BACKBONES)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -25,9 +26,10 @@ class Classifier(nnx.Module):
         self.backbone = backbone
         self.head = head
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``."""
-        return self.head(self.backbone(inputs))
+    def __call__(self, inputs: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``; ``key`` is for what is dropped in training."""
+        keys = (key,) if isinstance(self.backbone, VisionBackbone) else ()
+        return self.head(self.backbone(inputs, *keys))
 
 
 def make_classifier(
@@ -41,6 +43,7 @@ def make_classifier(
     dims: int | Sequence[int] = 8,
     gamma: float = 25.0,
     dtype: str = "float32",
+    drop_path: float = 0.0,
 ) -> Classifier:
     """Builds a classifier.
 
@@ -48,12 +51,13 @@ def make_classifier(
       key: Random key of the parameters.
       input_shape: Shape of one input, channels last.
       num_classes: Number of classes.
-      backbone: "mlp" or "convnet".
-      features: Widths of the backbone's layers or stages; an "mlp" of none hands the input on.
+      backbone: "mlp", "convnet" or one of ``VISION_BACKBONES``, such as "resnet50d".
+      features: Widths of the layers or stages of "mlp" and "convnet"; an "mlp" of none hands the input on.
       head: "softmax", "cosine" or "grassmann".
       dims: Dimension of the class subspaces, or one for each class.
       gamma: Scale of the logits of the cosine and Grassmann heads.
       dtype: Type of the activations; parameters are float32.
+      drop_path: Rate of stochastic depth of the networks that have it.
 
     Returns:
       The module.
@@ -66,15 +70,19 @@ def make_classifier(
         raise ValueError(f"model.dtype: expected one of {DTYPES}, got {dtype!r}")
     if any(width < 1 for width in features):
         raise ValueError(f"model.features: expected widths of at least 1, got {tuple(features)}")
-    if backbone == "convnet" and len(input_shape) != 3:
+    if backbone != "mlp" and len(input_shape) != 3:
         raise ValueError(
-            f"model.backbone: 'convnet' takes images [height, width, channels], got shape {list(input_shape)}"
+            f"model.backbone: {backbone!r} takes images [height, width, channels], got shape {list(input_shape)}"
         )
+    if drop_path and backbone not in VISION_BACKBONES:
+        raise ValueError(f"model.drop_path: {backbone!r} has no branches to drop, got {drop_path}")
     rngs = nnx.Rngs(params=key)
     if backbone == "mlp":
         body = nn.MLP(math.prod(input_shape), features, dtype=dtype, rngs=rngs)
     elif backbone == "convnet":
         body = nn.ConvNet(input_shape[-1], features, dtype=dtype, rngs=rngs)
+    elif backbone in VISION_BACKBONES:
+        body = VisionBackbone(backbone, input_shape, drop_path=drop_path, dtype=dtype, rngs=rngs)
     else:
         raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}")
     if head == "softmax":

@@ -5,6 +5,7 @@ The Grassmann head is the class representation of arXiv 2308.01547 (Wang, Li, Zh
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -29,11 +30,20 @@ class ClassifierTask:
     Args:
       make: Builds the module from a key; the module has a ``backbone`` and a ``head``.
       label_smoothing: See :func:`subspace_jax.losses.cross_entropy`.
+      mixing: Options of :func:`subspace_jax.data.mix_images`; training images are mixed where ``mixup`` or ``cutmix``
+        among them is above 0.
     """
 
-    def __init__(self, make: Callable[[jax.Array], Classifier], *, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        make: Callable[[jax.Array], Classifier],
+        *,
+        label_smoothing: float = 0.0,
+        mixing: Mapping[str, float] | None = None,
+    ):
         self._make = make
         self._label_smoothing = label_smoothing
+        self._mixing = dict(mixing or {})
         self._graph, self._axes = train.split_module(make)
 
     def init(self, key):
@@ -49,17 +59,26 @@ class ClassifierTask:
         return nnx.merge(self._graph, params, variables)
 
     def loss(self, params, variables, batch, key):
-        """Returns the mean cross-entropy over the batch, and the accuracy as a metric."""
-        del key
+        """Returns the mean cross-entropy over the batch, and the accuracy as a metric (of mixed images, if any)."""
         model = self.module(params, variables)
-        logits = model(batch["inputs"])
-        loss = jnp.mean(losses.cross_entropy(logits, batch["labels"], self._label_smoothing))
+        model.train()
+        drop_key, mix_key = jax.random.split(key)
+        inputs = _pixels(batch["inputs"])
+        weight = None
+        if self._mixing.get("mixup") or self._mixing.get("cutmix"):
+            inputs, weight = data.mix_images(mix_key, inputs, **self._mixing)
+        logits = model(inputs, drop_key)
+        loss = losses.cross_entropy(logits, batch["labels"], self._label_smoothing)
+        if weight is not None:
+            other = losses.cross_entropy(logits, batch["labels"][::-1], self._label_smoothing)
+            loss = weight * loss + (1 - weight) * other
+        loss = jnp.mean(loss)
         accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32))
         return loss, (train.module_arrays(model)[1], {"accuracy": accuracy})
 
     def evaluate(self, params, variables, batch):
         """Returns sums of cross-entropy (no smoothing) and hits over the real rows, and their number."""
-        logits = self.module(params, variables)(batch["inputs"])
+        logits = self.module(params, variables)(_pixels(batch["inputs"]))
         real = batch["mask"] > 0
         hits = (jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32)
         return {
@@ -70,7 +89,12 @@ class ClassifierTask:
 
     def features(self, params, variables, inputs: jax.Array) -> jax.Array:
         """Returns the features ``[batch, n]`` that the head sees."""
-        return self.module(params, variables).backbone(inputs)
+        return self.module(params, variables).backbone(_pixels(inputs))
+
+
+def _pixels(inputs: jax.Array) -> jax.Array:
+    """Standardises images that come as bytes, a quarter of what float32 ones take on their way to the device."""
+    return data.standardize(inputs) if inputs.dtype == jnp.uint8 else inputs
 
 
 def default_config() -> ConfigDict:
@@ -79,6 +103,12 @@ def default_config() -> ConfigDict:
     ``data.name`` is "union_of_subspaces" (synthetic, drawn anew for each ``seed``), "digits", or any image set of
     TensorFlow Datasets that is prepared under ``data.data_dir`` (empty: the usual place).  ``model.dims`` holds one
     dimension for all classes, or one for each.
+
+    With ``data.image.size`` above 0 images may have any size, and are brought to this one as
+    :class:`subspace_jax.data.TrainImage` does with the other fields there, or :class:`subspace_jax.data.EvalImage`
+    (``eval_size`` is ``size`` where it is 0); ``data.name`` may then be "folder", a folder ``data.data_dir`` with one
+    for each split and in it one for each class.  ``data.repeats`` is that of repeated augmentation, ``model.mixup`` and
+    ``model.cutmix`` are options of :func:`subspace_jax.data.mix_images`.
     """
     config = train.default_config()
     config.task = "subspace_jax.represent.classify"
@@ -92,6 +122,22 @@ def default_config() -> ConfigDict:
             "batch_size": 64,
             "eval_batch_size": 256,
             "augment": False,
+            "repeats": 1,
+            "image": {
+                "size": 0,
+                "eval_size": 0,
+                "eval_crop": 0.875,
+                "method": "bicubic",
+                "scale": (0.08, 1.0),
+                "flip": 0.5,
+                "three_augment": False,
+                "operations": 0,
+                "magnitude": 9.0,
+                "deviation": 0.5,
+                "jitter": (0.0, 0.0, 0.0, 0.0),
+                "erase": 0.0,
+                "on_unreadable": "skip",
+            },
         }
     )
     config.model = ConfigDict(
@@ -103,6 +149,9 @@ def default_config() -> ConfigDict:
             "gamma": 25.0,
             "label_smoothing": 0.0,
             "dtype": "float32",
+            "drop_path": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
         }
     )
     return config.lock()
@@ -127,21 +176,24 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
         data.train_batches,
         train_set,
         batch_size=sizes.batch_size,
-        transform=data.random_crop_flip if sizes.augment else None,
+        repeats=sizes.repeats,
+        transform=_transform(sizes),
     )
     settings = dict(config.model)
     smoothing, dims = settings.pop("label_smoothing"), tuple(settings.pop("dims"))
     if not 0 <= smoothing < 1:
         raise ValueError(f"model.label_smoothing: expected a number in [0, 1), got {smoothing}")
+    mixing = {name: settings.pop(name) for name in ("mixup", "cutmix")}
+    side = sizes.image.size
     make = functools.partial(
         make_classifier,
-        input_shape=_input_shape(train_set),
+        input_shape=(side, side, 3) if side else _input_shape(train_set),
         num_classes=num_classes,
         dims=dims[0] if len(dims) == 1 else dims,
         **settings,
     )
     batch(seed=config.seed)  # what is wrong with batch size or seed shows now
-    return ClassifierTask(make, label_smoothing=smoothing), train.Data(
+    return ClassifierTask(make, label_smoothing=smoothing, mixing=mixing), train.Data(
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
         train=lambda seed: batch(seed=seed),
@@ -188,6 +240,8 @@ def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapp
         made = data.union_of_subspaces(config.seed)
         return made.train, made.test, len(made.bases)
     folder = config.data.data_dir or None
+    if config.data.image.size:
+        return _images(config.data)
     sources = [
         data.image_source(config.data.name, split, folder)
         for split in (config.data.train_split, config.data.eval_split)
@@ -196,6 +250,30 @@ def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapp
     fits = [len(source) * math.prod(source.image_shape) * 4 <= IN_MEMORY_BYTES for source in sources]
     sets = [data.load_arrays(source) if fit else source for source, fit in zip(sources, fits, strict=True)]
     return *sets, num_classes
+
+
+def _images(config: ConfigDict) -> tuple[data.Images, data.Images, int]:
+    """Opens training and evaluation images of any size; those of evaluation are brought to one."""
+    unreadable = {"on_unreadable": config.image.on_unreadable}
+    if config.name == "folder":
+        root = pathlib.Path(config.data_dir)
+        train_set = data.image_folder(root / config.train_split, **unreadable)
+        eval_set = data.image_folder(root / config.eval_split, class_names=train_set.class_names, **unreadable)
+    else:
+        train_set, eval_set = (
+            data.image_set(config.name, split, config.data_dir or None, **unreadable)
+            for split in (config.train_split, config.eval_split)
+        )
+    image = config.image
+    shown = data.EvalImage(image.eval_size or image.size, crop=image.eval_crop, method=image.method, as_bytes=True)
+    return train_set, eval_set.map(shown), train_set.num_classes
+
+
+def _transform(config: ConfigDict) -> data.Transform | None:
+    if not config.image.size:
+        return data.random_crop_flip if config.augment else None
+    fields = {k: v for k, v in config.image.items() if k not in ("eval_size", "eval_crop", "on_unreadable")}
+    return data.TrainImage(**fields, as_bytes=True)
 
 
 def _input_shape(source: data.Source | Mapping) -> tuple[int, ...]:

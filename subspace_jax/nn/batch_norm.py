@@ -1,0 +1,80 @@
+"""Batch normalisation with running statistics, as a pure function."""
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg import working_dtype
+
+
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    *,
+    train: bool = False,
+    eps: float = 1e-5,
+    momentum: float = 0.9,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Normalises each channel, by running statistics or by those of the batch (Ioffe and Szegedy, arXiv 1502.03167).
+
+    Under ``jit`` the statistics are those of the whole batch, however it is split over devices.  Under ``shard_map``,
+    where a device sees its own rows only, ``axis_name`` says over which mesh axes to bring them together.  They are
+    computed in at least float32, whatever the activations are.
+
+    Mean and variance come from one pass: ``E[d]`` and ``E[d^2] - E[d]^2`` with ``d = x - running mean``, which
+    loses digits only while the running mean is many deviations off.
+
+    Args:
+      x: ``[batch, ..., channels]``, floating point.
+      scale: ``[channels]``.
+      bias: ``[channels]``.
+      mean: Running mean ``[channels]``.
+      var: Running variance ``[channels]``.
+      train: Whether to normalise by the batch and to update the running statistics.
+      eps: Added to the variance.
+      momentum: Weight of the old running statistics.
+      axis_name: Mesh axes over which the batch is split, inside ``shard_map``.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``, and running mean and variance.  The batch is normalised by its biased
+      variance ``sum / n``; the running variance takes the unbiased one, ``sum / (n - 1)``, as PyTorch's does.
+
+    Raises:
+      ValueError: Channels differ, or a batch to train on holds one value a channel.
+    """
+    if any(p.shape != x.shape[-1:] for p in (scale, bias, mean, var)):
+        raise ValueError(
+            f"batch_norm: x {x.shape} has {x.shape[-1]} channels; got scale {scale.shape}, bias {bias.shape}, "
+            f"mean {mean.shape}, var {var.shape}"
+        )
+    wide = working_dtype(x)
+    lead = (1,) * (x.ndim - 1)
+
+    def along(parameter: jax.Array) -> jax.Array:
+        return parameter.astype(wide).reshape(*lead, -1)
+
+    centre, spread, statistics = mean, var, (mean, var)
+    if train:
+        count = x.size // x.shape[-1]
+        if axis_name is not None:
+            count *= jax.lax.axis_size(axis_name)
+        if count < 2:
+            raise ValueError(f"batch_norm: expected more than one value a channel to train on, got x {x.shape}")
+        shifted = x.astype(wide) - along(jax.lax.stop_gradient(mean))
+        axes = tuple(range(x.ndim - 1))
+        moments = jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
+        if axis_name is not None:
+            moments = jax.lax.pmean(moments, axis_name)
+        centre = moments[0] + jax.lax.stop_gradient(mean).astype(wide)
+        spread = jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+        new = (centre, spread * (count / (count - 1)))
+        statistics = tuple(
+            (momentum * old.astype(wide) + (1 - momentum) * jax.lax.stop_gradient(now)).astype(old.dtype)
+            for old, now in zip((mean, var), new, strict=True)
+        )
+    factor = scale.astype(wide) * jax.lax.rsqrt(spread.astype(wide) + eps)
+    y = (x.astype(wide) - along(centre)) * along(factor) + along(bias)
+    return y.astype(x.dtype), statistics

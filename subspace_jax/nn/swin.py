@@ -1,0 +1,296 @@
+"""Swin transformers as pure functions of parameters.
+
+What depends on shapes alone, indices into the bias table and masks of shifted windows, is computed in NumPy when a
+program is traced.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from subspace_jax.linalg import working_dtype
+from subspace_jax.nn import _specs
+from subspace_jax.nn.causal_lm_config import ACTIVATIONS
+from subspace_jax.nn.drop_path import drop_path, drop_path_rates
+from subspace_jax.nn.linear import linear
+from subspace_jax.nn.norms import layer_norm
+from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.resnet import branch_keys, captured, check_pixels, head_logits
+from subspace_jax.nn.swin_config import SwinConfig
+from subspace_jax.nn.vision_output import VisionOutput
+
+PyTree = Any
+
+# The epsilon of the norms in patch embedding and merging, which no checkpoint's config can change.
+FIXED_EPS = 1e-5
+# Added to the scores of keys that a query must not see, as the published models were trained.
+HIDDEN = -100.0
+
+
+def swin_specs(config: SwinConfig) -> PyTree:
+    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+
+    ::
+
+        patch_embed/{kernel, bias}                        [patch^2 channels, e]: rows, columns, channels of a patch
+        embed_norm/{scale, bias}                          [e]
+        position/embedding                                [patches, e], with absolute positions only
+        stage{s}/block{b}/norm1/{scale, bias}             [c], c = e 2^s
+        stage{s}/block{b}/attn/{q, k, v, out}/{kernel, bias}  [c, c]
+        stage{s}/block{b}/attn/relative_bias/table        [(2 window - 1)^2, heads]
+        stage{s}/block{b}/norm2/{scale, bias}             [c]
+        stage{s}/block{b}/mlp/{up, down}/{kernel, bias}   [c, f], [f, c]
+        stage{s}/merge/norm/{scale, bias}                 [4 c], of all stages but the last
+        stage{s}/merge/reduction/kernel                   [4 c, 2 c]
+        norm/{scale, bias}                                [features]
+        head/{kernel, bias}                               [features, classes], where there are classes
+
+    Args:
+      config: The model.
+    """
+    width, std = config.embed_dim, 0.02
+    specs = {
+        "patch_embed": _specs.dense(config.patch_size**2 * config.channels, width, (None, "embed"), std),
+        "embed_norm": _specs.scale_and_bias(width),
+        "norm": _specs.scale_and_bias(config.out_features),
+    }
+    if config.absolute_positions:
+        patches = math.prod(config.maps(*config.image_size)[0])
+        specs["position"] = {"embedding": ParamSpec((patches, width), (None, "embed"), std)}
+    for stage, (width, depth, heads) in enumerate(zip(config.widths, config.depths, config.num_heads, strict=True)):
+        inner = int(config.mlp_ratio * width)
+        into, out = ("embed", "heads"), ("heads", "embed")
+        block = {
+            "norm1": _specs.scale_and_bias(width),
+            "attn": {
+                **{name: _specs.dense(width, width, into, std, config.qkv_bias) for name in ("q", "k", "v")},
+                "out": _specs.dense(width, width, out, std),
+                "relative_bias": {"table": ParamSpec(((2 * config.window - 1) ** 2, heads), (None, None), std)},
+            },
+            "norm2": _specs.scale_and_bias(width),
+            "mlp": {
+                "up": _specs.dense(width, inner, ("embed", "mlp"), std),
+                "down": _specs.dense(inner, width, ("mlp", "embed"), std),
+            },
+        }
+        specs[f"stage{stage}"] = {f"block{i}": block for i in range(depth)}
+        if stage + 1 < len(config.depths):
+            specs[f"stage{stage}"]["merge"] = {
+                "norm": _specs.scale_and_bias(4 * width),
+                "reduction": _specs.dense(4 * width, 2 * width, ("mlp", "embed"), std, bias=False),
+            }
+    if config.num_classes:
+        specs["head"] = _specs.dense(config.out_features, config.num_classes, ("embed", "class"), std)
+    return specs
+
+
+def swin_axes(config: SwinConfig) -> PyTree:
+    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
+    return spec_axes(swin_specs(config))
+
+
+def swin_shapes(config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
+    """Returns every parameter as a ``ShapeDtypeStruct``."""
+    return spec_shapes(swin_specs(config), dtype)
+
+
+def swin_init(key: jax.Array, config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
+    """Draws fresh parameters: normal with deviation 0.02, norms 1, biases 0.
+
+    Args:
+      key: Random key.
+      config: The model.
+      dtype: Type of the parameters.
+    """
+    return draw_params(key, swin_specs(config), dtype)
+
+
+def swin_apply(
+    config: SwinConfig,
+    params: PyTree,
+    pixels: jax.Array,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+    capture: Sequence[int] | str = (),
+    remat: bool = False,
+    dtype: DTypeLike | None = None,
+) -> VisionOutput:
+    """Runs a Swin transformer.
+
+    Args:
+      config: The model.
+      params: Its parameters; kernels may be structured weights.
+      pixels: Images ``[batch, height, width, channels]``, standardised, floating point.
+      train: Whether to drop branches.
+      key: Random key of stochastic depth; needed to train with a ``drop_path``.
+      capture: Hidden states to return: indices, or "all".  State 0 are the embedded patches; see
+        :class:`SwinConfig` on the others.
+      remat: Whether to compute the inside of a block again in the backward pass instead of keeping it.
+      dtype: Type of the activations, that of ``pixels`` by default; softmax and norms are at least float32.
+
+    Returns:
+      Logits (at least float32), pooled features ``[batch, out_features]``, tokens ``[batch, patches, out_features]``
+      after the last norm, and hidden states ``[batch, patches, width]``, patches row by row.
+
+    Raises:
+      ValueError: The images have other channels, a stage has fewer patches than a window, or does not fit the windows
+        of a "timm" model; the positions are those of another size; ``capture`` names no hidden state; or a key is
+        missing.
+    """
+    check_pixels(pixels, config.channels)
+    _check_size(config, *pixels.shape[1:3])
+    wanted = captured(capture, len(config.depths) + 1)
+    keys = branch_keys(key, train, config.drop_path, sum(config.depths))
+    rates = drop_path_rates(config.drop_path, sum(config.depths))
+
+    x = _embed(config, params, pixels if dtype is None else pixels.astype(dtype))
+    hidden = {0: x}
+    blocks = iter(zip(keys, rates, strict=True))
+    for stage, depth in enumerate(config.depths):
+        own = params[f"stage{stage}"]
+        for i in range(depth):
+            key, rate = next(blocks)
+            run = functools.partial(_block, config, stage, config.window // 2 if i % 2 else 0, rate)
+            x = (jax.checkpoint(run) if remat else run)(own[f"block{i}"], x, key)
+        if config.convention == "timm":
+            hidden[stage + 1] = x
+        if "merge" in own:
+            x = _merge(own["merge"], x)
+        hidden.setdefault(stage + 1, x)
+
+    tokens = _norm(params["norm"], x, config.norm_eps).reshape(x.shape[0], -1, x.shape[-1])
+    pooled = jnp.mean(tokens, axis=1)
+    states = tuple(hidden[i].reshape(x.shape[0], -1, hidden[i].shape[-1]) for i in wanted)
+    return VisionOutput(
+        logits=head_logits(params, pooled), pooled=pooled, tokens=tokens, hidden=states if wanted else None
+    )
+
+
+def _check_size(config: SwinConfig, height: int, width: int) -> None:
+    maps, size = config.maps(height, width), (height, width)
+    if config.absolute_positions and maps[0] != config.maps(*config.image_size)[0]:
+        raise ValueError(f"pixels: the positions are those of images {config.image_size}, got {size}")
+    if any(min(sides) < config.window for sides in maps):
+        raise ValueError(f"pixels: images {size} have {maps} patches a stage, fewer than a window of {config.window}")
+    if config.convention == "timm" and any(n % config.window for sides in maps for n in sides):
+        raise ValueError(
+            f"pixels: images {size} have {maps} patches a stage; a timm model takes multiples of its window of "
+            f"{config.window} only"
+        )
+
+
+def _norm(params: PyTree, x: jax.Array, eps: float) -> jax.Array:
+    return layer_norm(x, params["scale"], params["bias"], eps)
+
+
+def _linear(params: PyTree, x: jax.Array) -> jax.Array:
+    return linear(x, params["kernel"], params.get("bias"))
+
+
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
+    """Adds zeros below and right, up to a multiple of a side."""
+    below, right = (-n % multiple for n in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else x
+
+
+def _cells(x: jax.Array, side: int) -> jax.Array:
+    """Cuts ``[batch, h, w, c]`` into squares ``[batch, h / side, w / side, side, side, c]``."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels)
+    return x.swapaxes(2, 3)
+
+
+def _embed(config: SwinConfig, params: PyTree, pixels: jax.Array) -> jax.Array:
+    cells = _cells(_pad(pixels, config.patch_size), config.patch_size)
+    x = _linear(params["patch_embed"], cells.reshape(*cells.shape[:3], -1))
+    x = _norm(params["embed_norm"], x, FIXED_EPS)
+    if config.absolute_positions:
+        x = x + params["position"]["embedding"].astype(x.dtype).reshape(1, *x.shape[1:])
+    return x
+
+
+def _merge(params: PyTree, x: jax.Array) -> jax.Array:
+    """Makes one patch of each 2 x 2, its channels in the order upper left, lower left, upper right, lower right."""
+    cells = _cells(_pad(x, 2), 2).swapaxes(3, 4)
+    x = _norm(params["norm"], cells.reshape(*cells.shape[:3], -1), FIXED_EPS)
+    return _linear(params["reduction"], x)
+
+
+def _block(config, stage, shift, rate, params, x, key) -> jax.Array:
+    first, second = (None, None) if key is None else jax.random.split(key)
+    # A map that is one window has nothing to be shifted against.
+    native = config.maps(*config.image_size)[stage] if config.convention == "timm" else x.shape[1:3]
+    shift = 0 if min(native) <= config.window else shift
+    mixed = _window_attention(
+        config, config.num_heads[stage], shift, params["attn"], _norm(params["norm1"], x, config.norm_eps)
+    )
+    x = x + drop_path(first, mixed, rate)
+    mlp = params["mlp"]
+    inner = ACTIVATIONS[config.activation](_linear(mlp["up"], _norm(params["norm2"], x, config.norm_eps)))
+    return x + drop_path(second, _linear(mlp["down"], inner), rate)
+
+
+def _window_attention(config: SwinConfig, heads: int, shift: int, params: PyTree, x: jax.Array) -> jax.Array:
+    """Attention inside windows of ``x [batch, h, w, c]``; what is padded stays visible, as the models were trained."""
+    batch, height, width, channels = x.shape
+    side = config.window
+    x = _pad(x, side)
+    padded = x.shape[1:3]
+    if shift:
+        x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
+    windows = _cells(x, side).reshape(batch, -1, side * side, channels)
+    query, key, value = (
+        _linear(params[name], windows).reshape(*windows.shape[:3], heads, -1) for name in ("q", "k", "v")
+    )
+
+    wide = working_dtype(x)
+    scores = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=wide) / math.sqrt(query.shape[-1])
+    table = params["relative_bias"]["table"].astype(wide)
+    bias = table[relative_position_index(side).reshape(-1)].reshape(side * side, side * side, heads)
+    scores = scores + jnp.moveaxis(bias, -1, 0)[None, None]
+    if shift:
+        scores = scores + shifted_window_mask(*padded, side, shift).astype(wide)[None, :, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value).reshape(windows.shape)
+
+    mixed = _linear(params["out"], mixed).reshape(batch, padded[0] // side, padded[1] // side, side, side, channels)
+    x = mixed.swapaxes(2, 3).reshape(batch, *padded, channels)
+    if shift:
+        x = jnp.roll(x, (shift, shift), axis=(1, 2))
+    return x[:, :height, :width]
+
+
+def relative_position_index(window: int) -> np.ndarray:
+    """Row of the bias table for each query and key of a window, ``[window^2, window^2]`` int32, rows first."""
+    rows, columns = (part.reshape(-1) for part in np.indices((window, window)))
+    down, right = (part[:, None] - part[None, :] + window - 1 for part in (rows, columns))
+    return (down * (2 * window - 1) + right).astype(np.int32)
+
+
+def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """What is added to the scores of shifted windows: -100 where query and key come from opposite edges of the map.
+
+    Args:
+      height: Rows of the padded map, a multiple of ``window``.
+      width: Its columns, likewise.
+      window: Side of a window.
+      shift: By how much the map was rolled, 1 to ``window - 1``.
+
+    Returns:
+      ``[windows, window^2, window^2]`` float32, query before key.
+    """
+
+    def regions(n: int) -> np.ndarray:
+        i = np.arange(n)
+        return (i >= n - window).astype(np.int32) + (i >= n - shift)
+
+    labels = 3 * regions(height)[:, None] + regions(width)[None, :]
+    labels = labels.reshape(height // window, window, width // window, window).swapaxes(1, 2).reshape(-1, window**2)
+    return np.where(labels[:, :, None] != labels[:, None, :], HIDDEN, 0.0).astype(np.float32)

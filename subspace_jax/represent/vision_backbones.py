@@ -1,0 +1,67 @@
+"""Networks of ImageNet as backbones of a classifier: images in, pooled features out."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from subspace_jax import nn
+
+_RESNETS: dict[str, Callable[..., nn.ResNetConfig]] = {
+    **{f"resnet{depth}": functools.partial(nn.ResNetConfig.resnet, depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"resnet{depth}d": functools.partial(nn.ResNetConfig.resnet_d, depth) for depth in (18, 34, 50, 101, 152)},
+    "resnext50": nn.ResNetConfig.resnext50,
+}
+VISION_BACKBONES = (*_RESNETS, "vgg13_bn", "swin_tiny", "deit3_small")
+
+
+class VisionBackbone(nnx.Module):
+    """A network of :mod:`subspace_jax.nn` that returns its pooled features.
+
+    It begins in evaluation mode; ``train()`` and ``eval()`` switch.
+
+    Args:
+      name: One of :data:`VISION_BACKBONES`.
+      input_shape: Height, width and channels of an image.
+      drop_path: Rate of stochastic depth at the last block.
+      dtype: Type of the activations.
+      rngs: Source of randomness; its ``params`` stream is used.
+
+    Raises:
+      ValueError: The name is unknown, the images can't serve the network, or a VGG is to drop paths.
+    """
+
+    def __init__(
+        self, name: str, input_shape: Sequence[int], *, drop_path: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        size, fields = tuple(input_shape[:2]), {"num_classes": 0, "channels": input_shape[2]}
+        if name in _RESNETS:
+            self.net = nn.ResNet(_RESNETS[name](drop_path=drop_path, **fields), dtype=dtype, rngs=rngs)
+        elif name == "vgg13_bn":
+            if drop_path:
+                raise ValueError(f"model.drop_path: {name!r} has no branches to drop, got {drop_path}")
+            # The last dropout goes, as in the Grassmann study (arXiv 2308.01547).
+            config = nn.VGGConfig(dropout=(0.5, 0.0), image_size=size, **fields)
+            self.net = nn.VGG(config, dtype=dtype, rngs=rngs)
+        elif name == "swin_tiny":
+            config = nn.SwinConfig.swin("tiny", image_size=size, drop_path=drop_path, **fields)
+            self.net = nn.SwinTransformer(config, dtype=dtype, rngs=rngs)
+        elif name == "deit3_small":
+            config = nn.VisionTransformerConfig.deit3("small", drop_path=drop_path, **fields).replace(image_size=size)
+            self.net = nn.VisionTransformer(config, rngs=rngs)
+        else:
+            raise ValueError(f"model.backbone: expected one of {VISION_BACKBONES}, got {name!r}")
+        self.name, self.dtype, self.deterministic = name, dtype, True
+        self.out_features = config.width if name == "deit3_small" else self.net.out_features
+
+    def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Maps images ``[batch, height, width, channels]`` to features ``[batch, out_features]``.
+
+        Args:
+          pixels: Standardised images.
+          key: Random key of what is dropped in training mode.
+        """
+        mode = {"train": not self.deterministic, "dtype": self.dtype} if self.name == "deit3_small" else {}
+        return self.net(pixels, key=key, **mode).pooled

@@ -1,0 +1,163 @@
+"""The recipes of ImageNet: they build, at the published sizes, and train where images are small."""
+
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from PIL import Image
+
+from subspace_jax import data, represent, train
+from subspace_jax.represent import classify
+from subspace_jax.train.optimizer import make_optimizer
+
+CONFIGS = [
+    ("imagenet_resnet", "resnet50d_k8", 23_500_000, 1000 * 2048 * 8),
+    ("imagenet_resnet", "resnext50_softmax", 22_980_000, 1000 * 2049),
+    ("imagenet_vgg", "k8", 128_950_000, 1000 * 4096 * 8),
+    ("imagenet_swin", "k8", 27_500_000, 1000 * 768 * 8),
+    ("imagenet_deit3", "k4", 21_670_000, 1000 * 384 * 4),
+    ("imagenet_rsb", "a1_k8", 23_500_000, 1000 * 2048 * 8),
+    ("imagenet_rsb", "a3_softmax", 23_500_000, 1000 * 2049),
+]
+
+
+def config_of(configs, name, variant):
+    spec = importlib.util.spec_from_file_location(name, configs / "gcr" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def task_of(config, num_classes=1000):
+    side, model = config.data.image.size, dict(config.model)
+    smoothing, dims = model.pop("label_smoothing"), model.pop("dims")
+    mixing = {name: model.pop(name) for name in ("mixup", "cutmix")}
+
+    def make(key):
+        shape = (side, side, 3)
+        return represent.make_classifier(key, input_shape=shape, num_classes=num_classes, dims=dims[0], **model)
+
+    return represent.ClassifierTask(make, label_smoothing=smoothing, mixing=mixing)
+
+
+@pytest.mark.parametrize(("name", "variant", "body", "head"), CONFIGS)
+def test_a_recipe_has_the_published_network_and_its_step_can_be_traced(configs, name, variant, body, head):
+    config = config_of(configs, name, variant)
+    task, side = task_of(config), config.data.image.size
+    params, variables = jax.eval_shape(task.init, jax.random.key(0))
+    count = {part: sum(math.prod(x.shape) for x in jax.tree.leaves(params[part])) for part in params}
+    assert count["head"] == head
+    assert count["backbone"] == pytest.approx(body, rel=0.005)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((64, side, side, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    loss, (after, _) = jax.eval_shape(task.loss, params, variables, batch, jax.random.key(0))
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert jax.tree.structure(after) == jax.tree.structure(variables)
+    with jax.numpy_dtype_promotion("standard"):
+        tx = make_optimizer(config.optim, 200_000)
+        assert jax.eval_shape(tx.init, params)
+    axes = task.axes()
+    assert jax.tree.structure(axes[0]) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("imagenet_resnet", "k8"), ("imagenet_rsb", "a4_k8"), ("imagenet_swin", "k3")]
+)
+def test_variants_that_are_none_are_refused(configs, name, variant):
+    with pytest.raises(ValueError, match=f"variant: expected .*got '{variant}'"):
+        config_of(configs, name, variant)
+
+
+@pytest.fixture
+def small_config(configs, tmp_path):
+    """The digits recipe on a folder of eight images."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 256, (20, 24 + i, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    config = config_of(configs, "digits_resnet", "k8")
+    config.data.update({"name": "folder", "data_dir": str(tmp_path), "eval_split": "val", "batch_size": 8})
+    config.model.dims = (2,)
+    config.data.eval_batch_size = 8
+    return config
+
+
+def test_a_folder_of_images_of_any_size_becomes_the_data_of_a_run(small_config):
+    task, made = classify.build(small_config)
+    batch = next(made.train(0))
+    assert (batch["inputs"].shape, batch["inputs"].dtype) == ((8, 32, 32, 3), np.uint8)
+    (shown,) = made.evaluate()
+    assert shown["inputs"].shape == (8, 32, 32, 3)
+    params, variables = jax.eval_shape(task.init, jax.random.key(0))
+    sums = jax.eval_shape(task.evaluate, params, variables, shown)
+    assert sums["count"].shape == ()
+    assert jax.tree.leaves(params["head"])[0].shape == (2, 512, 2)
+    small_config.data.eval_split = "test"
+    with pytest.raises(FileNotFoundError, match="no such folder of images"):
+        classify.build(small_config)
+
+
+def test_mixed_losses_are_the_loss_of_mixed_targets():
+    def make(key):
+        return represent.make_classifier(key, input_shape=(4, 4, 1), num_classes=5, features=(8,), head="softmax")
+
+    mixing = {"mixup": 1.0, "cutmix": 0.0}
+    task = represent.ClassifierTask(make, label_smoothing=0.1, mixing=mixing)
+    params, variables = task.init(jax.random.key(0))
+    batch = {"inputs": np.random.default_rng(0).random((6, 4, 4, 1), np.float32), "labels": np.arange(6) % 5}
+    key = jax.random.key(1)
+    loss = jax.jit(task.loss)(params, variables, batch, key)[0]
+    mix = jax.jit(functools.partial(data.mix_images, **mixing))
+    images, weight = mix(jax.random.split(key)[1], batch["inputs"])
+    targets = 0.9 * np.eye(5)[batch["labels"]] + 0.02
+    targets = weight * targets + (1 - weight) * targets[::-1]
+    scores = jax.nn.log_softmax(task.module(params, variables)(images))
+    np.testing.assert_allclose(loss, -np.mean(np.sum(targets * scores, axis=1)), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_updates_statistics_and_a_resumed_run_is_the_same(small_config, tmp_path):
+    # A schedule would depend on the length of the run.
+    small_config.optim.schedule = "constant"
+    small_config.train.update({"steps": 4, "checkpoint_every": 2, "eval_every": 4})
+    whole = train.run(small_config, tmp_path / "whole", progress=False)
+    small_config.train.steps = 2
+    train.run(small_config, tmp_path / "parts", progress=False)
+    small_config.train.steps = 4
+    parts = train.run(small_config, tmp_path / "parts", progress=False)
+    jax.tree.map(np.testing.assert_array_equal, whole.state.params, parts.state.params)
+    jax.tree.map(np.testing.assert_array_equal, whole.state.variables, parts.state.variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "variant"), [("imagenet_resnet", "resnet50d_k8"), ("imagenet_swin", "k8"), ("imagenet_deit3", "k8")]
+)
+def test_a_step_at_the_papers_global_batch_fits_sixteen_chips_of_v5e(configs, name, variant):
+    config = config_of(configs, name, variant)
+    mesh = train.make_mesh(devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
+    task, tx = task_of(config), make_optimizer(config.optim, num_steps=200_000)
+    state, _ = train.state_shardings(task, tx, mesh)
+    rows, side = config.data.batch_size, config.data.image.size
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
+        compiled = train.make_train_step(task, tx, mesh).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    stored, results, shared, rest = (
+        getattr(memory, f"{x}_size_in_bytes") for x in ("argument", "output", "alias", "temp")
+    )
+    print(f"\n{name} {variant} bytes per chip: arguments {stored}, results {results - shared}, rest {rest}")
+    assert stored + results - shared + rest < 16e9
