@@ -81,6 +81,15 @@ def test_only_adapters_meet_the_optimizer_and_the_checkpoints(tuned, folder):
     assert experiment.config.optim.learning_rate == 0.02
 
 
+def test_a_run_is_evaluated_on_another_mesh(tuned, capsys):
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor")]
+    assert main(["eval", "--workdir", str(tuned), *mesh]) == 0
+    printed = capsys.readouterr().out
+    # Printed with four decimals; sums in another order.
+    assert float(printed.split("loss ")[1].split(";")[0]) == pytest.approx(rows[-1]["loss"], abs=2e-4)
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tuned, folder):
     _, whole = train.restore(tuned)
     shutil.copytree(tuned, folder / "again")

@@ -36,7 +36,8 @@ def task(mesh, settings, **options):
 def test_lora_of_the_golden_llama_learns_in_50_steps_and_is_the_same_when_read_again(batch, tmp_path):
     mesh = train.make_mesh(devices=jax.devices()[:1])
     own, tx = task(mesh, LINEAR), optax.adamw(1e-2, weight_decay=0.0)
-    state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh)
+    # In two parts, of one row each, that share the frozen weights; the mean is that of the whole batch.
+    state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh, accumulate=2)
     placed = train.to_device(batch, train.batch_sharding(mesh))
     losses = []
     for _ in range(50):
@@ -45,6 +46,7 @@ def test_lora_of_the_golden_llama_learns_in_50_steps_and_is_the_same_when_read_a
     # The first is that of the base, which PEFT has too; PEFT then reaches 0.17 with its own random start.
     assert abs(losses[0] - 6.01) < 0.01
     assert losses[-1] < 0.6
+    jax.tree.map(np.testing.assert_array_equal, state.variables["base"], interop.load_causal_lm(LLAMA)[1])
 
     interop.save_peft_adapter(tmp_path, own.config, state.params, own.settings)
     read = interop.load_peft_adapter(tmp_path, own.config)
@@ -81,17 +83,3 @@ def test_a_random_base_is_in_the_checkpoints_and_one_from_a_folder_is_not():
     mesh, config = train.make_mesh(devices=jax.devices()[:1]), interop.read_config(LLAMA)
     assert task(mesh, LINEAR).frozen == ("base",)
     assert not hasattr(language.AdaptedLMTask(config, mesh, LINEAR), "frozen")
-
-
-def test_parts_of_a_batch_share_the_frozen_weights(batch):
-    mesh, tx = train.make_mesh(devices=jax.devices()[:1]), optax.sgd(0.5)
-    own, placed = task(mesh, LINEAR), train.to_device(batch, train.batch_sharding(mesh))
-    results = []
-    for accumulate in (1, 2):
-        state = train.init_state(own, tx, mesh)
-        state, _ = train.make_train_step(own, tx, mesh, accumulate=accumulate)(state, placed)
-        results.append(jax.device_get(state.params))
-        weights = interop.load_causal_lm(LLAMA)[1]
-        jax.tree.map(np.testing.assert_array_equal, state.variables["base"], weights)
-    # Sums in another order; the gradients are of order 1.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *results)
