@@ -20,6 +20,7 @@ Both sides use the threads that they take by themselves.
 import argparse
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -137,8 +138,11 @@ def main(argv=None):
     versions = {"jax": jax.__version__, "torch": torch.__version__, "peft": peft.__version__}
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(f"{timing.device_name()}, {named}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    print(f"Processes that wait or run, as the system tells: {load}; with more than a few the times mean little")
     print(f"{LAYERS} layers of width {run['width']}, {run['tokens']} tokens, {run['dtype']}")
-    report = {"device": timing.device_name(), **versions, "rounds": args.rounds, "settings": run, "rows": []}
+    report = {"device": timing.device_name(), **versions, "rounds": args.rounds, "load": load}
+    report |= {"settings": run, "rows": []}
     for rank in args.ranks or ([4] if args.quick else [8, 64, 384]):
         for op in OPS:
             calls, errors = {}, {}
