@@ -9,6 +9,7 @@ def add_commands(commands, add: Callable) -> None:
     """Adds those that read a Hugging Face folder and train nothing."""
     generate = add(commands, "generate", "continue a prompt")
     _add_model(generate)
+    _add_adapter(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
@@ -17,6 +18,7 @@ def add_commands(commands, add: Callable) -> None:
 
     perplexity = add(commands, "perplexity", "measure a model on text")
     _add_model(perplexity)
+    _add_adapter(perplexity)
     perplexity.add_argument(
         "--data", required=True, help="docstrings, a .jsonl, .parquet or text file, or a TFDS set (its split below)"
     )
@@ -28,12 +30,30 @@ def add_commands(commands, add: Callable) -> None:
 
     accuracy = add(commands, "accuracy", "answer questions by the likeliest of their options")
     _add_model(accuracy)
+    _add_adapter(accuracy)
     accuracy.add_argument("--data", required=True, help="TFDS set with options, such as ai2_arc/ARC-Easy or glue/sst2")
     accuracy.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
     accuracy.add_argument("--split", default="validation")
     accuracy.add_argument("--length", type=int, default=256, help="tokens in a row, question and option together")
     accuracy.add_argument("--batch-size", type=int, default=8)
     accuracy.add_argument("--by-token", action="store_true", help="compare the mean over the tokens of an option")
+
+    merge = add(commands, "merge", "bake a PEFT adapter into a model, and write it as a Hugging Face folder")
+    merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT folder, LoRA or DoRA")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; not there yet, or empty")
+
+    export = add(commands, "export", "write a checkpoint of a language model's run as a Hugging Face or PEFT folder")
+    export.add_argument("--workdir", required=True, help="folder of the run")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to write; not there yet, or empty")
+    export.add_argument("--merged", action="store_true", help="bake adapters into the weights (default: a PEFT folder)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    which.add_argument("--best", action="store_true", help="the best checkpoint, by train.best of the config")
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", default=None, metavar="DIR", help="PEFT folder, LoRA or DoRA (default: none)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +68,14 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import train
+
     tokenizer = _own_tokenizer(args.model)
-    _run(args, [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else []), *overrides])
+    folder = [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else [])]
+    # A config's learning rate is for all parameters, unless it names a method itself.
+    method = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("adapter.method=")), "")
+    recipe = [f"optim.{name}={value}" for name, value in train.adapter_recipe(method).items()] if method else []
+    _run(args, [*folder, *recipe, *overrides])
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -58,11 +84,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import language, train
 
     config = train.override(train.load_config(args.config), overrides)
+    is_peft = language.is_peft(config)
     _, metrics = train.run(config, args.workdir, progress=not args.quiet)
-    folder = os.path.join(os.path.abspath(args.workdir), "model")
-    language.export(args.workdir, folder)
+    folder = os.path.join(os.path.abspath(args.workdir), "adapter" if is_peft else "model")
+    language.export(args.workdir, folder, merged=not is_peft)
     print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
-    print(f"Wrote the model to {folder}, checkpoints, metrics.jsonl and curves.png beside it")
+    what = "adapter" if is_peft else "merged model" if config.adapter.method else "model"
+    print(f"Wrote the {what} to {folder}, checkpoints, metrics.jsonl and curves.png beside it")
 
 
 def _open(args: argparse.Namespace):
@@ -82,14 +110,14 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from subspace_jax import interop, nn
+    from subspace_jax import language, nn
 
     _, model, tokenizer = _open(args)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     tokens = jnp.array([start + tokenizer.encode(args.prompt)], jnp.int32)
     if not tokens.size:
         raise ValueError("--prompt: expected some text, got none")
-    _, params = interop.load_causal_lm(args.model)
+    _, params = language.load_adapted(args.model, args.adapter)
     new = nn.generate(
         model,
         params,
@@ -134,14 +162,29 @@ def _accuracy(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _place(args: argparse.Namespace, model):
     """Returns task, parameters spread over all devices, and their mesh."""
-    from subspace_jax import interop, language, train
+    from subspace_jax import language, train
 
     mesh = train.make_mesh()
     train.check_batch_size(args.batch_size, mesh, name="--batch-size")
-    _, params = interop.load_causal_lm(
-        args.model, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
+    _, params = language.load_adapted(
+        args.model, args.adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
     return language.CausalLMTask(model, mesh), params, mesh
+
+
+def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import language
+
+    language.merge_adapter(args.model, args.adapter, args.out)
+    print(f"Wrote the merged model to {os.path.abspath(args.out)}")
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import language
+
+    step = "best" if args.best else args.step
+    language.export(args.workdir, args.out, merged=args.merged, step=step, overwrite=False)
+    print(f"Wrote the checkpoint to {os.path.abspath(args.out)}")
 
 
 ACTIONS = {
@@ -150,4 +193,6 @@ ACTIONS = {
     "generate": _generate,
     "perplexity": _perplexity,
     "accuracy": _accuracy,
+    "merge": _merge,
+    "export": _export,
 }

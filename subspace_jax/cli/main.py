@@ -32,10 +32,13 @@ _EXAMPLES = {
     "finetune": """
         subspace-jax finetune --config configs/lm/tiny.py --model work/tiny/model --workdir work/tuned \\
             --config.data.source=my.jsonl --config.data.evaluation=other.jsonl
+        subspace-jax finetune --config configs/lm/tiny.py --model work/tiny/model --workdir work/dora \\
+            --config.adapter.method=dora --config.adapter.rank=16     # ends with work/dora/adapter, for PEFT
         """,
     "generate": """
         subspace-jax generate --model work/tiny/model --prompt "Return the" --max-new-tokens 64
         subspace-jax generate --model DIR --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+        subspace-jax generate --model work/tiny/model --adapter work/dora/adapter --prompt "Return the"
         """,
     "perplexity": """
         subspace-jax perplexity --model work/tiny/model --data docstrings
@@ -44,6 +47,13 @@ _EXAMPLES = {
     "accuracy": """
         subspace-jax accuracy --model DIR --data ai2_arc/ARC-Easy --split test
         subspace-jax accuracy --model DIR --data glue/sst2 --by-token
+        """,
+    "merge": """
+        subspace-jax merge --model work/tiny/model --adapter work/dora/adapter --out work/merged
+        """,
+    "export": """
+        subspace-jax export --workdir work/dora --out work/adapter --best
+        subspace-jax export --workdir work/dora --out work/merged --merged
         """,
     "info": """
         subspace-jax info
@@ -72,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = {
         "train": "train what a config describes",
         "pretrain": "train a language model from nothing, and write it as a Hugging Face folder",
-        "finetune": "train a language model from a Hugging Face folder on, and write it as one",
+        "finetune": "train a language model from a Hugging Face folder on, whole or by adapters, and write it as one",
     }
     for name, summary in runs.items():
         run = _command(commands, name, summary)

@@ -6,7 +6,7 @@ from subspace_jax.interop.causal_lm_write import save_causal_lm, save_pretrained
 from subspace_jax.interop.dual_tower import load_dual, save_dual
 from subspace_jax.interop.hf_config import config_from_hf, config_to_hf, read_config
 from subspace_jax.interop.names import Place, TensorName, module_names, module_places, tensor_names
-from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, save_peft_adapter
+from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
 from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
@@ -29,6 +29,7 @@ __all__ = [
     "module_names",
     "module_places",
     "open_folder",
+    "peft_fields",
     "rank_and_alpha",
     "read_config",
     "read_header",

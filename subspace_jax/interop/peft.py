@@ -203,6 +203,26 @@ def _is_adapter_file(name: str) -> bool:
     return name in (_CONFIG, _TENSORS, "adapter_model.bin")
 
 
+def peft_fields(
+    config: CausalLMConfig, trainable: PyTree, settings: Mapping[str, Any], *, base_model: str = ""
+) -> dict[str, Any]:
+    """Makes the fields of ``adapter_config.json``, and so finds out whether PEFT has a counterpart of adapters.
+
+    Args:
+      config: The model.
+      trainable: Adapters of its parameters, of arrays or of shapes.
+      settings: Their rules.
+      base_model: Name or folder of the checkpoint that the adapter belongs to.
+
+    Raises:
+      ValueError: See :func:`save_peft_adapter`.
+    """
+    fields = _fields(config, settings_of(trainable, settings), base_model)
+    _check_fields(fields, config)
+    _layout(fields, config)
+    return fields
+
+
 def _plain_name(name: str) -> str:
     if not name.startswith(_PREFIX):
         raise ValueError(f"{name}: lacks the prefix {_PREFIX!r}; PEFT would load nothing in silence")

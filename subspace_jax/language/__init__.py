@@ -1,13 +1,28 @@
-"""Language modelling: causal models trained on text, from nothing or from a checkpoint folder."""
+"""Language modelling: causal models trained on text, from nothing or from a checkpoint folder, whole or by adapters."""
 
+from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask, option_scores, score_rows, token_nll
-from subspace_jax.language.finetune import build, default_config, export, model_of, texts_of
+from subspace_jax.language.finetune import (
+    build,
+    default_config,
+    export,
+    is_peft,
+    load_adapted,
+    merge_adapter,
+    model_of,
+    texts_of,
+)
 
 __all__ = [
+    "AdaptedLMTask",
     "CausalLMTask",
     "build",
     "default_config",
+    "default_targets",
     "export",
+    "is_peft",
+    "load_adapted",
+    "merge_adapter",
     "model_of",
     "option_scores",
     "score_rows",

@@ -31,6 +31,7 @@ class CausalLMTask:
       folder: Checkpoint folder to start from; None starts from random numbers.
       dtype: Type of the activations.
       remat: What is kept of a layer for the backward pass: "none", "dots" or "full".
+      axes: Logical axes of the parameters, where some of them are structured; those of the config by default.
       loss_chunk: Places of a row whose scores ``[batch, loss_chunk, vocab]`` are there at a time; 0 for all.
     """
 
@@ -43,10 +44,11 @@ class CausalLMTask:
         folder: str | os.PathLike | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        axes: PyTree | None = None,
         loss_chunk: int = 0,
     ):
         self.config = config
-        self._axes = nn.causal_lm_axes(config)
+        self._axes = nn.causal_lm_axes(config) if axes is None else axes
         self._options = {
             "dtype": dtype,
             "remat": remat,

@@ -1,15 +1,25 @@
 """Runs that train a causal language model, as configs describe them."""
 
 import functools
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from subspace_jax import data, interop, nn, train
+from subspace_jax import adapters, data, interop, nn, train
 from subspace_jax.data import text
+from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
+
+log = logging.getLogger(__name__)
+
+PyTree = Any
 
 SIZES = {
     "tiny": nn.CausalLMConfig.tiny,
@@ -30,6 +40,7 @@ def default_config() -> ConfigDict:
     ``model.folder``, or bytes.  ``data.source`` is "docstrings" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings`), a ``.jsonl``, ``.parquet`` or text file, or a TFDS set; ``data.prompt``
     and ``data.completion`` name the fields of a file.  ``data.evaluation`` is a second file, or empty for a split.
+    ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.
     """
     config = train.default_config()
     config.task = "subspace_jax.language.finetune"
@@ -51,12 +62,13 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict(
         {"folder": "", "size": "tiny", "tokenizer": "", "dtype": "float32", "remat": "none", "loss_chunk": 0}
     )
+    config.adapter = train.default_adapter()
     config.optim.name = "adamw"
     config.optim.learning_rate = 1e-3
     return config.lock()
 
 
-def build(config: ConfigDict) -> tuple[CausalLMTask, train.Data]:
+def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]:
     """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
 
     Raises:
@@ -71,14 +83,15 @@ def build(config: ConfigDict) -> tuple[CausalLMTask, train.Data]:
         text.pack_rows(texts_of(config, split), tokenizer, sizes.length, longer=sizes.longer)
         for split in ("train", "eval")
     ]
-    task = CausalLMTask(
-        model,
-        train.make_mesh(**config.mesh),
-        folder=config.model.folder or None,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        loss_chunk=config.model.loss_chunk,
-    )
+    mesh, fields = train.make_mesh(**config.mesh), config.model
+    options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
+    options["folder"] = fields.folder or None
+    if settings := _settings(config, model):
+        options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
+        task = AdaptedLMTask(model, mesh, settings, **options)
+        log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), task.shapes, settings))
+    else:
+        task = CausalLMTask(model, mesh, **options)
     batches = functools.partial(data.train_batches, rows[0], batch_size=sizes.batch_size)
     batches(seed=config.seed)  # what is wrong with batch size or seed shows now
     return task, train.Data(
@@ -87,6 +100,10 @@ def build(config: ConfigDict) -> tuple[CausalLMTask, train.Data]:
         train=lambda seed: batches(seed=seed),
         evaluate=functools.partial(data.eval_batches, rows[1], batch_size=sizes.eval_batch_size),
     )
+
+
+def _settings(config: ConfigDict, model: nn.CausalLMConfig) -> dict[str, Any]:
+    return train.adapter_settings(config.adapter, default_targets(config.adapter.method, model))
 
 
 def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
@@ -129,22 +146,121 @@ def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
     return examples
 
 
-def export(workdir: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Writes the latest checkpoint of a run as a Hugging Face folder, float32, with its tokenizer if it has a file.
+def export(
+    workdir: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    merged: bool = False,
+    step: int | Literal["best"] | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Writes a checkpoint of a run for Hugging Face libraries.
+
+    A run without adapters, or with ``merged``, becomes a folder of the model, float32 (or in ``adapter.base_dtype``),
+    with its tokenizer if it has a file; a run with adapters a folder that PEFT reads.
 
     Args:
       workdir: Folder of the run.
-      folder: Where to write; a checkpoint that is there is replaced once the new one is whole.
+      folder: Where to write.
+      merged: Whether adapters are baked into the weights.
+      step: Step of the checkpoint, or "best"; the latest by default.
+      overwrite: Whether the folder may be there; what it held is replaced once the new one is whole.
 
     Raises:
       FileNotFoundError: There is no run or no checkpoint.
+      FileExistsError: The folder is there, without ``overwrite``.
+      ValueError: PEFT has no counterpart of the adapters.
       OSError: Writing failed.
     """
-    experiment, state = train.restore(workdir)
-    interop.save_causal_lm(folder, experiment.task.config, state.params, overwrite=True)
-    where = experiment.config.model.tokenizer or experiment.config.model.folder
-    if where and where != "bytes" and jax.process_index() == 0:
-        source = Path(where) if Path(where).is_dir() else Path(where).parent
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                (Path(folder) / name).write_bytes((source / name).read_bytes())
+    if not overwrite:
+        _check_new(folder)
+    experiment, state = train.restore(workdir, step=step)
+    task, model = experiment.task, experiment.config.model
+    if isinstance(task, AdaptedLMTask) and not merged:
+        fields = interop.peft_fields(task.config, task.shapes, task.settings, base_model=model.folder)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(experiment.mesh, P()))(state.params)
+        if jax.process_index() == 0:
+            interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
+        return
+    params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
+    interop.save_causal_lm(folder, task.config, params, overwrite=True)
+    _copy_tokenizer(model.tokenizer or model.folder, folder)
+
+
+def is_peft(config: ConfigDict) -> bool:
+    """Whether a run trains adapters that PEFT has a counterpart of."""
+    model, _ = model_of(config)
+    settings = _settings(config, model)
+    if not settings:
+        return False
+    shapes = functools.partial(adapters.prepare, settings=settings)
+    _, trainable = jax.eval_shape(shapes, jax.random.key(0), nn.causal_lm_shapes(model))
+    try:
+        interop.peft_fields(model, trainable, settings)
+    except ValueError:
+        return False
+    return True
+
+
+def load_adapted(
+    folder: str | os.PathLike, adapter: str | os.PathLike | None = None, *, shardings: PyTree | Callable | None = None
+) -> tuple[nn.CausalLMConfig, PyTree]:
+    """Reads a checkpoint folder, and bakes the adapter of a PEFT folder into it.
+
+    Args:
+      folder: Hugging Face folder of the model.
+      adapter: PEFT folder, LoRA or DoRA; none by default.
+      shardings: See :func:`subspace_jax.interop.load_causal_lm`.
+
+    Returns:
+      The config, and the parameters in the types of the folder's files.
+
+    Raises:
+      ValueError: A folder can't be read, or the adapter is of another model.
+      FileNotFoundError: A folder or a file is not there.
+    """
+    # The small one first: what is wrong with it shows before the large one is read.
+    found = None if adapter is None else interop.load_peft_adapter(adapter, interop.read_config(folder))
+    config, params = interop.load_causal_lm(folder, shardings=shardings)
+    if found is None:
+        return config, params
+    merged = adapters.merge(params, found.trainable, found.settings)
+    return config, jax.tree.map(lambda x, w: jax.device_put(x, w.sharding), merged, params)
+
+
+def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> None:
+    """Bakes a PEFT adapter into a model and writes a plain Hugging Face folder, with the tokenizer.
+
+    Args:
+      folder: Hugging Face folder of the model.
+      adapter: PEFT folder, LoRA or DoRA.
+      out: Where to write; not there yet, or empty.
+
+    Raises:
+      ValueError: A folder can't be read, or the adapter is of another model.
+      FileNotFoundError: A folder or a file is not there.
+      FileExistsError: ``out`` is there and not empty.
+      OSError: Writing failed.
+    """
+    _check_new(out)
+    mesh = train.make_mesh(data=1, fsdp=jax.device_count())
+    config, params = load_adapted(
+        folder, adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
+    )
+    interop.save_causal_lm(out, config, params)
+    _copy_tokenizer(folder, out)
+
+
+def _check_new(folder: str | os.PathLike) -> None:
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty")
+
+
+def _copy_tokenizer(where: str | os.PathLike, folder: str | os.PathLike) -> None:
+    if not where or where == "bytes" or jax.process_index() != 0:
+        return
+    source = Path(where) if Path(where).is_dir() else Path(where).parent
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file():
+            (Path(folder) / name).write_bytes((source / name).read_bytes())

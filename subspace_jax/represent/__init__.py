@@ -2,5 +2,6 @@
 
 from subspace_jax.represent.classifier import Classifier, make_classifier
 from subspace_jax.represent.classify import ClassifierTask, features_of
+from subspace_jax.represent.transfer import TransferTask, train_whole
 
-__all__ = ["Classifier", "ClassifierTask", "features_of", "make_classifier"]
+__all__ = ["Classifier", "ClassifierTask", "TransferTask", "features_of", "make_classifier", "train_whole"]

@@ -1,5 +1,6 @@
 """Training: tasks, meshes and sharding rules, the one train step, the loop, checkpoints, configs, metrics."""
 
+from subspace_jax.train.adapter_config import adapter_recipe, adapter_settings, default_adapter
 from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from subspace_jax.train.config import (
     default_config,
@@ -27,7 +28,15 @@ from subspace_jax.train.sharding import (
     resolve,
     to_device,
 )
-from subspace_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, new_state, state_shardings
+from subspace_jax.train.step import (
+    TrainState,
+    complete_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    state_shardings,
+)
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
 
 __all__ = [
@@ -44,9 +53,13 @@ __all__ = [
     "Rules",
     "Task",
     "TrainState",
+    "adapter_recipe",
+    "adapter_settings",
     "batch_sharding",
     "build",
     "check_batch_size",
+    "complete_state",
+    "default_adapter",
     "default_config",
     "differing_fields",
     "evaluate",

@@ -37,6 +37,7 @@ class Checkpoints:
       directory: The folder; made when it is not there.
       keep: How many of the latest checkpoints stay.
       best: ``"max:METRIC"`` or ``"min:METRIC"``: the checkpoint with the best value of this metric stays too.
+      skip: Entries of ``variables`` that are neither written nor read; see :class:`subspace_jax.train.Task`.
       read_only: Nothing is changed in the folder, which a run may be writing to at the same time: it is neither made
         nor freed of what looks like a leftover.
 
@@ -44,10 +45,19 @@ class Checkpoints:
       ValueError: ``keep`` is below 1, or ``best`` has another form.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, best: str = "min:loss", read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        best: str = "min:loss",
+        skip: tuple[str, ...] = (),
+        read_only: bool = False,
+    ):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
         self._mode, self._metric = parse_best(best)
+        self._skip = skip
         policies = [
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.BestN(
@@ -94,7 +104,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        items = {"state": ocp.args.StandardSave(_as_dict(state))}
+        items = {"state": ocp.args.StandardSave(self._as_dict(state))}
         if data is not None:
             items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
@@ -119,7 +129,7 @@ class Checkpoints:
           step: The step to read; then damage is an error.
 
         Returns:
-          The state, or None where there is no checkpoint.
+          The state, without the entries of ``skip``, or None where there is no checkpoint.
 
         Raises:
           CheckpointMismatchError: The checkpoint is of another model.
@@ -129,7 +139,9 @@ class Checkpoints:
         if step is not None and step not in found:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {found}")
         target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _as_dict(abstract), _as_dict(shardings)
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self._as_dict(abstract),
+            self._as_dict(shardings),
         )
         cause = None
         for candidate in [step] if step is not None else reversed(found):
@@ -177,6 +189,12 @@ class Checkpoints:
         value = metrics.get(self._metric, math.nan)
         return value if not math.isnan(value) else (-math.inf if self._mode == "max" else math.inf)
 
+    def _as_dict(self, state: TrainState) -> dict[str, PyTree]:
+        found = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+        if self._skip:
+            found["variables"] = {name: x for name, x in state.variables.items() if name not in self._skip}
+        return found
+
     def _read(self, step: int, target: Mapping[str, PyTree], with_data: bool) -> tuple[PyTree, PyTree | None]:
         """Reads state and position in the data.
 
@@ -220,10 +238,6 @@ def parse_best(best: str) -> tuple[str, str]:
 def _on_every_process(fact: bool) -> bool:
     """Whether something holds on all processes, so that they go on together."""
     return fact if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(fact))))
-
-
-def _as_dict(state: TrainState) -> dict[str, PyTree]:
-    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
 
 
 def _describe(tree: PyTree) -> dict[str, str]:

@@ -17,7 +17,7 @@ from subspace_jax.train.config import differing_fields, override, read_config, s
 from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit, writable_folder
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh
-from subspace_jax.train.step import TrainState, make_eval_step, state_shardings
+from subspace_jax.train.step import TrainState, complete_state, frozen_names, make_eval_step, state_shardings
 from subspace_jax.train.task import Task
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,12 @@ def restore(
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
     abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", best=experiment.config.train.best, read_only=True)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        best=experiment.config.train.best,
+        skip=frozen_names(experiment.task),
+        read_only=True,
+    )
     try:
         if step == "best" and (step := checkpoints.best_step()) is None:
             raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint that was evaluated")
@@ -156,7 +161,7 @@ def restore(
         checkpoints.close()
     if state is None:
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
-    return experiment, state
+    return experiment, complete_state(experiment.task, state, shardings)
 
 
 def evaluate_run(

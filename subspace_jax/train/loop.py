@@ -21,7 +21,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from subspace_jax.train.checkpoints import Checkpoints, parse_best
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, check_batch_size, make_mesh, to_device
-from subspace_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from subspace_jax.train.step import (
+    TrainState,
+    complete_state,
+    frozen_names,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
 from subspace_jax.train.task import Batch, Metrics, Task
 
 log = logging.getLogger(__name__)
@@ -122,12 +130,13 @@ def fit(
     train_step = make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat)
     workdir = writable_folder(workdir)
     batches = data.train(seed)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, skip=frozen_names(task))
     try:
         state = checkpoints.restore(abstract, shardings, data=batches)
         if state is None:
             state = init_state(task, tx, mesh, rules, seed=seed)
         else:
+            state = complete_state(task, state, shardings)
             log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
         start = int(state.step)
         checkpoints.remove_after(start)

@@ -1,5 +1,8 @@
 """From a config to an Optax transform: a schedule, a Euclidean optimizer, and a Riemannian one for subspaces."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -7,8 +10,10 @@ from ml_collections import ConfigDict
 
 from subspace_jax import optim
 
-SCHEDULES = ("constant", "cosine", "step")
-EUCLIDEAN = ("sgd", "adamw", "lamb")
+PyTree = Any
+
+SCHEDULES = ("constant", "linear", "cosine", "step")
+EUCLIDEAN = ("sgd", "adam", "adamw", "lamb")
 GRASSMANN = ("rsgd", "radam")
 
 
@@ -43,7 +48,8 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
 
     Args:
       config: Reads ``learning_rate`` (the peak), ``schedule``, ``warmup_steps`` (linear, from 0) and ``final_scale``
-        (last learning rate of "cosine" over the peak).  "step" multiplies by 0.1 after 30, 60 and 90 % of the steps.
+        (last learning rate of "linear" and "cosine" over the peak).  "step" multiplies by 0.1 after 30, 60 and 90 %
+        of the steps.
       num_steps: Length of the run.
 
     Returns:
@@ -60,6 +66,8 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     rest = num_steps - warmup
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * config.final_scale, rest)
     elif config.schedule == "step":
         drops = np.asarray([num_steps * tenths // 10 - warmup for tenths in (3, 6, 9)], np.float32)
 
@@ -77,8 +85,8 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
 
     Args:
       config: As :func:`default_config` gives it.  ``clip_norm`` (0: off) scales the whole gradient down to this
-        norm; ``weight_decay`` is coupled for "sgd", decoupled for "adamw" and "lamb", and never touches bases;
-        ``grassmann.lr_factor`` multiplies the shared learning rate.
+        norm; ``weight_decay`` is coupled for "sgd" and "adam", decoupled for "adamw" and "lamb", and never touches
+        bases, nor with "adamw" a ``magnitude`` (of DoRA); ``grassmann.lr_factor`` multiplies the shared learning rate.
       num_steps: Length of the run, for the schedule.
 
     Returns:
@@ -92,8 +100,13 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         euclidean = optax.chain(
             optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
         )
+    elif config.name == "adam":
+        euclidean = optax.chain(
+            optax.add_decayed_weights(config.weight_decay), optax.adam(rate, b1=config.b1, b2=config.b2)
+        )
     elif config.name == "adamw":
-        euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        options = {"weight_decay": config.weight_decay, "mask": _decays}
+        euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name == "lamb":
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     else:
@@ -115,3 +128,12 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
 
     tx = optim.with_geometry(euclidean, grassmann)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm > 0 else tx
+
+
+def _decays(params: PyTree) -> PyTree:
+    """Whether weight decay touches an array: the lengths that DoRA trains are not to shrink."""
+
+    def decays(path, _):
+        return not path or getattr(path[-1], "key", None) != "magnitude"
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,5 +1,6 @@
 """The train state and the one train step."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,6 +123,26 @@ def init_state(
     return jax.jit(create, out_shardings=shardings, donate_argnums=1)(key, start)
 
 
+def complete_state(task: Task, state: TrainState, shardings: TrainState) -> TrainState:
+    """Adds to a restored state what no checkpoint holds: the entries of ``variables`` that ``task.frozen`` names.
+
+    Args:
+      task: The method.
+      state: From :meth:`subspace_jax.train.Checkpoints.restore`.
+      shardings: Of the whole state.
+    """
+    names = frozen_names(task)
+    if not names:
+        return state
+    held = task.complete(state.variables, {name: shardings.variables[name] for name in names})
+    return dataclasses.replace(state, variables={**state.variables, **held})
+
+
+def frozen_names(task: Task) -> tuple[str, ...]:
+    """Returns the entries of ``variables`` that no step changes and no checkpoint holds."""
+    return tuple(getattr(task, "frozen", ()))
+
+
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
@@ -158,10 +179,13 @@ def make_train_step(
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
     _, shardings = state_shardings(task, tx, mesh, rules)
+    frozen = frozen_names(task)
 
-    def loss_fn(params, variables, batch, key):
+    def loss_fn(params, variables, held, batch, key):
+        variables = {**variables, **held} if frozen else variables
         params, variables = gather((params, variables), task.axes(), mesh, rules)
-        return task.loss(params, variables, batch, key)
+        loss, (variables, metrics) = task.loss(params, variables, batch, key)
+        return loss, (_without(variables, frozen), metrics)
 
     if remat != "none":
         loss_fn = jax.checkpoint(loss_fn, policy=REMAT_POLICIES[remat])
@@ -169,9 +193,9 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
     rows = batch_sharding(mesh, rules)
 
-    def gradients(state: TrainState, batch: Batch, key: jax.Array):
+    def gradients(state: TrainState, held: PyTree, batch: Batch, key: jax.Array):
         if accumulate == 1:
-            (loss, (variables, metrics)), grads = gradient(state.params, state.variables, batch, key)
+            (loss, (variables, metrics)), grads = gradient(state.params, state.variables, held, batch, key)
             return variables, grads, {"loss": loss, **metrics}
 
         def split(x):
@@ -180,7 +204,7 @@ def make_train_step(
             return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, *rows.spec)))
 
         def one(variables, part, part_key):
-            (loss, (variables, metrics)), grads = gradient(state.params, variables, part, part_key)
+            (loss, (variables, metrics)), grads = gradient(state.params, variables, held, part, part_key)
             return variables, (grads, {"loss": loss, **metrics})
 
         def add(carry, inputs):
@@ -196,8 +220,11 @@ def make_train_step(
         return variables, grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # What is frozen goes around all that a step does, so that its buffers are handed on as they are.
+        held = {name: state.variables[name] for name in frozen}
+        state = dataclasses.replace(state, variables=_without(state.variables, frozen))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        variables, grads, metrics = gradients(state, batch, key)
+        variables, grads, metrics = gradients(state, held, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
@@ -209,6 +236,7 @@ def make_train_step(
             return state.params, state.variables, state.opt_state
 
         params, variables, opt_state = jax.lax.cond(finite, update, skip)
+        variables = {**variables, **held} if frozen else variables
         skipped = state.skipped + jnp.where(finite, 0, 1)
         new = TrainState(state.step + 1, params, variables, opt_state, state.key, skipped)
         return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
@@ -219,6 +247,10 @@ def make_train_step(
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+def _without(variables: PyTree, names: tuple[str, ...]) -> PyTree:
+    return {name: x for name, x in variables.items() if name not in names} if names else variables
 
 
 def make_eval_step(

@@ -19,6 +19,10 @@ class Task(Protocol):
     running statistics, a frozen base; an empty dict where there is nothing.
 
     A task that starts from a checkpoint has one more method, :func:`subspace_jax.train.init_state` says which.
+
+    A task may have ``frozen``, a tuple of names: entries of ``variables``, then a dict, that no step changes and no
+    checkpoint holds, such as the weights below an adapter.  It then also has ``complete(variables, shardings)``, which
+    returns a dict of these entries on their shardings (another dict) for the restored ``variables``.
     """
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -42,7 +42,12 @@ def test_step_schedule_drops_after_30_60_and_90_percent():
     np.testing.assert_allclose(rates(2, [0, 1], schedule="step"), [0.05, 0.0005], rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_linear_schedule_falls_from_the_peak_to_its_last_value():
+    got = rates(100, [10, 55, 100, 120], schedule="linear", warmup_steps=10, final_scale=0.1)
+    np.testing.assert_allclose(got, [0.5, 0.275, 0.05, 0.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "step"])
 def test_warmup_rises_linearly_from_zero_to_the_peak(schedule):
     got = rates(100, [0, 5, 9, 10], schedule=schedule, warmup_steps=10)
     np.testing.assert_allclose(got, [0, 0.25, 0.45, 0.5], rtol=1e-6)
@@ -67,8 +72,25 @@ def params():
 
 
 @pytest.mark.usefixtures("third_party")
+def test_decay_coupled_with_adam_moves_weights_without_gradient_by_one_step():
+    tx = make_tx(name="adam", learning_rate=0.1, weight_decay=0.5, schedule="constant")
+    params = {"kernel": jnp.array([[3.0, -0.2]])}
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [[-0.1, 0.1]], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_decay_of_adamw_leaves_the_lengths_of_dora_alone():
+    tx = make_tx(name="adamw", learning_rate=0.1, weight_decay=0.5, schedule="constant")
+    params = {"kernel": {"a": jnp.ones((2, 3)), "magnitude": jnp.ones(3)}}
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"]["magnitude"], 0)
+    np.testing.assert_allclose(updates["kernel"]["a"], -0.05, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("third_party")
 @pytest.mark.parametrize("manifold", optimizer.GRASSMANN)
-@pytest.mark.parametrize("name", optimizer.EUCLIDEAN)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])  # coupled with Adam, decay is a step of constant size
 def test_weight_decay_shrinks_kernels_and_never_touches_bases(name, manifold, params):
     tx = make_tx(name=name, grassmann=manifold, weight_decay=0.5, schedule="constant")
     # Without a gradient nothing but weight decay moves anything.

@@ -1,0 +1,26 @@
+"""Real digits or fakes: one kind is seen in training, four others are in the test (Effort, arXiv 2411.15633).
+
+    subspace-jax train --config configs/adapters/fake_digits.py:effort_blur --workdir work/effort_blur
+
+Variants: a method, ``effort``, ``probe`` (the head alone) or ``full`` (everything trains), and the kind that is seen,
+``blur`` or ``pca``.  A vision transformer of 86 thousand parameters is first trained to read digits.
+"""
+
+from subspace_jax.represent import fake_digits
+
+METHODS = {
+    "effort": ("effort", "head,head/bias", 2e-3),
+    "probe": ("", "head,head/bias", 1e-2),
+    "full": ("", "**", 1e-3),
+}
+
+
+def get_config(variant="effort_blur"):
+    method, _, kind = variant.partition("_")
+    if method not in METHODS or kind not in ("blur", "pca"):
+        raise ValueError(f"variant: expected one of {tuple(METHODS)}, '_' and 'blur' or 'pca', got {variant!r}")
+    config = fake_digits.default_config()
+    config.adapter.method, config.adapter.full, config.optim.learning_rate = METHODS[method]
+    config.data.fake = kind
+    config.train.eval_every = config.train.checkpoint_every = 450
+    return config

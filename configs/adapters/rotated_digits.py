@@ -1,0 +1,30 @@
+"""A network for digits, adapted to digits that are turned by 90 degrees.
+
+    subspace-jax train --config configs/adapters/rotated_digits.py:dora --workdir work/dora
+
+Variants: ``lora``, ``rslora``, ``dora`` (arXiv 2106.09685, 2312.03732, 2402.09353: rank 4 on both hidden layers),
+``svfit`` (arXiv 2409.05926: all 192 singular values of these), ``svfit_head`` (the linear head too) and ``head`` (that
+alone).  30 epochs on 1200 images, and before them 40 epochs on the upright ones.
+"""
+
+from subspace_jax.represent import rotated_digits
+
+VARIANTS = {
+    "lora": ("lora", "", 5e-3),
+    "rslora": ("rslora", "", 5e-3),
+    "dora": ("dora", "", 5e-3),
+    "svfit": ("svfit", "", 5e-2),
+    "svfit_head": ("svfit", "head,head/bias", 2e-2),
+    "head": ("", "head,head/bias", 5e-3),
+}
+
+
+def get_config(variant="dora"):
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {tuple(VARIANTS)}, got {variant!r}")
+    config = rotated_digits.default_config()
+    config.adapter.method, config.adapter.full, config.optim.learning_rate = VARIANTS[variant]
+    if config.adapter.method in ("lora", "rslora", "dora"):
+        config.adapter.rank, config.adapter.alpha = 4, 8.0
+    config.train.eval_every = config.train.checkpoint_every = 180
+    return config

@@ -1,0 +1,193 @@
+"""Compares LoRA and DoRA of subspace_jax with Hugging Face PEFT (PyTorch) on a stack of linear layers, in one run.
+
+    python scripts/bench/adapters.py                # width 2048, 512 tokens: some minutes on two cores
+    python scripts/bench/adapters.py --quick        # a small width, to see that all runs
+
+Three frozen square layers with tanh between, every one adapted, so that gradients pass through layers as they do in a
+model.  Both sides have the same weights, factors and tokens.  Two things are measured: a forward pass, and a training
+step (loss, gradients of the adapters, AdamW).  The sides are first compared: outputs, and the losses of three steps;
+the run ends there if they differ.  All is float32 on a CPU, bfloat16 weights and activations on a GPU.
+
+  ms         medians over rounds in which all take turns, noise is half of the spread of the middle half of the rounds
+  speed-up   time of PEFT divided by that of subspace_jax
+  over LoRA  time of DoRA divided by that of LoRA, on the same side
+  peak       most memory of a process of its own that does this one thing: on a CPU its resident memory, libraries and
+             compiling included; "later" is that of the calls after the first two
+
+Both sides use the threads that they take by themselves.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lm
+import numpy as np
+
+SIDES = {"subspace_jax": "adapters_jax", "peft": "adapters_torch"}
+METHODS, OPS = ("lora", "dora"), ("forward", "training")
+LAYERS = 3
+
+
+def settings(quick, accelerator):
+    width, tokens = (64, 32) if quick else (4096, 8192) if accelerator else (2048, 512)
+    return {
+        "width": width,
+        "tokens": tokens,
+        "layers": LAYERS,
+        "dtype": "bfloat16" if accelerator else "float32",
+        "learning_rate": 1e-4,
+    }
+
+
+def arrays_of(run):
+    """Weights ``[in, out]`` and factors by layer, and the tokens; B is not zero, so that it has a say."""
+    rng, n, r = np.random.default_rng(0), run["width"], run["rank"]
+
+    def normal(*shape, scale):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    layers = [
+        {"w": normal(n, n, scale=n**-0.5), "a": normal(n, r, scale=n**-0.5), "b": normal(r, n, scale=0.02)}
+        for _ in range(run["layers"])
+    ]
+    return layers, normal(run["tokens"], n, scale=1.0)
+
+
+def check(op, calls, sides, narrow):
+    """Compares what the sides compute; raises SystemExit where they differ by more than rounding."""
+    times = 3 if op == "training" else 1
+    ours, theirs = (np.stack([sides[name].to_numpy(call()) for _ in range(times)]) for name, call in calls.items())
+    error = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+    allowed = 5e-2 if narrow else 1e-4
+    if not error <= allowed:
+        raise SystemExit(f"{op}: the sides differ by {error:.1e}, and {allowed:.0e} is allowed")
+    return error
+
+
+def in_turns(calls, rounds):
+    """Medians and half interquartile ranges of seconds, over rounds in which all take turns."""
+    import timing
+
+    for call in calls.values():
+        for _ in range(2):
+            timing.wait(call())
+    times = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            timing.wait(call())
+            times[key].append(time.perf_counter() - start)
+    found = {}
+    for key, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        found[key] = {"median": middle, "noise": (high - low) / 2, "least": min(values)}
+    return found
+
+
+def worker(side, op, run):
+    run = json.loads(run)
+    module = importlib.import_module(SIDES[side])
+    call = getattr(module, op)(*arrays_of(run), run)
+    for _ in range(2):
+        module.wait(call())
+    peak = lm._resident_peak()
+    reset = lm._reset_resident_peak()
+    for _ in range(2):
+        module.wait(call())
+    later = lm._resident_peak() if reset else None
+    device = module.device_peak()
+    print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
+
+
+def peak_memory(side, op, run):
+    command = [sys.executable, __file__, "--worker", side, op, json.dumps(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side}, {op}: the process that measures memory failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small width, which says nothing about speed")
+    parser.add_argument("--ranks", nargs="+", type=int, help="ranks (default: 8 64 384; 4 with --quick)")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/adapters_<device>.json beside this)")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        return worker(*args.worker)  # imports one of the sides only
+
+    sides = {name: importlib.import_module(module) for name, module in SIDES.items()}
+    import jax
+    import peft
+    import timing
+    import torch
+
+    if timing.on_accelerator() != torch.cuda.is_available():
+        raise SystemExit("One side has a GPU and the other has none; hide it from both, or install both for it.")
+    begun = time.perf_counter()
+    run = settings(args.quick, timing.on_accelerator())
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "peft": peft.__version__}
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"{timing.device_name()}, {named}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    print(f"Processes that wait or run, as the system tells: {load}; with more than a few the times mean little")
+    print(f"{LAYERS} layers of width {run['width']}, {run['tokens']} tokens, {run['dtype']}")
+    report = {"device": timing.device_name(), **versions, "rounds": args.rounds, "load": load}
+    report |= {"settings": run, "rows": []}
+    for rank in args.ranks or ([4] if args.quick else [8, 64, 384]):
+        for op in OPS:
+            calls, errors = {}, {}
+            for method in METHODS:
+                own = {**run, "rank": rank, "method": method}
+                arrays = arrays_of(own)
+                pair = {name: getattr(side, op)(*arrays, own) for name, side in sides.items()}
+                errors[method] = check(op, pair, sides, run["dtype"] == "bfloat16")
+                calls |= {(method, name): call for name, call in pair.items()}
+            seconds = in_turns(calls, args.rounds)
+            del calls, pair
+            rows = {}
+            for method in METHODS:
+                own = {**run, "rank": rank, "method": method}
+                ours, theirs = (seconds[method, name] for name in SIDES)
+                rows[method] = {
+                    "op": op,
+                    "method": method,
+                    "rank": rank,
+                    "error": errors[method],
+                    "seconds": {"subspace_jax": ours, "peft": theirs},
+                    "speed_up": theirs["median"] / ours["median"],
+                    "over_lora": {
+                        name: seconds[method, name]["median"] / seconds["lora", name]["median"] for name in SIDES
+                    },
+                    "memory": {name: peak_memory(name, op, own) for name in SIDES},
+                }
+                show(rows[method])
+            report["rows"] += rows.values()
+    name = f"adapters_{timing.file_label()}{'_quick' if args.quick else ''}.json"
+    output = args.output or Path(__file__).parent / "results" / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Wrote {output} after {time.perf_counter() - begun:.0f} s")
+
+
+def show(row):
+    for name, time_of in row["seconds"].items():
+        peak, later = ("-" if x is None else f"{x / 1e6:.0f} MB" for x in row["memory"][name].values())
+        print(
+            f"  r {row['rank']:<4} {row['op']:<9} {row['method']:<5} {name:<13} {1e3 * time_of['median']:>8.1f} ms "
+            f"+- {1e3 * time_of['noise']:.1f}  over LoRA {row['over_lora'][name]:.2f}  peak {peak}, later {later}"
+        )
+    print(f"  r {row['rank']:<4} {row['op']:<9} {row['method']:<5} speed-up {row['speed_up']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""From the fields of a config to adapters."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from subspace_jax import adapters
+
+METHODS = ("lora", "rslora", "dora", "svfit", "effort")
+_RULE = re.compile(r"(?P<rule>.+?)(?:=(?P<rank>\d+)(?::(?P<alpha>\d+(?:\.\d+)?))?)?")
+_RATES = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "svfit": 2e-3, "effort": 2e-4}
+
+
+def default_adapter() -> ConfigDict:
+    """Returns the fields ``adapter`` of a run, for :func:`adapter_settings`.
+
+    ``method`` is one of "lora", "rslora", "dora", "svfit" and "effort", or empty for none.  ``rules`` names weights by
+    globs with commas between, such as ``"attn/q,attn/v"``; ``attn/q=16`` gives a rule its own rank, ``attn/q=16:32`` an
+    alpha too; empty means the task's own choice.  ``full`` likewise names parameters that train as a whole.  ``rank``
+    0 is 8 for the first three, all singular values for "svfit", one triplet for "effort"; ``alpha`` 0 is twice the
+    rank.  ``init`` is that of LoRA and DoRA, ``param`` that of SVFit; ``base_dtype`` is the type in which frozen
+    weights are kept.
+    """
+    return ConfigDict(
+        {
+            "method": "",
+            "rules": "",
+            "full": "",
+            "rank": 0,
+            "alpha": 0.0,
+            "init": "kaiming",
+            "param": "linear",
+            "base_dtype": "float32",
+        }
+    )
+
+
+def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that the fields of :func:`default_adapter` describe.
+
+    Args:
+      config: The fields.
+      default_rules: What ``method`` adapts where ``rules`` is empty.
+
+    Returns:
+      Rule to setting, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor ``full`` is set.
+
+    Raises:
+      ValueError: The method is unknown, or a field can't serve.
+    """
+    if config.method:
+        _check_method(config.method)
+    elif config.rules:
+        raise ValueError(f"adapter.rules: {config.rules!r} without adapter.method; expected one of {METHODS} there")
+    if config.base_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"adapter.base_dtype: expected 'float32' or 'bfloat16', got {config.base_dtype!r}")
+    if config.rank < 0 or config.alpha < 0:
+        raise ValueError(f"adapter.rank, adapter.alpha: expected at least 0, got {config.rank} and {config.alpha}")
+    settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.full)}
+    for text in (_split(config.rules) or default_rules) if config.method else ():
+        found = _RULE.fullmatch(text)
+        rule, rank, alpha = found["rule"], int(found["rank"] or config.rank), float(found["alpha"] or config.alpha)
+        if rule in settings:
+            raise ValueError(f"adapter.rules: {rule!r} is named twice")
+        try:
+            settings[rule] = _setting(config, rank, alpha)
+        except ValueError as error:
+            raise ValueError(f"adapter.{error}") from error
+    return settings
+
+
+def adapter_recipe(method: str) -> dict[str, Any]:
+    """Returns the fields of ``optim`` with which a language model's adapters train where a run says nothing else.
+
+    AdamW without weight decay.  LoRA and DoRA at 2e-4 with a linear schedule (arXiv 2402.09353, appendix: 1e-4 to
+    3e-4, after 100 steps of warm-up, which are for the config to say: they depend on the length of the run); SVFit at
+    ten times that; Effort at a constant 2e-4, as released.
+
+    Raises:
+      ValueError: The method is unknown.
+    """
+    _check_method(method)
+    schedule = "constant" if method == "effort" else "linear"
+    return {"name": "adamw", "learning_rate": _RATES[method], "schedule": schedule, "weight_decay": 0.0}
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"adapter.method: expected one of {METHODS}, got {method!r}")
+
+
+def _setting(config: ConfigDict, rank: int, alpha: float) -> Any:
+    if config.method == "svfit":
+        return adapters.SVFit(rank or None, config.param)
+    if config.method == "effort":
+        return adapters.Effort(rank or 1)
+    rank = rank or 8
+    alpha = alpha or 2.0 * rank
+    if config.method == "dora":
+        return adapters.DoRA(rank, alpha, init=config.init)
+    return adapters.LoRA(rank, alpha, rslora=config.method == "rslora", init=config.init)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

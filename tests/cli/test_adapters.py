@@ -1,0 +1,183 @@
+"""The commands for adapters of language models, on a model of two layers."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from subspace_jax import interop, nn, train
+from subspace_jax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+MODEL = nn.CausalLMConfig.gpt2(259, 16, 2, 2, max_length=32, bos_token=256, eos_tokens=(257,), pad_token=258)
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, standard_promotion):
+    """A model, two texts, and a config."""
+    folder = tmp_path_factory.mktemp("adapters")
+    interop.save_causal_lm(folder / "model", MODEL, nn.causal_lm_init(jax.random.key(0), MODEL))
+    for name in ("train", "eval"):
+        (folder / f"{name}.txt").write_text("\n\n".join(f"{i} and {i} is {2 * i}." for i in range(60)))
+    (folder / "config.py").write_text(
+        "from subspace_jax.language import finetune\n"
+        "def get_config():\n"
+        "    config = finetune.default_config()\n"
+        f"    config.data.source = {str(folder / 'train.txt')!r}\n"
+        f"    config.data.evaluation = {str(folder / 'eval.txt')!r}\n"
+        "    config.data.length, config.data.batch_size, config.data.eval_batch_size = 32, 8, 8\n"
+        "    config.train.steps, config.train.checkpoint_every, config.train.log_every = 4, 2, 4\n"
+        "    config.train.eval_every, config.optim.warmup_steps = 4, 1\n"
+        "    return config\n"
+    )
+    return folder
+
+
+def finetune(folder, workdir, *settings):
+    arguments = ["--config", str(folder / "config.py"), "--model", str(folder / "model"), "--workdir", str(workdir)]
+    return main(["finetune", "--quiet", *arguments, *(f"--config.{setting}" for setting in settings)])
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """A run with DoRA on a mesh that splits everything."""
+    settings = ("adapter.method=dora", "adapter.rank=2", "optim.learning_rate=0.02")
+    assert finetune(folder, folder / "dora", *settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2") == 0
+    return folder / "dora"
+
+
+def perplexity(capsys, *arguments):
+    assert main(["perplexity", *map(str, arguments), "--length", "32"]) == 0
+    return float(capsys.readouterr().out.split()[1])
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_only_adapters_meet_the_optimizer_and_the_checkpoints(tuned, folder):
+    experiment, state = train.restore(tuned)
+    weights = interop.load_causal_lm(folder / "model")[1]
+    same(state.variables["base"], weights)
+    trained = optax.tree.size(state.params)
+    assert trained < 0.5 * nn.count_params(MODEL)
+    # Both moments of Adam, and counters.
+    assert 2 * trained <= optax.tree.size(state.opt_state) <= 2 * trained + 8
+    assert not state.variables["base"]["layers"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
+    there = {path.name for path in (tuned / "checkpoints" / "4" / "state").iterdir()}
+    tree = json.loads((tuned / "checkpoints" / "4" / "state" / "_METADATA").read_text())["tree_metadata"]
+    assert there
+    assert not [name for name in tree if "base" in name]
+    assert experiment.config.optim.schedule == "linear"
+    assert experiment.config.optim.learning_rate == 0.02
+
+
+def test_a_run_is_evaluated_on_another_mesh(tuned, capsys):
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    mesh = [f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "tensor")]
+    assert main(["eval", "--workdir", str(tuned), *mesh]) == 0
+    printed = capsys.readouterr().out
+    # Printed with four decimals; sums in another order.
+    assert float(printed.split("loss ")[1].split(";")[0]) == pytest.approx(rows[-1]["loss"], abs=2e-4)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tuned, folder):
+    _, whole = train.restore(tuned)
+    shutil.copytree(tuned, folder / "again")
+    shutil.rmtree(folder / "again" / "checkpoints" / "4")
+    settings = ("adapter.method=dora", "adapter.rank=2", "optim.learning_rate=0.02")
+    assert finetune(folder, folder / "again", *settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2") == 0
+    _, again = train.restore(folder / "again")
+    same((whole.params, whole.opt_state), (again.params, again.opt_state))
+    rows = [json.loads(line) for line in (folder / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+
+
+def test_an_adapter_is_measured_merged_and_exported(tuned, folder, capsys):
+    config = json.loads((tuned / "adapter" / "adapter_config.json").read_text())
+    assert config["use_dora"]
+    assert (config["r"], config["lora_alpha"]) == (2, 4.0)
+    assert config["base_model_name_or_path"] == str(folder / "model")
+    data = ("--data", folder / "eval.txt")
+    before = perplexity(capsys, "--model", folder / "model", *data)
+    adapted = perplexity(capsys, "--model", folder / "model", "--adapter", tuned / "adapter", *data)
+    assert adapted < before
+
+    arguments = ["--model", str(folder / "model"), "--adapter", str(tuned / "adapter"), "--out", str(folder / "merged")]
+    assert main(["merge", *arguments]) == 0
+    assert main(["export", "--workdir", str(tuned), "--merged", "--out", str(folder / "exported")]) == 0
+    assert main(["export", "--workdir", str(tuned), "--out", str(folder / "peft")]) == 0
+    capsys.readouterr()
+    for merged in ("merged", "exported"):
+        # Printed with three decimals.
+        assert perplexity(capsys, "--model", folder / merged, *data) == pytest.approx(adapted, abs=2e-3)
+    name = "adapter_model.safetensors"
+    assert (folder / "peft" / name).read_bytes() == (tuned / "adapter" / name).read_bytes()
+    assert main(["merge", *arguments]) == 2
+    assert "exists" in capsys.readouterr().err
+    prompt = ["--prompt", "3 and", "--max-new-tokens", "3"]
+    assert main(["generate", "--model", str(folder / "model"), "--adapter", str(tuned / "adapter"), *prompt]) == 0
+    assert capsys.readouterr().out.startswith("3 and")
+
+
+@pytest.mark.parametrize(
+    ("settings", "learning_rate"),
+    [
+        (("adapter.method=effort", "adapter.full=norm/scale"), 2e-4),
+        pytest.param(("adapter.method=svfit", "adapter.rules=attn/qkv,mlp/up=3"), 2e-3, marks=pytest.mark.slow),
+        pytest.param(("adapter.method=lora", "adapter.init=pissa", "adapter.rank=2"), 2e-4, marks=pytest.mark.slow),
+    ],
+)
+def test_methods_that_factor_a_weight_go_on_from_their_own_factors(folder, tmp_path, capsys, settings, learning_rate):
+    assert finetune(folder, tmp_path / "run", *settings) == 0
+    assert str(tmp_path / "run" / "model") in capsys.readouterr().out
+    experiment, whole = train.restore(tmp_path / "run")
+    assert experiment.config.optim.learning_rate == learning_rate
+    exported = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert finetune(folder, tmp_path / "run", *settings) == 0
+    _, again = train.restore(tmp_path / "run")
+    same((whole.params, whole.variables), (again.params, again.variables))
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == exported
+    assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "peft")]) == 2
+    assert "settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["adapter.method=lorra"], "adapter.method: expected one of"),
+        (["adapter.method=lora", "adapter.rules=attn/qkw"], "'attn/qkw' matches none"),
+        (["adapter.method=lora", "adapter.rank=-1"], "adapter.rank, adapter.alpha: expected at least 0"),
+        (["adapter.method=lora", "adapter.init=zeros"], "adapter.init: expected one of"),
+        (["adapter.method=svfit", "adapter.param=exp"], "adapter.param: expected one of"),
+        (["adapter.method=effort", "adapter.rank=99"], "residual: 99 triplets"),
+        (["adapter.method=dora", "adapter.rules=mlp/up,mlp/up=4"], "'mlp/up' is named twice"),
+        (["adapter.method=dora", "adapter.base_dtype=int8"], "adapter.base_dtype: expected"),
+        (["adapter.methods=dora"], "did you mean adapter.method"),
+    ],
+)
+def test_what_can_t_serve_is_refused_before_work_starts(folder, tmp_path, capsys, settings, message):
+    assert finetune(folder, tmp_path / "run", *settings) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(tuned, tmp_path, capsys):
+    other = nn.CausalLMConfig.gpt2(259, 8, 1, 2, max_length=32)
+    interop.save_causal_lm(tmp_path / "other", other, nn.causal_lm_init(jax.random.key(0), other))
+    arguments = ["--model", str(tmp_path / "other"), "--adapter", str(tuned / "adapter")]
+    assert main(["merge", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "expected" in capsys.readouterr().err
+    assert main(["generate", *arguments[:3], str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,85 @@
+"""Adapters of a checkpoint as a task: the golden run, meshes, and what is whole at a time."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from subspace_jax import adapters, interop, language, nn, train
+
+LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "interop" / "llama"
+LINEAR = {"re:layers/(attn|mlp)/.*": adapters.LoRA(4, 8.0)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    with np.load(LLAMA / "io.npz") as io:
+        tokens = io["input_ids"].astype(np.int32)
+    inputs = tokens[:, :-1]
+    return {
+        "inputs": inputs,
+        "labels": tokens[:, 1:],
+        "weights": np.ones(inputs.shape, np.float32),
+        "segment_ids": np.ones(inputs.shape, np.int32),
+        "positions": np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape),
+    }
+
+
+def task(mesh, settings, **options):
+    return language.AdaptedLMTask(interop.read_config(LLAMA), mesh, settings, folder=LLAMA, **options)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
+def test_lora_of_the_golden_llama_learns_in_50_steps_and_is_the_same_when_read_again(batch, tmp_path):
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    own, tx = task(mesh, LINEAR), optax.adamw(1e-2, weight_decay=0.0)
+    # In two parts, of one row each, that share the frozen weights; the mean is that of the whole batch.
+    state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh, accumulate=2)
+    placed = train.to_device(batch, train.batch_sharding(mesh))
+    losses = []
+    for _ in range(50):
+        state, metrics = step(state, placed)
+        losses.append(float(metrics["loss"]))
+    # The first is that of the base, which PEFT has too; PEFT then reaches 0.17 with its own random start.
+    assert abs(losses[0] - 6.01) < 0.01
+    assert losses[-1] < 0.6
+    jax.tree.map(np.testing.assert_array_equal, state.variables["base"], interop.load_causal_lm(LLAMA)[1])
+
+    interop.save_peft_adapter(tmp_path, own.config, state.params, own.settings)
+    read = interop.load_peft_adapter(tmp_path, own.config)
+    apply = jax.jit(lambda params: nn.causal_lm_apply(own.config, params, jnp.asarray(batch["inputs"])).logits)
+    base = state.variables["base"]
+    got, wanted = (
+        apply(adapters.bind(base, *pair)) for pair in ((read.trainable, read.settings), (state.params, own.settings))
+    )
+    np.testing.assert_array_equal(got, wanted)
+    # Sums in another order.
+    np.testing.assert_allclose(apply(own.merged(state.params, state.variables)), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_step_on_a_mesh_is_that_of_one_device(batch):
+    # Plain SGD: the update is the gradient.  Rows are repeated, so that they split.
+    many = {name: np.tile(x, (4, 1)) for name, x in batch.items()}
+    settings = {
+        "attn/q": adapters.DoRA(2, 4.0, init="gaussian"),
+        "mlp/up": adapters.SVFit(3),
+        "norm/scale": adapters.Full(),
+    }
+    results = []
+    for mesh in (train.make_mesh(devices=jax.devices()[:1]), train.make_mesh(2, 2, 2)):
+        own, tx = task(mesh, settings), optax.sgd(0.5)
+        state = train.init_state(own, tx, mesh)
+        state, metrics = train.make_train_step(own, tx, mesh)(state, train.to_device(many, train.batch_sharding(mesh)))
+        results.append((jax.device_get(state.params), float(metrics["loss"])))
+    (one, loss), (split, loss_split) = results
+    assert abs(loss - loss_split) < 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), one, split)
+
+
+def test_a_random_base_is_in_the_checkpoints_and_one_from_a_folder_is_not():
+    mesh, config = train.make_mesh(devices=jax.devices()[:1]), interop.read_config(LLAMA)
+    assert task(mesh, LINEAR).frozen == ("base",)
+    assert not hasattr(language.AdaptedLMTask(config, mesh, LINEAR), "frozen")
