@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from subspace_jax import linalg
 from subspace_jax.adapters.rules import adapters_of, insert
 
 PyTree = Any
@@ -41,7 +42,8 @@ def add_energy_probes(trainable: PyTree) -> PyTree:
         if factors and path.split("/")[-1] != "embedding":
             a, b = arrays["a"], arrays["b"]
             # Through the factors, so that they are placed alike.
-            probes = (jnp.zeros_like(jnp.max(a, axis=-1)), jnp.zeros_like(jnp.max(b, axis=-2)))
+            dtype = linalg.working_dtype(a, b)
+            probes = (jnp.zeros_like(jnp.max(a, axis=-1), dtype), jnp.zeros_like(jnp.max(b, axis=-2), dtype))
             arrays = {**arrays, **dict(zip(PROBES, probes, strict=True))}
         insert(out, path, arrays)
     return out

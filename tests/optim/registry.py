@@ -348,6 +348,7 @@ ENTRIES = (
     Entry(
         "scale-by-lora-pro-sgd",
         public="scale_by_lora_pro",
+        same_code=True,
         factory=in_a_chain(optim.scale_by_lora_pro, method="sgd"),
         rate="step_size",
         **_PAIRS,
