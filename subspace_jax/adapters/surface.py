@@ -39,7 +39,7 @@ class Setting(Protocol):
         """Returns the frozen part of a weight, and the arrays to be trained."""
 
     def bind(self, base: Any, arrays: dict[str, jax.Array]) -> Any:
-        """Returns the weight with its arrays in, structured."""
+        """Returns the weight with its arrays in, structured; takes a ``key``, too, if the setting has dropout."""
 
     def axes(self, names: P) -> tuple[Any, dict[str, P]]:
         """Returns the logical axes of both parts."""

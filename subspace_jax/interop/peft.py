@@ -165,8 +165,8 @@ def save_peft_adapter(
         name the paths of one of them.
 
     Raises:
-      ValueError: A setting has no counterpart in PEFT, LoRA and DoRA or two kinds of scale are mixed, or the fields
-        are not those of these adapters.
+      ValueError: A setting has no counterpart in PEFT, LoRA and DoRA, two kinds of scale or several dropouts are mixed,
+        or the fields are not those of these adapters.
       OSError: Writing failed.
     """
     chosen = settings_of(trainable, settings)
@@ -283,7 +283,9 @@ def _layout(fields: Mapping[str, Any], config: Config, names_of: str = "v5") -> 
         alpha = tuple(own[i][1] if i in own else fields["lora_alpha"] for i in layers)
         rank = rank[0] if len(set(rank)) == 1 else rank
         alpha = alpha[0] if len(set(alpha)) == 1 else alpha
-        settings[path] = method(rank, alpha, rslora=bool(fields.get("use_rslora")))
+        settings[path] = method(
+            rank, alpha, rslora=bool(fields.get("use_rslora")), dropout=fields.get("lora_dropout") or 0.0
+        )
     for saved in fields.get("modules_to_save") or ():
         found = [m for m in places if m == saved or m.endswith(f".{saved}")]
         if not found or any(places[m].layer is not None for m in found):
@@ -334,6 +336,8 @@ def _fields(config: Config, chosen: Mapping[str, Any], base_model: str, names_of
         raise ValueError(f"settings: {changed} belong to changed base weights, which PEFT would not have; merge them")
     if len({(type(s), s.rslora) for s in adapted.values()}) != 1:
         raise ValueError("settings: PEFT has LoRA or DoRA, and one kind of scale, in one folder; got a mixture or none")
+    if len({s.dropout for s in adapted.values()}) != 1:
+        raise ValueError("settings: PEFT has one dropout in a folder; got several")
     first = next(iter(adapted.values()))
     names = {(("/".join((*p.path, _leaf(config, p) or "")), p.layer)): m for m, p in _places(config, names_of).items()}
     targets, ranks, alphas, saved = [], {}, {}, []
@@ -357,6 +361,7 @@ def _fields(config: Config, chosen: Mapping[str, Any], base_model: str, names_of
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": language and config.family == "gpt2",
         "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
         "modules_to_save": saved or None,
         "r": rank,
         "rank_pattern": {escaped[m]: v for m, v in ranks.items() if v != rank},

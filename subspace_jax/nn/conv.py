@@ -40,6 +40,9 @@ def conv(
 ) -> jax.Array:
     """Convolution over one, two or three axes, channels last.
 
+    Over mesh axes of type Auto anything may be split; over Explicit ones the batch only, for JAX would ask where the
+    result of a kernel whose channels are split is to be.
+
     Args:
       x: ``[batch, *space, in]``, floating point; the number of its axes says over how many the window moves.
       kernel: ``[*window, in / groups, out]``, rounded to the dtype of ``x``, or a :class:`StructuredConv`.

@@ -64,10 +64,11 @@ def test_dora_tables_and_their_gradients_are_those_of_peft(golden, x64):
     ("method", "space", "groups"), [(adapters.LoRA, 1, 1), (adapters.DoRA, 2, 2), (adapters.LoRA, 3, 1)]
 )
 def test_a_convolution_with_an_adapter_equals_one_with_the_merged_kernel(method, space, groups, x64):
-    params = {"w": jax.random.normal(jax.random.key(0), (*(3, 2, 3)[:space], 4, 6))}
+    draw = np.random.default_rng(0).normal
+    params = {"w": jnp.asarray(draw(size=(*(3, 2, 3)[:space], 4, 6)))}
     rules = {"w": method(2, 3.0, window=space, groups=groups)}
-    start = adapters.init(jax.random.key(1), params, rules)
-    x = jax.random.normal(jax.random.key(2), (2, *(5, 6, 4)[:space], 4 * groups))
+    start = jax.jit(lambda p: adapters.init(jax.random.key(1), p, rules))(params)
+    x = jnp.asarray(draw(size=(2, *(5, 6, 4)[:space], 4 * groups)))
 
     @jax.jit
     def run(own):
@@ -85,57 +86,12 @@ def test_a_convolution_with_an_adapter_equals_one_with_the_merged_kernel(method,
 
 
 def test_a_pissa_convolution_begins_with_the_leading_part_of_its_kernel(x64):
-    params = {"w": jax.random.normal(jax.random.key(0), (3, 4, 6))}
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 6)))}
     rules = {"w": adapters.LoRA(2, 3.0, init="pissa", window=1)}
     base, start = adapters.prepare(jax.random.key(1), params, rules)
     np.testing.assert_allclose(adapters.merge(base, start, rules)["w"], params["w"], atol=1e-13)
     values = np.linalg.svd(params["w"].reshape(12, 6), compute_uv=False)
     np.testing.assert_allclose(np.linalg.svd(base["w"].reshape(12, 6), compute_uv=False)[:4], values[2:], rtol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [{"strides": 2, "padding": "SAME"}, {"strides": (1, 3), "padding": ((2, 0), 1), "dilation": (2, 1)}],
-    ids=["same", "numbers"],
-)
-def test_groups_are_convolutions_beside_each_other_forwards_and_backwards(how, x64):
-    draw = np.random.default_rng(0).normal
-    x, w = jnp.asarray(draw(size=(2, 7, 6, 6))), jnp.asarray(draw(size=(3, 2, 2, 9)))
-
-    def together(x, w):
-        return nn.conv(x, w, groups=3, **how)
-
-    def apart(x, w):
-        parts = zip(jnp.split(x, 3, -1), jnp.split(w, 3, -1), strict=True)
-        return jnp.concatenate([nn.conv(*part, **how) for part in parts], -1)
-
-    @jax.jit
-    def both(x, w):
-        runs = [jax.vjp(f, x, w) for f in (together, apart)]
-        return [(y, *back(jnp.sin(y))) for y, back in runs]
-
-    for got, expected in zip(*both(x, w), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_convolutions_check_what_they_are_given():
-    x, w = jnp.ones((1, 4, 4, 6)), jnp.ones((3, 3, 3, 4))
-    assert nn.conv(x, w, groups=2, strides=(1, 2), padding=((1, 0), 1)).shape == (1, 3, 2, 4)
-    for message, arguments in {
-        "3 in each of 1 groups": {},
-        "strides: expected": {"groups": 2, "strides": (1,)},
-        "padding: expected 'SAME'": {"groups": 2, "padding": "same"},
-        "padding: expected a number": {"groups": 2, "padding": (1, 1, 1)},
-        "dilation: expected": {"groups": 2, "dilation": 0},
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            nn.conv(x, w, **arguments)
-    with pytest.raises(ValueError, match="one to three axes"):
-        nn.conv(jnp.ones((1, 6)), w)
-    with pytest.raises(ValueError, match="kernel of 3 axes"):
-        nn.conv(jnp.ones((1, 4, 6)), w)
-    with pytest.raises(TypeError, match="floating point"):
-        nn.conv(jnp.ones((1, 4, 4, 6), jnp.int32), w)
 
 
 def test_settings_of_convolutions_that_do_not_fit_are_refused():

@@ -74,19 +74,24 @@ def test_layers_gradients_and_training_are_those_of_the_authors(name, golden, x6
     np.testing.assert_allclose(step(trainable, state)[3], ours(g["yT"]), rtol=1e-9, atol=1e-12)
 
 
-def drawn(shape, ranks, scale=1.0, by=1.0):
+def drawn(shape, ranks, scale=1.0):
     """A weight, its rules, and an adapter away from its start."""
-    rules = {"w": adapters.FLoRA(ranks, scale)}
-    params = {"w": jax.random.normal(jax.random.key(0), shape)}
-    trainable = adapters.init(jax.random.key(1), params, rules)
-    core = by * jax.random.normal(jax.random.key(2), trainable["w"]["core"].shape, trainable["w"]["core"].dtype)
+    rules, draw = {"w": adapters.FLoRA(ranks, scale)}, np.random.default_rng(0).normal
+    params = {"w": jnp.asarray(draw(size=shape), jnp.result_type(float))}
+    trainable = start_of(params, rules)
+    core = jnp.asarray(draw(size=ranks), trainable["w"]["core"].dtype)
     return params, {"w": {**trainable["w"], "core": core}}, rules
+
+
+def start_of(params, rules):
+    """One program, and not one for each draw."""
+    return jax.jit(lambda p: adapters.init(jax.random.key(1), p, rules))(params)
 
 
 def test_a_convolution_without_the_update_equals_one_with_it(x64):
     groups = 2
     params, trainable, rules = drawn((3, 2, 4, 6), (3, 4, 2, 2), 2.0)
-    x = jax.random.normal(jax.random.key(3), (2, 7, 6, 4 * groups))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 6, 4 * groups)))
     how = {"strides": 2, "padding": (2, (0, 1)), "dilation": (1, 2), "groups": groups}
     merged = adapters.merge(params, trainable, rules)["w"]
 
@@ -118,12 +123,12 @@ def test_the_update_is_the_sum_it_is_defined_by_and_has_its_ranks(shape, ranks, 
 def test_with_an_identity_for_a_core_it_is_lora_and_factors_may_be_turned(x64):
     params, trainable, rules = drawn((6, 5), (3, 3), 2.0)
     own = {**trainable["w"], "core": jnp.eye(3)}
-    x = jax.random.normal(jax.random.key(4), (2, 6))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)))
     got = nn.linear(x, adapters.bind(params, {"w": own}, rules)["w"])
     lora = {"w": {"a": own["p0"], "b": own["p1"].T}}
     expected = nn.linear(x, adapters.bind(params, lora, {"w": adapters.LoRA(3, 6.0)})["w"])
     np.testing.assert_allclose(got, expected, rtol=1e-13)
-    turn = jax.random.normal(jax.random.key(5), (3, 3))
+    turn = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)))
     turned = {"w": {**own, "p0": own["p0"] @ turn, "core": jnp.linalg.inv(turn)}}
     np.testing.assert_allclose(nn.linear(x, adapters.bind(params, turned, rules)["w"]), expected, rtol=1e-10)
 
@@ -131,8 +136,8 @@ def test_with_an_identity_for_a_core_it_is_lora_and_factors_may_be_turned(x64):
 @pytest.mark.parametrize(("shape", "ranks"), [((6, 5), (4, 3)), ((3, 4, 5), (2, 2, 2))])
 def test_the_first_step_changes_the_core_only(shape, ranks):
     params, _, rules = drawn(shape, ranks)
-    start = adapters.init(jax.random.key(1), params, rules)
-    x = jax.random.normal(jax.random.key(3), (2, *(() if len(shape) == 2 else (7,)), shape[-2]))
+    start = start_of(params, rules)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, *(() if len(shape) == 2 else (7,)), shape[-2])), "float32")
 
     def loss(trainable):
         weight = adapters.bind(params, trainable, rules)["w"]

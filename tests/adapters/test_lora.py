@@ -16,7 +16,7 @@ def drawn(rules, *shape, dtype=np.float32, seed=0):
     """A weight and an adapter away from its start."""
     draw = np.random.default_rng(seed).normal
     params = {"w": jnp.asarray(draw(size=shape), dtype)}
-    start = adapters.init(jax.random.key(0), params, rules)
+    start = jax.jit(lambda p: adapters.init(jax.random.key(0), p, rules))(params)
     return params, {"w": {k: v + 0.3 * jnp.asarray(draw(size=v.shape), v.dtype) for k, v in start["w"].items()}}
 
 

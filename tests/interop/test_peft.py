@@ -1,5 +1,6 @@
 """PEFT's adapter folders, against what PEFT computes with them."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -164,6 +165,19 @@ def test_tensors_that_do_not_fit_are_refused(tensors, message, copied_adapter, c
     config = interop.read_config(checkpoint("llama"))
     with pytest.raises(ValueError, match=message):
         interop.load_peft_adapter(copied_adapter("llama/lora", tensors=tensors), config)
+
+
+def test_dropout_is_written_and_read(checkpoint, tmp_path):
+    config = interop.read_config(checkpoint("llama"))
+    adapter = interop.load_peft_adapter(PEFT / "llama/lora", config)
+    settings = {path: dataclasses.replace(s, dropout=0.125) for path, s in adapter.settings.items()}
+    interop.save_peft_adapter(tmp_path / "out", config, adapter.trainable, settings)
+    back = interop.load_peft_adapter(tmp_path / "out", config)
+    assert {s.dropout for s in back.settings.values()} == {0.125}
+    with pytest.raises(ValueError, match="dropout"):
+        interop.save_peft_adapter(
+            tmp_path / "mixed", config, adapter.trainable, {**settings, next(iter(settings)): adapters.LoRA(4, 8.0)}
+        )
 
 
 def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
