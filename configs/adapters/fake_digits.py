@@ -3,7 +3,9 @@
     subspace-jax train --config configs/adapters/fake_digits.py:effort_blur --workdir work/effort_blur
 
 Variants: a method, ``effort``, ``probe`` (the head alone) or ``full`` (everything trains), and the kind that is seen,
-``blur`` or ``pca``.  A vision transformer of 86 thousand parameters is first trained to read digits.
+``blur`` or ``pca``.  A vision transformer of 86 thousand parameters is first trained to read digits: a minute or so on
+two busy CPU cores.  Figures to reach: the mean area ``auc`` over the four unseen kinds, for ``effort`` above that for
+``probe`` by 0.02 on ``blur`` (0.850 and 0.774 with seed 0) and by 0.1 on ``pca`` (0.967 and 0.842).
 """
 
 from subspace_jax.represent import fake_digits

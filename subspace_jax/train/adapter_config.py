@@ -17,11 +17,11 @@ def default_adapter() -> ConfigDict:
     """Returns the fields ``adapter`` of a run, for :func:`adapter_settings`.
 
     ``method`` is one of "lora", "rslora", "dora", "svfit" and "effort", or empty for none.  ``rules`` names weights by
-    globs with commas between, such as ``"attn/q,attn/v"``; ``attn/q=16`` gives a rule its own rank, ``attn/q=16:32`` an
-    alpha too; empty means the task's own choice.  ``full`` likewise names parameters that train as a whole.  ``rank``
-    0 is 8 for the first three, all singular values for "svfit", one triplet for "effort"; ``alpha`` 0 is twice the
-    rank.  ``init`` is that of LoRA and DoRA, ``param`` that of SVFit; ``base_dtype`` is the type in which frozen
-    weights are kept.
+    globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none, therefore); ``attn/q=16`` gives a
+    rule its own rank, ``attn/q=16:32`` an alpha too; empty means the task's own choice.  ``full`` likewise names
+    parameters that train as a whole.  ``rank`` 0 is 8 for the first three, all singular values for "svfit", one triplet
+    for "effort"; ``alpha`` 0 is twice the rank.  ``init`` is that of LoRA and DoRA, ``param`` that of SVFit;
+    ``base_dtype`` is the type in which a language model's frozen weights are kept.
     """
     return ConfigDict(
         {
