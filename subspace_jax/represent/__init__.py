@@ -23,14 +23,17 @@ from subspace_jax.represent.linear_probe import (
 )
 from subspace_jax.represent.neighbors import nearest_classes
 from subspace_jax.represent.transfer import TransferTask, train_whole
+from subspace_jax.represent.transfer_sets import TRANSFER_SETS, ProbeReport, open_transfer_set, probe_features
 
 __all__ = [
+    "TRANSFER_SETS",
     "Classifier",
     "ClassifierTask",
     "FeatureModel",
     "Features",
     "FewShot",
     "LinearProbe",
+    "ProbeReport",
     "Scores",
     "TransferTask",
     "extract_features",
@@ -43,6 +46,8 @@ __all__ = [
     "nearest_classes",
     "open_feature_model",
     "open_labelled_images",
+    "open_transfer_set",
+    "probe_features",
     "probe_logits",
     "read_features",
     "save_features",

@@ -165,7 +165,9 @@ def open_feature_model(
 def _of_run(path: pathlib.Path, mesh: Mesh, step: int | Literal["best"] | None) -> FeatureModel:
     from subspace_jax.represent.classify import ClassifierTask
 
-    experiment, state = train.restore(path, step=step)
+    # A single process needs no more than one device to read a checkpoint, whatever the mesh of the run was.
+    alone = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
+    experiment, state = train.restore(path, step=step, settings=alone)
     if not isinstance(experiment.task, ClassifierTask):
         raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected one of represent.classify")
     image = experiment.config.data.image

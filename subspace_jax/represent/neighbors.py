@@ -25,8 +25,8 @@ def nearest_classes(
 ) -> np.ndarray:
     """Classifies by the labels of the ``k`` nearest examples, near by cosine.
 
-    A neighbour of cosine ``s`` votes with weight ``exp(s / temperature)`` (Wu et al., arXiv 1805.01978, section 3.4), or
-    all alike where ``temperature`` is None.  Takes memory for 128 x examples cosines on each device.
+    A neighbour of cosine ``s`` votes with weight ``exp(s / temperature)`` (Wu et al., arXiv 1805.01978, section 3.4),
+    or all alike where ``temperature`` is None.  Takes memory for 128 x examples cosines on each device.
 
     Args:
       features: ``[examples, n]``.
