@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 EXAMPLES = {
     "features": """
-        subspace-jax features --model DIR --data cifar10 --split train --out work/train.npz
+        subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
         subspace-jax features --model DIR --data photos --split val --out work/val.npz    # photos/val/CLASS/*.jpg
-        subspace-jax features --model work/digits_resnet_k8 --data digits --split test --out work/test.npz
+        subspace-jax features --model work/digits_resnet_k8 --data digits --split=test --out work/test.npz
         """,
     "probe": """
         subspace-jax probe --features work/train.npz --test work/test.npz
