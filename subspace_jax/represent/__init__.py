@@ -1,12 +1,14 @@
 """Representation learning: classifiers whose classes are vectors, directions or subspaces; what features are worth."""
 
 from subspace_jax.represent.classifier import Classifier, make_classifier
-from subspace_jax.represent.classify import ClassifierTask, features_of
+from subspace_jax.represent.classify import ClassifierTask
 from subspace_jax.represent.features import (
     FeatureModel,
     Features,
     extract_features,
+    features_of,
     features_of_images,
+    make_feature_step,
     open_feature_model,
     open_labelled_images,
     read_features,
@@ -43,6 +45,7 @@ __all__ = [
     "fit_linear",
     "linear_probe",
     "make_classifier",
+    "make_feature_step",
     "nearest_classes",
     "open_feature_model",
     "open_labelled_images",

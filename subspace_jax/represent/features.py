@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from subspace_jax import data, interop, nn, train
+from subspace_jax.represent.classify import ClassifierTask
 
 PyTree = Any
+FeatureStep = Callable[[PyTree, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]
 
 # So many batches are computed while the host reads the results of earlier ones.
 _IN_FLIGHT = 2
@@ -43,33 +45,58 @@ class FeatureModel:
     """A model that makes features, with what brings images into its form.
 
     Attributes:
-      compute: Pure function from ``params`` and inputs ``[batch, ...]`` to features ``[batch, n]``.
+      step: What :func:`make_feature_step` made of it; one program for all sets.
       params: What it takes, on the devices of ``mesh``.
       prepare: From the pixels of an image, uint8 ``[height, width, 3]``, to an input.
       mesh: The mesh.
     """
 
-    compute: Callable[[PyTree, jax.Array], jax.Array]
+    step: FeatureStep
     params: PyTree
     prepare: Callable[[np.ndarray], np.ndarray]
     mesh: Mesh
 
 
+def make_feature_step(compute: Callable[[PyTree, jax.Array], jax.Array], mesh: Mesh) -> FeatureStep:
+    """Compiles what computes the features of a batch whose rows are split over the devices.
+
+    Args:
+      compute: Pure function from parameters and inputs ``[batch, ...]`` to features ``[batch, n]``.
+      mesh: The mesh.
+
+    Returns:
+      A jitted function from parameters and a batch with ``inputs``, ``labels`` and ``mask`` to features (float32),
+      labels and mask.  They are whole on every device: with several processes, each has its own rows only before.
+
+    Raises:
+      ValueError: When it is called and the features of an example are not a vector.
+    """
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def step(params, batch):
+        found = compute(params, batch["inputs"])
+        if found.ndim != 2:
+            raise ValueError(f"compute: expected features [batch, n], got shape {list(found.shape)}")
+        return found.astype(jnp.float32), batch["labels"], batch["mask"]
+
+    return step
+
+
 def extract_features(
-    compute: Callable[[PyTree, jax.Array], jax.Array],
+    step: FeatureStep,
     params: PyTree,
     batches: Iterable[Mapping[str, np.ndarray]],
-    mesh: Mesh,
     *,
+    mesh: Mesh,
     num_batches: int | None = None,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the features of one pass; rows of a batch are split over the devices.
+    """Computes the features of one pass.
 
     With several processes all call this, each with batches of its own rows, and each gets the features of all.
 
     Args:
-      compute: Pure function from ``params`` and inputs ``[batch, ...]`` to features ``[batch, n]``.
+      step: From :func:`make_feature_step`.
       params: What it takes, on the devices of ``mesh``.
       batches: One pass with ``inputs``, ``labels`` and ``mask``, as :func:`subspace_jax.data.eval_batches` gives it:
         the last one filled up, so that all have one shape and one program serves them.
@@ -84,15 +111,6 @@ def extract_features(
       ValueError: There is no example, or the features of one are not a vector.
     """
     rows = train.batch_sharding(mesh)
-
-    # Rows come back whole on every process; labels and mask with them, for the host has its own rows only.
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-    def run(params, batch):
-        found = compute(params, batch["inputs"])
-        if found.ndim != 2:
-            raise ValueError(f"compute: expected features [batch, n], got shape {list(found.shape)}")
-        return found.astype(jnp.float32), batch["labels"], batch["mask"]
-
     done: list[tuple[np.ndarray, np.ndarray]] = []
     waiting: deque = deque()
 
@@ -103,7 +121,7 @@ def extract_features(
     hidden = not progress or jax.process_index() != 0
     for batch in tqdm(batches, total=num_batches, disable=hidden, unit="batch", miniters=1):
         fields = {name: batch[name] for name in ("inputs", "labels", "mask")}
-        waiting.append(run(params, train.to_device(fields, rows)))
+        waiting.append(step(params, train.to_device(fields, rows)))
         if len(waiting) > _IN_FLIGHT:
             fetch()
     while waiting:
@@ -111,6 +129,23 @@ def extract_features(
     if not sum(len(labels) for _, labels in done):
         raise ValueError("batches: expected at least one example, got none")
     return tuple(np.concatenate(column) for column in zip(*done, strict=True))
+
+
+def features_of(
+    task: ClassifierTask, state: train.TrainState, batches: Iterable[Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the features of one pass by a classifier as it is in training, on the mesh of its state.
+
+    Args:
+      task: The task.
+      state: Its train state.
+      batches: One pass, with a ``mask``: what ``Data.evaluate()`` gives.
+
+    Returns:
+      Features ``[examples, n]`` and labels ``[examples]``, of all processes' rows on every process.
+    """
+    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+    return extract_features(_task_step(task, mesh), (state.params, state.variables), batches, mesh=mesh)
 
 
 def open_feature_model(
@@ -159,16 +194,15 @@ def open_feature_model(
             raise ValueError(f"model: {path} has no pooled output that could serve as features")
         return pooled
 
-    return FeatureModel(compute, params, prepare, mesh)
+    return FeatureModel(make_feature_step(compute, mesh), params, prepare, mesh)
 
 
-def _of_run(path: pathlib.Path, mesh: Mesh, step: int | Literal["best"] | None) -> FeatureModel:
-    from subspace_jax.represent.classify import ClassifierTask
-
+def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None) -> FeatureModel:
     # A single process needs no more than one device to read a checkpoint, whatever the mesh of the run was.
     alone = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
-    experiment, state = train.restore(path, step=step, settings=alone)
-    if not isinstance(experiment.task, ClassifierTask):
+    experiment, state = train.restore(path, step=at, settings=alone)
+    task = experiment.task
+    if not isinstance(task, ClassifierTask):
         raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected one of represent.classify")
     image = experiment.config.data.image
     if not image.size:
@@ -179,7 +213,11 @@ def _of_run(path: pathlib.Path, mesh: Mesh, step: int | Literal["best"] | None) 
     side = image.eval_size or image.size
     prepare = data.EvalImage(side, crop=image.eval_crop, method=image.method, as_bytes=True)
     params = jax.device_put((state.params, state.variables), NamedSharding(mesh, P()))
-    return FeatureModel(lambda params, x: experiment.task.features(*params, x), params, prepare, mesh)
+    return FeatureModel(_task_step(task, mesh), params, prepare, mesh)
+
+
+def _task_step(task: ClassifierTask, mesh: Mesh) -> FeatureStep:
+    return make_feature_step(lambda arrays, inputs: task.features(*arrays, inputs), mesh)
 
 
 def open_labelled_images(
@@ -234,7 +272,7 @@ def features_of_images(
     batches = data.eval_batches(images.map(model.prepare), batch_size=batch_size)
     num_batches = -(-len(images) // batch_size)
     found = extract_features(
-        model.compute, model.params, batches, model.mesh, num_batches=num_batches, progress=progress
+        model.step, model.params, batches, mesh=model.mesh, num_batches=num_batches, progress=progress
     )
     return Features(*found, images.class_names)
 

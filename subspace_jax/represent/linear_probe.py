@@ -7,7 +7,7 @@ The Grassmann study (arXiv 2308.01547) takes a linear SVM instead of logistic re
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from subspace_jax import losses, train
 LOSSES = ("logistic", "hinge")
 DEFAULT_GRID = tuple(10.0 ** (k / 2) for k in range(-14, 3))
 
-PyTree = Any
+# Steps in a row that find nothing lower.
+_STALLED = 3
 
 
 class LinearProbe(NamedTuple):
@@ -80,7 +81,8 @@ def fit_linear(
       start: Kernel ``[n, classes]`` and bias ``[classes]``, float32.
       loss: One of :data:`LOSSES`.
       max_steps: Steps after which it ends anyway.
-      tolerance: It ends where no component of the gradient is larger.
+      tolerance: It ends where no component of the gradient is larger; or where the objective no longer falls, for what
+        is left is the rounding of its sums.
 
     Returns:
       Kernel and bias.
@@ -103,20 +105,22 @@ def fit_linear(
     value_and_grad = optax.value_and_grad_from_state(objective)
 
     def step(carry):
-        params, state, _, count = carry
+        params, state, _, lowest, stalled, count = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
         params = optax.apply_updates(params, updates)
-        # The line search leaves the gradient at the new point.
+        # The line search leaves value and gradient at the new point.
         largest = optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
-        return params, state, largest, count + 1
+        value = optax.tree.get(state, "value")
+        stalled = jnp.where(value < lowest, 0, stalled + 1)
+        return params, state, largest, jnp.minimum(lowest, value), stalled, count + 1
 
     def unfinished(carry):
-        _, _, largest, count = carry
-        return (largest > tolerance) & (count < max_steps)
+        _, _, largest, _, stalled, count = carry
+        return (largest > tolerance) & (stalled < _STALLED) & (count < max_steps)
 
-    carry = (start, solver.init(start), jnp.asarray(jnp.inf, start[1].dtype), 0)
-    return jax.lax.while_loop(unfinished, step, carry)[0]
+    far = jnp.asarray(jnp.inf, start[1].dtype)
+    return jax.lax.while_loop(unfinished, step, (start, solver.init(start), far, far, 0, 0))[0]
 
 
 def linear_probe(

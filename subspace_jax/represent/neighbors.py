@@ -51,13 +51,15 @@ def nearest_classes(
         raise ValueError(f"k: expected 1 to {len(labels)} neighbours, got {k}")
     if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, or None, got {temperature}")
-    (placed,) = rows_on(train.make_mesh() if mesh is None else mesh, queries)
-    found = _vote(features, labels, placed, k=k, temperature=temperature, num_classes=num_classes)
+    mesh = train.make_mesh() if mesh is None else mesh
+    (placed,) = rows_on(mesh, queries)
+    options = {"k": k, "temperature": temperature, "num_classes": num_classes, "ways": mesh.size}
+    found = _vote(features, labels, placed, **options)
     return np.asarray(found)[: len(queries)]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "temperature", "num_classes"))
-def _vote(features, labels, queries, *, k, temperature, num_classes):
+@functools.partial(jax.jit, static_argnames=("k", "temperature", "num_classes", "ways"))
+def _vote(features, labels, queries, *, k, temperature, num_classes, ways):
     features, queries = _unit(features), _unit(queries)
 
     def one(query):
@@ -65,7 +67,9 @@ def _vote(features, labels, queries, *, k, temperature, num_classes):
         votes = jnp.ones(k) if temperature is None else jnp.exp((cosines - cosines[0]) / temperature)
         return jnp.argmax(jax.ops.segment_sum(votes, labels[nearest], num_classes)).astype(jnp.int32)
 
-    return jax.lax.map(one, queries, batch_size=_QUERIES_AT_A_TIME)
+    # Each device goes through its own rows; a loop over all of them would keep all but one waiting.
+    shares = queries.reshape(ways, -1, queries.shape[-1])
+    return jax.vmap(lambda own: jax.lax.map(one, own, batch_size=_QUERIES_AT_A_TIME))(shares).reshape(-1)
 
 
 def _unit(x):

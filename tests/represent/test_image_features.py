@@ -87,7 +87,8 @@ def test_features_are_computed_measured_and_compared_by_commands(folder, tmp_pat
     ):
         assert main(["probe", *pair, "--method", *method]) == 0
         printed = capsys.readouterr().out
-        assert printed.startswith("accuracy 1.0000")  # colours that a random network tells apart too
+        # Colours that a random network tells apart too; a single example of each may lie far out.
+        assert min(float(share) for share in re.findall(r"accuracy (\d\.\d+)", printed)) > 0.85
         assert re.search(r"variability \d+\.\d+ degrees; class separation R2 0\.\d+", printed)
     sets = ["--data", f"{photos},cifar10,food101", "--data-dir", str(tmp_path / "none")]
     assert main(["transfer", "--model", model, *sets, "--method", "knn", "--neighbours", "3", "--quiet"]) == 0
@@ -103,7 +104,7 @@ def test_features_of_a_run_are_those_that_its_head_sees(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path / "sets")
     config.data.image.size, config.data.image.eval_crop = 8, 1.0
-    config.model.backbone, config.model.features, config.model.dims = "convnet", (4, 4), (1,)
+    config.model.backbone, config.model.features, config.model.head = "mlp", (4,), "softmax"
     config.train.steps = 1
     config.data.eval_batch_size = 600
     train.run(config, tmp_path / "run", progress=False)
