@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language
+from subspace_jax.cli import language, vision
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -55,6 +55,7 @@ _EXAMPLES = {
         subspace-jax export --workdir work/dora --out work/adapter --best
         subspace-jax export --workdir work/dora --out work/merged --merged
         """,
+    **vision.EXAMPLES,
     "info": """
         subspace-jax info
         JAX_NUM_CPU_DEVICES=8 subspace-jax info --fsdp 2 --tensor 4
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
         run.add_argument("--quiet", action="store_true", help="no progress bar")
     language.add_commands(commands, _command)
+    vision.add_commands(commands, _command)
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
-        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS}
+        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS, **vision.ACTIONS}
         actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)

@@ -60,6 +60,7 @@ from subspace_jax.nn.text_tower import (
     text_tower_specs,
 )
 from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
+from subspace_jax.nn.vision_apply import vision_apply
 from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
 from subspace_jax.nn.vision_output import VisionOutput
 from subspace_jax.nn.vision_transformer import (
@@ -161,6 +162,7 @@ __all__ = [
     "vgg_axes",
     "vgg_init",
     "vgg_specs",
+    "vision_apply",
     "vision_transformer_apply",
     "vision_transformer_axes",
     "vision_transformer_init",

@@ -13,7 +13,7 @@ from subspace_jax.nn.causal_lm import REMAT
 from subspace_jax.nn.causal_lm_config import ACTIVATIONS as _ACTIVATIONS
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
-from subspace_jax.nn.param_specs import ParamSpec
+from subspace_jax.nn.param_specs import ParamSpec, dense_specs, norm_specs
 
 PyTree = Any
 
@@ -61,19 +61,6 @@ def check_size(name: str, value: Any) -> None:
     """Raises ``ValueError`` for what is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def norm_specs(width: int) -> dict[str, ParamSpec]:
-    """A layer norm's parameters."""
-    return {"scale": ParamSpec((width,), (None,), value=1.0), "bias": ParamSpec((width,), (None,))}
-
-
-def dense_specs(
-    rows: int, columns: int, axes: tuple[str | None, str | None], *, bias: bool = True, stddev: float = 0.02
-) -> dict[str, ParamSpec]:
-    """A linear map's parameters."""
-    spec = {"kernel": ParamSpec((rows, columns), axes, stddev)}
-    return {**spec, "bias": ParamSpec((columns,), (axes[1],))} if bias else spec
 
 
 def encoder_specs(encoder: Encoder) -> PyTree:

@@ -29,6 +29,29 @@ class ParamSpec(NamedTuple):
     value: float = 0.0
 
 
+def dense_specs(
+    rows: int, columns: int, axes: tuple[str | None, str | None], *, bias: bool = True, stddev: float = 0.02
+) -> dict[str, ParamSpec]:
+    """The parameters of a linear map."""
+    spec = {"kernel": ParamSpec((rows, columns), axes, stddev)}
+    return {**spec, "bias": ParamSpec((columns,), axes[1:])} if bias else spec
+
+
+def norm_specs(width: int, scale: float = 1.0) -> dict[str, ParamSpec]:
+    """The parameters of a normalisation."""
+    return {"scale": ParamSpec((width,), (None,), value=scale), "bias": ParamSpec((width,), (None,))}
+
+
+def conv_specs(side: int, entering: int, leaving: int, groups: int = 1) -> dict[str, ParamSpec]:
+    """A kernel ``[side, side, entering / groups, leaving]``.
+
+    Its deviation ``sqrt(2 groups / (side^2 leaving))`` keeps the variance of what flows back through a ReLU (He et al.,
+    arXiv 1502.01852).
+    """
+    stddev = math.sqrt(2 / (side * side * leaving / groups))
+    return {"kernel": ParamSpec((side, side, entering // groups, leaving), (None, None, "embed", None), stddev)}
+
+
 def spec_axes(specs: PyTree) -> PyTree:
     """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
     return map_specs(lambda spec: P(*spec.axes), specs)

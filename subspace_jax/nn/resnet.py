@@ -9,12 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from subspace_jax.linalg import working_dtype
-from subspace_jax.nn import _specs
 from subspace_jax.nn.batch_norm import batch_norm
 from subspace_jax.nn.conv import conv
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.linear import linear
-from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.param_specs import (
+    ParamSpec,
+    conv_specs,
+    dense_specs,
+    draw_params,
+    norm_specs,
+    spec_axes,
+    spec_shapes,
+)
 from subspace_jax.nn.pooling import halve, max_pool
 from subspace_jax.nn.resnet_config import ResNetBlock, ResNetConfig
 from subspace_jax.nn.vision_output import VisionOutput
@@ -52,11 +59,11 @@ def resnet_specs(config: ResNetConfig) -> tuple[PyTree, PyTree]:
         layers = {key: _layer_specs(*sizes) for key, sizes in _layers(config, block).items()}
         own, statistics = ({key: pair[i] for key, pair in layers.items()} for i in (0, 1))
         last = max(key for key in own if key.startswith("layer"))
-        own[last]["norm"] = _specs.scale_and_bias(block.widths[-1], scale=0.0)
+        own[last]["norm"] = norm_specs(block.widths[-1], scale=0.0)
         params.setdefault(stage, {})[name] = own
         stats.setdefault(stage, {})[name] = statistics
     if config.num_classes:
-        params["head"] = _specs.dense(config.out_features, config.num_classes, ("embed", "class"), 0.01)
+        params["head"] = dense_specs(config.out_features, config.num_classes, ("embed", "class"), stddev=0.01)
     return params, stats
 
 
@@ -75,7 +82,7 @@ def _layers(config: ResNetConfig, block: ResNetBlock) -> dict[str, tuple[int, in
 
 
 def _layer_specs(side: int, m: int, n: int, groups: int = 1) -> tuple[dict, dict]:
-    params = {"conv": _specs.conv_kernel(side, m, n, groups), "norm": _specs.scale_and_bias(n)}
+    params = {"conv": conv_specs(side, m, n, groups), "norm": norm_specs(n)}
     return params, {"norm": {"mean": ParamSpec((n,), (None,)), "var": ParamSpec((n,), (None,), value=1.0)}}
 
 

@@ -15,12 +15,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from subspace_jax.linalg import working_dtype
-from subspace_jax.nn import _specs
 from subspace_jax.nn.causal_lm_config import ACTIVATIONS
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
-from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.param_specs import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
 from subspace_jax.nn.resnet import branch_keys, captured, check_pixels, head_logits
 from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.vision_output import VisionOutput
@@ -56,9 +55,9 @@ def swin_specs(config: SwinConfig) -> PyTree:
     """
     width, std = config.embed_dim, 0.02
     specs = {
-        "patch_embed": _specs.dense(config.patch_size**2 * config.channels, width, (None, "embed"), std),
-        "embed_norm": _specs.scale_and_bias(width),
-        "norm": _specs.scale_and_bias(config.out_features),
+        "patch_embed": dense_specs(config.patch_size**2 * config.channels, width, (None, "embed"), stddev=std),
+        "embed_norm": norm_specs(width),
+        "norm": norm_specs(config.out_features),
     }
     if config.absolute_positions:
         patches = math.prod(config.maps(*config.image_size)[0])
@@ -67,26 +66,26 @@ def swin_specs(config: SwinConfig) -> PyTree:
         inner = int(config.mlp_ratio * width)
         into, out = ("embed", "heads"), ("heads", "embed")
         block = {
-            "norm1": _specs.scale_and_bias(width),
+            "norm1": norm_specs(width),
             "attn": {
-                **{name: _specs.dense(width, width, into, std, config.qkv_bias) for name in ("q", "k", "v")},
-                "out": _specs.dense(width, width, out, std),
+                **{name: dense_specs(width, width, into, bias=config.qkv_bias, stddev=std) for name in ("q", "k", "v")},
+                "out": dense_specs(width, width, out, stddev=std),
                 "relative_bias": {"table": ParamSpec(((2 * config.window - 1) ** 2, heads), (None, None), std)},
             },
-            "norm2": _specs.scale_and_bias(width),
+            "norm2": norm_specs(width),
             "mlp": {
-                "up": _specs.dense(width, inner, ("embed", "mlp"), std),
-                "down": _specs.dense(inner, width, ("mlp", "embed"), std),
+                "up": dense_specs(width, inner, ("embed", "mlp"), stddev=std),
+                "down": dense_specs(inner, width, ("mlp", "embed"), stddev=std),
             },
         }
         specs[f"stage{stage}"] = {f"block{i}": block for i in range(depth)}
         if stage + 1 < len(config.depths):
             specs[f"stage{stage}"]["merge"] = {
-                "norm": _specs.scale_and_bias(4 * width),
-                "reduction": _specs.dense(4 * width, 2 * width, ("mlp", "embed"), std, bias=False),
+                "norm": norm_specs(4 * width),
+                "reduction": dense_specs(4 * width, 2 * width, ("mlp", "embed"), bias=False, stddev=std),
             }
     if config.num_classes:
-        specs["head"] = _specs.dense(config.out_features, config.num_classes, ("embed", "class"), std)
+        specs["head"] = dense_specs(config.out_features, config.num_classes, ("embed", "class"), stddev=std)
     return specs
 
 

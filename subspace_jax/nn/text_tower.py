@@ -11,10 +11,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from subspace_jax.nn.embedding import check_tokens, embed, table_dtype
-from subspace_jax.nn.encoder import Encoder, check_size, dense_specs, encode, encoder_specs, norm_specs
+from subspace_jax.nn.encoder import Encoder, check_size, encode, encoder_specs
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
-from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.param_specs import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
 
 PyTree = Any
 

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from subspace_jax.nn import _specs
 from subspace_jax.nn.batch_norm import batch_norm
 from subspace_jax.nn.conv import conv
 from subspace_jax.nn.linear import linear
-from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes
+from subspace_jax.nn.param_specs import ParamSpec, conv_specs, dense_specs, draw_params, norm_specs, spec_axes
 from subspace_jax.nn.pooling import max_pool
 from subspace_jax.nn.resnet import captured, check_pixels, head_logits
 from subspace_jax.nn.vision_output import VisionOutput
@@ -85,18 +84,20 @@ def vgg_specs(config: VGGConfig) -> tuple[PyTree, PyTree]:
     for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
         params[f"stage{stage}"], stats[f"stage{stage}"] = {}, {}
         for i in range(depth):
-            kernel = {**_specs.conv_kernel(3, entering, width), "bias": ParamSpec((width,), (None,))}
-            params[f"stage{stage}"][f"layer{i}"] = {"conv": kernel, "norm": _specs.scale_and_bias(width)}
+            kernel = {**conv_specs(3, entering, width), "bias": ParamSpec((width,), (None,))}
+            params[f"stage{stage}"][f"layer{i}"] = {"conv": kernel, "norm": norm_specs(width)}
             running = {"mean": ParamSpec((width,), (None,)), "var": ParamSpec((width,), (None,), value=1.0)}
             stats[f"stage{stage}"][f"layer{i}"] = {"norm": running}
             entering = width
     for n in config.image_size:
         entering *= n >> len(config.depths)
     for i, width in enumerate(config.hidden):
-        params[f"hidden{i}"] = _specs.dense(entering, width, ("embed", "mlp") if i % 2 == 0 else ("mlp", "embed"), 0.01)
+        params[f"hidden{i}"] = dense_specs(
+            entering, width, ("embed", "mlp") if i % 2 == 0 else ("mlp", "embed"), stddev=0.01
+        )
         entering = width
     if config.num_classes:
-        params["head"] = _specs.dense(entering, config.num_classes, ("embed", "class"), 0.01)
+        params["head"] = dense_specs(entering, config.num_classes, ("embed", "class"), stddev=0.01)
     return params, stats
 
 

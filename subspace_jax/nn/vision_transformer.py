@@ -13,16 +13,14 @@ from subspace_jax.nn.attention import attention
 from subspace_jax.nn.causal_lm_module import arrays_of, variables_of
 from subspace_jax.nn.encoder import (
     ACTIVATIONS,
-    dense_specs,
     encode,
     encoder_specs,
     mlp,
-    norm_specs,
     split_heads,
 )
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
-from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.param_specs import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
 from subspace_jax.nn.resample import resample_positions
 from subspace_jax.nn.vision_output import VisionOutput
 from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig

@@ -1,7 +1,59 @@
-"""Representation learning: classifiers whose classes are vectors, directions or subspaces."""
+"""Representation learning: classifiers whose classes are vectors, directions or subspaces; what features are worth."""
 
 from subspace_jax.represent.classifier import Classifier, make_classifier
-from subspace_jax.represent.classify import ClassifierTask, features_of
+from subspace_jax.represent.classify import ClassifierTask
+from subspace_jax.represent.features import (
+    FeatureModel,
+    Features,
+    extract_features,
+    features_of,
+    features_of_images,
+    make_feature_step,
+    open_feature_model,
+    open_labelled_images,
+    read_features,
+    save_features,
+)
+from subspace_jax.represent.few_shot import FewShot, few_shot
+from subspace_jax.represent.linear_probe import (
+    LinearProbe,
+    Scores,
+    fit_linear,
+    linear_probe,
+    probe_logits,
+    scores_of,
+)
+from subspace_jax.represent.neighbors import nearest_classes
 from subspace_jax.represent.transfer import TransferTask, train_whole
+from subspace_jax.represent.transfer_sets import TRANSFER_SETS, ProbeReport, open_transfer_set, probe_features
 
-__all__ = ["Classifier", "ClassifierTask", "TransferTask", "features_of", "make_classifier", "train_whole"]
+__all__ = [
+    "TRANSFER_SETS",
+    "Classifier",
+    "ClassifierTask",
+    "FeatureModel",
+    "Features",
+    "FewShot",
+    "LinearProbe",
+    "ProbeReport",
+    "Scores",
+    "TransferTask",
+    "extract_features",
+    "features_of",
+    "features_of_images",
+    "few_shot",
+    "fit_linear",
+    "linear_probe",
+    "make_classifier",
+    "make_feature_step",
+    "nearest_classes",
+    "open_feature_model",
+    "open_labelled_images",
+    "open_transfer_set",
+    "probe_features",
+    "probe_logits",
+    "read_features",
+    "save_features",
+    "scores_of",
+    "train_whole",
+]

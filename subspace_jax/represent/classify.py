@@ -6,13 +6,11 @@ The Grassmann head is the class representation of arXiv 2308.01547 (Wang, Li, Zh
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from subspace_jax import data, losses, train
@@ -199,39 +197,6 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
         train=lambda seed: batch(seed=seed),
         evaluate=functools.partial(data.eval_batches, eval_set, batch_size=sizes.eval_batch_size),
     )
-
-
-def features_of(
-    task: ClassifierTask, state: train.TrainState, batches: Iterable[Mapping[str, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Collects the features of one pass, on this process's rows.
-
-    A state that is split over devices is gathered onto one device of every process first: with several processes,
-    all have to call this, and each then computes by itself.
-
-    Args:
-      task: The task.
-      state: Its train state.
-      batches: One pass, with a ``mask``: what ``Data.evaluate()`` gives.
-
-    Returns:
-      Features ``[examples, n]`` and labels ``[examples]``.
-    """
-    compute = jax.jit(task.features)
-    params, variables = jax.tree.map(_whole, (state.params, state.variables))
-    rows = [
-        (np.asarray(compute(params, variables, batch["inputs"])), batch["labels"], batch["mask"] > 0)
-        for batch in batches
-    ]
-    features = np.concatenate([x[mask] for x, _, mask in rows])
-    return features, np.concatenate([labels[mask] for _, labels, mask in rows])
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """Gathers an array onto one device of this process."""
-    if not x.is_fully_replicated:
-        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
-    return x.addressable_data(0)
 
 
 def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:

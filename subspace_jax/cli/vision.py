@@ -1,0 +1,159 @@
+"""The commands for features of images: compute them, measure them, compare sets."""
+
+import argparse
+from collections.abc import Callable
+
+EXAMPLES = {
+    "features": """
+        subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
+        subspace-jax features --model DIR --data photos --split val --out work/val.npz    # photos/val/CLASS/*.jpg
+        subspace-jax features --model work/digits_resnet_k8 --data digits --split=test --out work/test.npz
+        """,
+    "probe": """
+        subspace-jax probe --features work/train.npz --test work/test.npz
+        subspace-jax probe --features work/train.npz --test work/test.npz --method svm
+        subspace-jax probe --features work/train.npz --test work/test.npz --method few-shot --shots 1,5,10 --seeds 10
+        """,
+    "transfer": """
+        subspace-jax transfer --model DIR                             # the six sets of the Grassmann study
+        subspace-jax transfer --model DIR --data cifar10,photos --method logistic
+        """,
+}
+
+
+def add_commands(commands, add: Callable) -> None:
+    """Adds those that take a vision model and train no more than a linear classifier."""
+    features = add(commands, "features", "compute the features of a set of images")
+    _add_model(features)
+    features.add_argument("--data", required=True, help="TFDS set, or a folder with one folder for each class")
+    features.add_argument("--split", default="", help="split of the set (default: train), or folder in the folder")
+    features.add_argument("--out", required=True, metavar="FILE.npz", help="file to write")
+
+    probe = add(commands, "probe", "measure features by a linear classifier, by neighbours or by a few examples")
+    probe.add_argument("--features", required=True, metavar="FILE.npz", help="features to fit to")
+    probe.add_argument("--test", required=True, metavar="FILE.npz", help="features to test on")
+    _add_method(probe, "logistic")
+
+    transfer = add(commands, "transfer", "print how well the features of a model serve on other sets")
+    _add_model(transfer)
+    transfer.add_argument(
+        "--data", default="", metavar="SET,SET,...", help="TFDS sets and folders (default: the six of the study)"
+    )
+    _add_method(transfer, "svm")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or timm folder, or a run's workdir")
+    parser.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch, over all devices")
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="type of a folder's activations")
+    parser.add_argument("--resample", action="store_true", help="resample positions for images of another size")
+    parser.add_argument("--skip-unreadable", action="store_true", help="take the next image for one that is damaged")
+    parser.add_argument("--best", action="store_true", help="a run's best checkpoint (default: the latest)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
+    methods = ("logistic", "svm", "knn", "few-shot")
+    parser.add_argument("--method", choices=methods, default=default, help=f"default: {default}")
+    parser.add_argument("--l2", type=float, default=None, help="penalty (default: chosen on held-out examples)")
+    parser.add_argument("--neighbours", type=int, default=20, help="of knn")
+    parser.add_argument("--shots", default="5", help="examples of a class, of few-shot; several by commas")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of few-shot")
+
+
+def _features(args: argparse.Namespace, overrides: list[str]) -> None:
+    import os
+
+    import jax
+
+    from subspace_jax import represent
+    from subspace_jax.represent.features import check_features_path
+
+    out = check_features_path(args.out)
+    split = args.split or ("" if os.path.isdir(args.data) else "train")
+    images = represent.open_labelled_images(args.data, split, args.data_dir, **_unreadable(args))
+    found = _extract(args, _open(args), images)
+    if jax.process_index() == 0:
+        represent.save_features(out, found, model=os.path.abspath(args.model), data=args.data, split=split)
+        count, width = found.features.shape
+        print(f"Wrote {count} features of width {width}, {len(found.class_names)} classes, to {out}")
+
+
+def _probe(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import represent
+
+    sets = [represent.read_features(path) for path in (args.features, args.test)]
+    reports = [represent.probe_features(*sets, **options) for options in _options(args)]
+    for report in reports:
+        by_class = "" if report.class_accuracy is None else f"; mean over classes {report.class_accuracy:.4f}"
+        print(f"accuracy {report.accuracy:.4f}{by_class}; {report.detail}")
+    print(f"variability {reports[0].variability:.2f} degrees; class separation R2 {reports[0].separation:.3f}")
+
+
+def _transfer(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import represent
+
+    options = _options(args)
+    if len(options) > 1:
+        raise ValueError(f"--shots: expected one number for a table, got {args.shots!r}")
+    names = [name.strip() for name in args.data.split(",") if name.strip()] or list(represent.TRANSFER_SETS)
+    sets, missing = {}, {}
+    for name in names:
+        try:
+            sets[name] = represent.open_transfer_set(name, args.data_dir, **_unreadable(args))
+        except FileNotFoundError as error:
+            missing[name] = str(error)
+    for name, why in missing.items():
+        print(f"missing {name}: {why}")
+    if not sets:
+        raise FileNotFoundError(f"--data: none of {', '.join(names)} is there")
+    model = _open(args)
+    print(f"{'set':<20} {'train':>7} {'test':>7} {'accuracy':>9} {'by class':>9} {'degrees':>8} {'R2':>6}")
+    accuracies = []
+    for name, pair in sets.items():
+        found = [_extract(args, model, images) for images in pair]
+        report = represent.probe_features(*found, **options[0], mesh=model.mesh)
+        counts = " ".join(f"{len(part.labels):>7}" for part in found)
+        by_class = "" if report.class_accuracy is None else f"{report.class_accuracy:.4f}"
+        spread = f"{report.variability:>8.2f} {report.separation:>6.3f}"
+        print(f"{name:<20} {counts} {report.accuracy:>9.4f} {by_class:>9} {spread}  {report.detail}", flush=True)
+        accuracies.append(report.accuracy)
+    what = f"mean of {len(sets)} of {len(names)}"
+    print(f"{what:<36} {sum(accuracies) / len(accuracies):>9.4f}")
+
+
+def _options(args: argparse.Namespace) -> list[dict]:
+    """Keyword arguments of the method: one set of them, or one for each number of shots."""
+    try:
+        shots = [int(text) for text in args.shots.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--shots: expected numbers separated by commas, got {args.shots!r}") from error
+    common = {"method": args.method, "l2": args.l2, "neighbours": args.neighbours, "seeds": args.seeds}
+    return [{**common, "shots": n} for n in (shots if args.method == "few-shot" else shots[:1])]
+
+
+def _unreadable(args: argparse.Namespace) -> dict[str, str]:
+    return {"on_unreadable": "skip" if args.skip_unreadable else "raise"}
+
+
+def _open(args: argparse.Namespace):
+    from subspace_jax import represent
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    step = "best" if args.best else None
+    return represent.open_feature_model(args.model, dtype=args.dtype, resample=args.resample, step=step)
+
+
+def _extract(args: argparse.Namespace, model, images):
+    from subspace_jax import represent
+
+    found = represent.features_of_images(model, images, batch_size=args.batch_size, progress=not args.quiet)
+    if images.unreadable:
+        print(f"{len(images.unreadable)} of {len(images)} images could not be read, others took their place:")
+        print("\n".join(f"  {name}: {why}" for name, why in images.unreadable.items()))
+    return found
+
+
+ACTIONS = {"features": _features, "probe": _probe, "transfer": _transfer}
