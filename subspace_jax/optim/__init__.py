@@ -15,6 +15,7 @@ from subspace_jax.optim.projection import LowRankProjectionState, low_rank_proje
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
 from subspace_jax.optim.random_subspace import (
     RandomSubspace,
+    Select,
     compress,
     decompress,
     projection_matrix,
@@ -47,6 +48,7 @@ __all__ = [
     "ScaledAdamWLoRAState",
     "ScaledGDLoRAState",
     "ScaledGradientState",
+    "Select",
     "adaprelora",
     "apollo",
     "apollo_mini",
