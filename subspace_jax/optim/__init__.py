@@ -15,7 +15,6 @@ from subspace_jax.optim.projection import LowRankProjectionState, low_rank_proje
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
 from subspace_jax.optim.random_subspace import (
     RandomSubspace,
-    Select,
     compress,
     decompress,
     projection_matrix,
@@ -48,7 +47,6 @@ __all__ = [
     "ScaledAdamWLoRAState",
     "ScaledGDLoRAState",
     "ScaledGradientState",
-    "Select",
     "adaprelora",
     "apollo",
     "apollo_mini",

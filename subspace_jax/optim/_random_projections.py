@@ -135,6 +135,11 @@ def fastfood(key: jax.Array, shapes: Shapes, dim: int, dtype: DTypeLike, *, by_l
     parts = []
     for i, size in enumerate(_transform_sizes(shapes, by_leaf)):
         length = transform_length(size, dim)
+        if length > 2**31:
+            raise ValueError(
+                f"params: expected at most {2**31} parameters under one transform, got {size}; "
+                "scope='leaf' has one for each leaf, and select takes fewer"
+            )
         sign_key, order_key, gain_key = jax.random.split(jax.random.fold_in(key, i), 3)
         signs = jax.random.rademacher(sign_key, (length,), jnp.int8)
         order = jax.random.permutation(order_key, length).astype(jnp.int32)

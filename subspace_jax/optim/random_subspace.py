@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.optim import _projected
 from subspace_jax.optim import _random_projections as projections
 
 PyTree = Any
@@ -92,9 +93,14 @@ class RandomSubspace:
     def _offsets(self, theta: jax.Array) -> list[jax.Array]:
         if theta.shape != (self.dim,):
             raise ValueError(f"theta: expected shape ({self.dim},), got {theta.shape}")
-        shapes, gains = [x.shape for x in self._moving()], self._num_gains()
-        offsets = projections.apply(self.projection, theta[: self.dim - gains], shapes)
-        return [theta[self.dim - gains + i] * x for i, x in enumerate(offsets)] if gains else offsets
+        moving, gains = self._moving(), self._num_gains()
+
+        def offsets(projection, theta):
+            parts = projections.apply(projection, theta[: self.dim - gains], [x.shape for x in moving])
+            return [theta[self.dim - gains + i] * x for i, x in enumerate(parts)] if gains else parts
+
+        specs = functools.partial(_projected.spec_of, moving)
+        return _projected.automatic(offsets, (self.projection, theta), specs)
 
     def _moving(self) -> list[jax.Array]:
         return [x for x, moves in zip(jax.tree.leaves(self.start), self.chosen, strict=True) if moves]
@@ -131,8 +137,9 @@ def random_subspace(
     so that a step of some size moves the parameters by that size.  Learning rates are ten times and more those of
     usual training.  Put regularisers on ``expand(theta)`` and not on ``theta``.
 
-    Adapters may be moved in turn: hand in the trainable tree of :func:`subspace_jax.adapters.prepare`.  On a mesh the
-    offsets follow the sharding of the parameters; numbers don't depend on it.
+    Adapters may be moved in turn: hand in the trainable tree of :func:`subspace_jax.adapters.prepare`.  On a mesh
+    offsets are placed like the parameters, whether its axes are Auto or Explicit, and numbers don't depend on it; with
+    scope "leaf" no transform crosses from one parameter to another.
 
     Source: Li, Farkhoor, Liu and Yosinski, arXiv 1804.08838.
 
@@ -151,7 +158,8 @@ def random_subspace(
       ``theta [dim]``, float32 (float64 with float64 parameters), and the subspace.
 
     Raises:
-      ValueError: ``dim`` is out of range, a name is unknown, nothing is selected, or an option is of another method.
+      ValueError: ``dim`` is out of range, a name is unknown, nothing is selected, an option is of another method, or
+        one Hadamard transform would have more than 2^31 entries.
       TypeError: The key is no random key, or a selected leaf is not of floating point.
 
     Example:

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from subspace_jax import metrics as measures
 from subspace_jax import optim
+from subspace_jax.metrics import intrinsic_dimension as searching
+from subspace_jax.optim.random_subspace import Select
 from subspace_jax.train.config import differing_fields, read_config, save_config
 from subspace_jax.train.experiment import build
 from subspace_jax.train.loop import Data, fit, writable_folder
@@ -28,7 +30,7 @@ from subspace_jax.train.task import Task
 
 log = logging.getLogger(__name__)
 
-SEARCHES = ("all", *measures.SEARCHES)
+SEARCHES = ("all", *searching.SEARCHES)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def measure_intrinsic_dimension(
     workdir: str | Path,
     method: str = "fastfood",
     scope: str = "global",
-    select: optim.Select | None = None,
+    select: Select | None = None,
     repeats: int = 1,
     baseline: float | None = None,
     full_tx: optax.GradientTransformation | None = None,

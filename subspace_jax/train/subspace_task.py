@@ -1,9 +1,12 @@
 """Any task, trained inside a random subspace of its parameters."""
 
+import dataclasses
+
 import jax
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import optim
+from subspace_jax.optim.random_subspace import Select
 from subspace_jax.train.task import Task
 
 
@@ -31,7 +34,7 @@ class SubspaceTask:
         dim: int,
         method: str = "fastfood",
         *,
-        select: optim.Select | None = None,
+        select: Select | None = None,
         scope: str = "global",
         stored: bool = False,
     ):
@@ -41,10 +44,7 @@ class SubspaceTask:
         self.num_params = variables["subspace"].num_params
         start, rest = task.axes()
         parts = jax.tree.map(lambda x: P(*(None,) * x.ndim), variables["subspace"])
-        parts = jax.tree.unflatten(
-            jax.tree.structure(variables["subspace"]),
-            [*jax.tree.leaves(start), *jax.tree.leaves(parts)[len(jax.tree.leaves(start)) :]],
-        )
+        parts = dataclasses.replace(parts, start=start)
         self._axes = {"theta": P(None)}, {"task": rest, "subspace": parts}
         if hasattr(task, "load"):
             self.load = self._load

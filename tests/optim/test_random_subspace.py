@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import adapters, linalg, optim
@@ -259,13 +259,19 @@ def test_one_vector_solves_the_toy_problem_exactly_from_its_dimension_on(x64):
         assert loss < 1e-20 if solved else loss > 0.1
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "fastfood", "said"])
-def test_sharded_equals_unsharded(kind):
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [*((kind, AxisType.Auto) for kind in ("dense", "sparse", "fastfood", "said")), ("said", AxisType.Explicit)],
+)
+def test_sharded_equals_unsharded(kind, axes):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(axes,) * 2)
     theta, subspace, _, _, expected = facts(kind)
     spec = {"layer": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}, "head": P("tensor")}
     split = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), subspace.start, spec)
-    got = jax.jit(there_and_back)(moved(theta, kind), dataclasses.replace(subspace, start=split))
+    whole = NamedSharding(mesh, P())
+    at, rest = jax.device_put((moved(theta, kind), subspace), whole)
+    with jax.set_mesh(mesh):
+        got = jax.jit(there_and_back)(at, dataclasses.replace(rest, start=split))
     assert got[0]["layer"]["kernel"].sharding.spec == P("fsdp", "tensor")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
@@ -326,6 +332,15 @@ def test_only_what_is_selected_moves():
 def test_what_can_not_serve_is_refused(error, options):
     with pytest.raises(ValueError, match=error):
         optim.random_subspace(tree(), **{"dim": 4, "key": jax.random.key(0), **options})
+
+
+def test_a_model_too_large_for_one_transform_is_sent_to_one_for_each_leaf():
+    shapes = [jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)] * 2
+    make = functools.partial(optim.random_subspace, dim=100, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="params: expected at most 2147483648 parameters under one transform"):
+        jax.eval_shape(make, shapes)
+    _, subspace = jax.eval_shape(functools.partial(make, scope="leaf"), shapes)
+    assert subspace.num_params == 2**32
 
 
 def test_integer_leaves_are_passed_over_and_refused_where_they_are_selected():
