@@ -26,6 +26,13 @@ _EXAMPLES = {
         subspace-jax eval --workdir work/digits --best
         subspace-jax eval --workdir work/sharded --config.mesh.data=1 --config.mesh.tensor=1   # on one device
         """,
+    "intrinsic-dimension": """
+        subspace-jax intrinsic-dimension --config configs/optim/intrinsic_digits.py --workdir work/digits_dim
+        subspace-jax intrinsic-dimension --config configs/optim/intrinsic_digits.py:dense --workdir work/dense_dim \\
+            --config.intrinsic.dims=100,130,160 --config.intrinsic.repeats=3
+
+        A measurement that was stopped goes on when it is started again with the same workdir.
+        """,
     "pretrain": """
         subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny     # ends with work/tiny/model
         """,
@@ -82,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     runs = {
         "train": "train what a config describes",
+        "intrinsic-dimension": "measure in how small a random subspace a config's task can be trained",
         "pretrain": "train a language model from nothing, and write it as a Hugging Face folder",
         "finetune": "train a language model from a Hugging Face folder on, whole or by adapters, and write it as one",
     }
@@ -127,7 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
-        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS, **vision.ACTIONS}
+        actions = {
+            "train": _train,
+            "intrinsic-dimension": _intrinsic_dimension,
+            "eval": _evaluate,
+            "info": _info,
+            **language.ACTIONS,
+            **vision.ACTIONS,
+        }
         actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
@@ -162,6 +177,23 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _, metrics = train.run(config, args.workdir, progress=not args.quiet)
     print("; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"Wrote checkpoints, metrics.jsonl, tensorboard/ and curves.png to {os.path.abspath(args.workdir)}")
+
+
+def _intrinsic_dimension(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import metrics, train
+
+    config = train.override(train.load_config(args.config), overrides)
+    result = train.measure_config(config, args.workdir, progress=not args.quiet)
+    name = f"d_int{round(100 * result.fraction)}"
+    print(f"baseline {result.baseline:.4f} with {result.num_params} parameters")
+    if result.dim is None:
+        print(f"{name} not reached")
+    else:
+        print(
+            f"{name} {result.dim} with score {result.score:.4f}; compression {result.num_params / result.dim:.1f}, "
+            f"{metrics.mdl_bits(result.dim)} bits"
+        )
+    print(f"Wrote table.jsonl, curve.png and solutions/ to {os.path.abspath(args.workdir)}")
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -8,6 +8,7 @@ from subspace_jax.linalg.frequent_directions import (
     frequent_directions_init,
     frequent_directions_update,
 )
+from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
@@ -30,7 +31,9 @@ __all__ = [
     "eye_like",
     "frequent_directions_init",
     "frequent_directions_update",
+    "fwht",
     "gram",
+    "hadamard_matrix",
     "hosvd",
     "orthonormality_error",
     "polar",

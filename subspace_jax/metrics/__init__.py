@@ -1,15 +1,20 @@
 """Measures of what a model has learnt: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
+from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
     "bleu",
     "choice_accuracy",
     "class_separation_r2",
+    "d_int",
+    "d_int_bootstrap",
     "exact_match",
     "final_number",
     "intra_class_variability",
+    "mdl_bits",
     "perplexity",
     "rouge_l",
+    "search_d_int",
 ]

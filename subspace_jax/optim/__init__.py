@@ -13,6 +13,13 @@ from subspace_jax.optim.lora_rite import LoRARITEState, lora_rite, scale_by_lora
 from subspace_jax.optim.online_subspace import OnlineSubspaceState, online_subspace_descent
 from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
+from subspace_jax.optim.random_subspace import (
+    RandomSubspace,
+    compress,
+    decompress,
+    projection_matrix,
+    random_subspace,
+)
 from subspace_jax.optim.rsgd import RiemannianSGDState, riemannian_sgd, scale_by_riemannian_sgd
 from subspace_jax.optim.scaled_lora import (
     ScaledAdamWLoRAState,
@@ -34,6 +41,7 @@ __all__ = [
     "LowRankProjectionState",
     "MatrixAxes",
     "OnlineSubspaceState",
+    "RandomSubspace",
     "RiemannianAdamState",
     "RiemannianSGDState",
     "ScaledAdamWLoRAState",
@@ -42,8 +50,10 @@ __all__ = [
     "adaprelora",
     "apollo",
     "apollo_mini",
+    "compress",
     "coso",
     "coso_end_task",
+    "decompress",
     "fira",
     "galore",
     "geometry_labels",
@@ -55,6 +65,8 @@ __all__ = [
     "low_rank_projection",
     "online_subspace_descent",
     "project_out",
+    "projection_matrix",
+    "random_subspace",
     "riemannian_adam",
     "riemannian_sgd",
     "scale_by_adaprelora",

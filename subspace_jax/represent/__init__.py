@@ -15,6 +15,7 @@ from subspace_jax.represent.features import (
     save_features,
 )
 from subspace_jax.represent.few_shot import FewShot, few_shot
+from subspace_jax.represent.fully_connected import FullyConnectedTask
 from subspace_jax.represent.linear_probe import (
     LinearProbe,
     Scores,
@@ -34,6 +35,7 @@ __all__ = [
     "FeatureModel",
     "Features",
     "FewShot",
+    "FullyConnectedTask",
     "LinearProbe",
     "ProbeReport",
     "Scores",

@@ -11,6 +11,13 @@ from subspace_jax.train.config import (
     save_config,
 )
 from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
+from subspace_jax.train.intrinsic_dimension import (
+    IntrinsicDimension,
+    default_intrinsic,
+    measure_config,
+    measure_intrinsic_dimension,
+    plot_intrinsic_dimension,
+)
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
@@ -37,6 +44,7 @@ from subspace_jax.train.step import (
     new_state,
     state_shardings,
 )
+from subspace_jax.train.subspace_task import SubspaceTask
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
 
 __all__ = [
@@ -48,9 +56,11 @@ __all__ = [
     "Data",
     "Experiment",
     "FitResult",
+    "IntrinsicDimension",
     "Metrics",
     "MetricsLog",
     "Rules",
+    "SubspaceTask",
     "Task",
     "TrainState",
     "adapter_recipe",
@@ -61,6 +71,7 @@ __all__ = [
     "complete_state",
     "default_adapter",
     "default_config",
+    "default_intrinsic",
     "differing_fields",
     "evaluate",
     "evaluate_run",
@@ -75,11 +86,14 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "measure_config",
+    "measure_intrinsic_dimension",
     "module_arrays",
     "new_state",
     "override",
     "param_shardings",
     "plot_curves",
+    "plot_intrinsic_dimension",
     "read_config",
     "read_metrics",
     "resolve",

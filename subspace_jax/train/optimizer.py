@@ -1,4 +1,4 @@
-"""From a config to an Optax transform: a schedule, a Euclidean optimizer, and a Riemannian one for subspaces."""
+"""From a config to an Optax transform: a schedule, an optimizer, and a Riemannian one for parameters on manifolds."""
 
 from typing import Any
 
@@ -14,7 +14,11 @@ PyTree = Any
 
 SCHEDULES = ("constant", "linear", "cosine", "step")
 EUCLIDEAN = ("sgd", "adam", "adamw", "lamb")
+LOW_RANK = ("galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
+LORA = ("lora_plus", "scaled_adamw_lora", "lora_rite", "lora_pro", "adaprelora")
 GRASSMANN = ("rsgd", "radam")
+
+_NO_KERNELS = ("bias", "scale", "embedding", "magnitude", "bases")
 
 
 def default_config() -> ConfigDict:
@@ -31,6 +35,14 @@ def default_config() -> ConfigDict:
             "b2": 0.999,
             "weight_decay": 0.0,
             "clip_norm": 0.0,
+            "low_rank": {
+                "rank": 0,
+                "refresh_every": 200,
+                "method": "subspace_iteration",
+                "scale": 1.0,
+                "sketch_rank": 64,
+            },
+            "lora": {"ratio": 16.0, "scale": 2.0, "stats": "projected"},
             "grassmann": {
                 "name": "rsgd",
                 "lr_factor": 1.0,
@@ -87,6 +99,13 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
       config: As :func:`default_config` gives it.  ``clip_norm`` (0: off) scales the whole gradient down to this
         norm; ``weight_decay`` is coupled for "sgd" and "adam", decoupled for "adamw" and "lamb", and never touches
         bases, nor with "adamw" a ``magnitude`` (of DoRA); ``grassmann.lr_factor`` multiplies the shared learning rate.
+
+        The names in ``LOW_RANK`` project the gradients of kernels, those of stacked layers included, and are Adam for
+        tables, biases and norms.  ``low_rank.rank`` 0 is a quarter of a kernel's shorter side; ``low_rank.scale`` is
+        that of the method (1 keeps the learning rate that all other leaves have; 1 is 128 for "apollo_mini");
+        ``low_rank.sketch_rank`` is of "coso" alone.  The names in ``LORA`` are for adapters: ``lora.ratio`` is of
+        "lora_plus", ``lora.scale`` (alpha over rank) of "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.
+        For both groups decay is decoupled and touches every leaf.
       num_steps: Length of the run, for the schedule.
 
     Returns:
@@ -109,8 +128,12 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name == "lamb":
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    elif config.name in LOW_RANK:
+        euclidean = _low_rank(config, rate)
+    elif config.name in LORA:
+        euclidean = _lora(config, rate)
     else:
-        raise ValueError(f"optim.name: expected one of {EUCLIDEAN}, got {config.name!r}")
+        raise ValueError(f"optim.name: expected one of {(*EUCLIDEAN, *LOW_RANK, *LORA)}, got {config.name!r}")
 
     manifold = config.grassmann
     shared = {
@@ -128,6 +151,64 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
 
     tx = optim.with_geometry(euclidean, grassmann)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm > 0 else tx
+
+
+def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    fields = config.low_rank
+    if fields.rank < 0:
+        raise ValueError(f"optim.low_rank.rank: expected at least 0, got {fields.rank}")
+    moments = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
+    renewed = {**moments, "refresh_every": fields.refresh_every, "scale": fields.scale}
+
+    def rank(path: str, shape: tuple[int, ...]) -> int | None:
+        # Biases of stacked layers look like matrices, and rows of a table that no token met have no gradient.
+        if len(shape) < 2 or path.split("/")[-1] in _NO_KERNELS:
+            return None
+        return fields.rank or max(1, min(shape[-2:]) // 4)
+
+    try:
+        if config.name == "galore":
+            return optim.galore(rate, rank, method=fields.method, **renewed)
+        if config.name == "fira":
+            return optim.fira(rate, rank, method=fields.method, **renewed)
+        if config.name == "apollo":
+            return optim.apollo(rate, rank, **renewed)
+        if config.name == "apollo_mini":
+            options = {**renewed, "scale": 128 * fields.scale, "scaling": "tensor"}
+            return optim.apollo(rate, lambda *leaf: None if rank(*leaf) is None else 1, **options)
+        if config.name == "online_subspace_descent":
+            options = {"period": fields.refresh_every, "scale": fields.scale}
+            return optim.online_subspace_descent(
+                rate, rank, relative_rate=lambda step: rate(step) / config.learning_rate, **moments, **options
+            )
+        # One run is one task: the history, which later tasks would need, has room for one column.
+        return optim.coso(
+            rate,
+            rank,
+            fields.sketch_rank,
+            update_every=fields.refresh_every,
+            max_history=1,
+            **moments,
+        )
+    except ValueError as error:
+        raise ValueError(f"optim.low_rank: {error}") from error
+
+
+def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    fields = config.lora
+    options = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
+    try:
+        if config.name == "lora_plus":
+            return optim.lora_plus(rate, ratio=fields.ratio, **options)
+        if config.name == "scaled_adamw_lora":
+            return optim.scaled_adamw_lora(rate, **options)
+        if config.name == "lora_rite":
+            return optim.lora_rite(rate, **options)
+        if config.name == "lora_pro":
+            return optim.lora_pro(rate, scale=fields.scale, **options)
+        return optim.adaprelora(rate, scale=fields.scale, stats=fields.stats, **options)
+    except ValueError as error:
+        raise ValueError(f"optim.lora: {error}") from error
 
 
 def _decays(params: PyTree) -> PyTree:
