@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language
+from subspace_jax.cli import language, plan
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -55,6 +55,12 @@ _EXAMPLES = {
         subspace-jax export --workdir work/dora --out work/adapter --best
         subspace-jax export --workdir work/dora --out work/merged --merged
         """,
+    "plan": """
+        subspace-jax plan --config configs/lm/large.py:llama3-8b --topology v5e:4x4
+        subspace-jax plan --config configs/lm/large.py:llama3-70b --topology v5p:4x4x8 --mesh fsdp=32,tensor=4 \\
+            --config.adapter.method=dora --config.adapter.rank=384 --json plan.json
+        subspace-jax plan --config configs/lm/large.py:llama3-8b --topology v6e:4x4 --sweep --rows-per-share 1
+        """,
     "info": """
         subspace-jax info
         JAX_NUM_CPU_DEVICES=8 subspace-jax info --fsdp 2 --tensor 4
@@ -97,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
         run.add_argument("--quiet", action="store_true", help="no progress bar")
     language.add_commands(commands, _command)
+    plan.add_command(commands, _command)
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
@@ -112,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
-    takes_fields = args.command in (*runs, "eval")
+    takes_fields = args.command in (*runs, "eval", "plan")
     unknown = [text for text in extra if not (takes_fields and text.startswith("--config."))]
     if unknown:
         hint = " (fields of the config are set by --config.FIELD=VALUE)" if takes_fields else ""
@@ -125,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
-        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS}
+        actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS, **plan.ACTIONS}
         actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
