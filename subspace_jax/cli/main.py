@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language, plan
+from subspace_jax.cli import language, plan, processes
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0, 2 for input that can't serve, 130 after an interrupt from the keyboard.
+      The exit status: 0; 2 for input that can't serve, a full disk, or data or processes that do not come in time; 75
+      after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another process was
+      lost; 130 after an interrupt from the keyboard.
     """
     parser = argparse.ArgumentParser(
         prog="subspace-jax",
@@ -102,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder to start from")
         run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
         run.add_argument("--quiet", action="store_true", help="no progress bar")
+        processes.add_arguments(run)
     language.add_commands(commands, _command)
     plan.add_command(commands, _command)
 
@@ -132,11 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
+        if args.command in runs:
+            processes.start(args)
         actions = {"train": _train, "eval": _evaluate, "info": _info, **language.ACTIONS, **plan.ACTIONS}
         actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        status, message = processes.ending(error)
+        if status is None:
+            raise
+        print(f"subspace-jax {args.command}: {message}", file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print(
             f"subspace-jax {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr

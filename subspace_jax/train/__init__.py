@@ -20,6 +20,7 @@ from subspace_jax.train.plan_cost import Collective, Cost, Temporary, module_cos
 from subspace_jax.train.plan_flops import Products, count_products
 from subspace_jax.train.plan_report import best_plan, plan_text, plot_sweep, sweep_text
 from subspace_jax.train.plan_roofline import Roofline, collective_seconds, roofline
+from subspace_jax.train.processes import Cluster, find_cluster, initialize
 from subspace_jax.train.sharding import (
     DEFAULT_RULES,
     MESH_AXES,
@@ -43,6 +44,7 @@ from subspace_jax.train.step import (
     new_state,
     state_shardings,
 )
+from subspace_jax.train.survival import NotFiniteError, Preempted
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "Chip",
+    "Cluster",
     "Collective",
     "Cost",
     "Data",
@@ -60,7 +63,9 @@ __all__ = [
     "FitResult",
     "Metrics",
     "MetricsLog",
+    "NotFiniteError",
     "Plan",
+    "Preempted",
     "Products",
     "Roofline",
     "Rules",
@@ -82,11 +87,13 @@ __all__ = [
     "differing_fields",
     "evaluate",
     "evaluate_run",
+    "find_cluster",
     "find_topology",
     "fit",
     "follow_params",
     "gather",
     "init_state",
+    "initialize",
     "layer_gatherer",
     "load_config",
     "make_eval_step",

@@ -4,9 +4,12 @@ import dataclasses
 import importlib
 import math
 import re
+import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -225,13 +228,13 @@ def plan_step(
     began = time.monotonic()
     lowered = traced.lower()
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, chip.platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refused(str(error), state, known, time.monotonic() - began)
     seconds = time.monotonic() - began
-    return _compiled(chip, compiled, state, known, seconds)
+    return _compiled(chip, compiled, text, state, known, seconds)
 
 
 def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
@@ -240,9 +243,26 @@ def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
-def _compiled(chip: Chip, compiled: Any, state: int, known: dict, seconds: float) -> Plan:
+def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
+    """Compiles, and returns the text of the result as the compiler itself writes it.
+
+    ``as_text`` has jaxlib parse what libtpu made, which a jaxlib that is older than libtpu can't always do.
+    """
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # A cache of compiled programs can keep this one and can't load it: there is no such device here.
+        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
+        # A program that came from JAX's cache was not compiled, and has left nothing.
+        return compiled, texts[-1].read_text() if texts else compiled.as_text()
+
+
+def _compiled(chip: Chip, compiled: Any, text: str, state: int, known: dict, seconds: float) -> Plan:
     memory = compiled.memory_analysis()
-    cost: Cost = module_cost(compiled.as_text(), known["mesh"])
+    cost: Cost = module_cost(text, known["mesh"])
     beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes + max(beside, 0)
     return Plan(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from subspace_jax.train.plan_hlo import Module, Op, axis_of, parse_module, replica_groups, trip_count
+from subspace_jax.train.plan_hlo import Array, Module, Op, axis_of, parse_module, replica_groups, trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # They move nothing in memory: names for what is there, or the second half of what was counted at its start.
@@ -162,15 +162,16 @@ class _Counting:
         return sum(self._op_products(op, ops) for op in ops.values())
 
     def _op_products(self, op: Op, ops: Mapping[str, Op]) -> int:
-        if op.opcode == "dot":
+        opcode = op.opcode.removesuffix("-start")
+        if opcode == "dot":
             left = ops[op.operands[0]].results[0].shape
             contracted = [int(d) for d in (op.attribute("lhs_contracting_dims") or "").split(",") if d]
-            return 2 * math.prod(op.results[0].shape) * math.prod(left[d] for d in contracted)
-        if op.opcode == "convolution":
+            return 2 * math.prod(_made(op).shape) * math.prod(left[d] for d in contracted)
+        if opcode == "convolution":
             return convolution_flops(op, ops)
-        if op.opcode == "fusion":
+        if opcode == "fusion":
             return self.products(op.called()["calls"][0])
-        if op.opcode == "custom-call" and (stated := re.search(r'"flops":"?(\d+)', op.rest)):
+        if opcode == "custom-call" and (stated := re.search(r'"flops":"?(\d+)', op.rest)):
             return int(stated[1])
         return 0
 
@@ -178,7 +179,7 @@ class _Counting:
         """Collectives that an instruction is or, a fusion, has a part of."""
         if op.opcode.removesuffix("-start") in KINDS:
             yield op, ops
-        elif op.opcode == "fusion":
+        elif op.opcode in ("fusion", "fusion-start"):
             inside = self.module.computations.get(op.called()["calls"][0], {})
             for inner in inside.values():
                 yield from self._collectives(inner, inside)
@@ -195,15 +196,17 @@ class _Counting:
 
     def _traffic(self, op: Op, ops: Mapping[str, Op]) -> int:
         """Bytes that an instruction reads from main memory and writes there."""
-        if op.opcode in _FREE or op.opcode.endswith("-done"):
+        if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")) or op.opcode == "async-start":
             return 0
         written = sum(array.nbytes for array in op.results if array.in_memory)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
         if op.opcode == "dynamic-update-slice":
             return 2 * _memory_bytes(ops.get(op.operands[1]))
-        if op.opcode in ("copy-start", "collective-permute-start", "all-gather-start", "all-reduce-start"):
-            return written + (0 if op.opcode == "copy-start" else _read(op, ops))
+        if op.opcode in ("slice-start", "dynamic-slice-start"):
+            return _made(op).nbytes * (1 + _made(op).in_memory)
+        if op.opcode.endswith("-start"):
+            return written  # what it makes stands beside what it takes
         if op.opcode != "fusion":
             return written + _read(op, ops)
         inside = self.module.computations.get(op.called()["calls"][0], {})
@@ -225,6 +228,12 @@ class _Counting:
             if whole:
                 written += min(whole, _used_bytes(parameters[number], inside, whole))
         return written
+
+
+def _made(op: Op) -> Array:
+    """The array that an instruction makes; one that is only begun names its operands before it, counters after."""
+    arrays = [array for array in op.results if array.shape] or list(op.results)
+    return arrays[-1] if op.opcode.endswith("-start") else op.results[0]
 
 
 def _memory_bytes(op: Op | None, *, force: bool = False) -> int:
@@ -271,7 +280,7 @@ def convolution_flops(op: Op, ops: Mapping[str, Op]) -> int:
     padding; those cost nothing.
     """
     left, right = (ops[name].results[0].shape for name in op.operands[:2])
-    out = op.results[0].shape
+    out = _made(op).shape
     inputs, _, out_dims = (op.attribute("dim_labels") or "").partition("->")
     left_dims, _, right_dims = inputs.partition("_")
     spatial = [label for label in out_dims if label.isdigit()]
