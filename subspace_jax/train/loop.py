@@ -167,7 +167,13 @@ def fit(
             max_skipped=max_skipped,
         )
         every = _Every(num_steps, log_every, eval_every, checkpoint_every)
-        result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+        try:
+            result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+        except jax.errors.JaxRuntimeError:
+            if jax.process_count() > 1:
+                # At once: closing below waits for the others, and JAX ends the process when it finds one dead.
+                log.error("Process %d lost another one, or failed itself; the run ends.", jax.process_index())
+            raise
     finally:
         checkpoints.close()
     if jax.process_index() == 0:

@@ -198,6 +198,8 @@ class _Counting:
         """Bytes that an instruction reads from main memory and writes there."""
         if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")) or op.opcode == "async-start":
             return 0
+        if "AllocateBuffer" in op.rest:
+            return 0
         written = sum(array.nbytes for array in op.results if array.in_memory)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
@@ -210,24 +212,70 @@ class _Counting:
         if op.opcode != "fusion":
             return written + _read(op, ops)
         inside = self.module.computations.get(op.called()["calls"][0], {})
-        roots = _roots(inside)
-        updates = {root.name: root for root in roots if root.opcode == "dynamic-update-slice"}
-        if updates:
-            written = sum(
-                _memory_bytes(inside[root.operands[1]], force=array.in_memory)
-                if root.name in updates
-                else array.nbytes * array.in_memory
-                for root, array in zip(roots, op.results, strict=False)
-            )
-        parameters = {int(x.literal): x.name for x in inside.values() if x.opcode == "parameter"}
+        if any("AsyncCollectiveDone" in inner.rest for inner in inside.values()):
+            return 0
+        written = 0
+        roots = self._roots(inside)
+        for place, array in enumerate(op.results):
+            root, where = roots[place] if place < len(roots) else (None, inside)
+            if not array.in_memory or (root is not None and (root.opcode == "parameter" or root.opcode in KINDS)):
+                continue  # handed on, or a part of a collective that was counted where it started
+            if root is not None and root.opcode == "dynamic-update-slice":
+                written += _memory_bytes(where[root.operands[1]], force=True)
+            else:
+                written += array.nbytes
         for number, name in enumerate(op.operands):
-            source = ops.get(name)
-            if source is None or number not in parameters:
-                continue
-            whole = _memory_bytes(source)
+            whole = _memory_bytes(ops.get(name))
             if whole:
-                written += min(whole, _used_bytes(parameters[number], inside, whole))
+                elements = math.prod(ops[name].results[0].shape)
+                written += int(whole * min(1.0, self._used_elements(inside, number) / max(elements, 1)))
         return written
+
+    def _roots(self, inside: Mapping[str, Op]) -> list[tuple[Op, Mapping[str, Op]]]:
+        """What a fusion's results are, each with the computation in which it stands; fusions nest."""
+        root = next((op for op in inside.values() if op.is_root), None)
+        if root is None:
+            return []
+        found = []
+        for op in [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]:
+            where = inside
+            while op.opcode in ("bitcast", "fusion"):
+                if op.opcode == "bitcast":
+                    op = where[op.operands[0]]
+                    continue
+                inner = self._roots(self.module.computations.get(op.called()["calls"][0], {}))
+                if len(inner) != 1:
+                    break
+                if inner[0][0].opcode == "parameter":  # a value of the outer fusion
+                    break
+                op, where = inner[0]
+            found.append((op, where))
+        return found
+
+    def _used_elements(self, inside: Mapping[str, Op], number: int) -> float:
+        """Elements that a fusion reads of one of its arguments, of which it may take slices only."""
+        parameter = next((x for x in inside.values() if x.opcode == "parameter" and x.literal == str(number)), None)
+        return self._used_of(parameter.name, inside) if parameter else math.inf
+
+    def _used_of(self, name: str, inside: Mapping[str, Op]) -> float:
+        total = 0.0
+        for op in inside.values():
+            if name not in op.operands:
+                continue
+            if op.opcode in ("dynamic-slice", "slice", "gather") and op.operands[0] == name:
+                total += math.prod(op.results[0].shape)
+            elif op.opcode in ("bitcast", "convert", "copy", "reshape", "transpose"):
+                total += self._used_of(op.name, inside)
+            elif op.opcode == "fusion":
+                inner = self.module.computations.get(op.called()["calls"][0], {})
+                total += self._used_elements(inner, op.operands.index(name))
+            elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
+                continue  # what it leaves as it was is not touched
+            elif op.opcode == "tuple" or op.opcode in KINDS:
+                continue
+            else:
+                return math.inf
+        return total
 
 
 def _made(op: Op) -> Array:
@@ -242,35 +290,6 @@ def _memory_bytes(op: Op | None, *, force: bool = False) -> int:
 
 def _read(op: Op, ops: Mapping[str, Op]) -> int:
     return sum(_memory_bytes(ops.get(name)) for name in op.operands)
-
-
-def _roots(inside: Mapping[str, Op]) -> list[Op]:
-    root = next((op for op in inside.values() if op.is_root), None)
-    if root is None:
-        return []
-    found = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
-    while any(op.opcode == "bitcast" and op.operands[0] in inside for op in found):
-        found = [inside[op.operands[0]] if op.opcode == "bitcast" else op for op in found]
-    return found
-
-
-def _used_bytes(name: str, inside: Mapping[str, Op], whole: int) -> int:
-    """Bytes that a fusion reads of one of its arguments, of which it may take slices only."""
-    total = 0
-    for op in inside.values():
-        if name not in op.operands:
-            continue
-        if op.opcode in ("dynamic-slice", "slice", "gather") and op.operands[0] == name:
-            total += sum(array.nbytes for array in op.results)
-        elif op.opcode == "bitcast":
-            total += _used_bytes(op.name, inside, whole)
-        elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
-            continue  # what it leaves as it was is not touched
-        elif op.opcode in ("tuple", "custom-call") or op.opcode in KINDS:
-            continue  # a part of a collective that was counted where it started
-        else:
-            return whole
-    return total
 
 
 def convolution_flops(op: Op, ops: Mapping[str, Op]) -> int:

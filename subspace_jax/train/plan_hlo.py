@@ -69,7 +69,7 @@ class Op:
     def source(self) -> str:
         """Where in the traced program it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
 
 @dataclass(frozen=True)
