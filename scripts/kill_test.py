@@ -36,7 +36,7 @@ def command(config, workdir, settings):
 def start(config, workdir, settings, log):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command(config, workdir, settings), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+        command(config, workdir, settings), env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -78,7 +78,6 @@ def kill_runs(config, workdir, settings, kills, seed):
     seconds = run_to_end(config, workdir / "whole", settings)
     expected, rows = bits(workdir / "whole"), (workdir / "whole/metrics.jsonl").read_text()
     steps = last_step(workdir / "whole")
-    interval = min(whole_checkpoints(workdir / "whole"), default=steps)
     wrong, lost, runs, done = [], [], 0, 0
     while done < kills:
         target, killed_at = workdir / f"run_{runs}", None
@@ -113,12 +112,12 @@ def kill_runs(config, workdir, settings, kills, seed):
             if (target / "metrics.jsonl").read_text() != rows:
                 wrong.append(f"{target}: the metrics differ")
     counts = {"kills": done, "runs": runs, "steps": steps, "seconds": round(seconds, 1)}
-    return {**counts, "resumes": len(lost), "most_steps_lost": max(lost, default=0), "first_kept": interval}, wrong
+    return {**counts, "resumes": len(lost), "most_steps_lost": max(lost, default=0)}, wrong
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", default="configs/gcr/digits.py:k8")
+    parser.add_argument("--config", default=str(ROOT / "configs/gcr/digits.py:k8"))
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs; not there yet, or empty")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_command(commands, add: Callable) -> None:
     """Adds ``plan``."""
-    plan = add(commands, "plan", "compile the train step of a config for a slice that needs not be there, and count")
+    plan = add(commands, "plan", "compile the train step of a config for a slice that need not be there, and count")
     plan.add_argument(
         "--config",
         required=True,
@@ -48,6 +48,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     meshes = [parse_mesh(text) for text in args.mesh or ()]
     if args.rows_per_share < 0:
         raise ValueError(f"--rows-per-share: expected at least 1, or 0 for data.batch_size, got {args.rows_per_share}")
+    for name, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{name}: no folder {Path(file).absolute().parent}")
     config = train.load_config(args.config)
     settings = list(overrides)
     if args.model:

@@ -14,11 +14,11 @@ from subspace_jax.train.experiment import Experiment, build, evaluate_run, resto
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
-from subspace_jax.train.plan import Plan, advice, mesh_sizes, plan_run, plan_step, usual_meshes
+from subspace_jax.train.plan import Plan, mesh_sizes, plan_run, plan_step, usual_meshes
 from subspace_jax.train.plan_chips import CHIPS, Chip, find_topology, topologies_of, tpu_devices
 from subspace_jax.train.plan_cost import Collective, Cost, Temporary, module_cost
 from subspace_jax.train.plan_flops import Products, count_products
-from subspace_jax.train.plan_report import best_plan, plan_text, plot_sweep, sweep_text
+from subspace_jax.train.plan_report import advice, best_plan, plan_text, plot_sweep, sweep_text
 from subspace_jax.train.plan_roofline import Roofline, collective_seconds, roofline
 from subspace_jax.train.processes import Cluster, find_cluster, initialize
 from subspace_jax.train.sharding import (

@@ -1,4 +1,4 @@
-"""Plans a run before it is paid for: compiles its very step for a slice that needs not be there, and counts."""
+"""Plans a run before it is paid for: compiles its very step for a slice that need not be there, and counts."""
 
 import dataclasses
 import importlib
@@ -137,7 +137,19 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
 
 
 def mesh_sizes(sizes: Mapping[str, int], topology: str, count: int) -> dict[str, int]:
-    """Fills up the sizes of a mesh; raises ValueError where their product is not the number of chips."""
+    """Fills up the sizes of a mesh.
+
+    Args:
+      sizes: Axis to size, -1 for what is left; axes that are not there are 1, ``data`` is what is left.
+      topology: The slice, for messages.
+      count: Its chips.
+
+    Returns:
+      The sizes of all three axes.
+
+    Raises:
+      ValueError: There is no such axis, or the product is not the number of chips.
+    """
     if unknown := sorted(set(sizes) - set(MESH_AXES)):
         raise ValueError(f"mesh: expected axes among {MESH_AXES}, got {unknown}")
     if any(size < 1 and size != -1 for size in sizes.values()):
@@ -319,30 +331,3 @@ def _uncompiled(chip: Chip, state: int, product_bytes: int, known: dict) -> Plan
         time=roofline(chip, known["needed_flops"], memory_bytes, None),
         compile_seconds=0.0,
     )
-
-
-def advice(plan: Plan) -> list[str]:
-    """Returns what could be changed where a run does not fit, with the numbers; nothing where it does."""
-    if plan.fits:
-        return []
-    gib, found = 2**30, []
-    state = plan.params + plan.optimizer + plan.variables
-    ways = plan.mesh["fsdp"] * plan.mesh["tensor"]
-    if state > 0.5 * plan.limit:
-        wanted = 2 ** math.ceil(math.log2(max(2 * state / plan.limit, 2)))
-        found.append(
-            f"the state takes {state / gib:.2f} of {plan.limit / gib:.2f} GiB on {ways} shares (fsdp x tensor); "
-            f"with {ways * wanted} shares it takes about {state / wanted / gib:.2f} GiB"
-        )
-        if plan.optimizer > plan.params:
-            found.append(
-                f"the optimizer keeps {plan.optimizer / gib:.2f} GiB beside {plan.params / gib:.2f} GiB of parameters: "
-                "with adapters (--config.adapter.method=lora) it keeps theirs only"
-            )
-    shares = plan.mesh["data"] * plan.mesh["fsdp"]
-    rest = plan.total - state
-    found.append(
-        f"all but the state takes {rest / gib:.2f} GiB with {plan.rows // shares} rows on a chip: halve "
-        "data.batch_size, set train.accumulate, model.remat=full, model.loss_chunk, or a larger tensor axis"
-    )
-    return found

@@ -102,7 +102,7 @@ def topologies_of(chip: Chip, least: int = 8, most: int = 512) -> list[str]:
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
-    """Describes the devices of a TPU slice that needs not be there; programs can be compiled for them.
+    """Describes the devices of a TPU slice that need not be there; programs can be compiled for them.
 
     Args:
       topology: As for :func:`find_topology`.

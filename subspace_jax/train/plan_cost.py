@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from subspace_jax.train.plan_hlo import Array, Module, Op, axis_of, parse_module, replica_groups, trip_count
+from subspace_jax.train.plan_convolution import convolution_flops
+from subspace_jax.train.plan_hlo import Module, Op, axis_of, parse_module, replica_groups, trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # They move nothing in memory: names for what is there, or the second half of what was counted at its start.
@@ -166,7 +167,7 @@ class _Counting:
         if opcode == "dot":
             left = ops[op.operands[0]].results[0].shape
             contracted = [int(d) for d in (op.attribute("lhs_contracting_dims") or "").split(",") if d]
-            return 2 * math.prod(_made(op).shape) * math.prod(left[d] for d in contracted)
+            return 2 * math.prod(op.made.shape) * math.prod(left[d] for d in contracted)
         if opcode == "convolution":
             return convolution_flops(op, ops)
         if opcode == "fusion":
@@ -206,7 +207,7 @@ class _Counting:
         if op.opcode == "dynamic-update-slice":
             return 2 * _memory_bytes(ops.get(op.operands[1]))
         if op.opcode in ("slice-start", "dynamic-slice-start"):
-            return _made(op).nbytes * (1 + _made(op).in_memory)
+            return op.made.nbytes * (1 + op.made.in_memory)
         if op.opcode.endswith("-start"):
             return written  # what it makes stands beside what it takes
         if op.opcode != "fusion":
@@ -278,58 +279,12 @@ class _Counting:
         return total
 
 
-def _made(op: Op) -> Array:
-    """The array that an instruction makes; one that is only begun names its operands before it, counters after."""
-    arrays = [array for array in op.results if array.shape] or list(op.results)
-    return arrays[-1] if op.opcode.endswith("-start") else op.results[0]
-
-
 def _memory_bytes(op: Op | None, *, force: bool = False) -> int:
     return sum(array.nbytes for array in op.results if array.in_memory or force) if op else 0
 
 
 def _read(op: Op, ops: Mapping[str, Op]) -> int:
     return sum(_memory_bytes(ops.get(name)) for name in op.operands)
-
-
-def convolution_flops(op: Op, ops: Mapping[str, Op]) -> int:
-    """Counts two FLOPs for every product of a convolution that is of two numbers and not of padding.
-
-    The TPU compiler writes batched products as convolutions with dilated, padded windows, in which most places meet
-    padding; those cost nothing.
-    """
-    left, right = (ops[name].results[0].shape for name in op.operands[:2])
-    out = _made(op).shape
-    inputs, _, out_dims = (op.attribute("dim_labels") or "").partition("->")
-    left_dims, _, right_dims = inputs.partition("_")
-    spatial = [label for label in out_dims if label.isdigit()]
-    window = op.attribute("window") or ""
-
-    def field(name: str, default: int) -> list[int]:
-        found = re.search(rf"\b{name}=([\d_x\-]+)", window)
-        return [int(v) for v in found[1].split("x")] if found else [default] * len(spatial)
-
-    pads = re.search(r"\bpad=([\d_x\-]+)", window)
-    low = [int(p.split("_")[0]) for p in pads[1].split("x")] if pads else [0] * len(spatial)
-    stride, dilate, inner = field("stride", 1), field("lhs_dilate", 1), field("rhs_dilate", 1)
-    products = math.prod(out[out_dims.index(label)] for label in "bf") * right[right_dims.index("i")]
-    for i, label in enumerate(sorted(spatial)):
-        sizes = (out[out_dims.index(label)], right[right_dims.index(label)], left[left_dims.index(label)])
-        products *= _meetings(*sizes, stride[i], dilate[i], inner[i], low[i])
-    return 2 * products
-
-
-@functools.cache
-def _meetings(out: int, kernel: int, size: int, stride: int, dilate: int, inner: int, low: int) -> int:
-    """Pairs of a place of the result and one of the window that meet a number."""
-    if (kernel, stride, dilate, low) == (1, 1, 1, 0):
-        return min(out, size)
-    span = (size - 1) * dilate + 1
-    count = 0
-    for place in range(out):
-        starts = (place * stride + k * inner - low for k in range(kernel))
-        count += sum(1 for at in starts if 0 <= at < span and at % dilate == 0)
-    return count
 
 
 def largest_temporaries(module: Module, number: int) -> tuple[Temporary, ...]:

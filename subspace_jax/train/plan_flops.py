@@ -22,7 +22,7 @@ def count_products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Products:
     """Counts the products of a jaxpr; the body of a scan counts as often as it runs.
 
     A ``while`` whose length depends on data counts once, a ``cond`` as its most expensive branch.  Where an op has a
-    reference and a kernel, the reference counts.
+    reference and a kernel, the reference counts.  What ``shard_map`` runs counts on each of its devices.
 
     Args:
       jaxpr: From ``jax.make_jaxpr(f)(...)`` or ``jax.jit(f).trace(...).jaxpr``.
@@ -63,7 +63,9 @@ def _inner(eqn) -> tuple[Products, int]:
         return count_products(params["reference"]), 1
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        mesh = params["mesh"]
+        axes = params.get("newly_manual_axes", params.get("manual_axes", mesh.axis_names))
+        times = math.prod(mesh.shape[axis] for axis in axes)
     if name == "custom_jvp_call":
         return count_products(params["call_jaxpr"]), 1
     found = [count_products(p) for p in params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]

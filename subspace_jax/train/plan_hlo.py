@@ -66,6 +66,12 @@ class Op:
         return found
 
     @property
+    def made(self) -> Array:
+        """The array that it makes; an instruction that only begins names its operands before it and counters after."""
+        arrays = [array for array in self.results if array.shape] or list(self.results)
+        return arrays[-1] if self.opcode.endswith("-start") else self.results[0]
+
+    @property
     def source(self) -> str:
         """Where in the traced program it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
@@ -229,16 +235,20 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     if pairs:
         return [tuple(int(d) for d in pair.split(",")) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", text)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
     if named:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        used = re.findall(r"'([^']+)'", named[2])
-        if ":(" in named[2]:  # a part of an axis
-            return []
-        names = list(axes)
-        places = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-        order = [names.index(a) for a in names if a not in used] + [names.index(a) for a in used]
-        return _rows(places.transpose(order), math.prod(axes[a] for a in used))
+        # A part of an axis is 'axis':(outer)size, the places within an outer part and around an inner one.
+        parts = {
+            n: (int(o or 1), int(s or axes[n])) for n, o, s in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[2])
+        }
+        dims, used = [], []
+        for name, size in axes.items():
+            outer, part = parts.get(name, (size, 1))
+            used += [len(dims) + 1] if name in parts else []
+            dims += [outer, part, size // (outer * part)]
+        order = [i for i in range(len(dims)) if i not in used] + used
+        return _rows(np.arange(math.prod(dims)).reshape(dims).transpose(order), math.prod(dims[i] for i in used))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         dims = [int(d) for d in iota[3].split(",")]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from subspace_jax.train.plan import Plan, advice
+from subspace_jax.train.plan import Plan
 from subspace_jax.train.plan_chips import find_topology
 from subspace_jax.train.plan_roofline import ASSUMPTIONS
 
@@ -149,12 +149,41 @@ def plot_sweep(plans: Sequence[Plan], output: str | Path) -> None:
     figure.savefig(output, dpi=120)
 
 
+def advice(plan: Plan) -> list[str]:
+    """Returns what could be changed where a run does not fit, with the numbers; nothing where it does."""
+    if plan.fits:
+        return []
+    gib, found = 2**30, []
+    state = plan.params + plan.optimizer + plan.variables
+    ways = plan.mesh["fsdp"] * plan.mesh["tensor"]
+    if state > 0.5 * plan.limit:
+        wanted = 2 ** math.ceil(math.log2(max(2 * state / plan.limit, 2)))
+        found.append(
+            f"the state takes {state / gib:.2f} of {plan.limit / gib:.2f} GiB on {ways} shares (fsdp x tensor); "
+            f"with {ways * wanted} shares it takes about {state / wanted / gib:.2f} GiB"
+        )
+        if plan.optimizer > plan.params:
+            found.append(
+                f"the optimizer keeps {plan.optimizer / gib:.2f} GiB beside {plan.params / gib:.2f} GiB of parameters: "
+                "with adapters (--config.adapter.method=lora) it keeps theirs only"
+            )
+    shares = plan.mesh["data"] * plan.mesh["fsdp"]
+    rest = plan.total - state
+    found.append(
+        f"all but the state takes {rest / gib:.2f} GiB with {plan.rows // shares} rows on a chip: halve "
+        "data.batch_size, set train.accumulate, model.remat=full, model.loss_chunk, or a larger tensor axis"
+    )
+    return found
+
+
 def _chip_seconds(plan: Plan) -> float:
     return plan.time.best * plan.chips / plan.rows
 
 
 def _verdict(plan: Plan) -> str:
     free = plan.limit - plan.total
+    if plan.fits and plan.collectives is None:
+        return f"the state fits, {_bytes(free).strip()} ({100 * free / plan.limit:.0f} %) are left for temporaries"
     if plan.fits:
         return f"fits, {_bytes(free).strip()} ({100 * free / plan.limit:.0f} %) free"
     return f"does not fit, {_bytes(max(-free, 0)).strip()} too much"

@@ -20,9 +20,9 @@ class Cluster:
 
     Attributes:
       found: Where this is known from, for messages.
-      coordinator: ``host:port`` at which process 0 listens; None leaves all three to JAX.
-      num_processes: Number of processes.
-      process_id: Place of this one.
+      coordinator: ``host:port`` at which process 0 listens; None leaves it to JAX to find all three.
+      num_processes: Number of processes, None where only JAX knows.
+      process_id: Place of this one, likewise.
     """
 
     found: str
@@ -73,11 +73,13 @@ def find_cluster(
         return _checked("JAX_COORDINATOR_ADDRESS", address, int(count), int(place))
     steps = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in env for name in steps) and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return Cluster("Slurm")
+        return Cluster("Slurm", None, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
+    if "tpu" not in env.get("JAX_PLATFORMS", "tpu"):
+        return None
     if len([host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]) > 1:
         return Cluster("a TPU slice")
-    no_tpu = env.get("JAX_PLATFORMS", "tpu") != "tpu" or "TPU_SKIP_MDS_QUERY" in env
-    if environment is None and not no_tpu and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+    has_tpu = environment is None and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+    if has_tpu and "TPU_SKIP_MDS_QUERY" not in env:
         return Cluster("a TPU machine")
     return None
 
@@ -121,7 +123,7 @@ def initialize(
     if cluster is None or cluster.num_processes == 1:
         return False
     deadline = time.monotonic() + timeout
-    if cluster.process_id:
+    if cluster.coordinator and cluster.process_id:
         _await_coordinator(cluster, timeout, deadline)
     arguments = {}
     if cluster.coordinator is not None:
@@ -152,7 +154,7 @@ def initialize(
         shown = cluster.coordinator or f"the address that {cluster.found} names"
         raise TimeoutError(
             f"coordinator: not all of {cluster.num_processes or 'the'} processes came to {shown} within "
-            f"{timeout:.0f} s (this is process {cluster.process_id}, from {cluster.found})"
+            f"{timeout:.0f} s (found by {cluster.found}; this is process {cluster.process_id})"
         )
     if failure:
         if isinstance(failure[0], ValueError) and cluster.found == "a TPU machine":

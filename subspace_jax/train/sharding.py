@@ -42,8 +42,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
     Returns:
       A mesh whose axes are of type Auto: the compiler places the collectives.  Devices lie along the links of a TPU
-      slice, as JAX arranges them; where ``tensor`` would then go over several processes though it could stay inside
-      one, they lie process by process, since every process reads rows of its own.
+      slice, as JAX arranges them; where it can't, or where ``tensor`` would go over several processes though it could
+      stay inside one, they lie process by process, since every process reads rows of its own.
 
     Raises:
       ValueError: A size is neither positive nor -1, more than one is -1, the mesh is larger than the devices, or -1
@@ -65,11 +65,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     shape = tuple(sizes.values())
     used = devices[: math.prod(shape)]
     types = (AxisType.Auto,) * 3
-    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=used)
-    if _splits_processes(mesh.devices):
+    try:
+        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=used)
+    except NotImplementedError:  # no product of sides of the slice is the size of an axis
+        mesh = None
+    if mesh is None or _splits_processes(mesh.devices):
         by_process = np.empty(len(used), object)
         by_process[:] = sorted(used, key=lambda device: device.process_index)
-        if not _splits_processes(by_process.reshape(shape)):
+        if mesh is None or not _splits_processes(by_process.reshape(shape)):
             return Mesh(by_process.reshape(shape), MESH_AXES, axis_types=types)
     return mesh
 

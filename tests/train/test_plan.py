@@ -161,6 +161,9 @@ def test_text_that_is_no_module_is_refused():
         ("replica_groups=[4,2]<=[8]", "tensor"),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", "fsdp"),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1','axis_0'}", "fsdp+tensor"),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", "fsdp"),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", "tensor"),
+        ("replica_groups=mesh['a'=8] {'a':(1)4}", "fsdp"),
         ("replica_groups={}", "all"),
         ("replica_groups={{0,1,2,3},{4,5,6,7}}", "?"),
     ],
@@ -195,6 +198,13 @@ def test_the_even_share_counts_branches_kernels_and_convolutions():
 
     jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 4)), jnp.ones((2, 6, 8)))
     assert train.count_products(jaxpr).flops == 2 * 2 * 4**3 + 2 * (2 * 1 * 8) * (6 * 3)
+
+
+def test_what_shard_map_runs_counts_on_each_device():
+    mesh = train.make_mesh(2, 2, 2)
+    f = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((8, 4)), jnp.ones((4, 4)))
+    assert train.count_products(jaxpr).flops == 8 * (2 * 4 * 4 * 4)
 
 
 PLAN = train.Plan(
@@ -265,6 +275,7 @@ def test_rings_are_as_fast_as_their_links():
         (["--topology", "h100:8", "--mesh", "fsdp=8", "--config.data.batch_size=12"], "12 rows don't split over 8"),
         (["--topology", "h100:8", "--config.data.batch_sise=12"], "did you mean data.batch_size?"),
         (["--topology", "h100:8", "--rows-per-share", "-1"], "--rows-per-share: expected at least 1"),
+        (["--topology", "h100:8", "--json", "no/such/plan.json"], "--json: no folder"),
     ],
 )
 def test_a_plan_that_can_not_be_made_says_why(arguments, message, configs, capsys):
@@ -294,18 +305,64 @@ def test_a_plan_for_gpus_has_state_and_flops_and_says_what_it_lacks(configs, tmp
     assert plan["flops"] * 8 == pytest.approx(8 * 4 * 12 * 128**2 * 16 * 256, rel=0.5)
 
 
+def test_a_task_without_an_outline_is_planned_by_its_first_batch(configs):
+    config = train.load_config(f"{configs}/gcr/synthetic.py:k2")
+    plan = train.plan_run(config, "h100:4", {"tensor": 2})
+    assert plan.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert plan.rows == config.data.batch_size
+    assert plan.flops > 0
+
+
+def test_a_sweep_plans_each_slice_and_leaves_out_what_can_not_be(configs, tmp_path, capsys):
+    arguments = ["--topology", "h100:4", "--sweep", "--min-chips", "4", "--max-chips", "8", "--rows-per-share", "4"]
+    files = ["--json", str(tmp_path / "plans.json"), "--plot", str(tmp_path / "plans.png")]
+    meshes = ["--mesh", "tensor=2", "--mesh", "fsdp=8"]
+    assert main(["plan", "--config", f"{configs}/gcr/synthetic.py:k2", *arguments, *meshes, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: h100:4 fsdp=8: mesh: data=-1 x fsdp=8 x tensor=1 has 8 places, h100:4 has 4 chips" in printed
+    assert "Fastest that fits: h100:8" in printed
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    assert [(plan["topology"], plan["rows"]) for plan in plans] == [("h100:4", 8), ("h100:8", 16), ("h100:8", 32)]
+    assert (tmp_path / "plans.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 32, "tensor": 4}, {"fsdp": 64, "tensor": 2}])
+def test_a_mesh_on_a_slice_keeps_tensor_inside_a_process(sizes):
+    # Four chips of a machine; along the links of the slice four in a row belong to two machines.
+    mesh = train.make_mesh(data=1, **sizes, devices=train.tpu_devices("v5p:4x4x8"))
+    assert len(set(mesh.devices.flat)) == 128
+    for row in mesh.devices.reshape(-1, sizes["tensor"]):
+        assert len({device.process_index for device in row}) == 1
+    train.check_batch_size(sizes["fsdp"], mesh)
+
+
 @functools.cache
-def plan_for_tpu():
+def plan_for(platform):
     task, data = classification(features=(), n=128)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in next(data.train(0)).items()}
-    mesh = train.make_mesh(data=2, fsdp=2, tensor=2, devices=train.tpu_devices("v5e:2x4"))
+    devices = train.tpu_devices("v5e:2x4") if platform == "tpu" else jax.devices()
+    mesh = train.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
     tx = make_tx(grassmann="radam")
     with jax.numpy_dtype_promotion("standard"):
         return train.plan_step(task, tx, batch, mesh, "v5e:2x4"), train.state_shardings(task, tx, mesh), batch
 
 
+@pytest.mark.slow
+def test_the_step_for_a_slice_and_for_eight_cpu_devices_reduce_along_the_same_axes():
+    kinds = {}
+    for platform in ("tpu", "cpu"):
+        plan = plan_for(platform)[0]
+        print(platform, plan.collectives)
+        kinds[platform] = {c.axis for c in plan.collectives if c.kind in ("all-reduce", "reduce-scatter")}
+    # Which collectives are merged or split, and what tensor needs, is each compiler's own choice; gradients are summed
+    # over the rows of the batch by both.
+    for found in kinds.values():
+        assert any("data" in axis for axis in found)
+        assert any("fsdp" in axis for axis in found)
+
+
 def test_planned_arguments_are_the_sum_of_the_shards():
-    plan, (state, shardings), batch = plan_for_tpu()
+    plan, (state, shardings), batch = plan_for("tpu")
     shards = zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
     whole = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in shards)
     assert plan.params + plan.optimizer + plan.variables == whole

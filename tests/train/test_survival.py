@@ -132,6 +132,13 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run, monkeypatch, tmp_pat
     assert int(go(data).state.step) == NUM_STEPS
 
 
+def test_times_and_counts_below_zero_are_refused(run):
+    go, data = run
+    for name in ("data_timeout", "max_skipped"):
+        with pytest.raises(ValueError, match="data_timeout, max_skipped: expected at least 0"):
+            go(data, **{name: -1})
+
+
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
 
@@ -140,7 +147,7 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "
     [
         ({}, None),
         ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        ({**SLURM, "SLURM_NTASKS": "2"}, processes.Cluster("Slurm")),
+        ({**SLURM, "SLURM_NTASKS": "2"}, processes.Cluster("Slurm", None, 2, 1)),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, processes.Cluster("a TPU slice")),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
         (
