@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language, vision
+from subspace_jax.cli import language, plan, processes, vision
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -63,6 +63,12 @@ _EXAMPLES = {
         subspace-jax export --workdir work/dora --out work/merged --merged
         """,
     **vision.EXAMPLES,
+    "plan": """
+        subspace-jax plan --config configs/lm/large.py:llama3-8b --topology v5e:4x4
+        subspace-jax plan --config configs/lm/large.py:llama3-70b --topology v5p:4x4x8 --mesh fsdp=32,tensor=4 \\
+            --config.adapter.method=dora --config.adapter.rank=384 --json plan.json
+        subspace-jax plan --config configs/lm/large.py:llama3-8b --topology v6e:4x4 --sweep --rows-per-share 1
+        """,
     "info": """
         subspace-jax info
         JAX_NUM_CPU_DEVICES=8 subspace-jax info --fsdp 2 --tensor 4
@@ -77,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0, 2 for input that can't serve, 130 after an interrupt from the keyboard.
+      The exit status: 0; 2 for input that can't serve, a full disk, or data or processes that do not come in time; 75
+      after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another process was
+      lost; 130 after an interrupt from the keyboard.
     """
     parser = argparse.ArgumentParser(
         prog="subspace-jax",
@@ -105,8 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder to start from")
         run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
         run.add_argument("--quiet", action="store_true", help="no progress bar")
+        processes.add_arguments(run)
     language.add_commands(commands, _command)
     vision.add_commands(commands, _command)
+    plan.add_command(commands, _command)
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
@@ -122,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
-    takes_fields = args.command in (*runs, "eval")
+    takes_fields = args.command in (*runs, "eval", "plan")
     unknown = [text for text in extra if not (takes_fields and text.startswith("--config."))]
     if unknown:
         hint = " (fields of the config are set by --config.FIELD=VALUE)" if takes_fields else ""
@@ -135,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
+        if args.command in runs:
+            processes.start(args)
         actions = {
             "train": _train,
             "intrinsic-dimension": _intrinsic_dimension,
@@ -142,11 +154,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "info": _info,
             **language.ACTIONS,
             **vision.ACTIONS,
+            **plan.ACTIONS,
         }
         actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        status, message = processes.ending(error)
+        if status is None:
+            raise
+        print(f"subspace-jax {args.command}: {message}", file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print(
             f"subspace-jax {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -83,15 +84,7 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
         text.pack_rows(texts_of(config, split), tokenizer, sizes.length, longer=sizes.longer)
         for split in ("train", "eval")
     ]
-    mesh, fields = train.make_mesh(**config.mesh), config.model
-    options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
-    options["folder"] = fields.folder or None
-    if settings := _settings(config, model):
-        options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
-        task = AdaptedLMTask(model, mesh, settings, **options)
-        log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), task.shapes, settings))
-    else:
-        task = CausalLMTask(model, mesh, **options)
+    task = _task(config, model, train.make_mesh(**config.mesh), config.model.folder or None)
     batches = functools.partial(data.train_batches, rows[0], batch_size=sizes.batch_size)
     batches(seed=config.seed)  # what is wrong with batch size or seed shows now
     return task, train.Data(
@@ -100,6 +93,41 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
         train=lambda seed: batches(seed=seed),
         evaluate=functools.partial(data.eval_batches, rows[1], batch_size=sizes.eval_batch_size),
     )
+
+
+def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTask, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the task and the shapes of a batch, for :func:`subspace_jax.train.plan_run`; no text is read.
+
+    Args:
+      config: As for :func:`build`; of a folder only its config and tokenizer are read.
+      mesh: The mesh of the run, of devices that need not be there.
+
+    Raises:
+      ValueError: A name is unknown, or sizes don't fit together.
+      FileNotFoundError: A folder is not there.
+    """
+    model, _ = model_of(config)
+    shape = (config.data.batch_size, config.data.length)
+    if shape[1] > model.max_length:
+        raise ValueError(f"data.length: {shape[1]} places in a row, the model has {model.max_length}")
+    names = ("inputs", "labels", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    # Adapters are planned for a frozen model that comes from a folder, also where none is named yet.
+    task = _task(config, model, mesh, folder=config.model.folder or (config.adapter.method and "unread") or None)
+    return task, {**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str | None) -> CausalLMTask | AdaptedLMTask:
+    fields = config.model
+    options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
+    options["folder"] = folder
+    settings = _settings(config, model)
+    if not settings:
+        return CausalLMTask(model, mesh, **options)
+    options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
+    task = AdaptedLMTask(model, mesh, settings, **options)
+    log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), task.shapes, settings))
+    return task
 
 
 def _settings(config: ConfigDict, model: nn.CausalLMConfig) -> dict[str, Any]:

@@ -5,10 +5,11 @@ half of one behind.  Damage that comes later (a truncated file, a lost folder) i
 before it.
 """
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(self._as_dict(state))}
         if data is not None:
             items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+        with self._writing(f"checkpoint of step {step}"):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
 
     def restore(
         self,
@@ -177,12 +179,26 @@ class Checkpoints:
                 self._manager.delete(later)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on disk; raises OSError where it can't be written."""
+        with self._writing("last checkpoint"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written, and frees the threads."""
-        self._manager.close()
+        """Waits for what is being written, and frees the threads; raises OSError where it can't be written."""
+        with self._writing("last checkpoint"):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Names the folder where writing fails; it goes on in the background, so an earlier save may be what failed."""
+        try:
+            yield
+        except Exception as error:  # whatever the writers below make of a full disk
+            first = next((line for line in str(error).strip().split("\n") if line), type(error).__name__)
+            raise OSError(
+                f"checkpoints: can't write the {what} or the one before it to {self.directory} ({first[:300]}); what "
+                "was complete before is still there"
+            ) from error
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """What checkpoints are ranked by; one that was not evaluated, or gave no number, is the worst."""

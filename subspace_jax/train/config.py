@@ -18,7 +18,9 @@ def default_config() -> ConfigDict:
     """Returns the fields that every run has; a task adds its own (``data``, ``model``, …).
 
     ``train.steps`` counts steps; where it is 0, ``train.epochs`` counts passes over the training set.  ``eval_every``
-    and ``checkpoint_every`` count steps, 0 meaning once an epoch.  See :func:`subspace_jax.train.fit` for the others.
+    and ``checkpoint_every`` count steps, 0 meaning once an epoch.  A batch may take ``data_timeout`` seconds, and a run
+    stops after ``max_skipped`` steps in a row that were not finite; 0 means never, for both.  See
+    :func:`subspace_jax.train.fit` for the others.
     """
     return ConfigDict(
         {
@@ -36,6 +38,8 @@ def default_config() -> ConfigDict:
                 "accumulate": 1,
                 "remat": "none",
                 "profile_at": 0,
+                "data_timeout": 900.0,
+                "max_skipped": 100,
             },
             "optim": optimizer.default_config(),
         }

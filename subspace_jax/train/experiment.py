@@ -118,6 +118,9 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
         keep=settings.keep,
         best=settings.best,
         profile_at=settings.profile_at,
+        # A config of an earlier version has them not.
+        data_timeout=settings.get("data_timeout", 0.0),
+        max_skipped=settings.get("max_skipped", 0),
         progress=progress,
         on_start=lambda _: save_config(config, saved) if is_first_process else None,
     )

@@ -30,6 +30,7 @@ from subspace_jax.train.step import (
     make_train_step,
     state_shardings,
 )
+from subspace_jax.train.survival import FiniteWatch, Notice, Preempted, Timed
 from subspace_jax.train.task import Batch, Metrics, Task
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def fit(
     keep: int = 2,
     best: str = "min:loss",
     profile_at: int = 0,
+    data_timeout: float = 0.0,
+    max_skipped: int = 0,
     progress: bool = True,
     on_start: Callable[[int], None] | None = None,
 ) -> FitResult:
@@ -85,6 +88,9 @@ def fit(
 
     A run that was killed and is started again ends with the very bits of one that was not.  The loop hands steps to
     the devices without waiting for them; it reads numbers back only when it logs, evaluates or saves.
+
+    A run that gets SIGTERM ends its step, saves and raises :class:`Preempted`; with several processes all of them do so
+    after the same step.
 
     Written below ``workdir``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png`` and, when asked
     for, ``profile/``.
@@ -107,6 +113,9 @@ def fit(
       best: Evaluation metric by which the best is found: ``"max:METRIC"`` or ``"min:METRIC"``.
       profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that goes on
         from that step or a later one.
+      data_timeout: Seconds that the data may let the run wait for a batch; 0 waits for ever.
+      max_skipped: Steps in a row without finite loss and gradient after which the run stops, with the last batch
+        saved; looked at every so many steps.  0 never stops.
       progress: Whether to show a progress bar.
       on_start: Called with the step from which the run goes on, when nothing is left that could refuse it.
 
@@ -116,13 +125,18 @@ def fit(
     Raises:
       ValueError: A number is out of range, a batch can't be split over the mesh, or evaluation has no such metric.
       CheckpointMismatchError: ``workdir`` holds checkpoints of another model.
-      OSError: ``workdir`` can't be written.
+      OSError: ``workdir`` can't be written, or the disk is full.
+      TimeoutError: A batch did not come in time.
+      NotFiniteError: Too many steps in a row were skipped.
+      Preempted: The run got SIGTERM, and its state is saved.
     """
     if num_steps < 1 or log_every < 1:
         raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
     periods = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "profile_at": profile_at}
     if min(periods.values()) < 0:
         raise ValueError(f"{', '.join(periods)}: expected 0 or a number of steps, got {periods}")
+    if data_timeout < 0 or max_skipped < 0:
+        raise ValueError(f"data_timeout, max_skipped: expected at least 0, got {data_timeout} and {max_skipped}")
     mesh = make_mesh() if mesh is None else mesh
     check_batch_size(data.batch_size, mesh, rules, accumulate)
     check_evaluation(task, data, mesh, rules, best=best)
@@ -149,9 +163,17 @@ def fit(
             batches=batches,
             checkpoints=checkpoints,
             workdir=workdir,
+            data_timeout=data_timeout,
+            max_skipped=max_skipped,
         )
         every = _Every(num_steps, log_every, eval_every, checkpoint_every)
-        result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+        try:
+            result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+        except jax.errors.JaxRuntimeError:
+            if jax.process_count() > 1:
+                # At once: closing below waits for the others, and JAX ends the process when it finds one dead.
+                log.error("Process %d lost another one, or failed itself; the run ends.", jax.process_index())
+            raise
     finally:
         checkpoints.close()
     if jax.process_index() == 0:
@@ -206,11 +228,16 @@ class _Run:
     batches: grain.DatasetIterator
     checkpoints: Checkpoints
     workdir: Path
+    data_timeout: float
+    max_skipped: int
 
     def go(self, state, start, every, profile_at, rows, progress) -> FitResult:
         final: dict[str, float] = {}
         skipped_before = int(state.skipped)
+        watch = FiniteWatch(self.max_skipped, skipped_before, self.workdir)
         with (
+            Notice().listen() as notice,
+            contextlib.closing(Timed(self.batches, self.data_timeout, "training data")) as batches,
             contextlib.closing(MetricsLog(self.workdir, start_step=start)) as metrics_log,
             logging_redirect_tqdm(),
             progress_bar(every.num_steps, start, show=progress) as bar,
@@ -219,11 +246,13 @@ class _Run:
             for step in range(start + 1, every.num_steps + 1):
                 if step == profile_at:
                     trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
-                state, metrics = self.train_step(state, to_device(next(self.batches), rows))
+                batch = next(batches)
+                state, metrics = self.train_step(state, to_device(batch, rows))
                 if profile_at and step == min(profile_at + 4, every.num_steps):
                     jax.block_until_ready(state)
                     trace.close()  # nothing happens where no trace was begun
                 bar.update()
+                watch.look(step, metrics["skipped"], batch)
                 if every.due(every.log, step):
                     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                     metrics_log.write(step, "train", values)
@@ -236,13 +265,22 @@ class _Run:
                         )
                         skipped_before = values["skipped"]
                 if every.due(every.evaluate, step):
-                    final = self.evaluate(state, self.data.evaluate())
+                    final = self._evaluation(state)
                     metrics_log.write(step, "eval", final)
                     log.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
                 if every.due(every.checkpoint, step):
                     fresh = final if every.due(every.evaluate, step) else None
                     self.checkpoints.save(state, self.batches, fresh)
-        return FitResult(state, final or self.evaluate(state, self.data.evaluate()))
+                if notice.came(step) and step < every.num_steps:
+                    self.checkpoints.save(state, self.batches)
+                    self.checkpoints.wait()
+                    raise Preempted(step, self.workdir)
+        return FitResult(state, final or self._evaluation(state))
+
+    def _evaluation(self, state) -> dict[str, float]:
+        batches = Timed(iter(self.data.evaluate()), self.data_timeout, "evaluation data")
+        with contextlib.closing(batches):
+            return self.evaluate(state, batches)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 PyTree = Any
@@ -41,7 +41,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
       devices: The devices to use; all of them by default.
 
     Returns:
-      A mesh whose axes are of type Auto: the compiler places the collectives.
+      A mesh whose axes are of type Auto: the compiler places the collectives.  Devices lie along the links of a TPU
+      slice, as JAX arranges them; where it can't, or where ``tensor`` would go over several processes though it could
+      stay inside one, they lie process by process, since every process reads rows of its own.
 
     Raises:
       ValueError: A size is neither positive nor -1, more than one is -1, the mesh is larger than the devices, or -1
@@ -62,7 +64,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         sizes[open_axes[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
     used = devices[: math.prod(shape)]
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+    types = (AxisType.Auto,) * 3
+    try:
+        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=used)
+    except NotImplementedError:  # no product of sides of the slice is the size of an axis
+        mesh = None
+    if mesh is None or _splits_processes(mesh.devices):
+        by_process = np.empty(len(used), object)
+        by_process[:] = sorted(used, key=lambda device: device.process_index)
+        if mesh is None or not _splits_processes(by_process.reshape(shape)):
+            return Mesh(by_process.reshape(shape), MESH_AXES, axis_types=types)
+    return mesh
+
+
+def _splits_processes(devices: np.ndarray) -> bool:
+    """Whether the last axis, which does not split the batch, goes over several processes."""
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(devices)
+    return bool(np.any(processes != processes[..., :1]))
 
 
 def _show(sizes: Mapping[str, int]) -> str:
@@ -124,7 +142,8 @@ def check_batch_size(
     """Raises a ValueError if a batch can't be split over the mesh, or into that many micro-batches.
 
     With several processes, each has to hold an equal share of the rows, and no row may belong to two: every process
-    reads its own.
+    reads its own.  The processes are those of the mesh's devices, which may be described and not there; an abstract
+    mesh has none.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
@@ -135,13 +154,16 @@ def check_batch_size(
             f"{name}: {batch_size} rows don't split over {ways} devices ({_show({a: mesh.shape[a] for a in axes})}) "
             f"x {accumulate} accumulated micro-batches; take a multiple of {ways * accumulate}"
         )
+    if isinstance(mesh, AbstractMesh):
+        return
+    num_processes = max(jax.process_count(), len({device.process_index for device in mesh.devices.flat}))
     shares = batch_sharding(mesh, rules).devices_indices_map((ways,))
     holders = {(rows.indices(ways)[0], device.process_index) for device, (rows,) in shares.items()}
     per_process = Counter(process for _, process in holders)
-    if len(holders) > ways or len(per_process) < jax.process_count() or len(set(per_process.values())) > 1:
+    if len(holders) > ways or len(per_process) < num_processes or len(set(per_process.values())) > 1:
         raise ValueError(
             f"mesh: {_show(mesh.shape)} gives the processes {dict(sorted(per_process.items()))} of {ways} shares of a "
-            f"batch; every one of {jax.process_count()} processes needs as many, and none that another one holds "
+            f"batch; every one of {num_processes} processes needs as many, and none that another one holds "
             f"(the axes {', '.join(a for a in mesh.axis_names if a not in axes)} have to stay inside a process)"
         )
 

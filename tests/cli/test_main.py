@@ -83,7 +83,7 @@ def test_info_shows_versions_devices_and_mesh(capsys):
     assert "mesh: data=1, fsdp=2, tensor=4" in printed
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["plan"], ["info"]])
 def test_help_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

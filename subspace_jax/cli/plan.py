@@ -1,0 +1,120 @@
+"""The command that plans a run."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_command(commands, add: Callable) -> None:
+    """Adds ``plan``."""
+    plan = add(commands, "plan", "compile the train step of a config for a slice that need not be there, and count")
+    plan.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="as for train, pretrain or finetune; any of its fields is set by --config.FIELD=VALUE",
+    )
+    plan.add_argument("--topology", required=True, metavar="CHIP:SIDES", help="such as v5e:16x16, v5p:4x4x8, h100:8")
+    plan.add_argument(
+        "--mesh",
+        action="append",
+        metavar="AXIS=SIZE,…",
+        help="such as fsdp=8,tensor=2; data takes the rest (default: the mesh of the config; more than once: --sweep)",
+    )
+    plan.add_argument("--model", metavar="DIR", help="Hugging Face folder of finetune; its weights are not read")
+    plan.add_argument(
+        "--sweep", action="store_true", help="several meshes on slices of 8 to 512 of these chips, as a scaling table"
+    )
+    plan.add_argument("--min-chips", type=int, default=8, help="smallest slice of --sweep (default: 8)")
+    plan.add_argument("--max-chips", type=int, default=512, help="largest slice of --sweep (default: 512)")
+    plan.add_argument(
+        "--rows-per-share",
+        type=int,
+        default=0,
+        help="rows for each place of data x fsdp, instead of data.batch_size: the batch then grows with the slice",
+    )
+    plan.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    plan.add_argument("--plot", metavar="FILE", help="draw the scaling of --sweep there (default: plan.png)")
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    # No accelerator is needed, and one that is there is left alone.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from subspace_jax import train
+
+    train.find_topology(args.topology)
+    meshes = [parse_mesh(text) for text in args.mesh or ()]
+    if args.rows_per_share < 0:
+        raise ValueError(f"--rows-per-share: expected at least 1, or 0 for data.batch_size, got {args.rows_per_share}")
+    for name, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{name}: no folder {Path(file).absolute().parent}")
+    config = train.load_config(args.config)
+    settings = list(overrides)
+    if args.model:
+        settings.insert(0, f"model.folder={args.model}")
+        tokens = os.path.isfile(os.path.join(args.model, "tokenizer.json"))
+        settings.insert(1, f"model.tokenizer={'' if tokens else 'bytes'}")
+    method = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("adapter.method=")), "")
+    recipe = [f"optim.{name}={value}" for name, value in train.adapter_recipe(method).items()] if method else []
+    config = train.override(config, [*recipe, *settings])
+    if args.sweep or len(meshes) > 1:
+        plans = _sweep(args, config, meshes)
+    else:
+        plans = [_one(args, config, args.topology, meshes[0] if meshes else None)]
+        print(train.plan_text(plans[0]))
+    if args.json:
+        found = [plan.as_dict() for plan in plans]
+        Path(args.json).write_text(json.dumps(found if args.sweep or len(meshes) > 1 else found[0], indent=2) + "\n")
+        print(f"Wrote the numbers to {os.path.abspath(args.json)}")
+
+
+def _one(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None):
+    from subspace_jax import train
+
+    if args.rows_per_share:
+        sizes = train.mesh_sizes(config.mesh if mesh is None else mesh, topology, train.find_topology(topology)[1])
+        rows = args.rows_per_share * sizes["data"] * sizes["fsdp"]
+        config = train.override(config, [f"data.batch_size={rows}"])
+    return train.plan_run(config, topology, mesh)
+
+
+def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> list:
+    from subspace_jax import train
+
+    chip, _ = train.find_topology(args.topology)
+    topologies = train.topologies_of(chip, args.min_chips, args.max_chips) if args.sweep else [args.topology]
+    plans, left_out = [], []
+    for topology in topologies:
+        for mesh in meshes or train.usual_meshes(topology):
+            shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
+            print(f"{topology} {shown} …", flush=True)
+            try:
+                plans.append(_one(args, config, topology, mesh))
+            except ValueError as error:
+                left_out.append(f"{topology} {shown}: {error}")
+    for text in left_out:
+        print(f"left out: {text}")
+    if not plans:
+        raise ValueError("--sweep: no slice and mesh can take this config; the reasons are above")
+    print(train.sweep_text(plans))
+    output = args.plot or "plan.png"
+    train.plot_sweep(plans, output)
+    print(f"Drew {os.path.abspath(output)}")
+    return plans
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads ``fsdp=8,tensor=2``; raises ValueError for another form."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if name not in ("data", "fsdp", "tensor") or not equals or not size.lstrip("-").isdecimal() or name in sizes:
+            raise ValueError(f"--mesh: expected a form such as data=2,fsdp=8,tensor=2, got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+ACTIONS = {"plan": _plan}
