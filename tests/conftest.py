@@ -32,7 +32,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 # A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker
 # that has run a thousand tests dies.
 _MAPS = pathlib.Path("/proc/self/maps")
-_MANY = 30_000
+_MANY = 15_000
 _LOOK_EVERY = 10
 _tests_run = itertools.count(1)
 

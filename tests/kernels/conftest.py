@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-TOPOLOGIES = ("v5e:4x4", "v5p:2x2x1", "v6e:2x2")
+TOPOLOGIES = ("v5e:4x4", *(pytest.param(other, marks=pytest.mark.slow) for other in ("v5p:2x2x1", "v6e:2x2")))
 
 
 @functools.cache

@@ -132,7 +132,9 @@ def test_step_in_float32_is_near_float64(implementation, n, k):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("transport", ["euclidean", "project", "parallel"])
+@pytest.mark.parametrize(
+    "transport", ["parallel", *(pytest.param(t, marks=pytest.mark.slow) for t in ("euclidean", "project"))]
+)
 @pytest.mark.parametrize("with_momentum", [True, False])
 @pytest.mark.parametrize("remove_drift", [True, False])
 def test_kernel_is_the_reference(transport, with_momentum, remove_drift):

@@ -107,7 +107,7 @@ def _wrap(kernel, key, kind=LowRank):
     return kind(kernel, a, b), kernel + a @ b
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_structured_kernels_serve_wherever_there_is_a_kernel(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 12)
 

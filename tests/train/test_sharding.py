@@ -33,7 +33,15 @@ def whole():
     return get
 
 
-@pytest.mark.parametrize(("name", "grassmann"), [*((name, "rsgd") for name in MESHES), ("all", "radam")])
+@pytest.mark.parametrize(
+    ("name", "grassmann"),
+    [
+        pytest.param(
+            name, grassmann, marks=[] if (name, grassmann) in (("all", "radam"), ("fsdp", "rsgd")) else pytest.mark.slow
+        )
+        for name, grassmann in [*((name, "rsgd") for name in MESHES), ("all", "radam")]
+    ],
+)
 def test_sharded_steps_equal_those_of_one_device(name, grassmann, whole):
     task, data = classification()
     state, metrics = take_steps(task, data, make_tx(grassmann=grassmann), train.make_mesh(**MESHES[name]))

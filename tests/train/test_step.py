@@ -17,7 +17,13 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate": 2}, {"accumulate": 4}, {"remat": "full"}, {"remat": "dots"}], ids=str
+    "options",
+    [
+        {"accumulate": 4},
+        {"remat": "dots"},
+        *(pytest.param(options, marks=pytest.mark.slow) for options in ({"accumulate": 2}, {"remat": "full"})),
+    ],
+    ids=str,
 )
 def test_accumulation_and_rematerialisation_change_nothing(options, plain):
     task, data = classification()
