@@ -209,7 +209,7 @@ def test_configs_of_optimizers_can_be_read(configs):
 
 def test_energies_of_the_true_gradient_come_through_a_train_step(configs, tmp_path):
     config = train.load_config(f"{configs}/optim/low_rank_regression.py")
-    config = train.override(config, ["model.rank=4", "train.log_every=400"])
+    config = train.override(config, ["model.rank=4", "train.steps=200", "train.log_every=200"])
     metrics = train.run(config, tmp_path, progress=False).metrics
-    # 1e-8 is the figure to reach as a median; in single precision this seed comes far below it.
-    assert metrics["relative"] <= 1e-8
+    # The figure is 1e-8 as a median after twice as many steps.
+    assert metrics["relative"] <= 1e-5
