@@ -3,6 +3,7 @@
 Runs a config to its end, or goes on from where it is, and writes the state that it then has.
 """
 
+import logging
 import sys
 
 import jax
@@ -13,6 +14,7 @@ from subspace_jax import train
 
 
 def main(index, count, port, workdir, config, *settings):
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
     assert train.initialize(f"localhost:{port}", count, index, timeout=60)
     assert (jax.process_index(), jax.process_count()) == (index, count)
     result = train.run(train.override(train.load_config(config), settings), workdir, progress=False)
