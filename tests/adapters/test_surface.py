@@ -13,7 +13,7 @@ from subspace_jax import adapters, nn, train
 
 from . import cases
 
-_LIKE_OTHERS = ("gaussian", "dora table", "dora layers", "svfit relu", "full")
+_LIKE_OTHERS = ("gaussian", "tables", "dora table", "dora layers", "svfit relu", "full")
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in _LIKE_OTHERS else []) for name in cases.RULES]
 )

@@ -1,8 +1,12 @@
 """The figures that the Grassmann class representation must reach on data that ships with the project."""
 
 import numpy as np
+import pytest
 
 from subspace_jax import train
+
+# Whole trainings; the quick run sees the digits through `scripts/demo.py`.
+pytestmark = pytest.mark.slow
 
 
 def accuracy(config, seed, tmp_path, *settings):
