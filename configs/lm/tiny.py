@@ -12,9 +12,9 @@ def get_config():
     config = finetune.default_config()
     config.data.batch_size = 16
     config.data.eval_batch_size = 16
-    config.train.steps = 600
-    config.train.eval_every = 200
-    config.train.checkpoint_every = 200
+    config.train.steps = 500
+    config.train.eval_every = 250
+    config.train.checkpoint_every = 250
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 50
     config.optim.weight_decay = 0.1
