@@ -28,7 +28,7 @@ def add_energy_probes(trainable: PyTree) -> PyTree:
     Returns:
       A nested dict with ``row_energy [..., in]`` and ``column_energy [..., out]`` beside ``a`` and ``b``, zeros.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import adapters
       >>> settings = {"q": adapters.LoRA(2, 4.0)}

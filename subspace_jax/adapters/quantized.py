@@ -102,7 +102,7 @@ def quantize(params: PyTree, rules: Iterable[str | re.Pattern], *, window: int =
       ValueError: A rule matches nothing.
       TypeError: A weight is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> got = quantize({"up": {"kernel": jnp.array([[1.27, -0.5], [0.3, 0.2]])}}, ["up"])["up"]["kernel"]
       >>> got.values.tolist()

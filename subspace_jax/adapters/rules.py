@@ -45,7 +45,7 @@ def match_rules(
       ValueError: There are no rules, a regular expression is malformed, or a rule matches nothing; the message then
         shows the names that come near, or that earlier rules took what it matches.
 
-    Example:
+    Examples:
       >>> match_rules({"q": 1, "re:.*mlp.*": 2}, ["attn/q/kernel", "attn/k/kernel", "mlp/up/kernel"])
       {'attn/q/kernel': 1, 'mlp/up/kernel': 2}
     """

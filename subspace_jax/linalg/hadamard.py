@@ -46,7 +46,7 @@ def fwht(x: jax.Array, axis: int = -1, normalized: bool = False) -> jax.Array:
       ValueError: n is no power of two, or there is no such axis.
       TypeError: ``x`` is neither float32 nor float64.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> fwht(jnp.array([1.0, 0, 1, 0, 0, 1, 1, 0])).tolist()
       [4.0, 2.0, 0.0, -2.0, 0.0, 2.0, 0.0, 2.0]

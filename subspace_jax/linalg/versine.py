@@ -38,7 +38,7 @@ def versine_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
       ValueError: ``m`` is not square.
       TypeError: ``m`` is neither float32 nor float64.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from subspace_jax import linalg
       >>> versine, sinc = linalg.versine_sinc_sqrt(jnp.diag(jnp.array([0.0, jnp.pi**2])))

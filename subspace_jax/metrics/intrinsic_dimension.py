@@ -28,7 +28,7 @@ def d_int(
     Raises:
       ValueError: The lengths differ, there is no run, a score or the baseline is not finite, or a dimension is below 1.
 
-    Example:
+    Examples:
       >>> d_int([10, 20, 20, 30], [0.5, 0.8, 1.0, 0.95], baseline=0.99)
       (20, 0.9)
     """

@@ -59,7 +59,7 @@ def conv(
       ValueError: Shapes, or the numbers for the axes of space, don't fit together.
       TypeError: ``x`` is of integers or booleans.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> conv(jnp.ones((1, 4, 1)), jnp.ones((3, 1, 1)))[0, :, 0].tolist()
       [2.0, 3.0, 3.0, 2.0]

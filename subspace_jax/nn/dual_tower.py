@@ -88,7 +88,7 @@ def dual_tower_init(key: jax.Array, config: DualTowerConfig, dtype: DTypeLike = 
 
 
 def encode_image(
-    config: DualTowerConfig, params: PyTree, pixels: jax.Array, *, normalize: bool = True, **options
+    config: DualTowerConfig, params: PyTree, pixels: jax.Array, *, normalize: bool = True, **options: Any
 ) -> jax.Array:
     """Returns one vector for each image.
 
@@ -113,7 +113,7 @@ def encode_text(
     mask: jax.Array | None = None,
     *,
     normalize: bool = True,
-    **options,
+    **options: Any,
 ) -> jax.Array:
     """Returns one vector for each text.
 

@@ -21,7 +21,7 @@ _WITH_STATISTICS: dict[type, Callable[..., VisionOutput]] = {ResNetConfig: resne
 
 
 def vision_apply(
-    config: VisionConfig, params: PyTree, pixels: jax.Array, *, resample: bool = False, **options
+    config: VisionConfig, params: PyTree, pixels: jax.Array, *, resample: bool = False, **options: Any
 ) -> VisionOutput:
     """Runs a vision transformer, a Swin transformer, a residual network or a VGG, as the type of its config says.
 

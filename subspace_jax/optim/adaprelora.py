@@ -93,7 +93,7 @@ def adaprelora(
         partner or don't fit, ``update`` without parameters, and for "full" without energies.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.ones((8, 2)), "b": jax.numpy.zeros((2, 4))}}
@@ -154,7 +154,7 @@ def scale_by_adaprelora(
       ValueError: See :func:`adaprelora`.
       TypeError: See :func:`adaprelora`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_adaprelora(stats="projected"), optax.scale_by_learning_rate(1e-3))

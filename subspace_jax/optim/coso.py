@@ -92,7 +92,7 @@ def coso(
       TypeError: ``proj_rank``, ``sketch_rank``, ``update_every`` or ``max_history`` is traced or not a whole number.
       ValueError: An option is unknown or out of range; ``init`` raises it for kernels that are too small.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> params = jax.numpy.ones((8, 6))

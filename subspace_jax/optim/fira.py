@@ -78,7 +78,7 @@ def fira(
       TypeError: See :func:`low_rank_projection`.
       ValueError: See :func:`low_rank_projection`; and where weight decay lacks parameters.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> tx = optim.fira(1e-2, rank=2)
@@ -151,7 +151,7 @@ def apollo(
       TypeError: See :func:`low_rank_projection`.
       ValueError: See :func:`low_rank_projection`; and where weight decay lacks parameters.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> tx = optim.apollo(1e-2, rank=2)

@@ -57,7 +57,7 @@ def galore(
       TypeError: See :func:`low_rank_projection`.
       ValueError: See :func:`low_rank_projection`; and where weight decay lacks parameters.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> tx = optim.galore(1e-2, rank=lambda path, shape: shape[-1] // 4 if path.endswith("kernel") else None)
@@ -126,7 +126,7 @@ def scale_by_galore(
       TypeError: See :func:`low_rank_projection`.
       ValueError: See :func:`low_rank_projection`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_galore(rank=4), optax.add_decayed_weights(0.1), optax.scale(-1e-2))

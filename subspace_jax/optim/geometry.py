@@ -39,7 +39,7 @@ def with_geometry(
     Returns:
       The transform.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> schedule = optax.cosine_decay_schedule(1e-3, 10_000)

@@ -44,7 +44,7 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
     Raises:
       ValueError: ``update`` raises it where a basis doesn't fit a kernel, or the trees differ.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from subspace_jax import optim
       >>> old = jax.numpy.eye(8)[:, :3]
@@ -84,7 +84,7 @@ def gradient_projection_memory(
     Raises:
       ValueError: See :func:`project_out`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> memory = optim.gpm_update(None, jax.random.normal(jax.random.key(0), (8, 30)), 0.95)

@@ -54,7 +54,7 @@ def lora_plus(
       ValueError: ``ratio`` is not positive; factors have no partner or don't fit; weight decay lacks parameters.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.ones((8, 2)), "b": jax.numpy.ones((2, 4))}}
@@ -122,7 +122,7 @@ def scale_by_lora_plus(
       ValueError: See :func:`lora_plus`.
       TypeError: See :func:`lora_plus`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optax.scale_by_adam(), optim.scale_by_lora_plus(20.0), optax.scale_by_learning_rate(1e-4))

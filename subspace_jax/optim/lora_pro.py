@@ -73,7 +73,7 @@ def lora_pro(
       ValueError: ``method`` is unknown or a number out of range; and see :func:`adaprelora` for factors that don't fit.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.eye(8, 2), "b": jax.numpy.zeros((2, 4))}}
@@ -116,7 +116,7 @@ def scale_by_lora_pro(
       ValueError: See :func:`lora_pro`.
       TypeError: See :func:`lora_pro`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_lora_pro(method="sgd"), optax.trace(0.9), optax.scale_by_learning_rate(0.1))

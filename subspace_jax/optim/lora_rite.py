@@ -81,7 +81,7 @@ def lora_rite(
         factors that don't fit.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.eye(8, 2), "b": jax.numpy.zeros((2, 4))}}
@@ -137,7 +137,7 @@ def scale_by_lora_rite(
       ValueError: See :func:`lora_rite`.
       TypeError: See :func:`lora_rite`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_lora_rite(escape=True), optax.scale_by_learning_rate(1e-3))

@@ -76,7 +76,7 @@ def online_subspace_descent(
       TypeError: See :func:`low_rank_projection`.
       ValueError: ``tracker`` is unknown, or a number out of range; and where weight decay lacks parameters.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> tx = optim.online_subspace_descent(1e-2, rank=2)

@@ -93,7 +93,7 @@ def low_rank_projection(
         fails on projected gradients, returns other shapes, or changes those of its state; and, where moments are
         reset or rotated, for one whose state has arrays that are no moments of projected gradients.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from subspace_jax import optim
       >>> tx = optim.low_rank_projection(optax.sgd(0.1, momentum=0.9), rank=2)

@@ -63,7 +63,7 @@ def riemannian_adam(
       ValueError: See :func:`riemannian_sgd`.
       TypeError: See :func:`riemannian_sgd`.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from subspace_jax import optim
       >>> from subspace_jax.manifolds import grassmann
@@ -106,7 +106,7 @@ def scale_by_riemannian_adam(
       ValueError: See :func:`riemannian_sgd`.
       TypeError: See :func:`riemannian_sgd`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optax.clip_by_global_norm(5.0), optim.scale_by_riemannian_adam(1e-2))

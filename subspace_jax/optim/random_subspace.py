@@ -162,7 +162,7 @@ def random_subspace(
         one Hadamard transform would have more than 2^31 entries.
       TypeError: The key is no random key, or a selected leaf is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
       >>> theta, subspace = random_subspace(params, 5, key=jax.random.key(0))

@@ -72,7 +72,7 @@ def riemannian_sgd(
         ``[..., n, k]``, ``update`` where ``params`` is missing.
       TypeError: ``init`` is given a leaf that is not floating point.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from subspace_jax import optim
       >>> from subspace_jax.manifolds import grassmann
@@ -121,7 +121,7 @@ def scale_by_riemannian_sgd(
       ValueError: See :func:`riemannian_sgd`.
       TypeError: See :func:`riemannian_sgd`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optax.clip_by_global_norm(5.0), optim.scale_by_riemannian_sgd(0.1, transport="parallel"))

@@ -64,7 +64,7 @@ def scaled_gd_lora(
       ValueError: ``reg`` is negative; and see :func:`adaprelora` for factors that don't fit.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.ones((8, 2)), "b": jax.numpy.ones((2, 4))}}
@@ -95,7 +95,7 @@ def scale_by_scaled_gd_lora(
       ValueError: See :func:`scaled_gd_lora`.
       TypeError: See :func:`scaled_gd_lora`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_scaled_gd_lora(), optax.trace(0.9), optax.scale_by_learning_rate(0.1))
@@ -145,7 +145,7 @@ def scaled_adamw_lora(
       ValueError: A number is out of range; and see :func:`adaprelora` for factors that don't fit.
       TypeError: A factor is not of floating point.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import optim
       >>> factors = {"q": {"a": jax.numpy.ones((8, 2)), "b": jax.numpy.ones((2, 4))}}
@@ -194,7 +194,7 @@ def scale_by_scaled_adamw_lora(
       ValueError: See :func:`scaled_adamw_lora`.
       TypeError: See :func:`scaled_adamw_lora`.
 
-    Example:
+    Examples:
       >>> import optax
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_scaled_adamw_lora(b2=0.98), optax.scale_by_learning_rate(1e-3))

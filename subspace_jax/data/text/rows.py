@@ -65,8 +65,7 @@ def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int,
       tokenizer: The tokenizer.
       length: Tokens of a row.
       longer: What becomes of texts that are longer than a row: "split" makes several of them, each of which is a text
-      of
-        its own; "cut" drops their ends; "refuse" raises.
+        of its own; "cut" drops their ends; "refuse" raises.
 
     Raises:
       ValueError: There is no example, one does not fit, or ``longer`` is unknown.

@@ -70,7 +70,7 @@ def dora_weight_norm(
         exist or can't serve.
       TypeError: A dtype is none of the above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from subspace_jax import kernels
       >>> w, a, b = jnp.eye(2), jnp.ones((2, 1)), jnp.array([[0.0, 1.0]])

@@ -67,7 +67,7 @@ def grassmann_step(
       ValueError: Shapes don't fit together, an axis is empty, a name is unknown, or the implementation can't serve.
       TypeError: A dtype is none of the above, or they differ.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from subspace_jax import kernels, linalg
       >>> bases = linalg.random_orthonormal(jax.random.key(0), 32, 4, (10,))

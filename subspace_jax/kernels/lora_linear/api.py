@@ -59,7 +59,7 @@ def lora_linear(
       ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
       TypeError: A dtype is none of the above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from subspace_jax import kernels
       >>> x, w, a, b = jnp.ones((1, 2)), jnp.eye(2), jnp.ones((2, 1)), jnp.array([[0.0, 1.0]])

@@ -49,7 +49,7 @@ def weight_grad_energy(
       ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
       TypeError: A dtype is none of the above, or the two differ.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from subspace_jax import kernels
       >>> rows, columns = kernels.weight_grad_energy(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))

@@ -42,7 +42,7 @@ def energy_probes(
       ValueError: Shapes don't fit together.
       TypeError: ``x`` and ``y`` have different dtypes.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from subspace_jax import kernels
       >>> x, w = jnp.array([[1.0, 2.0]]), jnp.ones((2, 1))
