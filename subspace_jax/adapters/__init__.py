@@ -12,16 +12,14 @@ from subspace_jax.adapters.energies import add_energy_probes, drop_energy_probes
 from subspace_jax.adapters.factors import lora_ga_factors
 from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
+from subspace_jax.adapters.listing import count, describe, label_fn
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
 from subspace_jax.adapters.many import ManyWeight, bind_many, combine, with_rows
 from subspace_jax.adapters.quantized import Int8Weight, quantize
 from subspace_jax.adapters.rules import match_rules
 from subspace_jax.adapters.surface import (
     bind,
-    count,
-    describe,
     init,
-    label_fn,
     logical_axes,
     materialize,
     merge,

@@ -1,6 +1,5 @@
-"""Adapters of a whole tree of parameters: drawing them, putting them in, baking them in, listing them."""
+"""Adapters of a whole tree of parameters: drawing them, putting them in, baking them in, taking them out."""
 
-import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -8,14 +7,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRAWeight
 from subspace_jax.adapters.effort import EffortBase, EffortWeight
 from subspace_jax.adapters.energies import PROBES, probe_axes
-from subspace_jax.adapters.flora import FLoRA, FLoRAWeight, factor_names
+from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
 from subspace_jax.adapters.lora import LoRAWeight
 from subspace_jax.adapters.quantized import Int8Weight
@@ -24,7 +22,7 @@ from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
 
 PyTree = Any
 
-_WEIGHTS = (LoRAWeight, DoRAWeight, ConvLoRAWeight, ConvDoRAWeight, FLoRAWeight, SVFitWeight, EffortWeight)
+WEIGHTS = (LoRAWeight, DoRAWeight, ConvLoRAWeight, ConvDoRAWeight, FLoRAWeight, SVFitWeight, EffortWeight)
 # What stands in a weight's place in a prepared tree, and brings what taking a merged adapter out needs.
 _BASES = (SpectralBase, EffortBase)
 _NOT_WEIGHTS = ("scale", "bias")
@@ -274,88 +272,6 @@ def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTr
     return _replace(axes, trainable, settings, put, with_path=True), names
 
 
-def count(trainable: PyTree) -> int:
-    """Number of trained numbers."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
-
-
-def describe(params: PyTree, trainable: PyTree, settings: Rules) -> str:
-    """Lists adapters in a table of text: path, shape, method, rank, trained numbers and their share of the weight.
-
-    Args:
-      params: The frozen tree, of arrays or of shapes.
-      trainable: Of :func:`init` or :func:`prepare`.
-      settings: The same rules.
-
-    Returns:
-      Lines of aligned columns; the last one has the total.
-    """
-    at, rows = bases_of(params), [("path", "shape", "method", "rank", "trained", "share")]
-    for path, arrays in adapters_of(trainable).items():
-        setting = settings_of(trainable, settings)[path]
-        shape, trained = _shape(at[path]), count(arrays)
-        rank = getattr(setting, "rank", None)
-        rank = arrays["delta"].shape[-1] if "delta" in arrays else rank
-        rank = "-" if rank is None else "/".join(map(str, rank)) if isinstance(rank, tuple) else str(rank)
-        method = type(setting).__name__
-        method = "rsLoRA" if method == "LoRA" and setting.rslora else method
-        share = f"{100 * trained / math.prod(shape):.2f}%"
-        rows.append((path, "x".join(map(str, shape)), method, rank, f"{trained:,}", share))
-    everything = sum(math.prod(_shape(w)) for w in at.values())
-    trained = count(trainable)
-    rows.append(("total", "", "", "", f"{trained:,}", f"{100 * trained / everything:.2f}%"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row):
-        cells = (c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, rows))
-
-
-LABELS = {
-    "a": "factor",
-    "b": "factor",
-    "row_energy": "factor",
-    "column_energy": "factor",
-    "u": "factor",
-    "vt": "factor",
-    "core": "core",
-    **{name: "factor" for name in factor_names(9)},
-    "magnitude": "magnitude",
-    "s": "spectrum",
-    "delta": "spectrum",
-    "full": "full",
-}
-
-
-def label_fn(tree: PyTree) -> PyTree:
-    """Labels arrays for ``optax.partition``: "factor", "core", "magnitude", "spectrum", "full", or "frozen".
-
-    Of a trainable tree every array gets the label of its kind; of bound parameters also the frozen ones get theirs.
-    So weight decay can be kept from magnitudes, and base weights from any change:
-    ``optax.partition({"factor": optax.adamw(1e-4), "magnitude": optax.adam(1e-4)}, adapters.label_fn)``.
-
-    Args:
-      tree: A trainable tree, or parameters out of :func:`bind`.
-
-    Returns:
-      Tree of labels.
-    """
-    bound = any(isinstance(x, _WEIGHTS) for x in jax.tree.leaves(tree, is_leaf=_is_weight))
-
-    def name_of(path, _):
-        return LABELS.get(path_of(path[-1:]), "frozen")
-
-    if not bound:
-        return jax.tree_util.tree_map_with_path(name_of, tree)
-
-    def label(x):
-        return jax.tree_util.tree_map_with_path(name_of, x) if _is_weight(x) else "frozen"
-
-    return jax.tree.map(label, tree, is_leaf=_is_weight)
-
-
 def _key_at(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
@@ -364,20 +280,12 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, Int8Weight)
 
 
-def _is_weight(x: Any) -> bool:
-    return isinstance(x, _WEIGHTS)
-
-
 def _is_base(x: Any) -> bool:
-    return isinstance(x, (*_BASES, *_WEIGHTS, Int8Weight))
+    return isinstance(x, (*_BASES, *WEIGHTS, Int8Weight))
 
 
 def _dense(weight: Any) -> jax.Array:
-    return weight.dense() if isinstance(weight, _WEIGHTS) else weight
-
-
-def _shape(weight: Any) -> tuple[int, ...]:
-    return weight.shape if hasattr(weight, "shape") else np.shape(weight)
+    return weight.dense() if isinstance(weight, WEIGHTS) else weight
 
 
 def bases_of(tree: PyTree) -> dict[str, Any]:
