@@ -22,12 +22,10 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import lm
+import memory
 import numpy as np
 
 SIDES = {"subspace_jax": "adapters_jax", "peft": "adapters_torch"}
@@ -92,38 +90,22 @@ def in_turns(calls, rounds):
 
 
 def worker(side, op, run):
-    run = json.loads(run)
-    module = importlib.import_module(SIDES[side])
-    call = getattr(module, op)(*arrays_of(run), run)
-    for _ in range(2):
-        module.wait(call())
-    peak = lm._resident_peak()
-    reset = lm._reset_resident_peak()
-    for _ in range(2):
-        module.wait(call())
-    later = lm._resident_peak() if reset else None
-    device = module.device_peak()
-    print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
-
-
-def peak_memory(side, op, run):
-    command = [sys.executable, __file__, "--worker", side, op, json.dumps(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side}, {op}: the process that measures memory failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    run, module = json.loads(run), importlib.import_module(SIDES[side])
+    memory.report(getattr(module, op)(*arrays_of(run), run), module)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small width, which says nothing about speed")
     parser.add_argument("--ranks", nargs="+", type=int, help="ranks (default: 8 64 384; 4 with --quick)")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=11, help="at least 2, for the noise (default: 11)")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/adapters_<device>.json beside this)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         return worker(*args.worker)  # imports one of the sides only
+    if args.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, got {args.rounds}")
 
     sides = {name: importlib.import_module(module) for name, module in SIDES.items()}
     import jax
@@ -168,7 +150,7 @@ def main(argv=None):
                     "over_lora": {
                         name: seconds[method, name]["median"] / seconds["lora", name]["median"] for name in SIDES
                     },
-                    "memory": {name: peak_memory(name, op, own) for name in SIDES},
+                    "memory": {name: memory.in_own_process(__file__, name, op, json.dumps(own)) for name in SIDES},
                 }
                 show(rows[method])
             report["rows"] += rows.values()

@@ -22,12 +22,11 @@ Both sides use the threads that they take by themselves.
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import memory
 import numpy as np
 
 SIDES = {"subspace_jax": "lm_jax", "transformers": "lm_torch"}
@@ -74,44 +73,9 @@ def check(op, calls, sides, narrow):
     return {"what": what, "error": error, "allowed": allowed}
 
 
-def peak_memory(side, op, folder, run):
-    """Runs one side of one operation in a process of its own; returns its peak and that of its later calls, bytes."""
-    command = [sys.executable, __file__, "--worker", side, op, str(folder), json.dumps(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side}, {op}: the process that measures memory failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def worker(side, op, folder, run):
-    run = json.loads(run)
-    module = importlib.import_module(SIDES[side])
-    call = getattr(module, op)(folder, tokens_of(run), run)
-    for _ in range(2):
-        module.wait(call())
-    peak = _resident_peak()
-    reset = _reset_resident_peak()
-    for _ in range(2):
-        module.wait(call())
-    later = _resident_peak() if reset else None
-    device = module.device_peak()
-    print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
-
-
-def _resident_peak():
-    """Of this process alone: what getrusage tells includes the parent's at the time of the fork."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
-def _reset_resident_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    run, module = json.loads(run), importlib.import_module(SIDES[side])
+    memory.report(getattr(module, op)(folder, tokens_of(run), run), module)
 
 
 def main(argv=None):
@@ -158,7 +122,7 @@ def main(argv=None):
             row["ratio"] = rate["subspace_jax"] / rate["transformers"]
             row["share_of_matmul"] = per_token and {name: r * per_token / product for name, r in rate.items()}
             row["mfu"] = per_token and sheet and {name: r * per_token / sheet for name, r in rate.items()}
-            row["memory"] = {name: peak_memory(name, op, folder, run) for name in SIDES}
+            row["memory"] = {name: memory.in_own_process(__file__, name, op, folder, json.dumps(run)) for name in SIDES}
             report["rows"].append(row)
             show(row)
     name = f"lm_{timing.file_label()}{'_quick' if args.quick else ''}.json"

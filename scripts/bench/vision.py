@@ -21,13 +21,12 @@ Both sides use the threads that they take by themselves.
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import lm
+import memory
 import numpy as np
 
 SIDES = {"subspace_jax": "vision_jax", "transformers": "vision_torch"}
@@ -70,28 +69,9 @@ def check(op, calls, sides, narrow):
     return {"what": what, "error": error, "allowed": allowed}
 
 
-def peak_memory(side, op, folder, run):
-    """Runs one side of one operation in a process of its own; returns its peak and that of its later calls, bytes."""
-    command = [sys.executable, __file__, "--worker", side, op, str(folder), json.dumps(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side}, {op}: the process that measures memory failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def worker(side, op, folder, run):
-    run = json.loads(run)
-    module = importlib.import_module(SIDES[side])
-    call = getattr(module, op)(folder, *images_of(run), run)
-    for _ in range(2):
-        module.wait(call())
-    peak = lm._resident_peak()
-    reset = lm._reset_resident_peak()
-    for _ in range(2):
-        module.wait(call())
-    later = lm._resident_peak() if reset else None
-    device = module.device_peak()
-    print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
+    run, module = json.loads(run), importlib.import_module(SIDES[side])
+    memory.report(getattr(module, op)(folder, *images_of(run), run), module)
 
 
 def pipeline(folder, run, rounds):
@@ -192,7 +172,7 @@ def measure(model, op, folder, run, sides, rounds, timing):
     rate = {name: run["batch"] / t for name, t in seconds.items()}
     row = {"model": model, "op": op, "check": checked, "seconds": seconds, "images_per_second": rate}
     row["ratio"] = rate["subspace_jax"] / rate["transformers"]
-    row["memory"] = {name: peak_memory(name, op, folder, run) for name in SIDES}
+    row["memory"] = {name: memory.in_own_process(__file__, name, op, folder, json.dumps(run)) for name in SIDES}
     return row
 
 

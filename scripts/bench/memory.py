@@ -1,0 +1,53 @@
+"""Peak memory of one call, in a process that does nothing else.
+
+Neither side of a benchmark is imported here: the process would count the other one's libraries.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def in_own_process(script, *words):
+    """Runs ``script --worker *words``, which ends with :func:`report`; returns the two peaks, bytes."""
+    command = [sys.executable, script, "--worker", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        what = ", ".join(map(str, words[:2]))
+        raise SystemExit(f"{what}: the process that measures memory failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(call, side):
+    """Prints the peak of this process over two calls, and over two later ones alone; of a GPU, what was in use there.
+
+    Args:
+      call: What to make.
+      side: The module of the side, which has ``wait`` and ``device_peak``.
+    """
+    for _ in range(2):
+        side.wait(call())
+    peak = _resident_peak()
+    reset = _reset_resident_peak()
+    for _ in range(2):
+        side.wait(call())
+    later = _resident_peak() if reset else None
+    device = side.device_peak()
+    print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
+
+
+def _resident_peak():
+    """Of this process alone: what getrusage tells includes the parent's at the time of the fork."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def _reset_resident_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
