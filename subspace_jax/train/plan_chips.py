@@ -125,4 +125,7 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    # A host has up to 2 x 2 chips; of a slice that is narrower, some compilers must be told.
+    sides = [int(side) for side in topology.partition(":")[2].split("x")]
+    host = {} if min(sides[:2]) > 1 else {"chips_per_host_bounds": (min(sides[0], 2), min(sides[1], 2), 1)}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **host).devices
