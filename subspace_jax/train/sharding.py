@@ -217,6 +217,9 @@ def layer_gatherer(axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Ca
 
 
 def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
+    if mesh.size == 1:
+        # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
+        return x
     batch_axes = _mesh_axes("batch", mesh, rules)
     groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in resolve(names, x.shape, mesh, rules)]
     spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))

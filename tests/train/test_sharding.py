@@ -196,3 +196,14 @@ def test_open_mesh_axis_takes_the_devices_that_are_left():
     assert dict(train.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(train.make_mesh(data=2, tensor=-1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     assert train.make_mesh(data=2).size == 2
+
+
+def test_on_one_device_gathering_hands_arrays_on_as_they_are():
+    # Anything else is a value that a scan over layers copies for its backward pass.
+    layer, axes = {"kernel": jnp.ones((4, 8))}, {"kernel": P("layers", "embed", "mlp")}
+
+    def same(layer):
+        assert train.layer_gatherer(axes, train.make_mesh(1))(layer)["kernel"] is layer["kernel"]
+        return layer
+
+    jax.eval_shape(same, layer)
