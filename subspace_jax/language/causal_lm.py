@@ -89,7 +89,7 @@ class CausalLMTask:
         return {"loss": jnp.sum(nll * weights), "accuracy": jnp.sum(hits * weights), "count": jnp.sum(weights)}
 
     def nll(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Negative log-likelihood of each label in nats, and whether it is the likeliest token, ``[batch, length]``."""
+        """Negative log-likelihood of each label in nats, and whether no token is likelier, ``[batch, length]``."""
         out = nn.causal_lm_apply(
             self.config,
             params,
@@ -165,7 +165,7 @@ def token_nll(
     def score(final, labels):
         logits = nn.causal_lm_logits(config, params, final, jnp.float32)
         picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        hits = jnp.argmax(logits, axis=-1) == labels
+        hits = picked == jnp.max(logits, axis=-1)  # XLA's argmax on a CPU is not vectorised
         return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
 
     batch, length = labels.shape
