@@ -41,6 +41,7 @@ def default_config() -> ConfigDict:
                 "method": "subspace_iteration",
                 "scale": 1.0,
                 "sketch_rank": 64,
+                "state_dtype": "float32",
             },
             "lora": {"ratio": 16.0, "scale": 2.0, "stats": "projected"},
             "grassmann": {
@@ -103,9 +104,12 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         The names in ``LOW_RANK`` project the gradients of kernels, those of stacked layers included, and are Adam for
         tables, biases and norms.  ``low_rank.rank`` 0 is a quarter of a kernel's shorter side; ``low_rank.scale`` is
         that of the method (1 keeps the learning rate that all other leaves have; 1 is 128 for "apollo_mini");
-        ``low_rank.sketch_rank`` is of "coso" alone.  The names in ``LORA`` are for adapters: ``lora.ratio`` is of
-        "lora_plus", ``lora.scale`` (alpha over rank) of "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.
-        For both groups decay is decoupled and touches every leaf.
+        ``low_rank.sketch_rank`` is of "coso" alone; ``low_rank.state_dtype`` "bfloat16" or "int8" makes the moments
+        narrow, see :func:`subspace_jax.optim.narrow_state`.
+
+        The names in ``LORA`` are for adapters: ``lora.ratio`` is of "lora_plus", ``lora.scale`` (alpha over rank) of
+        "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.  For both groups decay is decoupled and touches
+        every leaf.
       num_steps: Length of the run, for the schedule.
 
     Returns:
@@ -129,7 +133,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     elif config.name == "lamb":
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     elif config.name in LOW_RANK:
-        euclidean = _low_rank(config, rate)
+        euclidean = _narrowed(config, _low_rank(config, rate))
     elif config.name in LORA:
         euclidean = _lora(config, rate)
     else:
@@ -192,6 +196,18 @@ def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransfo
         )
     except ValueError as error:
         raise ValueError(f"optim.low_rank: {error}") from error
+
+
+def _narrowed(config: ConfigDict, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    dtype = config.low_rank.state_dtype
+    if dtype == "float32":
+        return tx
+    if config.name == "coso":
+        raise ValueError(f"optim.low_rank.state_dtype: {dtype!r} would round the bases of coso; expected 'float32'")
+    try:
+        return optim.narrow_state(tx, dtype)
+    except ValueError as error:
+        raise ValueError(f"optim.low_rank.state_{error}") from error
 
 
 def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -159,6 +159,14 @@ def projected_momentum(
     return optim.low_rank_projection(inner, rank_but_for_embeddings, fallback=fallback, **options)
 
 
+def narrow_adam(learning_rate, dtype):
+    return optim.narrow_state(optax.adam(learning_rate), dtype)
+
+
+def narrow_galore(learning_rate, dtype="bfloat16"):
+    return optim.narrow_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
+
+
 def galore_in_a_chain(step_size, rank=2, side="std"):
     return optax.chain(optim.scale_by_galore(rank, side=side), optax.scale_by_learning_rate(step_size))
 
@@ -287,6 +295,15 @@ ENTRIES = (
         kwargs={"rank": 2, "period": 5},
         **_KERNELS,
     ),
+    Entry(
+        "narrow-state-int8",
+        public="narrow_state",
+        factory=narrow_adam,
+        static=("dtype",),
+        kwargs={"dtype": "int8"},
+        **_KERNELS,
+    ),
+    Entry("narrow-state-bfloat16", public="narrow_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
     Entry("adaprelora", public="adaprelora", factory=adaprelora_with_energies, **_PAIRS),
     Entry(
         "scale-by-adaprelora-projected-transported",
