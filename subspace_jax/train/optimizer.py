@@ -1,5 +1,6 @@
 """From a config to an Optax transform: a schedule, an optimizer, and a Riemannian one for parameters on manifolds."""
 
+import functools
 from typing import Any
 
 import jax
@@ -128,7 +129,8 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
             optax.add_decayed_weights(config.weight_decay), optax.adam(rate, b1=config.b1, b2=config.b2)
         )
     elif config.name == "adamw":
-        options = {"weight_decay": config.weight_decay, "mask": _decays}
+        # The lengths that DoRA trains are not to shrink.
+        options = {"weight_decay": config.weight_decay, "mask": functools.partial(_but_for, ("magnitude",))}
         euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name == "lamb":
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -154,7 +156,13 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         raise ValueError(f"optim.grassmann.name: expected one of {GRASSMANN}, got {manifold.name!r}")
 
     tx = optim.with_geometry(euclidean, grassmann)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm > 0 else tx
+    if config.clip_norm <= 0:
+        return tx
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "adaprelora" and config.lora.stats == "full":
+        # What the probes of energies deliver is no part of the gradient.
+        clip = optax.masked(clip, functools.partial(_but_for, ("row_energy", "column_energy")))
+    return optax.chain(clip, tx)
 
 
 def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -227,10 +235,8 @@ def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformat
         raise ValueError(f"optim.lora: {error}") from error
 
 
-def _decays(params: PyTree) -> PyTree:
-    """Whether weight decay touches an array: the lengths that DoRA trains are not to shrink."""
-
-    def decays(path, _):
-        return not path or getattr(path[-1], "key", None) != "magnitude"
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def _but_for(names: tuple[str, ...], params: PyTree) -> PyTree:
+    """True for every array but those of these names."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path or getattr(path[-1], "key", None) not in names, params
+    )

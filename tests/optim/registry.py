@@ -159,11 +159,7 @@ def projected_momentum(
     return optim.low_rank_projection(inner, rank_but_for_embeddings, fallback=fallback, **options)
 
 
-def narrow_adam(learning_rate, dtype):
-    return optim.narrow_state(optax.adam(learning_rate), dtype)
-
-
-def narrow_galore(learning_rate, dtype="bfloat16"):
+def narrow_galore(learning_rate, dtype="int8"):
     return optim.narrow_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
 
 
@@ -295,15 +291,15 @@ ENTRIES = (
         kwargs={"rank": 2, "period": 5},
         **_KERNELS,
     ),
+    Entry("narrow-state-int8", public="narrow_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
     Entry(
-        "narrow-state-int8",
+        "narrow-state-bfloat16",
         public="narrow_state",
-        factory=narrow_adam,
+        factory=narrow_galore,
         static=("dtype",),
-        kwargs={"dtype": "int8"},
+        kwargs={"dtype": "bfloat16"},
         **_KERNELS,
     ),
-    Entry("narrow-state-bfloat16", public="narrow_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
     Entry("adaprelora", public="adaprelora", factory=adaprelora_with_energies, **_PAIRS),
     Entry(
         "scale-by-adaprelora-projected-transported",
