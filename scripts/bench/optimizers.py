@@ -8,8 +8,8 @@ Four parts, each at growing widths where that says something:
 
   refresh   one square kernel: a step that keeps its projection and one that renews it, of optax.contrib.galore (a full
             singular value decomposition) and of ours (two rounds of subspace iteration, and the others by name)
-  steps     the optimizer's share of a step on sixteen kernels, beside optax.adamw and optax.contrib.muon: median and
-            worst step over two periods of refreshes, and the bytes of the state
+  steps     the optimizer's share of a step on sixteen kernels, as leaves and as one stack, beside optax.adamw and
+            optax.contrib.muon: median and worst step over two periods of refreshes, and the bytes of the state
   lora      whole train steps of a Llama-like decoder with LoRA on queries and values, beside optax.adamw on the same
             factors, and Hugging Face PEFT with torch's AdamW on a decoder of the same sizes
   problem   axis-scaled regression onto a rank-4 target by LoRA of rank 8: loss after equal steps and after equal time
@@ -123,9 +123,12 @@ def steps(quick, rounds):
             "fira": optim.fira(1e-3, rank, **options),
             "apollo": optim.apollo(1e-3, rank, **options),
             "online_subspace_descent": optim.online_subspace_descent(1e-3, rank, period=period),
+            "galore, one stack": optim.galore(1e-3, rank, **options),
+            "fira, one stack": optim.fira(1e-3, rank, **options),
         }
+        stacks = [{"kernel": jnp.stack(list(tree.values()))} for tree in (params, grads)]
         for name, tx in txs.items():
-            step, times = Steps(tx, params, grads), []
+            step, times = Steps(tx, *(stacks if name.endswith("stack") else (params, grads))), []
             for _ in range(2):
                 timing.wait(step())
             # Each step's least time over three passes of two periods: what else the machine does is no spike of ours.

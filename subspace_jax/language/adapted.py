@@ -41,6 +41,8 @@ class AdaptedLMTask:
       folder: Checkpoint folder of the model.  None takes random weights, which are then in the checkpoints.
       base_dtype: Type of the frozen weights.
       seed: Seed of the adapters of a run that starts from a folder.
+      probes: Whether energy probes are beside the factors, for :func:`subspace_jax.optim.adaprelora` with "full"; see
+        :func:`subspace_jax.adapters.add_energy_probes`.
       options: Others of :class:`CausalLMTask`: ``dtype``, ``remat``, ``loss_chunk``.
 
     Raises:
@@ -57,14 +59,17 @@ class AdaptedLMTask:
         folder: str | os.PathLike | None = None,
         base_dtype: DTypeLike = jnp.float32,
         seed: int = 0,
+        probes: bool = False,
         **options: Any,
     ):
+        self._probes = probes
         self.config, self.settings, self.folder = config, settings, folder
         self._mesh, self._rules, self._base_dtype, self._seed = mesh, rules, base_dtype, seed
         self._names = nn.causal_lm_axes(config)
         self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.causal_lm_shapes(config, base_dtype))
         frozen, axes = adapters.logical_axes(self._names, self.shapes, settings)
-        self._axes = axes, {"base": self._names, "start": _start(frozen, axes, self._changing())}
+        start = _start(frozen, adapters.drop_energy_probes(axes), self._changing())
+        self._axes = axes, {"base": self._names, "start": start}
         self._lm = CausalLMTask(config, mesh, rules=rules, axes=adapters.bind(frozen, axes, settings), **options)
         if folder is not None:
             # Only then: a model that is nowhere else belongs into the checkpoints.
@@ -93,7 +98,7 @@ class AdaptedLMTask:
 
     def merged(self, params: PyTree, variables: PyTree) -> PyTree:
         """Returns the model's parameters with the adapters baked in."""
-        merged = adapters.merge(self._frozen(variables), params, self.settings)
+        merged = adapters.merge(self._frozen(variables), adapters.drop_energy_probes(params), self.settings)
         return jax.device_put(merged, self._shardings(merged, self._names))
 
     def _frozen(self, variables):
@@ -116,7 +121,8 @@ class AdaptedLMTask:
         frozen, trainable = adapters.prepare(key, weights, self.settings)
         # Copies of whole parameters too: a step donates both its parameters and its variables.
         trainable = jax.tree.map(jnp.copy, trainable)
-        return trainable, _start(frozen, trainable, _changing(trainable, self.settings))
+        start = _start(frozen, trainable, _changing(trainable, self.settings))
+        return adapters.add_energy_probes(trainable) if self._probes else trainable, start
 
     def _rebase(self, weights, start):
         """The weights without what the adapters of PiSSA and Effort begin with."""

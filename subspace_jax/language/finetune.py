@@ -41,7 +41,9 @@ def default_config() -> ConfigDict:
     ``model.folder``, or bytes.  ``data.source`` is "docstrings" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings`), a ``.jsonl``, ``.parquet`` or text file, or a TFDS set; ``data.prompt``
     and ``data.completion`` name the fields of a file.  ``data.evaluation`` is a second file, or empty for a split.
-    ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.
+    ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
+    ``optim.name`` "adaprelora" and ``optim.lora.stats`` "full" a step also finds the energies of the whole weights'
+    gradients, see :func:`subspace_jax.adapters.add_energy_probes`; over micro-batches they are averaged.
     """
     config = train.default_config()
     config.task = "subspace_jax.language.finetune"
@@ -125,8 +127,10 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str 
     if not settings:
         return CausalLMTask(model, mesh, **options)
     options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
+    options["probes"] = config.optim.name == "adaprelora" and config.optim.lora.stats == "full"
     task = AdaptedLMTask(model, mesh, settings, **options)
-    log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), task.shapes, settings))
+    shapes = adapters.drop_energy_probes(task.shapes)
+    log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), shapes, settings))
     return task
 
 
@@ -205,8 +209,9 @@ def export(
     experiment, state = train.restore(workdir, step=step)
     task, model = experiment.task, experiment.config.model
     if isinstance(task, AdaptedLMTask) and not merged:
-        fields = interop.peft_fields(task.config, task.shapes, task.settings, base_model=model.folder)
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(experiment.mesh, P()))(state.params)
+        shapes, params = (adapters.drop_energy_probes(tree) for tree in (task.shapes, state.params))
+        fields = interop.peft_fields(task.config, shapes, task.settings, base_model=model.folder)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(experiment.mesh, P()))(params)
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
         return

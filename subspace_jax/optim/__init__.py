@@ -10,6 +10,7 @@ from subspace_jax.optim.gpm import GPMBasis, gpm_update, gradient_projection_mem
 from subspace_jax.optim.lora_plus import LoRAPlusState, lora_plus, scale_by_lora_plus
 from subspace_jax.optim.lora_pro import LoRAProState, lora_pro, scale_by_lora_pro
 from subspace_jax.optim.lora_rite import LoRARITEState, lora_rite, scale_by_lora_rite
+from subspace_jax.optim.narrow import NarrowState, narrow_state
 from subspace_jax.optim.online_subspace import OnlineSubspaceState, online_subspace_descent
 from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
 from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
@@ -40,6 +41,7 @@ __all__ = [
     "LoRARITEState",
     "LowRankProjectionState",
     "MatrixAxes",
+    "NarrowState",
     "OnlineSubspaceState",
     "RandomSubspace",
     "RiemannianAdamState",
@@ -63,6 +65,7 @@ __all__ = [
     "lora_pro",
     "lora_rite",
     "low_rank_projection",
+    "narrow_state",
     "online_subspace_descent",
     "project_out",
     "projection_matrix",

@@ -4,6 +4,7 @@ A leaf is a stack of matrices ``[..., m, n]``.  Its basis is ``[..., m, r]`` on 
 right, in the working dtype, with the sharding that the axes ``m``, ``n`` and ``...`` have in the parameters.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -156,6 +158,56 @@ def _split_axes(name, shape, axes):
     return tuple(a for a in range(len(shape)) if a not in (*rows, *columns)), rows, columns
 
 
+def turns_of(plans: list[LeafPlan | None], refresh_every: int, staggered: bool) -> list[tuple[int, ...]]:
+    """For each leaf the steps of a period in which its slices along the first batch axis are renewed, ascending.
+
+    Slices of all leaves together are spread evenly over the period.  Stacked layers are one leaf, and as one they
+    would all be renewed in the same step.
+    """
+    sizes = [0 if plan is None else plan.shape[0] if len(plan.shape) > 2 else 1 for plan in plans]
+    total, ends = sum(sizes), itertools.accumulate(sizes)
+    return [
+        tuple(i * refresh_every // total if staggered else 0 for i in range(end - size, end))
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def renew(
+    refresh: Callable,
+    turns: tuple[int, ...],
+    refresh_every: int,
+    count: jax.Array,
+    key: jax.Array,
+    x: PyTree,
+    old: PyTree,
+) -> PyTree:
+    """``refresh(key, x, old)`` for the slices whose turn it is, ``old`` for all others; the first step renews all.
+
+    Args:
+      refresh: Returns a tree like ``old``; works for a whole leaf and for a slice of it.
+      turns: Of :func:`turns_of`.
+      refresh_every: Steps of a period.
+      count: Steps taken.
+      key: Random key of the leaf at this step.
+      x: What a refresh reads: arrays with the batch axes in front.
+      old: What it renews, likewise.
+    """
+    phase = count % refresh_every
+    if len(set(turns)) == 1:
+        return jax.lax.cond((count == 0) | (phase == turns[0]), lambda: refresh(key, x, old), lambda: old)
+    # Those whose turn it is are neighbours.  A loop of as many rounds computes no other, in the memory of one.
+    at = np.asarray(turns, np.int32)
+    first = jnp.where(count == 0, 0, jnp.sum(at < phase))
+    last = jnp.where(count == 0, len(turns), jnp.sum(at <= phase))
+
+    def one(i, new):
+        part = jax.tree.map(lambda y: jax.lax.dynamic_index_in_dim(y, i, keepdims=False), (x, new))
+        fresh = refresh(jax.random.fold_in(key, i), *part)
+        return jax.tree.map(lambda y, z: jax.lax.dynamic_update_index_in_dim(y, z, i, 0), new, fresh)
+
+    return jax.lax.fori_loop(first, last, one, old)
+
+
 def to_matrices(plan: LeafPlan, x: jax.Array) -> jax.Array:
     """The leaf as ``[..., m, n]``."""
     order = sum(plan.axes, ())
@@ -195,9 +247,9 @@ def back(basis: Basis, low: jax.Array) -> jax.Array:
 def new_basis(
     plan: LeafPlan, g: jax.Array, basis: Basis, method: str, key: jax.Array, cold: jax.Array, rounds: int
 ) -> Basis:
-    """A basis of the leading subspace of ``g [..., m, n]``, ``cold`` where there is no old one."""
+    """A basis of the leading subspace of ``g [..., m, n]``, the leaf or a slice of it, ``cold`` without an old one."""
     g = g.astype(linalg.working_dtype(g))
-    *batch, m, n = plan.shape
+    *batch, m, n = g.shape
     if method == "random":
         keys = jax.random.split(key)
         sizes = (m if plan.side != "right" else None, n if plan.side != "left" else None)

@@ -87,14 +87,12 @@ def fira(
     _projected.check_choice("method", method, _projected.METHODS)
     rounds = _projected.static_int("rounds", rounds, 1)
 
-    def leaf(plan, g, basis, mu, nu, norm, due, count):
-        new = jax.lax.cond(
-            due,
-            lambda: _projected.new_basis(
-                plan, g, basis, method, _projected.leaf_key(seed, plan, count), count == 0, rounds
-            ),
-            lambda: basis,
-        )
+    def leaf(plan, g, basis, mu, nu, norm, turns, count):
+        def refresh(key, g, basis):
+            return _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
+
+        key = _projected.leaf_key(seed, plan, count)
+        new = _projected.renew(refresh, turns, refresh_every, count, key, g, basis)
         r = _projected.project(new, g)
         mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
         alpha = jnp.asarray(scale).astype(r.dtype)
@@ -252,8 +250,9 @@ def _apollo(
     """:func:`apollo` with a given projection."""
     refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
 
-    def leaf(plan, g, basis, mu, nu, norm, phase, count):
-        r = project(plan, g, (count + phase) // refresh_every)
+    def leaf(plan, g, basis, mu, nu, norm, turns, count):
+        # Nothing is computed at a refresh, and a stack may have it as one.
+        r = project(plan, g, (count + -turns[0] % refresh_every) // refresh_every)
         mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
         if scaling == "channel":
             ratio = _channel_ratio(plan, n, r)
@@ -294,8 +293,8 @@ def _scaled_gradients(
 ):
     """A transform that steps projected leaves by ``leaf``, and all others by Adam.
 
-    ``leaf(plan, g, basis, mu, nu, norm, turn, count) -> (D, basis, mu, nu, norm)`` with ``g [..., m, n]``; ``turn`` is
-    whether a refresh is due where bases are stored, and otherwise how many steps the leaf is ahead of the counter.
+    ``leaf(plan, g, basis, mu, nu, norm, turns, count) -> (D, basis, mu, nu, norm)`` with ``g [..., m, n]``; ``turns``
+    are those of the leaf's slices.
     """
     _projected.check_rank(rank)
     _projected.static_int("seed", seed, 0)
@@ -320,23 +319,19 @@ def _scaled_gradients(
         plans, structure = _projected.plans_for(grads, rank, side, axes)
         leaves, count = jax.tree.leaves(grads), state.count
         rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
-        total, done, results = sum(plan is not None for plan in plans), 0, []
-        next_count = optax.safe_increment(count)
+        turns = _projected.turns_of(plans, refresh_every, staggered)
+        next_count, results = optax.safe_increment(count), []
 
-        for plan, g, old in zip(plans, leaves, rows, strict=True):
+        for plan, own_turns, g, old in zip(plans, turns, leaves, rows, strict=True):
             if plan is None:
                 basis, mu, nu, norm = old
                 mu, nu, n = _adam.moments(g.astype(mu.dtype), mu, nu, b1, b2, eps)
                 d = (_adam.correction(next_count, b1, b2, n.dtype) * n).astype(g.dtype)
                 results.append((d, basis, mu, nu, norm))
                 continue
-            turn = done * refresh_every // total if staggered else 0
-            done += 1
 
-            def run(g, old, count, plan=plan, turn=turn):
-                due = (count == 0) | (count % refresh_every == turn)
-                x = _projected.to_matrices(plan, g)
-                d, *new = leaf(plan, x, *old, due if stored else -turn % refresh_every, count)
+            def run(g, old, count, plan=plan, turns=own_turns):
+                d, *new = leaf(plan, _projected.to_matrices(plan, g), *old, turns, count)
                 d = _adam.correction(count + 1, b1, b2, d.dtype) * d
                 return _projected.from_matrices(plan, d, g.shape).astype(g.dtype), tuple(new)
 

@@ -60,8 +60,8 @@ def low_rank_projection(
     only these, and parameters that are projected likewise: weight decay inside would decay what lies in the subspace,
     and belongs after this transform.
 
-    Bases are renewed by ``lax.cond`` on the step counter, without a wait for the host.  Under ``vmap`` a cond is a
-    select, and every step pays for a refresh: stack kernels along a leading axis instead.
+    Bases are renewed by the step counter, in ``lax.cond`` and loops, without a wait for the host.  Under ``vmap`` these
+    are selects, and every step pays for a refresh: stack kernels along a leading axis instead.
 
     Args:
       inner: Any transform.
@@ -76,8 +76,8 @@ def low_rank_projection(
       moments: At a refresh the inner moments "keep" their numbers, "reset" to what ``inner.init`` gives, or "rotate"
         into the new coordinates: by the cosines between old and new basis, fields named nu, nu_max, v and
         sum_of_squares by the squared cosines.  Step counters stay, whatever is chosen.
-      staggered: Leaves take turns over ``refresh_every`` steps; else all are renewed at once.  The first step
-        renews all in any case.
+      staggered: Leaves take turns over ``refresh_every`` steps, and so do the slices of a leaf along its first batch
+        axis, which had better not be sharded; else all are renewed at once.  The first step renews all in any case.
       scale: Factor on updates of projected leaves.
       fallback: For leaves that are not projected, with parameters at hand; None gives them to ``inner`` as they are.
       axes: Rule ``axes(path, shape)`` that returns the :class:`MatrixAxes` of kernels of more than two axes that are
@@ -148,18 +148,16 @@ def low_rank_projection(
             start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure.unflatten(like)))
             fresh = _moments(structure.unflatten(like), start, structure)[0]
 
-        lows, projected = [], [plan for plan in plans if plan is not None]
+        lows, turns = [], _projected.turns_of(plans, refresh_every, staggered)
         for i, (plan, g) in enumerate(zip(plans, leaves, strict=True)):
             if plan is None:
                 low = g.astype(linalg.working_dtype(g)) if _is_floating(g) else g
                 lows.append(low if fallback is None else optax.MaskedNode())
                 continue
-            turn = projected.index(plan) * refresh_every // len(projected) if staggered else 0
-            due = (state.count == 0) | (state.count % refresh_every == turn)
             own = [values[i] for _, values in slots]
             seconds = [name in _SECOND for name, _ in slots]
             resets = [values[i] for _, values in fresh]
-            low, bases[i], own = _project_leaf(plan, g, bases[i], own, seconds, resets, due, state.count)
+            low, bases[i], own = _project_leaf(plan, turns[i], g, bases[i], own, seconds, resets, state.count)
             lows.append(low)
             for (_, values), value in zip(slots, own, strict=True):
                 values[i] = value
@@ -188,12 +186,12 @@ def low_rank_projection(
             count, structure.unflatten(bases), inner_state, rest
         )
 
-    def _project_leaf(plan, g, basis, own, seconds, resets, due, count):
-        def run(g, basis, own, resets, due, count):
-            g = _projected.to_matrices(plan, g)
+    def _project_leaf(plan, turns, g, basis, own, seconds, resets, count):
+        def run(g, basis, own, resets, count):
+            g, key = _projected.to_matrices(plan, g), _projected.leaf_key(seed, plan, count)
 
-            def refresh():
-                key = _projected.leaf_key(seed, plan, count)
+            def refresh(key, x, old):
+                (g, resets), (basis, own) = x, old
                 new = _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
                 if moments == "rotate":
                     turned = [
@@ -203,13 +201,13 @@ def low_rank_projection(
                     return new, [jnp.where(count == 0, x, y) for x, y in zip(own, turned, strict=True)]
                 return new, resets if moments == "reset" else own
 
-            new, moved = jax.lax.cond(due, refresh, lambda: (basis, own))
+            new, moved = _projected.renew(refresh, turns, refresh_every, count, key, (g, resets), (basis, own))
             return _projected.project(new, g), new, moved
 
         def specs():
             return _projected.matrix_specs(plan, g)[1], _projected.spec_of(basis), _projected.spec_of(own)
 
-        return _projected.automatic(run, (g, basis, own, resets, due, count), specs)
+        return _projected.automatic(run, (g, basis, own, resets, count), specs)
 
     def _back_leaf(plan, g, basis, low):
         def run(basis, low):

@@ -1,5 +1,6 @@
 """From a config to an Optax transform: a schedule, an optimizer, and a Riemannian one for parameters on manifolds."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def default_config() -> ConfigDict:
                 "method": "subspace_iteration",
                 "scale": 1.0,
                 "sketch_rank": 64,
+                "state_dtype": "float32",
             },
             "lora": {"ratio": 16.0, "scale": 2.0, "stats": "projected"},
             "grassmann": {
@@ -103,9 +105,12 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         The names in ``LOW_RANK`` project the gradients of kernels, those of stacked layers included, and are Adam for
         tables, biases and norms.  ``low_rank.rank`` 0 is a quarter of a kernel's shorter side; ``low_rank.scale`` is
         that of the method (1 keeps the learning rate that all other leaves have; 1 is 128 for "apollo_mini");
-        ``low_rank.sketch_rank`` is of "coso" alone.  The names in ``LORA`` are for adapters: ``lora.ratio`` is of
-        "lora_plus", ``lora.scale`` (alpha over rank) of "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.
-        For both groups decay is decoupled and touches every leaf.
+        ``low_rank.sketch_rank`` is of "coso" alone; ``low_rank.state_dtype`` "bfloat16" or "int8" makes the moments
+        narrow, see :func:`subspace_jax.optim.narrow_state`.
+
+        The names in ``LORA`` are for adapters: ``lora.ratio`` is of "lora_plus", ``lora.scale`` (alpha over rank) of
+        "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.  For both groups decay is decoupled and touches
+        every leaf.
       num_steps: Length of the run, for the schedule.
 
     Returns:
@@ -124,12 +129,13 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
             optax.add_decayed_weights(config.weight_decay), optax.adam(rate, b1=config.b1, b2=config.b2)
         )
     elif config.name == "adamw":
-        options = {"weight_decay": config.weight_decay, "mask": _decays}
+        # The lengths that DoRA trains are not to shrink.
+        options = {"weight_decay": config.weight_decay, "mask": functools.partial(_but_for, ("magnitude",))}
         euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name == "lamb":
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     elif config.name in LOW_RANK:
-        euclidean = _low_rank(config, rate)
+        euclidean = _narrowed(config, _low_rank(config, rate))
     elif config.name in LORA:
         euclidean = _lora(config, rate)
     else:
@@ -150,7 +156,13 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         raise ValueError(f"optim.grassmann.name: expected one of {GRASSMANN}, got {manifold.name!r}")
 
     tx = optim.with_geometry(euclidean, grassmann)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm > 0 else tx
+    if config.clip_norm <= 0:
+        return tx
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "adaprelora" and config.lora.stats == "full":
+        # What the probes of energies deliver is no part of the gradient.
+        clip = optax.masked(clip, functools.partial(_but_for, ("row_energy", "column_energy")))
+    return optax.chain(clip, tx)
 
 
 def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -194,6 +206,18 @@ def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransfo
         raise ValueError(f"optim.low_rank: {error}") from error
 
 
+def _narrowed(config: ConfigDict, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    dtype = config.low_rank.state_dtype
+    if dtype == "float32":
+        return tx
+    if config.name == "coso":
+        raise ValueError(f"optim.low_rank.state_dtype: {dtype!r} would round the bases of coso; expected 'float32'")
+    try:
+        return optim.narrow_state(tx, dtype)
+    except ValueError as error:
+        raise ValueError(f"optim.low_rank.state_{error}") from error
+
+
 def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     fields = config.lora
     options = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
@@ -211,10 +235,8 @@ def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformat
         raise ValueError(f"optim.lora: {error}") from error
 
 
-def _decays(params: PyTree) -> PyTree:
-    """Whether weight decay touches an array: the lengths that DoRA trains are not to shrink."""
-
-    def decays(path, _):
-        return not path or getattr(path[-1], "key", None) != "magnitude"
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def _but_for(names: tuple[str, ...], params: PyTree) -> PyTree:
+    """True for every array but those of these names."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path or getattr(path[-1], "key", None) not in names, params
+    )

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from subspace_jax import interop, nn, train
+from subspace_jax import adapters, interop, nn, optim, train
 from subspace_jax.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -150,6 +151,18 @@ def test_methods_that_factor_a_weight_go_on_from_their_own_factors(folder, tmp_p
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == exported
     assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "peft")]) == 2
     assert "settings" in capsys.readouterr().err
+
+
+def test_adaprelora_takes_the_energies_of_whole_weights_and_exports_factors_alone(folder, tmp_path):
+    settings = ["adapter.method=lora", "adapter.rank=2", "optim.clip_norm=1.0"]
+    settings += ["optim.name=adaprelora", "optim.lora.stats=full", "optim.learning_rate=1e-2"]
+    assert finetune(folder, tmp_path / "run", *settings) == 0
+    _, state = train.restore(tmp_path / "run")
+    energies = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, optim.AdaPreLoRAState))[0].energy
+    assert all(float(jnp.max(x)) > 0 for x in jax.tree.leaves(energies))
+    read = interop.load_peft_adapter(tmp_path / "run" / "adapter", interop.read_config(folder / "model"))
+    wanted = adapters.drop_energy_probes(state.params)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), read.trainable, wanted)
 
 
 @pytest.mark.parametrize(

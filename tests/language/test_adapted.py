@@ -1,5 +1,6 @@
 """Adapters of a checkpoint as a task: the golden run, meshes, and what is whole at a time."""
 
+import functools
 import pathlib
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from subspace_jax import adapters, interop, language, nn, train
+from subspace_jax import adapters, interop, language, nn, optim, train
+from subspace_jax.adapters.rules import adapters_of
 
 LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "interop" / "llama"
 LINEAR = {"re:layers/(attn|mlp)/.*": adapters.LoRA(4, 8.0)}
@@ -77,6 +79,33 @@ def test_a_step_on_a_mesh_is_that_of_one_device(batch):
     (one, loss), (split, loss_split) = results
     assert abs(loss - loss_split) < 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), one, split)
+
+
+@pytest.mark.parametrize(
+    "settings", [LINEAR, {"attn/q": adapters.LoRA(2, 4.0, init="pissa"), "mlp/up": adapters.DoRA(2, 4.0)}]
+)
+def test_one_step_delivers_the_energies_of_whole_weights_on_any_mesh(batch, settings):
+    many = {name: np.tile(x, (4, 1)) for name, x in batch.items()}
+    results = []
+    for mesh in (train.make_mesh(devices=jax.devices()[:1]), train.make_mesh(2, 2, 2)):
+        own, tx = task(mesh, settings, probes=True), optim.adaprelora(1e-2, scale=2.0)
+        state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh)
+        start = jax.device_get(adapters.drop_energy_probes(state.params))
+        for _ in range(2):
+            state, _ = step(state, train.to_device(many, train.batch_sharding(mesh)))
+        results.append(jax.device_get((state.params, state.opt_state)))
+    for one, split in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, split, rtol=2e-3, atol=2e-5)
+    params, energy = results[0][0], results[0][1][0].energy
+    for path, arrays in adapters_of(params).items():
+        at = functools.reduce(lambda tree, part: tree[part], path.split("/"), energy)
+        # Both sides are means of the same squares.
+        np.testing.assert_allclose(at["a"].mean(-1), at["b"].mean(-1), rtol=1e-4)
+        assert np.all(at["a"].mean(-1) > 0)
+        np.testing.assert_array_equal(arrays["row_energy"], 0)
+    whole = own.merged(params, state.variables)
+    assert jax.tree.structure(whole) == jax.tree.structure(nn.causal_lm_shapes(own.config))
+    assert jax.tree.structure(start) == jax.tree.structure(adapters.drop_energy_probes(params))
 
 
 def test_a_random_base_is_in_the_checkpoints_and_one_from_a_folder_is_not():

@@ -159,6 +159,10 @@ def projected_momentum(
     return optim.low_rank_projection(inner, rank_but_for_embeddings, fallback=fallback, **options)
 
 
+def narrow_galore(learning_rate, dtype="int8"):
+    return optim.narrow_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
+
+
 def galore_in_a_chain(step_size, rank=2, side="std"):
     return optax.chain(optim.scale_by_galore(rank, side=side), optax.scale_by_learning_rate(step_size))
 
@@ -285,6 +289,15 @@ ENTRIES = (
         factory=optim.online_subspace_descent,
         static=("rank", "period"),
         kwargs={"rank": 2, "period": 5},
+        **_KERNELS,
+    ),
+    Entry("narrow-state-int8", public="narrow_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
+    Entry(
+        "narrow-state-bfloat16",
+        public="narrow_state",
+        factory=narrow_galore,
+        static=("dtype",),
+        kwargs={"dtype": "bfloat16"},
         **_KERNELS,
     ),
     Entry("adaprelora", public="adaprelora", factory=adaprelora_with_energies, **_PAIRS),

@@ -88,6 +88,53 @@ def test_leaves_take_turns():
     assert changed == [[0, 1, 2], [], [1], [], [2], [], [0], [], [1], [], [2], []]
 
 
+@pytest.mark.parametrize("refresh_every", [1, 2, 3, 7])
+def test_slices_of_a_stack_take_turns_each_once_in_a_period(refresh_every):
+    """Also where there are more of them than steps; a second axis of experts goes along with the first."""
+    params = {"layers": jnp.zeros((3, 6, 4)), "one": jnp.zeros((6, 4)), "experts": jnp.zeros((2, 2, 6, 4))}
+    tx = optim.low_rank_projection(optax.identity(), rank=2, refresh_every=refresh_every)
+    step, state = jax.jit(tx.update), tx.init(params)
+    steps = {name: [[] for _ in p.reshape(-1, 6, 4)] for name, p in params.items()}
+    for i in range(2 * refresh_every + 1):
+        grads = {name: gaussian(p.shape, 10 * i + j) for j, (name, p) in enumerate(params.items())}
+        _, after = step(grads, state)
+        for name, seen in steps.items():
+            old, new = (s.bases[name].right.reshape(-1, 4, 2) for s in (state, after))
+            for k, own in enumerate(seen):
+                own.extend([i] if not jnp.array_equal(old[k], new[k]) else [])
+        state = after
+    assert step._cache_size() == 1
+    # Leaves are flattened in the order of their names: slices 0 and 1 are experts, 2 to 4 layers.
+    first = {"experts": [0, 0, 1, 1], "layers": [2, 3, 4], "one": [5]}
+    for name, numbers in first.items():
+        turns = [k * refresh_every // 6 for k in numbers]
+        expected = [sorted({0, *range(turn, 2 * refresh_every + 1, refresh_every)}) for turn in turns]
+        assert steps[name] == expected
+
+
+@pytest.mark.parametrize(
+    ("maker", "options"), [(optim.fira, {}), *((optim.galore, {"moments": moments}) for moments in MOMENTS)]
+)
+def test_a_stack_is_what_its_slices_are_as_leaves_of_their_own(maker, options):
+    """Order and turns are the same; random numbers of the first step are not, so that its bases are exact."""
+    tx = maker(0.1, rank=2, refresh_every=5, method="svd", **options)
+    step, stacked, apart = jax.jit(tx.update), tx.init(jnp.zeros((3, 6, 4))), tx.init([jnp.zeros((6, 4))] * 3)
+    for i in range(9):
+        g = gaussian((3, 6, 4), i)
+        whole, stacked = step(g, stacked)
+        parts, apart = step(list(g), apart)
+        np.testing.assert_allclose(whole, jnp.stack(parts), rtol=1e-5, atol=1e-6)
+        bases = jnp.stack([b.right for b in apart[0].bases])
+        np.testing.assert_allclose(stacked[0].bases.right, bases, rtol=1e-5, atol=1e-6)
+
+
+def test_random_bases_of_slices_differ():
+    tx = optim.low_rank_projection(optax.identity(), rank=2, refresh_every=3, method="random")
+    g = gaussian((3, 6, 4))
+    right = tx.update(g, tx.init(g))[1].bases.right
+    assert not any(jnp.allclose(right[i], right[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
 def test_all_leaves_at_once_without_staggering():
     params = [jnp.zeros((6, 4))] * 2
     tx = optim.low_rank_projection(optax.identity(), rank=2, refresh_every=2, staggered=False)

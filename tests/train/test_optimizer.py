@@ -192,6 +192,10 @@ def test_what_is_wrong_with_an_optimizer_names_its_field():
         make_tx(name="galore", low_rank={"rank": -1})
     with pytest.raises(ValueError, match=r"optim.low_rank: method: expected one of"):
         make_tx(name="fira", low_rank={"method": "qr"})
+    with pytest.raises(ValueError, match=r"optim.low_rank.state_dtype: expected one of .*'int4'"):
+        make_tx(name="fira", low_rank={"state_dtype": "int4"})
+    with pytest.raises(ValueError, match=r"optim.low_rank.state_dtype: 'int8' would round the bases of coso"):
+        make_tx(name="coso", low_rank={"state_dtype": "int8"})
     with pytest.raises(ValueError, match=r"optim.lora: stats: expected one of"):
         make_tx(name="adaprelora", lora={"stats": "some"})
     with pytest.raises(ValueError, match=r"optim.name: expected one of .*'galore'.*'lora_rite'.*, got 'rmsprop'"):
