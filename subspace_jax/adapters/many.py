@@ -215,12 +215,7 @@ def _parts(trainable: PyTree, settings: Rules) -> dict[str, tuple[Any, dict[str,
 
 
 def _stacked(path: str, base: Any, parts: Sequence[tuple | None], rows: jax.Array) -> ManyWeight:
-    kinds = {type(setting) for setting, _ in filter(None, parts)}
-    windows = any(getattr(setting, "window", 0) for setting, _ in filter(None, parts))
-    if kinds not in ({LoRA}, {DoRA}) or windows or (kinds == {DoRA} and None in parts):
-        raise ValueError(
-            f"settings: {path}: expected LoRA, or DoRA in every adapter, of a matrix or table; got {parts}"
-        )
+    _check_mixture(path, [None if part is None else part[0] for part in parts])
     lead, (inputs, outputs) = base.shape[:-2], base.shape[-2:]
     width = max(arrays["a"].shape[-1] for _, arrays in filter(None, parts))
     dtype = linalg.working_dtype(base)
@@ -241,6 +236,24 @@ def _stacked(path: str, base: Any, parts: Sequence[tuple | None], rows: jax.Arra
     a, b = (jnp.stack(x, len(lead)) for x in (a, b))
     gain = jnp.stack(gains, len(lead)) if gains else None
     return ManyWeight(base, a, b, jnp.broadcast_to(rows, (*lead, *rows.shape)), gain)
+
+
+def _check_mixture(path: str, settings: Sequence[Any]) -> None:
+    """Raises unless the rows of a batch can choose between these adapters of one weight, None for one without."""
+    named = ["none" if s is None else type(s).__name__ for s in settings]
+    windows = [i for i, s in enumerate(settings) if getattr(s, "window", 0)]
+    refused = sorted(set(named) - {"LoRA", "DoRA", "none"})
+    if windows:
+        why = f"convolutions can't be chosen by row, as numbers {windows} are"
+    elif refused:
+        why = f"{' and '.join(refused)} can't be chosen by row"
+    elif "DoRA" in named and set(named) != {"DoRA"}:
+        why = "DoRA can't be mixed with LoRA, or with an adapter that leaves this weight out"
+    else:
+        return
+    raise ValueError(
+        f"settings: {path}: expected LoRA, or DoRA in every adapter, of a matrix or table; {why}; got {named}"
+    )
 
 
 def _scaled(setting: LoRA | DoRA, b: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import adapters, interop, nn, train
+from subspace_jax.adapters.quantized import dense_base
 from subspace_jax.adapters.rules import insert, path_of
 from subspace_jax.adapters.surface import settings_of
 from subspace_jax.language.causal_lm import CausalLMTask
@@ -39,14 +40,16 @@ class AdaptedLMTask:
       settings: Adapters, see :func:`subspace_jax.adapters.init`.
       rules: Logical name to mesh axis or axes.
       folder: Checkpoint folder of the model.  None takes random weights, which are then in the checkpoints.
-      base_dtype: Type of the frozen weights.
+      base_dtype: Type of the frozen weights; "int8" is for the matrices of the layers, of which those that train as a
+        whole stay float32, as do all others.
       seed: Seed of the adapters of a run that starts from a folder.
       probes: Whether energy probes are beside the factors, for :func:`subspace_jax.optim.adaprelora` with "full"; see
         :func:`subspace_jax.adapters.add_energy_probes`.
       options: Others of :class:`CausalLMTask`: ``dtype``, ``remat``, ``loss_chunk``.
 
     Raises:
-      ValueError: A rule matches no weight, or a setting doesn't fit.
+      ValueError: A rule matches no weight, a setting doesn't fit, or a base of int8 is asked for without a folder or
+        with a method that needs singular vectors.
     """
 
     def __init__(
@@ -64,13 +67,23 @@ class AdaptedLMTask:
     ):
         self._probes = probes
         self.config, self.settings, self.folder = config, settings, folder
-        self._mesh, self._rules, self._base_dtype, self._seed = mesh, rules, base_dtype, seed
+        quantized = base_dtype == "int8"
+        self._base_dtype = jnp.float32 if quantized else base_dtype
+        self._mesh, self._rules, self._seed = mesh, rules, seed
         self._names = nn.causal_lm_axes(config)
-        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.causal_lm_shapes(config, base_dtype))
-        frozen, axes = adapters.logical_axes(self._names, self.shapes, settings)
+        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.causal_lm_shapes(config, self._base_dtype))
+        self._in_int8 = self._int8_rules() if quantized else []
+        if quantized and folder is None:
+            raise ValueError("base_dtype: int8 weights are of a folder; a random model would be in the checkpoints")
+        names = self._quantized(self._names)
+        frozen, axes = adapters.logical_axes(names, self.shapes, settings)
         start = _start(frozen, adapters.drop_energy_probes(axes), self._changing())
-        self._axes = axes, {"base": self._names, "start": start}
-        self._lm = CausalLMTask(config, mesh, rules=rules, axes=adapters.bind(frozen, axes, settings), **options)
+        self._axes = axes, {"base": names, "start": start}
+        # Weights have keys, and so other axes, where a step drops what adapters see.
+        self._lm, self._training = (
+            CausalLMTask(config, mesh, rules=rules, axes=adapters.bind(frozen, axes, settings, key=key), **options)
+            for key in (None, jax.random.key(0))
+        )
         if folder is not None:
             # Only then: a model that is nowhere else belongs into the checkpoints.
             self.frozen, self.load, self.complete = ("base",), self._load, self._complete
@@ -80,7 +93,7 @@ class AdaptedLMTask:
         weights_key, key = jax.random.split(key)
         weights = nn.causal_lm_init(weights_key, self.config, self._base_dtype)
         trainable, start = self._draw(key, weights)
-        return trainable, {"base": self._rebase(weights, start), "start": start}
+        return trainable, {"base": self._based(weights, start), "start": start}
 
     def axes(self):
         """Returns the logical axis names of parameters and variables."""
@@ -88,8 +101,8 @@ class AdaptedLMTask:
 
     def loss(self, params, variables, batch, key):
         """Returns the loss of :class:`CausalLMTask`."""
-        bound = adapters.bind(self._frozen(variables), params, self.settings)
-        loss, (_, metrics) = self._lm.loss(bound, {}, batch, key)
+        bound = adapters.bind(self._frozen(variables), params, self.settings, key=key)
+        loss, (_, metrics) = self._training.loss(bound, {}, batch, key)
         return loss, (variables, metrics)
 
     def evaluate(self, params, variables, batch):
@@ -99,6 +112,7 @@ class AdaptedLMTask:
     def merged(self, params: PyTree, variables: PyTree) -> PyTree:
         """Returns the model's parameters with the adapters baked in."""
         merged = adapters.merge(self._frozen(variables), adapters.drop_energy_probes(params), self.settings)
+        merged = jax.tree.map(dense_base, merged, is_leaf=lambda x: isinstance(x, adapters.Int8Weight))
         return jax.device_put(merged, self._shardings(merged, self._names))
 
     def _frozen(self, variables):
@@ -136,6 +150,23 @@ class AdaptedLMTask:
         gains = {path: jnp.ones_like(_at(start, path)["magnitude"]) for path in doras}
         return adapters.unmerge(weights, begun, factored, gains)
 
+    def _int8_rules(self) -> list[str]:
+        """The matrices of the layers that stay frozen."""
+        for path, setting in self._changing().items():
+            if isinstance(setting, adapters.SVFit | adapters.Effort):
+                raise ValueError(f"base_dtype: int8 does not serve {setting}, at {path}")
+        chosen = settings_of(self.shapes, self.settings)
+        whole = {path for path, setting in chosen.items() if isinstance(setting, adapters.Full)}
+        paths = (path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(self._names))
+        return [p for p in paths if p.startswith("layers/") and p.endswith("/kernel") and p not in whole]
+
+    def _quantized(self, weights):
+        return adapters.quantize(weights, self._in_int8) if self._in_int8 else weights
+
+    def _based(self, weights, start):
+        """What stays frozen, in the type in which it is kept."""
+        return self._quantized(self._rebase(weights, start))
+
     def _load(self, shardings):
         weights = self._read()
         draw = jax.jit(self._draw, out_shardings=(shardings[0], shardings[1]["start"]))
@@ -147,7 +178,8 @@ class AdaptedLMTask:
 
     def _placed(self, weights, start, shardings):
         # Always by this one program: a run that goes on has the very bits of the one that began.
-        return jax.jit(self._rebase, out_shardings=shardings, donate_argnums=0)(weights, start)
+        donated = () if self._in_int8 else (0,)
+        return jax.jit(self._based, out_shardings=shardings, donate_argnums=donated)(weights, start)
 
     def _read(self):
         return interop.load_causal_lm(self.folder, shardings=self._shardings, dtype=self._base_dtype)[1]

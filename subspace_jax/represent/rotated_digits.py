@@ -45,7 +45,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
       ValueError: A field can't serve.
     """
     settings = train.adapter_settings(config.adapter, HIDDEN)
-    images, labels = _digits(config.seed)
+    images, labels = digits(config.seed)
     upright, turned = (x.reshape(-1, 64) for x in (images, np.rot90(images, axes=(1, 2))))
     pretrain = functools.partial(
         train_whole,
@@ -90,8 +90,8 @@ def mlp(params: dict, x: jax.Array) -> jax.Array:
     return nn.linear(x, **params["head"])
 
 
-def _digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images ``[1797, 8, 8]`` from 0 to 1, and labels, in the order of a seed."""
-    digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    return (digits.images[order] / 16).astype(np.float32), digits.target[order].astype(np.int32)
+    found = load_digits()
+    order = np.random.default_rng(seed).permutation(len(found.target))
+    return (found.images[order] / 16).astype(np.float32), found.target[order].astype(np.int32)

@@ -73,8 +73,7 @@ class TransferTask:
 
     def loss(self, params, variables, batch, key):
         """Returns the mean cross-entropy over the batch, and the accuracy as a metric."""
-        del key
-        logits = self.logits(params, variables, batch["inputs"])
+        logits = self.logits(params, variables, batch["inputs"], key)
         return jnp.mean(losses.cross_entropy(logits, batch["labels"])), (
             variables,
             {"accuracy": jnp.mean(_hits(logits, batch["labels"]))},
@@ -92,10 +91,10 @@ class TransferTask:
             "count": count,
         }
 
-    def logits(self, params: PyTree, variables: PyTree, inputs: jax.Array) -> jax.Array:
-        """Returns the logits ``[batch, classes]`` of the adapted network."""
+    def logits(self, params: PyTree, variables: PyTree, inputs: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns the logits ``[batch, classes]`` of the adapted network; a key is for adapters with dropout."""
         frozen = jax.tree.unflatten(self._treedef, [variables["base"][path] for path in self._paths])
-        return self._apply(adapters.bind(frozen, params, self.settings), inputs)
+        return self._apply(adapters.bind(frozen, params, self.settings, key=key), inputs)
 
     def _variables(self, frozen):
         # By path in a plain dict: a checkpoint knows nothing of weights with singular vectors.

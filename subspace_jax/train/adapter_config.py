@@ -8,20 +8,27 @@ from ml_collections import ConfigDict
 
 from subspace_jax import adapters
 
-METHODS = ("lora", "rslora", "dora", "svfit", "effort")
-_RULE = re.compile(r"(?P<rule>.+?)(?:=(?P<rank>\d+)(?::(?P<alpha>\d+(?:\.\d+)?))?)?")
-_RATES = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "svfit": 2e-3, "effort": 2e-4}
+METHODS = ("lora", "rslora", "dora", "flora", "svfit", "effort")
+BASE_DTYPES = ("float32", "bfloat16", "int8")
+_RULE = re.compile(r"(?P<rule>.+?)(?:=(?P<rank>\d+(?:x\d+)*)(?::(?P<alpha>\d+(?:\.\d+)?))?)?")
+_RATES = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "flora": 2e-4, "svfit": 2e-3, "effort": 2e-4}
 
 
 def default_adapter() -> ConfigDict:
     """Returns the fields ``adapter`` of a run, for :func:`adapter_settings`.
 
-    ``method`` is one of "lora", "rslora", "dora", "svfit" and "effort", or empty for none.  ``rules`` names weights by
-    globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none, therefore); ``attn/q=16`` gives a
-    rule its own rank, ``attn/q=16:32`` an alpha too; empty means the task's own choice.  ``full`` likewise names
-    parameters that train as a whole.  ``rank`` 0 is 8 for the first three, all singular values for "svfit", one triplet
-    for "effort"; ``alpha`` 0 is twice the rank.  ``init`` is that of LoRA and DoRA, ``param`` that of SVFit;
-    ``base_dtype`` is the type in which a language model's frozen weights are kept.
+    ``method`` is one of "lora", "rslora", "dora", "flora", "svfit" and "effort", or empty for none.  ``rules`` names
+    weights by globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none, therefore); ``attn/q=16``
+    gives a rule its own rank, ``attn/q=16:32`` an alpha too, ``conv1=8x8x3x3`` one rank for each axis, for "flora";
+    empty means the task's own choice.  ``full`` likewise names parameters that train as a whole.
+
+    ``rank`` 0 is 8 for LoRA, DoRA and, on either side of a matrix, FLoRA; all singular values for "svfit"; one triplet
+    for "effort".  ``alpha`` 0 is twice the rank; for "flora" it is the scale, and 0 is 1.  ``init`` is that of LoRA,
+    DoRA and FLoRA, where "" is the method's own; ``param`` is that of SVFit; ``dropout`` that of LoRA, DoRA and FLoRA.
+    ``window`` and ``groups`` are of LoRA and DoRA on convolutions, whose rules are then the only ones of the run.
+
+    ``base_dtype`` is the type in which a language model's frozen weights are kept: "float32", "bfloat16", or "int8" for
+    the matrices of its layers, see :func:`subspace_jax.adapters.quantize`.
     """
     return ConfigDict(
         {
@@ -30,8 +37,11 @@ def default_adapter() -> ConfigDict:
             "full": "",
             "rank": 0,
             "alpha": 0.0,
-            "init": "kaiming",
+            "init": "",
             "param": "linear",
+            "dropout": 0.0,
+            "window": 0,
+            "groups": 1,
             "base_dtype": "float32",
         }
     )
@@ -54,18 +64,19 @@ def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[s
         _check_method(config.method)
     elif config.rules:
         raise ValueError(f"adapter.rules: {config.rules!r} without adapter.method; expected one of {METHODS} there")
-    if config.base_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"adapter.base_dtype: expected 'float32' or 'bfloat16', got {config.base_dtype!r}")
+    if config.base_dtype not in BASE_DTYPES:
+        raise ValueError(f"adapter.base_dtype: expected one of {BASE_DTYPES}, got {config.base_dtype!r}")
     if config.rank < 0 or config.alpha < 0:
         raise ValueError(f"adapter.rank, adapter.alpha: expected at least 0, got {config.rank} and {config.alpha}")
     settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.full)}
     for text in (_split(config.rules) or default_rules) if config.method else ():
         found = _RULE.fullmatch(text)
-        rule, rank, alpha = found["rule"], int(found["rank"] or config.rank), float(found["alpha"] or config.alpha)
+        ranks = tuple(map(int, found["rank"].split("x"))) if found["rank"] else (config.rank,)
+        rule, alpha = found["rule"], float(found["alpha"] or config.alpha)
         if rule in settings:
             raise ValueError(f"adapter.rules: {rule!r} is named twice")
         try:
-            settings[rule] = _setting(config, rank, alpha)
+            settings[rule] = _setting(config, ranks, alpha)
         except ValueError as error:
             raise ValueError(f"adapter.{error}") from error
     return settings
@@ -91,16 +102,32 @@ def _check_method(method: str) -> None:
         raise ValueError(f"adapter.method: expected one of {METHODS}, got {method!r}")
 
 
-def _setting(config: ConfigDict, rank: int, alpha: float) -> Any:
-    if config.method == "svfit":
+def _setting(config: ConfigDict, ranks: tuple[int, ...], alpha: float) -> Any:
+    method = config.method
+    if method in ("svfit", "effort") and config.dropout:
+        raise ValueError(f"dropout: {method!r} has none, got {config.dropout}")
+    if method not in ("lora", "rslora", "dora") and (config.window or config.groups != 1):
+        raise ValueError(
+            f"window, groups: of LoRA and DoRA, got {config.window} and {config.groups} for {method!r}"
+            + ("; name a rank for each axis, as in conv1=8x8x3x3" if method == "flora" else "")
+        )
+    if method == "flora":
+        ranks = ranks if len(ranks) > 1 else (ranks[0] or 8,) * 2
+        init = {"init": config.init} if config.init else {}
+        return adapters.FLoRA(ranks, alpha or 1.0, dropout=config.dropout, **init)
+    if len(ranks) > 1:
+        raise ValueError(f"rules: one rank for each axis is for 'flora', got {ranks} for {method!r}")
+    rank = ranks[0]
+    if method == "svfit":
         return adapters.SVFit(rank or None, config.param)
-    if config.method == "effort":
+    if method == "effort":
         return adapters.Effort(rank or 1)
     rank = rank or 8
-    alpha = alpha or 2.0 * rank
-    if config.method == "dora":
-        return adapters.DoRA(rank, alpha, init=config.init)
-    return adapters.LoRA(rank, alpha, rslora=config.method == "rslora", init=config.init)
+    fields = {name: config[name] for name in ("dropout", "window", "groups")}
+    fields["init"] = config.init or "kaiming"
+    if method == "dora":
+        return adapters.DoRA(rank, alpha or 2.0 * rank, **fields)
+    return adapters.LoRA(rank, alpha or 2.0 * rank, rslora=method == "rslora", **fields)
 
 
 def _split(text: str) -> list[str]:

@@ -96,8 +96,16 @@ def test_what_can_not_be_served_or_added_is_refused():
         adapters.bind_many(params, [], lora, rows)
     with pytest.raises(TypeError, match="rows: expected integers"):
         adapters.bind_many(params, [one], lora, jnp.zeros(2))
-    with pytest.raises(ValueError, match="expected LoRA, or DoRA in every adapter"):
+    with pytest.raises(ValueError, match=r"w: expected LoRA.*DoRA can't be mixed with LoRA.*got \['LoRA', 'DoRA'\]"):
         adapters.bind_many(params, [one, two], [lora, dora], rows)
+    flora, conv = {"w": adapters.FLoRA((1, 1))}, {"k": adapters.LoRA(1, 1.0, window=1)}
+    three = adapters.init(jax.random.key(0), params, flora)
+    with pytest.raises(ValueError, match=r"w: .*FLoRA can't be chosen by row; got \['LoRA', 'FLoRA'\]"):
+        adapters.bind_many(params, [one, three], [lora, flora], rows)
+    kernels = {"k": jnp.ones((3, 4, 4))}
+    four = adapters.init(jax.random.key(0), kernels, conv)
+    with pytest.raises(ValueError, match=r"k: .*convolutions can't be chosen by row, as numbers \[0\] are"):
+        adapters.bind_many(kernels, [four], conv, rows)
     with pytest.raises(ValueError, match="have no weights for"):
         adapters.bind_many({"v": params["w"]}, [one], lora, rows)
     with pytest.raises(ValueError, match="settings: expected one for all or 2"):

@@ -175,7 +175,7 @@ def test_adaprelora_takes_the_energies_of_whole_weights_and_exports_factors_alon
         (["adapter.method=svfit", "adapter.param=exp"], "adapter.param: expected one of"),
         (["adapter.method=effort", "adapter.rank=99"], "residual: 99 triplets"),
         (["adapter.method=dora", "adapter.rules=mlp/up,mlp/up=4"], "'mlp/up' is named twice"),
-        (["adapter.method=dora", "adapter.base_dtype=int8"], "adapter.base_dtype: expected"),
+        (["adapter.method=dora", "adapter.base_dtype=int4"], "adapter.base_dtype: expected"),
         (["adapter.methods=dora"], "did you mean adapter.method"),
     ],
 )

@@ -112,3 +112,45 @@ def test_a_random_base_is_in_the_checkpoints_and_one_from_a_folder_is_not():
     mesh, config = train.make_mesh(devices=jax.devices()[:1]), interop.read_config(LLAMA)
     assert task(mesh, LINEAR).frozen == ("base",)
     assert not hasattr(language.AdaptedLMTask(config, mesh, LINEAR), "frozen")
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
+def test_a_base_in_eight_bits_trains_the_adapters_and_is_merged_whole(batch):
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    settings = {
+        "attn/q": adapters.FLoRA((4, 4), dropout=0.1),
+        "mlp/up": adapters.DoRA(2, 4.0),
+        "mlp/down": adapters.Full(),
+    }
+    own, tx = task(mesh, settings, base_dtype="int8"), optax.adamw(1e-2, weight_decay=0.0)
+    state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh)
+    base, plain = state.variables["base"]["layers"], interop.load_causal_lm(LLAMA)[1]["layers"]
+    assert isinstance(base["attn"]["k"]["kernel"], adapters.Int8Weight)
+    np.testing.assert_array_equal(base["mlp"]["down"]["kernel"], plain["mlp"]["down"]["kernel"])
+    kept = jax.device_get(base)
+    placed = train.to_device(batch, train.batch_sharding(mesh))
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, placed)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    jax.tree.map(np.testing.assert_array_equal, state.variables["base"]["layers"], kept)
+    merged = own.merged(state.params, state.variables)
+    bound = adapters.bind(state.variables["base"], state.params, settings)
+    apply = jax.jit(lambda params: nn.causal_lm_apply(own.config, params, jnp.asarray(batch["inputs"])).logits)
+    # Sums in another order: the integers are multiplied first and scaled at the end.
+    np.testing.assert_allclose(apply(merged), apply(bound), rtol=0, atol=1e-3)
+    assert merged["layers"]["attn"]["k"]["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder", "message"),
+    [
+        (LINEAR, None, "base_dtype: int8 weights are of a folder"),
+        ({"attn/q": adapters.SVFit(2)}, LLAMA, "base_dtype: int8 does not serve SVFit.*layers/attn/q/kernel"),
+    ],
+)
+def test_what_eight_bits_cannot_serve_is_named(settings, folder, message):
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=message):
+        language.AdaptedLMTask(interop.read_config(LLAMA), mesh, settings, folder=folder, base_dtype="int8")

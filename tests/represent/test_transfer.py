@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import represent, train
-from subspace_jax.represent import fake_digits, rotated_digits
+from subspace_jax import interop, represent, train
+from subspace_jax.represent import fake_digits, rotated_digits, turned_images
 
 SHORT = ["pretrain.epochs=1", "train.steps=4", "train.checkpoint_every=2", "train.eval_every=4"]
 
@@ -38,7 +38,7 @@ def test_a_run_is_restored_with_its_singular_vectors(tmp_path, configs):
 
 
 def test_pretraining_reads_upright_digits_and_not_turned_ones():
-    images, labels = rotated_digits._digits(0)
+    images, labels = rotated_digits.digits(0)
     options = {"key": jax.random.key(1), "epochs": 15}
     flat = images.reshape(-1, 64)
     params = rotated_digits.mlp_init(jax.random.key(0))
@@ -52,7 +52,7 @@ def test_pretraining_reads_upright_digits_and_not_turned_ones():
 
 
 def test_fakes_are_whole_grey_levels_near_what_they_imitate():
-    images = rotated_digits._digits(0)[0] * 16
+    images = rotated_digits.digits(0)[0] * 16
     made = fake_digits.fakes(images[:300], images[:400])
     assert made.keys() == set(fake_digits.KINDS)
     for kind, fake in made.items():
@@ -138,3 +138,22 @@ def test_effort_finds_unseen_fakes_better_than_a_probe(configs, tmp_path, kind, 
     spec = f"{configs}/adapters/fake_digits.py"
     effort, probe = (run(f"{spec}:{m}_{kind}", tmp_path / m).metrics["auc"] for m in ("effort", "probe"))
     assert effort - probe >= margin
+
+
+@pytest.mark.parametrize("variant", ["vit_dora", "resnet_lora", "resnet_flora"])
+def test_adapters_of_vision_networks_train_are_restored_and_exported(configs, tmp_path, variant):
+    result = run(f"{configs}/adapters/turned_images.py:{variant}", tmp_path / "run", "adapter.dropout=0.1", *SHORT)
+    experiment, state = train.restore(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(result.state.params))
+    if variant == "vit_dora":
+        config = turned_images.CONFIGS["vit"]
+        interop.save_peft_adapter(tmp_path / "adapter", config, state.params, experiment.task.settings)
+        read = interop.load_peft_adapter(tmp_path / "adapter", config)
+        jax.tree.map(np.testing.assert_array_equal, read.trainable, jax.device_get(state.params))
+
+
+def test_a_network_that_is_not_there_is_named(configs, tmp_path):
+    with pytest.raises(ValueError, match=r"model.name: expected one of .*'resnet'.*got 'vgg'"):
+        run(f"{configs}/adapters/turned_images.py", tmp_path / "run", "model.name=vgg")
+    with pytest.raises(ValueError, match=r"variant: expected 'vit' or 'resnet'.*got 'vit_svfit'"):
+        train.load_config(f"{configs}/adapters/turned_images.py:vit_svfit")

@@ -108,7 +108,8 @@ def _forward(x, w, a, b, scale):
     return _apply(x, w, a, b, scale), (x, w, a, b, scale)
 
 
-def _backward(kept, d):
+def backward(kept, d):
+    """Gradients of ``x w + s (x a) b`` for its five arguments."""
     x, w, a, b, scale = kept
     rows = _rows(x)
     back = _over_shards(xla.apart_back, xla.joined_back, f"{rows} o, i o, i r, r o, -> {rows} i")
@@ -119,7 +120,7 @@ def _backward(kept, d):
     return *map(placed_like, (dx, dw, da, db), (x, w, a, b)), jnp.zeros_like(scale)
 
 
-_apply.defvjp(_forward, _backward)
+_apply.defvjp(_forward, backward)
 
 
 def _over_shards(apart, joined, rule):
