@@ -1,8 +1,9 @@
-"""A GPT-2 of 0.9 M parameters, trained from nothing on the docstrings of the standard library.
+"""A Llama of 0.8 M parameters, trained from nothing on the docstrings of the standard library.
 
     subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
 
-The base of experiments that need no download: bytes as tokens, rows of 256, about 1.4 M characters.
+The base of experiments that need no download: bytes as tokens, rows of 256, about 1.4 M characters.  Many small steps:
+at this size it is their number that counts, not the number of bytes in each.
 """
 
 from subspace_jax.language import finetune
@@ -10,13 +11,13 @@ from subspace_jax.language import finetune
 
 def get_config():
     config = finetune.default_config()
-    config.data.batch_size = 16
+    config.data.batch_size = 4
     config.data.eval_batch_size = 16
-    config.train.steps = 500
-    config.train.eval_every = 250
-    config.train.checkpoint_every = 250
+    config.train.steps = 2500
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 500
     config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 50
+    config.optim.warmup_steps = 100
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
     return config

@@ -1,4 +1,4 @@
-"""The tiny GPT of configs/lm/tiny.py, trained from nothing by optimizers whose state is of low rank.
+"""The tiny model of configs/lm/tiny.py, trained from nothing by optimizers whose state is of low rank.
 
     subspace-jax pretrain --config configs/optim/tiny_gpt.py:galore --workdir work/galore
 
@@ -16,14 +16,14 @@ def get_config(variant="galore"):
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
     config = finetune.default_config()
-    config.data.batch_size = 16
+    config.data.batch_size = 4
     config.data.eval_batch_size = 16
     config.train.steps = 600
     config.train.eval_every = 200
     config.train.checkpoint_every = 200
     config.optim.name = variant
     config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 50
+    config.optim.warmup_steps = 100
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
     config.optim.low_rank.refresh_every = 50

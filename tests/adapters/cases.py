@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from subspace_jax import adapters, nn
 
-CONFIG = nn.CausalLMConfig.tiny(64, max_length=32)
+CONFIG = nn.CausalLMConfig.gpt2(64, 128, 4, 4, max_length=32)
 RULES = {
     "lora": {"attn/*": adapters.LoRA(4, 8.0), "re:layers/mlp/.*": adapters.LoRA(2, 2.0, rslora=True)},
     "dora": {"layers/**": adapters.DoRA(3, 6.0)},

@@ -300,9 +300,9 @@ def test_a_plan_for_gpus_has_state_and_flops_and_says_what_it_lacks(configs, tmp
     assert plan["optimizer"] == pytest.approx(2 * plan["params"], rel=1e-3)
     assert plan["temporaries"] is None
     assert plan["time"]["network"] is None
-    # Forwards, again, and twice backwards through 12 square matrices in each of 4 layers, on 16 x 256 tokens; besides
+    # Forwards, again, and twice backwards through 12 square matrices in each of 4 layers, on 4 x 256 tokens; besides
     # attention and the vocabulary, which are a third as much here.
-    assert plan["flops"] * 8 == pytest.approx(8 * 4 * 12 * 128**2 * 16 * 256, rel=0.5)
+    assert plan["flops"] * 8 == pytest.approx(8 * 4 * 12 * 128**2 * 4 * 256, rel=0.5)
 
 
 def test_a_task_without_an_outline_is_planned_by_its_first_batch(configs):
