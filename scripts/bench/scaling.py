@@ -4,9 +4,10 @@
     python scripts/bench/scaling.py                        # all cases, minutes for each slice of the large ones
 
 Each case is a config, and slices with their meshes.  Rows of a batch grow with the chips, so that every chip does the
-same work and what is lost is lost to the network.  Every step is compiled for its slice as ``subspace-jax plan`` does;
-nothing is run, and times are what the chips' rates allow.  Plans are kept in the file of ``--json`` as they are made;
-what is there already is not planned again, so a bench that was stopped goes on.
+same work and what is lost is lost to the network; where the name of a case ends with "fixed" the batch stays the same,
+so that a step gets shorter until its collectives take the time.  Every step is compiled for its slice as
+``subspace-jax plan`` does; nothing is run, and times are what the chips' rates allow.  Plans are kept in the file of
+``--json`` as they are made; what is there already is not planned again, so a bench that was stopped goes on.
 
   GiB         memory of a chip that the step takes
   compute, memory, network   milliseconds of a step on one chip by the rates of each
@@ -33,9 +34,10 @@ def slices(chip, sides, **axes):
     return [(f"{chip}:{side}", axes) for side in sides]
 
 
-# name: (config, fields, rows of a batch for each place of data x fsdp, [(slice, mesh), ...])
+# name: (config, fields, rows of a batch for each place of data x fsdp or None for one size, [(slice, mesh), ...])
 CASES = {
     "tiny": ("configs/optim/tiny_gpt.py:adamw", (), 16, slices("v5p", V5P, data=-1)),
+    "tiny-fixed": ("configs/optim/tiny_gpt.py:adamw", ("data.batch_size=1024",), None, slices("v5p", V5P, data=-1)),
     "tiny-galore": ("configs/optim/tiny_gpt.py:galore", (), 16, slices("v5p", V5P, data=-1)),
     "resnet50d": ("configs/gcr/imagenet_resnet.py:resnet50d_k8", (), 16, slices("v5e", ("4x4", "16x16"), data=-1)),
     "swin-t": ("configs/gcr/imagenet_swin.py:k8", (), 64, slices("v5e", ("4x4", "16x16"), data=-1)),
@@ -61,9 +63,9 @@ def plan(name, topology, mesh):
     """Plans one slice of a case."""
     path, fields, rows, _ = CASES[name]
     sizes = train.mesh_sizes(mesh, topology, train.find_topology(topology)[1])
-    batch = rows * sizes["data"] * sizes["fsdp"]
-    # Small sets repeat for a large batch; a plan reads none of them.
-    config = train.override(train.load_config(str(ROOT / path)), [*fields, f"data.batch_size={batch}"])
+    config = train.override(train.load_config(str(ROOT / path)), fields)
+    if rows is not None:
+        config.data.batch_size = rows * sizes["data"] * sizes["fsdp"]
     return train.plan_run(config, topology, sizes).as_dict()
 
 
@@ -87,7 +89,8 @@ def table(cases):
             line = [name, found["topology"], " x ".join(map(str, found["mesh"].values())), str(found["rows"])]
             line += [f"{found['total'] / 2**30:.2f}", "yes" if found["fits"] else "no"]
             if found["time"]:
-                line += [f"{1e3 * found['time'][part]:.3g}" for part in ("compute", "memory", "network")]
+                times = [found["time"][part] for part in ("compute", "memory", "network")]
+                line += ["?" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in times]
                 line += [found["time"]["bound"], *(f"{rate(found, kind):.4g}" for kind in ("best", "worst"))]
                 line.append(f"{rate(found, 'worst') / rate(plans[0], 'worst'):.2f}" if plans[0]["time"] else "")
             lines.append(line + [""] * (len(head) - len(line)))
