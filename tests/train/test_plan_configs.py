@@ -73,7 +73,7 @@ def test_a_config_sends_what_its_sharding_needs_and_no_more(
 @pytest.mark.slow
 def test_the_plan_of_a_step_and_its_program_for_eight_cpu_devices_agree(configs):
     # Both compilers take the same sharded step.  Products are the same to the last one; bfloat16 is float32 on a CPU,
-    # so what is sent there along ``tensor`` is twice as much.
+    # so activations that are sent there along ``tensor`` are twice as large; the few float32 numbers beside are not.
     config = train.override(
         train.load_config(f"{configs}/lm/tiny.py"),
         ["adapter.method=dora", "model.dtype=bfloat16", "data.batch_size=64"],
@@ -98,4 +98,4 @@ def test_the_plan_of_a_step_and_its_program_for_eight_cpu_devices_agree(configs)
     for key, c in sent["tpu"].items():
         if key[1] == "tensor":
             assert sent["cpu"][key].count == c.count
-            assert sent["cpu"][key].nbytes == 2 * c.nbytes
+            assert sent["cpu"][key].nbytes == pytest.approx(2 * c.nbytes, rel=1e-3)
