@@ -3,17 +3,20 @@
     python scripts/kill_test.py --kills 100 --workdir work/kills     # the digits config
     python scripts/kill_test.py --kills 2 --workdir work/kills --config my.py --config.train.steps=60
 
-A run in one go comes first.  Then runs are started and killed with SIGKILL at a random time, started again with the
-same folder, killed again, and so on until one ends by itself; then the next one begins in a new folder.  Checked are:
+A run in one go comes first.  Then runs are started and killed with SIGKILL, started again with the same folder, killed
+again, and so on until one ends by itself; then the next one begins in a new folder.  One kill of four comes at a random
+time while the process starts, restores and compiles; the others a random moment after a step that is drawn from those
+that are left, however slow the machine is.  Checked are:
 
 - the final state of every run has the bits of the one that was never killed, and its metrics.jsonl the same rows;
-- a run goes on from the latest checkpoint that was whole when it was killed; a step is lost to at most the interval
-  between two checkpoints and the one that was still being written.
+- a run goes on from the latest checkpoint that was whole when it was killed, and loses fewer steps than lie between two
+  checkpoints; where the kill met a checkpoint that was due and still being written, those up to it too.
 
 Ends with 1 where something differs.  One line of JSON with the counts is printed last.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -41,10 +44,10 @@ def start(config, workdir, settings, log):
 
 
 def last_step(workdir):
-    from subspace_jax import train
-
-    rows = train.read_metrics(workdir / "metrics.jsonl")
-    return max((row["step"] for row in rows), default=0)
+    """The last step that a run has logged, 0 before it; a line that a kill cut off does not count."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_bytes()[-2000:].split(b"\n")[:-1] if file.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def whole_checkpoints(workdir):
@@ -71,34 +74,62 @@ def run_to_end(config, workdir, settings):
     return time.monotonic() - began
 
 
+def let_live(process, workdir, draw, seconds, steps):
+    """Waits for the moment at which a run is to be killed, or until it ends; returns whether steps were waited for."""
+    if draw.random() < 0.25:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, seconds / 2))
+        return False
+    before = last_step(workdir)
+    step, pause = draw.randint(min(before + 1, steps), steps), draw.uniform(0, 0.1)
+    seen = before
+    # Rows after the checkpoint that it goes on from are dropped when the run starts: that it has begun shows there.
+    while process.poll() is None and not (seen != before and seen >= step):
+        time.sleep(0.01)
+        seen = last_step(workdir)
+    time.sleep(pause)
+    return True
+
+
 def kill_runs(config, workdir, settings, kills, seed):
     """Returns counts, and what was found wrong."""
+    from subspace_jax import train
+
     draw = random.Random(seed)
     workdir.mkdir(parents=True, exist_ok=True)
     seconds = run_to_end(config, workdir / "whole", settings)
     expected, rows = bits(workdir / "whole"), (workdir / "whole/metrics.jsonl").read_text()
     steps = last_step(workdir / "whole")
-    wrong, lost, runs, done = [], [], 0, 0
+    every = train.read_config(workdir / "whole/config.json").train.checkpoint_every or steps
+    wrong, lost, lost_writing, runs, done, in_steps = [], [], [], 0, 0, 0
     while done < kills:
         target, killed_at = workdir / f"run_{runs}", None
         while True:
             with (workdir / "log.txt").open("w+") as log:
                 process = start(config, target, settings, log)
-                try:
-                    process.wait(draw.uniform(0.2, 1.0) * seconds if done < kills else None)
-                except subprocess.TimeoutExpired:
+                if done < kills:
+                    stepping = let_live(process, target, draw, seconds, steps)
+                else:
+                    process.wait()
+                if process.poll() is None:
                     before = whole_checkpoints(target)
                     process.send_signal(signal.SIGKILL)
                     process.wait()
-                    done += 1
+                    done, in_steps = done + 1, in_steps + stepping
                 log.seek(0)
                 text = log.read()
             found = re.search(r"Going on from step (\d+)", text)
             if killed_at is not None and (found or process.returncode == 0):
+                step, whole = killed_at
                 resumed = int(found[1]) if found else 0
-                lost.append(killed_at[0] - resumed)
-                if resumed < max(killed_at[1], default=0):
-                    wrong.append(f"{target}: went on from {resumed}, though {killed_at[1]} were whole")
+                if resumed < max(whole, default=0):
+                    wrong.append(f"{target}: went on from {resumed}, though {whole} were whole")
+                due = step // every * every
+                written = due == 0 or due in whole
+                (lost if written else lost_writing).append(step - resumed)
+                # A run that has logged a step at which a checkpoint is due may still be waiting for the one before.
+                if step - resumed > every * (1 if written else 2):
+                    wrong.append(f"{target}: went on from {resumed} after step {step}, with {whole} whole")
             if process.returncode == 0:
                 break
             if process.returncode != -signal.SIGKILL:
@@ -111,8 +142,13 @@ def kill_runs(config, workdir, settings, kills, seed):
                 wrong.append(f"{target}: the final state differs")
             if (target / "metrics.jsonl").read_text() != rows:
                 wrong.append(f"{target}: the metrics differ")
-    counts = {"kills": done, "runs": runs, "steps": steps, "seconds": round(seconds, 1)}
-    return {**counts, "resumes": len(lost), "most_steps_lost": max(lost, default=0)}, wrong
+        print(f"run {runs}: {done} kills so far, {len(wrong)} faults", flush=True)
+    return {
+        **{"kills": done, "in_steps": in_steps, "runs": runs, "steps": steps, "checkpoint_every": every},
+        **{"seconds": round(seconds, 1), "resumes": len(lost) + len(lost_writing)},
+        **{"most_steps_lost": max(lost, default=0), "resumes_after_a_kill_while_writing": len(lost_writing)},
+        "most_steps_lost_while_writing": max(lost_writing, default=0),
+    }, wrong
 
 
 def main():

@@ -18,7 +18,7 @@ from subspace_jax.data.images import Images, decode_image, image_folder, image_s
 from subspace_jax.data.mixing import mix_images
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
 from subspace_jax.data.resize import resize_uint8
-from subspace_jax.data.sources import ImageSource, default_data_dir, image_source
+from subspace_jax.data.sources import ImageSource, default_data_dir, describe_images, image_source
 from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "color_jitter",
     "decode_image",
     "default_data_dir",
+    "describe_images",
     "eval_batches",
     "image_folder",
     "image_set",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ImageSource", "default_data_dir", "image_source"]
+__all__ = ["ImageSource", "default_data_dir", "describe_images", "image_source"]
 
 
 def default_data_dir() -> str:
@@ -92,10 +92,34 @@ def image_source(
     builder = _builder(name, data_dir)
     # TFDS decodes with Pillow, on which this library depends, and would warn once that OpenCV is not there.
     logging.getLogger("absl").addFilter(_not_about_opencv)
-    _check_labelled_images(builder.info)
-    shape = builder.info.features[builder.info.supervised_keys[0]].shape
+    shape, _ = _labelled_images(builder.info)
+    if None in shape:
+        raise ValueError(f"name: expected images of one size, but those of {name!r} vary: shape {list(shape)}")
     scale, shift = _affine(16 if builder.info.name == "digits" else 255, mean, std, shape[-1])
     return ImageSource(_records(builder, split, name, data_dir), builder.info, split, scale, shift)
+
+
+def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple[int | None, ...], int]:
+    """Returns what is known of an image set without reading it; it need not be prepared.
+
+    Args:
+      name: As for :func:`image_source`.
+      data_dir: Likewise.
+
+    Returns:
+      Shape of an image, with None for a dimension that varies, and the number of classes.
+
+    Raises:
+      ValueError: TFDS knows no such set, or it is not one of labelled images.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    try:
+        builder = _builder(name, data_dir)
+    except FileNotFoundError:
+        builder = tfds.builder(name, try_gcs=False)  # its code alone
+    return _labelled_images(builder.info)
 
 
 def open_records(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[Sequence[Any], Any]:
@@ -159,17 +183,15 @@ def _prepare_command(name: str, data_dir: str) -> str:
     return shlex.join([python, "-m", "subspace_jax.data.prepare", name, "--data_dir", data_dir])
 
 
-def _check_labelled_images(info: Any) -> None:
+def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
+    """Returns shape and number of classes, and refuses what is no set of labelled images."""
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
     features = [info.features[key] for key in keys] if keys and len(keys) == 2 else []
     if not features or len(features[0].shape) != 3 or not isinstance(features[1], tfds.features.ClassLabel):
         raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {info.features}")
-    if None in features[0].shape:
-        raise ValueError(
-            f"name: expected images of one size, but those of {info.name!r} vary: shape {list(features[0].shape)}"
-        )
+    return tuple(features[0].shape), features[1].num_classes
 
 
 def _records(builder: Any, split: str, name: str, data_dir: str) -> Sequence[Any]:

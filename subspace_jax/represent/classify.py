@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax import data, losses, train
@@ -177,26 +178,60 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
         repeats=sizes.repeats,
         transform=_transform(sizes),
     )
-    settings = dict(config.model)
-    smoothing, dims = settings.pop("label_smoothing"), tuple(settings.pop("dims"))
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"model.label_smoothing: expected a number in [0, 1), got {smoothing}")
-    mixing = {name: settings.pop(name) for name in ("mixup", "cutmix")}
-    side = sizes.image.size
-    make = functools.partial(
-        make_classifier,
-        input_shape=(side, side, 3) if side else _input_shape(train_set),
-        num_classes=num_classes,
-        dims=dims[0] if len(dims) == 1 else dims,
-        **settings,
-    )
+    task = _task(config, _input_shape(config, train_set), num_classes)
     batch(seed=config.seed)  # what is wrong with batch size or seed shows now
-    return ClassifierTask(make, label_smoothing=smoothing, mixing=mixing), train.Data(
+    return task, train.Data(
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
         train=lambda seed: batch(seed=seed),
         evaluate=functools.partial(data.eval_batches, eval_set, batch_size=sizes.eval_batch_size),
     )
+
+
+def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTask, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the task and the shapes of a batch, for :func:`subspace_jax.train.plan_run`; no image is read.
+
+    A set of TensorFlow Datasets need not be prepared; of a folder the names of its files are read.
+
+    Args:
+      config: As for :func:`build`.
+      mesh: The mesh of the run, of which nothing depends.
+
+    Raises:
+      ValueError: A name is unknown, or a size can't serve.
+      FileNotFoundError: The folder is not there.
+    """
+    del mesh
+    sizes, side = config.data, config.data.image.size
+    if sizes.name in ("union_of_subspaces", "folder"):
+        train_set, _, num_classes = _sets(config)
+        shape = _input_shape(config, train_set)
+    else:
+        given, num_classes = data.describe_images(sizes.name, sizes.data_dir or None)
+        shape = (side, side, 3) if side else given
+    if None in shape:
+        raise ValueError(f"data.image.size: images of {sizes.name!r} vary in size, expected the one that they get")
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((sizes.batch_size, *shape), jnp.uint8 if side else jnp.float32),
+        "labels": jax.ShapeDtypeStruct((sizes.batch_size,), jnp.int32),
+    }
+    return _task(config, shape, num_classes), batch
+
+
+def _task(config: ConfigDict, input_shape: tuple[int, ...], num_classes: int) -> ClassifierTask:
+    settings = dict(config.model)
+    smoothing, dims = settings.pop("label_smoothing"), tuple(settings.pop("dims"))
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"model.label_smoothing: expected a number in [0, 1), got {smoothing}")
+    mixing = {name: settings.pop(name) for name in ("mixup", "cutmix")}
+    make = functools.partial(
+        make_classifier,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        dims=dims[0] if len(dims) == 1 else dims,
+        **settings,
+    )
+    return ClassifierTask(make, label_smoothing=smoothing, mixing=mixing)
 
 
 def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:
@@ -241,7 +276,9 @@ def _transform(config: ConfigDict) -> data.Transform | None:
     return data.TrainImage(**fields, as_bytes=True)
 
 
-def _input_shape(source: data.Source | Mapping) -> tuple[int, ...]:
+def _input_shape(config: ConfigDict, source: data.Source | Mapping) -> tuple[int, ...]:
+    if side := config.data.image.size:
+        return side, side, 3
     return source["inputs"].shape[1:] if isinstance(source, Mapping) else source.image_shape
 
 

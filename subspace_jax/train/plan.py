@@ -130,8 +130,8 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
     task, batch = _outline(config, placed)
     rows = next(iter(batch.values())).shape[0]
     check_batch_size(rows, placed, accumulate=config.train.accumulate)
-    # Its length is that of the schedule, which changes no shape.
-    tx = make_optimizer(config.optim, config.train.steps or 1000)
+    # Its length is that of the schedule, which changes no shape; it has to be longer than the warm-up.
+    tx = make_optimizer(config.optim, config.train.steps or config.optim.warmup_steps + 1000)
     options = {"accumulate": config.train.accumulate, "remat": config.train.remat}
     return plan_step(task, tx, batch, placed, topology, **options)
 

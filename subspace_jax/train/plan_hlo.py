@@ -235,12 +235,12 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     if pairs:
         return [tuple(int(d) for d in pair.split(",")) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", text)
     if named:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         # A part of an axis is 'axis':(outer)size, the places within an outer part and around an inner one.
         parts = {
-            n: (int(o or 1), int(s or axes[n])) for n, o, s in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[2])
+            n: (int(o or 1), int(s or axes[n])) for n, o, s in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3])
         }
         dims, used = [], []
         for name, size in axes.items():
@@ -248,16 +248,23 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
             used += [len(dims) + 1] if name in parts else []
             dims += [outer, part, size // (outer * part)]
         order = [i for i in range(len(dims)) if i not in used] + used
-        return _rows(np.arange(math.prod(dims)).reshape(dims).transpose(order), math.prod(dims[i] for i in used))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+        places = _iota(named[2]) if named[2] else np.arange(math.prod(dims))
+        return _rows(places.reshape(dims).transpose(order), math.prod(dims[i] for i in used))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if iota:
-        dims = [int(d) for d in iota[3].split(",")]
-        places = np.arange(math.prod(dims)).reshape(dims)
-        if iota[4]:
-            places = places.transpose([int(d) for d in iota[4].split(",")])
-        return _rows(places, int(iota[2]))
+        return _rows(_iota(iota[2]), int(iota[1]))
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
     return [tuple(int(d) for d in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
+
+
+def _iota(text: str) -> np.ndarray:
+    """Places in the order that ``[sides]T(permutation)`` gives them, or as a plain list."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.array([int(d) for d in re.findall(r"\d+", text)])
+    dims = [int(d) for d in found[1].split(",")]
+    places = np.arange(math.prod(dims)).reshape(dims)
+    return places.transpose([int(d) for d in found[2].split(",")]) if found[2] else places
 
 
 def _rows(places: np.ndarray, size: int) -> list[tuple[int, ...]]:

@@ -94,6 +94,33 @@ def small_config(configs, tmp_path):
     return config
 
 
+def test_an_outline_is_the_task_and_the_batch_of_a_run(configs, small_config):
+    for config in (small_config, config_of(configs, "digits", "k8"), config_of(configs, "synthetic", "k4")):
+        task, batch = classify.outline(config, None)
+        of_run, made = classify.build(config)
+        first = next(made.train(0))
+        assert {name: (x.shape, x.dtype) for name, x in first.items()} == {
+            name: (x.shape, x.dtype) for name, x in batch.items()
+        }
+        shapes = [jax.eval_shape(t.init, jax.random.key(0)) for t in (task, of_run)]
+        assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
+
+
+def test_an_outline_of_a_set_of_tfds_needs_no_data(configs, tmp_path):
+    config = config_of(configs, "imagenet_swin", "k8")
+    config.data.data_dir = str(tmp_path)
+    task, batch = classify.outline(config, None)
+    assert (batch["inputs"].shape, batch["inputs"].dtype) == ((1024, 224, 224, 3), jnp.uint8)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    assert jax.tree.leaves(params["head"])[0].shape == (1000, 768, 8)
+    config.data.image.size = 0
+    with pytest.raises(ValueError, match=r"data.image.size: images of 'imagenet2012' vary in size"):
+        classify.outline(config, None)
+    config.data.name = "imagenet2021"
+    with pytest.raises(ValueError, match="TFDS knows no set 'imagenet2021'"):
+        classify.outline(config, None)
+
+
 def test_a_folder_of_images_of_any_size_becomes_the_data_of_a_run(small_config):
     task, made = classify.build(small_config)
     batch = next(made.train(0))

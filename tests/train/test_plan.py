@@ -164,6 +164,10 @@ def test_text_that_is_no_module_is_refused():
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", "fsdp"),
         ("replica_groups=mesh['a'=8] {'a':(4)2}", "tensor"),
         ("replica_groups=mesh['a'=8] {'a':(1)4}", "fsdp"),
+        # A mesh that takes the devices in another order: 0, 2, 4, 6 in its first row.
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, dimensions={1}", "fsdp"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", "tensor"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", "fsdp"),
         ("replica_groups={}", "all"),
         ("replica_groups={{0,1,2,3},{4,5,6,7}}", "?"),
     ],

@@ -1,0 +1,142 @@
+"""Plans training steps on TPU slices of growing size, on the CPU of this machine, and draws how they scale.
+
+    python scripts/bench/scaling.py --only tiny            # some seconds for each slice
+    python scripts/bench/scaling.py                        # all cases, minutes for each slice of the large ones
+
+Each case is a config, and slices with their meshes.  Rows of a batch grow with the chips, so that every chip does the
+same work and what is lost is lost to the network; where the name of a case ends with "fixed" the batch stays the same,
+so that a step gets shorter until its collectives take the time.  Every step is compiled for its slice as
+``subspace-jax plan`` does; nothing is run, and times are what the chips' rates allow.  Plans are kept in the file of
+``--json`` as they are made; what is there already is not planned again, so a bench that was stopped goes on.
+
+  GiB         memory of a chip that the step takes
+  compute, memory, network   milliseconds of a step on one chip by the rates of each
+  rows/chip-s rows that a chip gets through in a second: where the three overlap wholly, and where nothing does
+  kept        the latter, as a share of what it is on the first slice of the case
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from subspace_jax import train
+
+ROOT = Path(__file__).parents[2]
+LARGE = "configs/lm/large.py"
+DORA = ("adapter.method=dora", "adapter.rank=384", "optim.weight_decay=0.0", "optim.learning_rate=2e-4")
+LORA = ("adapter.method=lora", "adapter.rank=384", "optim.name=adaprelora", "optim.weight_decay=0.0")
+GALORE = ("optim.name=galore", "optim.low_rank.rank=1024")
+V5P = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+
+def slices(chip, sides, **axes):
+    """Slices of a chip with one mesh for all; axes that are not named here fill up along ``data`` or ``fsdp``."""
+    return [(f"{chip}:{side}", axes) for side in sides]
+
+
+# name: (config, fields, rows of a batch for each place of data x fsdp or None for one size, [(slice, mesh), ...])
+CASES = {
+    "tiny": ("configs/optim/tiny_gpt.py:adamw", (), 16, slices("v5p", V5P, data=-1)),
+    "tiny-fixed": ("configs/optim/tiny_gpt.py:adamw", ("data.batch_size=1024",), None, slices("v5p", V5P, data=-1)),
+    "tiny-galore": ("configs/optim/tiny_gpt.py:galore", (), 16, slices("v5p", V5P, data=-1)),
+    "resnet50d": ("configs/gcr/imagenet_resnet.py:resnet50d_k8", (), 16, slices("v5e", ("4x4", "16x16"), data=-1)),
+    "swin-t": ("configs/gcr/imagenet_swin.py:k8", (), 64, slices("v5e", ("4x4", "16x16"), data=-1)),
+    "deit3-s": ("configs/gcr/imagenet_deit3.py:k8", (), 128, slices("v5e", ("4x4", "16x16"), data=-1)),
+    "llama3-8b-dora": (
+        f"{LARGE}:llama3-8b",
+        DORA,
+        1,
+        slices("v5p", ("2x2x2", "4x4x4", "8x8x8"), data=1, fsdp=-1),
+    ),
+    "llama3-8b-lora-adaprelora": (f"{LARGE}:llama3-8b", LORA, 1, slices("v5p", ("4x4x4",), data=1, fsdp=-1)),
+    "llama3-70b-dora": (
+        f"{LARGE}:llama3-70b",
+        DORA,
+        1,
+        slices("v5p", ("4x4x8", "8x8x8"), data=1, fsdp=-1, tensor=4),
+    ),
+    "mistral-7b-galore": (f"{LARGE}:mistral-7b", GALORE, 1, slices("v5p", ("2x2x2", "4x4x4"), data=1, fsdp=-1)),
+}
+
+
+def plan(name, topology, mesh):
+    """Plans one slice of a case."""
+    path, fields, rows, _ = CASES[name]
+    sizes = train.mesh_sizes(mesh, topology, train.find_topology(topology)[1])
+    config = train.override(train.load_config(str(ROOT / path)), fields)
+    if rows is not None:
+        config.data.batch_size = rows * sizes["data"] * sizes["fsdp"]
+    return train.plan_run(config, topology, sizes).as_dict()
+
+
+def rate(found, kind):
+    """Rows that a chip gets through in a second, where all overlaps ("best") or nothing does ("worst")."""
+    return found["rows"] / found["time"][kind] / chips(found) if found["time"] else 0.0
+
+
+def chips(found):
+    """Number of chips of a plan."""
+    return train.find_topology(found["topology"])[1]
+
+
+def table(cases):
+    """Returns all plans as a table in Markdown."""
+    head = ("case", "slice", "mesh", "rows", "GiB", "fits", "compute", "memory", "network", "bound by")
+    head += ("rows/chip-s, all overlaps", "nothing does", "kept")
+    lines = [head]
+    for name, plans in cases.items():
+        for found in plans:
+            line = [name, found["topology"], " x ".join(map(str, found["mesh"].values())), str(found["rows"])]
+            line += [f"{found['total'] / 2**30:.2f}", "yes" if found["fits"] else "no"]
+            if found["time"]:
+                times = [found["time"][part] for part in ("compute", "memory", "network")]
+                line += ["?" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in times]
+                line += [found["time"]["bound"], *(f"{rate(found, kind):.4g}" for kind in ("best", "worst"))]
+                line.append(f"{rate(found, 'worst') / rate(plans[0], 'worst'):.2f}" if plans[0]["time"] else "")
+            lines.append(line + [""] * (len(head) - len(line)))
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+
+
+def draw(cases, output):
+    """Draws what is kept of the first slice's rows of a chip, over chips."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, plans in cases.items():
+        timed = [found for found in plans if found["time"]]
+        if len(timed) > 1:
+            kept = [rate(found, "worst") / rate(timed[0], "worst") for found in timed]
+            axes.plot([chips(found) for found in timed], kept, "o-", label=name)
+    axes.set(xscale="log", xlabel="chips", ylabel="rows of a chip a second, the first slice is 1", ylim=(0, None))
+    axes.legend(fontsize="small")
+    figure.savefig(output, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--chips", type=int, nargs="+", help="slices of these sizes only")
+    parser.add_argument("--json", type=Path, default=ROOT / "scripts/bench/results/scaling.json")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    args = parser.parse_args()
+    kept = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    for name in args.only:
+        plans = kept.setdefault(name, [])
+        for topology, mesh in CASES[name][3]:
+            count = train.find_topology(topology)[1]
+            if count not in (args.chips or [count]) or topology in [found["topology"] for found in plans]:
+                continue
+            print(f"{name} {topology} …", flush=True)
+            plans.append(plan(name, topology, mesh))
+            plans.sort(key=chips)
+            args.json.write_text(json.dumps(kept, indent=1) + "\n")
+    shown = {name: plans for name, plans in kept.items() if name in args.only and plans}
+    print(table(shown))
+    if args.plot:
+        draw(shown, args.plot)
+
+
+if __name__ == "__main__":
+    main()
