@@ -35,6 +35,8 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/kernels.py
 	$(PY) scripts/bench/lm.py
 	$(PY) scripts/bench/optimizers.py
+	$(PY) scripts/bench/vision.py
+	$(PY) scripts/bench/adapters.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

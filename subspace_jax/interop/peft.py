@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out, of language models and of vision transformers."""
+"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out, of language and of vision models."""
 
 import json
 import os
@@ -16,14 +16,16 @@ from subspace_jax.interop.causal_lm_write import replacing
 from subspace_jax.interop.names import Place, module_places
 from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import read_header, write_safetensors
-from subspace_jax.interop.vision_adapters import vision_adapter_names, without_effect
+from subspace_jax.interop.vision_adapters import (
+    VisionConfig,
+    vision_adapter_names,
+    vision_adapter_specs,
+    without_effect,
+)
 from subspace_jax.nn import CausalLMConfig, causal_lm_specs
-from subspace_jax.nn.dual_tower import DualTowerConfig, dual_tower_specs
-from subspace_jax.nn.vision_transformer import vision_transformer_specs
-from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 PyTree = Any
-Config = CausalLMConfig | VisionTransformerConfig | DualTowerConfig
+Config = CausalLMConfig | VisionConfig
 
 _PREFIX = "base_model.model."
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,10 +79,11 @@ class PeftAdapter:
 def load_peft_adapter(folder: str | os.PathLike, config: Config) -> PeftAdapter:
     """Reads a folder that PEFT wrote, LoRA, rsLoRA or DoRA.
 
-    Paths of ViT, DeiT and DINOv2 may be those of transformers 5 or of 4 (PEFT itself takes only those of the version
-    that it runs on).  A head under ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or
-    gives another rank, are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has
-    them.  A stored copy of an adapted embedding is passed over.
+    Paths of ViT, DeiT, DINOv2 and Swin may be those of transformers 5 or of 4 (PEFT itself takes only those of the
+    version that it runs on).  An adapter of a residual network is for both its trees, as ``load_vision`` gives them.
+    A head under ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or gives another rank,
+    are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has them.  A stored
+    copy of an adapted embedding is passed over.
 
     Args:
       folder: Has ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -110,18 +113,17 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config) -> PeftAdapter:
     specs, arrays = _specs(config), {}
     for path, modules in names.items():
         shape, setting = _at(specs, path.split("/")).shape, settings[path]
-        stacked = shape[:-2] if isinstance(setting, LoRA | DoRA) else ()
         for module, layer in modules.items():
-            for name, (suffix, wanted, transposed) in _tensors(setting, path, shape, layer).items():
+            for name, (suffix, wanted, order) in _tensors(setting, path, shape, layer).items():
                 stored = tensors.pop(f"{module}{suffix}", None)
                 if stored is None:
                     raise ValueError(f"{folder}: the tensor {_PREFIX}{module}{suffix} is missing")
                 value = np.asarray(stored.read()).astype(np.float32)
                 if value.shape != wanted:
                     raise ValueError(f"{folder}: {_PREFIX}{module}{suffix}: expected {wanted}, got {value.shape}")
-                value = value.T if transposed else value
-                if not stacked:
-                    arrays[path, name] = value
+                value = value.transpose(order)
+                if layer is None:
+                    arrays[path, name] = value.reshape(_full_shape(setting, shape, name))
                     continue
                 full = _full_shape(setting, shape, name)
                 own = arrays.setdefault((path, name), np.zeros(full, np.float32))
@@ -161,8 +163,8 @@ def save_peft_adapter(
       settings: Their rules, LoRA, DoRA or Full only.
       base_model: Name or folder of the checkpoint that the adapter belongs to.
       fields: Those of an adapter that was read, to be written as they were; made from the settings by default.
-      names: "v5" for the paths that ViT and DeiT have on transformers 5, "v4" for those on 4; fields that were read
-        name the paths of one of them.
+      names: "v5" for the paths that ViT, DeiT and Swin have on transformers 5, "v4" for those on 4; fields that were
+        read name the paths of one of them.
 
     Raises:
       ValueError: A setting has no counterpart in PEFT, LoRA and DoRA, two kinds of scale or several dropouts are mixed,
@@ -186,11 +188,11 @@ def save_peft_adapter(
     for path, modules in modules_of.items():
         shape, own = _at(specs, path.split("/")).shape, _at(trainable, path.split("/"))
         for module, layer in modules.items():
-            for name, (suffix, stored, transposed) in _tensors(expected[path], path, shape, layer).items():
+            for name, (suffix, stored, order) in _tensors(expected[path], path, shape, layer).items():
                 value = np.asarray(own[name] if layer is None else own[name][layer], np.float32)
-                size = stored[::-1] if transposed else stored
-                value = value[tuple(slice(0, n) for n in size)]
-                tensors[f"{_PREFIX}{module}{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
+                size = tuple(stored[axis] for axis in order)
+                value = value.reshape(size) if layer is None else value[tuple(slice(0, n) for n in size)]
+                tensors[f"{_PREFIX}{module}{suffix}"] = np.ascontiguousarray(value.transpose(np.argsort(order)))
     tensors = dict(sorted(tensors.items()))
     shapes = {name: (t.shape, t.dtype) for name, t in tensors.items()}
     with replacing(pathlib.Path(folder), _is_adapter_file) as new:
@@ -245,9 +247,7 @@ def _check_fields(fields: Mapping[str, Any], config: Config) -> None:
 
 
 def _specs(config: Config) -> PyTree:
-    if isinstance(config, CausalLMConfig):
-        return causal_lm_specs(config)
-    return dual_tower_specs(config) if isinstance(config, DualTowerConfig) else vision_transformer_specs(config)
+    return causal_lm_specs(config) if isinstance(config, CausalLMConfig) else vision_adapter_specs(config)
 
 
 def _places(config: Config, names: str) -> dict[str, Place]:
@@ -263,7 +263,7 @@ def _version(config: Config, tensors: Iterable[str]) -> str:
 def _layout(fields: Mapping[str, Any], config: Config, names_of: str = "v5") -> tuple[dict[str, Any], dict[str, dict]]:
     """Setting of each path, and its modules with their layers."""
     places = {m: p for m, p in _places(config, names_of).items() if _leaf(config, p) is not None}
-    linear = [m for m, p in places.items() if p.path[-1] not in ("embed", "position")]
+    linear = [m for m, p in places.items() if p.path[-1] not in ("embed", "position", "conv")]
     if isinstance(config, CausalLMConfig):
         linear = [m for m in linear if places[m].path != ("head",)]
     method = DoRA if fields.get("use_dora") else LoRA
@@ -278,16 +278,22 @@ def _layout(fields: Mapping[str, Any], config: Config, names_of: str = "v5") -> 
         names.setdefault(path, {})[module] = place.layer
     settings = {}
     for path, own in ranks.items():
-        layers = [None] if None in own else range(_at(_specs(config), path.split("/")).shape[0])
+        shape = _at(_specs(config), path.split("/")).shape
+        layers = [None] if None in own else range(shape[0])
         rank = tuple(own[i][0] if i in own else 0 for i in layers)
         alpha = tuple(own[i][1] if i in own else fields["lora_alpha"] for i in layers)
         rank = rank[0] if len(set(rank)) == 1 else rank
         alpha = alpha[0] if len(set(alpha)) == 1 else alpha
         settings[path] = method(
-            rank, alpha, rslora=bool(fields.get("use_rslora")), dropout=fields.get("lora_dropout") or 0.0
+            rank,
+            alpha,
+            rslora=bool(fields.get("use_rslora")),
+            dropout=fields.get("lora_dropout") or 0.0,
+            window=len(shape) - 2 if None in own else 0,
         )
     for saved in fields.get("modules_to_save") or ():
-        found = [m for m in places if m == saved or m.endswith(f".{saved}")]
+        # A saved module may hold others: the classifier of a residual network is a sequence with one linear map.
+        found = [m for m in places if m == saved or m.endswith(f".{saved}") or m.startswith(f"{saved}.")]
         if not found or any(places[m].layer is not None for m in found):
             raise ValueError(
                 f"modules_to_save: {saved!r} is none of {[m for m, p in places.items() if p.layer is None]}"
@@ -306,25 +312,35 @@ def _leaf(config: Config, place: Place) -> str | None:
 
 
 def _tensors(setting: Any, path: str, shape: tuple[int, ...], layer: int | None) -> dict[str, tuple]:
-    """Our arrays of one module: name in the file, shape there, and whether it is transposed."""
+    """Our arrays of one module: name in the file, shape there, and which axis there each axis here is."""
     if path.endswith("/bias"):
-        return {"full": (".bias", shape, False)}
-    rows, columns = shape[-2:]
+        return {"full": (".bias", shape, (0,))}
+    *window, rows, columns = shape if layer is None else shape[1:]
+    # A convolution's kernel is stored as [out, in, *window]; factors of a linear map are those of a window of no axes.
+    swapped = (*range(2, 2 + len(window)), 1, 0)
     table = path.endswith("/embedding")
     if isinstance(setting, Full):
-        return {"full": (".weight", (rows, columns) if table else (columns, rows), not table)}
+        own = ((rows, columns), (0, 1)) if table else ((columns, rows, *window), swapped)
+        return {"full": (".weight", *own)}
     rank = setting.rank[layer] if isinstance(setting.rank, tuple) else setting.rank
     a, b = (".lora_embedding_A", ".lora_embedding_B") if table else (".lora_A.weight", ".lora_B.weight")
-    found = {"a": (a, (rank, rows), True), "b": (b, (columns, rank), True)}
+    ones = (1,) * len(window)
+    found = {"a": (a, (rank, rows, *window), swapped), "b": (b, (columns, rank, *ones), swapped)}
     if isinstance(setting, DoRA):
-        found["magnitude"] = (".lora_magnitude_vector", (columns,), False)
+        magnitude = (1, columns, *ones) if window else (columns,)
+        found["magnitude"] = (".lora_magnitude_vector", magnitude, tuple(range(len(magnitude))))
     return found
 
 
 def _full_shape(setting: Any, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Shape of one of our arrays of a weight, over all its layers."""
+    if name == "full":
+        return shape
     *lead, rows, columns = shape
     rank = max(setting.rank) if isinstance(setting.rank, tuple) else setting.rank
-    return (*lead, *{"a": (rows, rank), "b": (rank, columns), "magnitude": (columns,)}[name])
+    window = getattr(setting, "window", 0)
+    inner = lead[: len(lead) - window]
+    return {"a": (*lead, rows, rank), "b": (*inner, rank, columns), "magnitude": (*inner, columns)}[name]
 
 
 def _fields(config: Config, chosen: Mapping[str, Any], base_model: str, names_of: str = "v5") -> dict[str, Any]:

@@ -4,6 +4,7 @@ Eigenvalue problems of many small matrices are slow, on accelerators most of all
 Higham, "Functions of Matrices" (SIAM, 2008), chapter 12: Taylor polynomials at ``M / 4^q``, then double angles.
 """
 
+import functools
 import math
 
 import jax
@@ -18,8 +19,8 @@ _DEGREE = {4: 4, 8: 8}
 _MAX_DOUBLINGS = 6
 
 
-@jax.custom_jvp
-def versine_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def versine_sinc_sqrt(m: jax.Array, bounded: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns ``I - cos(sqrt(M))`` and ``sin(sqrt(M)) / sqrt(M)`` of symmetric matrices without negative eigenvalues.
 
     The first is called versine, and keeps its relative precision where M is small.  With ``theta^2`` the norm of M,
@@ -30,6 +31,8 @@ def versine_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Args:
       m: ``[..., k, k]``, symmetric, float32 or float64.
+      bounded: Whether norms are known to be at most 4096.  A compiler that splits matrices over devices has no split
+        for eigenvalues, and keeps place for all matrices on each device, though it never comes to that.
 
     Returns:
       Two symmetric matrices ``[..., k, k]``.
@@ -47,12 +50,15 @@ def versine_sinc_sqrt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     check_square("m", m)
     norm = jnp.max(jnp.sum(jnp.abs(m), axis=-1), axis=-1)
+    if bounded:
+        return _by_doubling(m, norm)
     served = jnp.all(norm <= 4.0**_MAX_DOUBLINGS)
     return jax.lax.cond(served, _by_doubling, lambda m, _: _by_eigenvalues(m), m, norm)
 
 
 @versine_sinc_sqrt.defjvp
-def _jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
+def _jvp(bounded: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
+    del bounded
     return jax.jvp(_by_eigenvalues, primals, tangents)
 
 

@@ -5,6 +5,7 @@ Representation" (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547).
 """
 
 import numbers
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -140,27 +141,32 @@ class GrassmannHead(nnx.Module):
     ):
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-        per_class = [dims] * num_classes if isinstance(dims, numbers.Real) else list(dims)
-        if len(per_class) != num_classes:
+        # One number stays one: a list of ten million takes longer to go through than their step to compile.
+        per_class = None if isinstance(dims, numbers.Real) else list(dims)
+        if per_class is not None and len(per_class) != num_classes:
             raise ValueError(f"dims: expected one for each of the {num_classes} classes, got {len(per_class)}")
-        for k in per_class:
+        counts = Counter(per_class) if per_class is not None else {dims: num_classes}
+        for k in counts:
             if not isinstance(k, numbers.Integral) or not 1 <= k <= in_features:
                 raise ValueError(
                     f"dims: a class subspace of R^{in_features} has 1 to {in_features} dimensions, got {k}"
                 )
         if not jnp.issubdtype(param_dtype, jnp.floating) or jnp.dtype(param_dtype).itemsize < 4:
             raise ValueError(f"param_dtype: bases stay orthonormal in float32 or float64, got {jnp.dtype(param_dtype)}")
-        sizes = sorted(set(per_class))
-        # Where each class stands among the concatenated groups.
-        by_group = np.argsort(per_class, kind="stable")
-        self.position = tuple(int(i) for i in np.argsort(by_group, kind="stable"))
         self.gamma = gamma
 
         def group(k: int) -> nnx.Param:
-            value = random_orthonormal(rngs.params(), in_features, k, (per_class.count(k),), param_dtype)
+            value = random_orthonormal(rngs.params(), in_features, k, (counts[k],), param_dtype)
             return nnx.Param(value, axes=("class", "embed", None))
 
-        self.bases = group(sizes[0]) if len(sizes) == 1 else nnx.List([group(k) for k in sizes])
+        groups = [group(k) for k in sorted(counts)]
+        if len(groups) == 1:
+            self.bases = groups[0]
+            return
+        self.bases = nnx.List(groups)
+        # Where each class stands among the concatenated groups; static, or every class were a node of the graph.
+        by_group = np.argsort(per_class, kind="stable")
+        self.position = nnx.static(tuple(np.argsort(by_group, kind="stable").tolist()))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps features ``[batch, n]`` to logits ``[batch, classes]``."""

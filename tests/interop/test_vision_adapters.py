@@ -1,6 +1,7 @@
 """PEFT's adapters of vision models, against what PEFT computes with them."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +72,47 @@ def test_scores_and_gradients_of_clip_s_two_towers_are_those_of_peft():
     assert factors("clip", "lora", config, grads) == 8
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_what_was_read_is_written_again_to_the_last_byte(name, tmp_path):
-    config, _ = loaded("vit")
-    adapter = interop.load_peft_adapter(GOLDEN / "vit" / name, config)
+def test_logits_loss_and_gradients_of_swin_are_those_of_peft():
+    golden, (config, params) = stored("swin"), loaded("swin")
+    adapter = interop.load_peft_adapter(GOLDEN / "swin" / "lora", config)
+    labels = jnp.asarray(golden["labels"], jnp.int32)
+
+    def loss(trainable):
+        bound = adapters.bind(params, trainable, adapter.settings)
+        logits = nn.vision_apply(config, bound, pixels("swin")).logits
+        return jnp.mean(losses.cross_entropy(logits, labels)), logits
+
+    with jax.default_matmul_precision("highest"):
+        (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
+    close(logits, golden["logits_lora"])
+    close(value, golden["loss_lora"])
+    assert factors("swin", "lora", config, grads) == sum(key.startswith("grad_lora:") for key in golden) > 0
+
+
+@pytest.mark.parametrize("ways", [adapters.bind, adapters.materialize])
+def test_logits_of_a_residual_network_with_adapted_convolutions_are_those_of_peft(ways):
+    config, params = loaded("resnet")
+    adapter = interop.load_peft_adapter(GOLDEN / "resnet" / "lora_conv", config)
+    assert adapter.settings["params/stage0/block0/layer1/conv/kernel"] == adapters.LoRA(2, 1, window=2)
+
+    def logits(trainable):
+        return nn.vision_apply(config, ways(params, trainable, adapter.settings), pixels("resnet")).logits
+
+    with jax.default_matmul_precision("highest"):
+        close(jit(logits)(adapter.trainable), stored("resnet")["logits_lora_conv"])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [*(("vit", name) for name in ADAPTERS), ("swin", "lora"), ("resnet", "lora_conv")]
+)
+def test_what_was_read_is_written_again_to_the_last_byte(model, name, tmp_path):
+    config, _ = loaded(model)
+    adapter = interop.load_peft_adapter(GOLDEN / model / name, config)
     names = "v4" if "v4" in name else "v5"
     interop.save_peft_adapter(tmp_path, config, adapter.trainable, adapter.settings, fields=adapter.fields, names=names)
     original, written = (
         {k: np.asarray(t.read()) for k, t in interop.read_header(folder / "adapter_model.safetensors")[0].items()}
-        for folder in (GOLDEN / "vit" / name, tmp_path)
+        for folder in (GOLDEN / model / name, tmp_path)
     )
     assert original.keys() == written.keys()
     assert all(written[key].tobytes() == value.tobytes() for key, value in original.items())
@@ -125,6 +158,55 @@ def test_a_fused_kernel_of_timm_takes_one_adapter(tmp_path):
     assert header["base_model.model.blocks.1.attn.qkv.lora_B.weight"].shape == (96, 2)
     again = interop.load_peft_adapter(tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+
+
+def test_dora_on_convolutions_and_a_new_head_have_peft_s_shapes(tmp_path):
+    config, params = loaded("resnet")
+    settings = {
+        "params/stage0/block0/layer1/conv/kernel": adapters.DoRA(2, 4, window=2),
+        "params/head/kernel": adapters.Full(),
+        "params/head/bias": adapters.Full(),
+    }
+    trainable = adapters.init(jax.random.key(0), params, settings)
+    interop.save_peft_adapter(tmp_path, config, trainable, settings)
+    header = interop.read_header(tmp_path / "adapter_model.safetensors")[0]
+    conv = "base_model.model.resnet.encoder.stages.0.layers.0.layer.1.convolution"
+    shapes = {name.removeprefix(conv): tensor.shape for name, tensor in header.items() if name.startswith(conv)}
+    assert shapes == {
+        ".lora_A.weight": (2, 4, 3, 3),
+        ".lora_B.weight": (4, 2, 1, 1),
+        ".lora_magnitude_vector": (1, 4, 1, 1),
+    }
+    again = interop.load_peft_adapter(tmp_path, config)
+    assert again.settings == settings
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+
+
+def test_a_saved_module_may_hold_the_linear_map(tmp_path):
+    # PEFT users write the name of the sequence, modules_to_save=["classifier"].
+    config, params = loaded("resnet")
+    settings = {f"params/head/{name}": adapters.Full() for name in ("kernel", "bias")}
+    settings["params/stage0/block0/layer1/conv/kernel"] = adapters.LoRA(2, 4, window=2)
+    trainable = adapters.init(jax.random.key(0), params, settings)
+    interop.save_peft_adapter(tmp_path, config, trainable, settings)
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert fields["modules_to_save"] == ["classifier.1"]
+    file.write_text(json.dumps({**fields, "modules_to_save": ["classifier"]}))
+    again = interop.load_peft_adapter(tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+
+
+def test_swin_has_paths_of_two_versions_and_groups_take_no_adapter():
+    config, _ = loaded("swin")
+    five, four = (interop.vision_adapter_names(config, names) for names in ("v5", "v4"))
+    assert list(five.values()) == list(four.values())
+    place = five["swin.encoder.layers.1.blocks.0.attention.q_proj"]
+    assert place == four["swin.encoder.layers.1.blocks.0.attention.self.query"]
+    assert place.path == ("stage1", "block0", "attn", "q")
+    names = interop.vision_adapter_names(nn.ResNetConfig.resnext50())
+    assert "layer1.0.conv1" in names
+    assert "layer1.0.conv2" not in names
 
 
 @pytest.mark.slow

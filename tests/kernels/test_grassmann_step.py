@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -289,3 +291,15 @@ def test_bad_input_is_named(change, error, message):
     args = dict.fromkeys(("bases", "grads", "momentum"), jnp.ones((2, 8, 3))) | {"learning_rate": 0.1} | change
     with pytest.raises(error, match=message):
         step(**args)
+
+
+def test_the_reference_on_tpus_asks_for_no_eigenvalues():
+    # The compiler would gather all k x k matrices on every device for them, 160 GiB of ten million classes.
+    bases = jax.ShapeDtypeStruct((4, 32, 4), jnp.float32)
+
+    def text(platform):
+        step = functools.partial(kernels.grassmann_step, implementation="xla", learning_rate=0.1)
+        return jax.jit(step).trace(bases, bases, bases).lower(lowering_platforms=(platform,)).as_text().lower()
+
+    assert not any(word in text("tpu") for word in ("eigh", "syevd"))
+    assert "syevd" in text("cpu")

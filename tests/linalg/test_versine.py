@@ -113,3 +113,10 @@ def test_wrong_input_is_refused():
         linalg.versine_sinc_sqrt(jnp.ones((3, 2)))
     with pytest.raises(TypeError, match="bfloat16"):
         linalg.versine_sinc_sqrt(jnp.ones((2, 2), jnp.bfloat16))
+
+
+def test_where_norms_are_bounded_the_values_are_the_same_and_no_eigenvalues_are_asked_for():
+    m = jnp.asarray(matrices(0, (2,), (0.1, 6.0, 20.0)).astype(np.float32))
+    for got, want in zip(linalg.versine_sinc_sqrt(m, True), linalg.versine_sinc_sqrt(m), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert "eigh" not in str(jax.make_jaxpr(lambda m: linalg.versine_sinc_sqrt(m, True))(m))

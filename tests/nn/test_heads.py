@@ -195,3 +195,19 @@ def test_classes_split_over_devices_give_the_same_logits(dims, axis_type):
         split = jax.device_put((params, x), (NamedSharding(mesh, P("tensor")), NamedSharding(mesh, P("data"))))
         logits = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(*split)
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
+
+
+def test_ten_million_classes_are_described_without_a_step_for_each():
+    # Nothing of Python's may grow with the classes: before, this took half an hour.
+    def bases(key):
+        return nnx.split(nn.GrassmannHead(384, 10_000_000, dims=8, rngs=nnx.Rngs(params=key)))[1]["bases"].get_value()
+
+    assert jax.eval_shape(bases, jax.random.key(0)).shape == (10_000_000, 384, 8)
+
+
+def test_classes_of_several_dimensions_are_one_node_of_the_graph():
+    def nodes(classes):
+        head = nn.GrassmannHead(6, classes, dims=[1 + i % 2 for i in range(classes)], rngs=nnx.Rngs(0))
+        return len(nnx.split(head)[0].attributes)
+
+    assert nodes(4) == nodes(40)

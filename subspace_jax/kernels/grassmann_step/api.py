@@ -39,7 +39,8 @@ def grassmann_step(
     For C bases of k columns in R^n: about ``12 C n k^2`` FLOPs (``16 C n k^2`` with a transport), and ``20 C n k``
     bytes of arguments and results in float32, which is also what a TPU moves: a kernel does the whole step on the chip,
     for float32, "exp", up to 16 columns and bases of up to 3 MiB.  Elsewhere D and H are written and read as well.
-    Donate bases and momentum to the ``jit`` around the step, or they are copied.  On TPUs a step ends after 64 radians.
+    Donate bases and momentum to the ``jit`` around the step, or they are copied.  On TPUs a step of "exp" ends after 64
+    radians.
 
     Sharded over Explicit mesh axes, classes need no collective; a split n costs sums of three k x k matrices for each
     class.  k is gathered.  Under Auto axes the compiler does the same with the reference.  Works under ``vmap``.

@@ -157,3 +157,5 @@ LAST_AXES = Algebra(
     inverse_factor=_inverse_factor,
     versine_sinc=linalg.versine_sinc_sqrt,
 )
+# For steps that end after 64 radians.
+BOUNDED = LAST_AXES._replace(versine_sinc=lambda m: linalg.versine_sinc_sqrt(m, True))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.kernels.grassmann_step.coefficients import combinations
+from subspace_jax.kernels.grassmann_step.coefficients import BOUNDED, combinations
 from subspace_jax.kernels.grassmann_step.gram import defect, tall_gram
 from subspace_jax.linalg import times
 
@@ -42,11 +42,27 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, axes: S
     square = summed(tall_gram(h, h))
     none = jnp.zeros_like(square)
     drift = none if due is None else jax.lax.cond(due, lambda s: _drift(s, axes), lambda s: none, s)
-    update, carried = combinations(overlap, square, drift, size, transport, retraction)
+    whole = functools.partial(combinations, transport=transport, retraction=retraction)
+    if retraction == "exp":
+        # TPUs end a step after 64 radians in the kernel too.
+        update, carried = jax.lax.platform_dependent(overlap, square, drift, size, tpu=_ending(whole), default=whole)
+    else:
+        update, carried = whole(overlap, square, drift, size)
     moved = _combine(s, update.of_s) + _combine(d, update.of_d)
     if carried is not None:
         d = _combine(s, carried.of_s) + _combine(d, carried.of_d)
     return moved if difference else s + moved, d
+
+
+def _ending(whole):
+    """A step that is no longer than 64 radians, for which no eigenvalues are needed."""
+
+    def ending(overlap, square, drift, size):
+        norm = jnp.max(jnp.sum(jnp.abs(square), axis=-1), axis=-1)[..., None, None]
+        size = size * (64.0 / jnp.maximum(jnp.abs(size) * jnp.sqrt(norm), 64.0))
+        return whole(overlap, square, drift, size, algebra=BOUNDED)
+
+    return ending
 
 
 def _drift(s: jax.Array, axes: Sequence[str]) -> jax.Array:
