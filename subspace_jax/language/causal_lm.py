@@ -164,7 +164,9 @@ def token_nll(
 
     def score(final, labels):
         logits = nn.causal_lm_logits(config, params, final, jnp.float32)
-        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        # By comparison: the gradient of a gather is a scatter into zeros of the size of the scores.
+        is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
+        picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
         hits = picked == jnp.max(logits, axis=-1)  # XLA's argmax on a CPU is not vectorised
         return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
 

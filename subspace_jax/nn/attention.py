@@ -122,9 +122,12 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
         if mask is not None:
             scores = scores.reshape(*grouped.shape[:4], -1)
             scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        weights = weights.reshape(*flat.shape[:3], -1)
-        return jnp.einsum("bkts,bksd->bktd", weights, value).reshape(grouped.shape)
+            scores = scores.reshape(*flat.shape[:3], -1)
+        # Weights that add up to one only once values are mixed: scores are passed over once less, in each direction.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum("bkts,bksd->bktd", weights.astype(value.dtype), value, preferred_element_type=total.dtype)
+        return (mixed / total).astype(value.dtype).reshape(grouped.shape)
 
     if length < 2 * BLOCK or length % BLOCK:
         mixed = some((grouped, mask))

@@ -1,18 +1,30 @@
 """What distinguishes one causal language model from another, as plain fields, and the sizes of well-known ones."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.linalg import working_dtype
 from subspace_jax.nn.rope import Rope, rope_frequencies
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU (arXiv 1606.08415) by erf: JAX's own uses erfc, which takes a CPU three times as long.
+
+    In float32 at least, where what is lost to 1 + erf(-3) does not matter.
+    """
+    wide = x.astype(working_dtype(x))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
