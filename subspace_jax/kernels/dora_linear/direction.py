@@ -33,10 +33,8 @@ def _run(*args, i, **rows):
     del rows  # every device that holds some of them has all the norms
 
     def at_once(x, w, a, b, scale):
-        def both(v):
-            return jnp.matmul(x, v, precision=jax.lax.Precision.HIGHEST), formed.squares(v)
-
-        out = formed.in_parts(both, w, a, b, scale)
+        v = formed.adapted(w, a, b, scale)
+        out = jnp.matmul(x, v, precision=jax.lax.Precision.HIGHEST), formed.squares(v)
         return jax.lax.psum(out, i) if i else out
 
     def apart(x, w, a, b, scale):

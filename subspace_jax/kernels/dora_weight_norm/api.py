@@ -36,8 +36,8 @@ def dora_weight_norm(
     Where n^2 comes below 1e-4 e the sum has cancelled, and columns are computed from ``W + s a b`` a few rows at a
     time; that part runs only if some column needs it (under ``vmap`` always: give stacked weights leading axes
     instead).  TPUs compute every column so, in one pass over W, with the adapted weight in registers only; ``energy``
-    and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of it at a
-    time.
+    and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of rows at a time, or all of up
+    to 16 MiB.
 
     For in x out weights and rank r: ``2 r (in out + r in + r out)`` FLOPs; on TPUs ``2 r in out``.  ``W, a, b`` are
     read once (on GPUs W is read twice without ``energy``), and ``a^T W``, ``4 r out`` bytes, is the largest

@@ -2,7 +2,8 @@
 
 A TPU's compiler ends the product ``a b`` with the sum, the square and the reduction, so that the adapted weight exists
 in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out: GPUs take
-the products, and CPUs a few rows or columns of the adapted weight at a time, unless the energies of W are at hand.
+the products, and CPUs a few rows of the adapted weight at a time, or the whole of a small one, unless the energies of W
+are at hand.
 """
 
 import functools
@@ -104,7 +105,7 @@ def _sums_in_chunks(w, a, with_energy, budget):
 
 def _plain_on_cpus(w, a, b, scale):
     if formed.is_small(w, scale.dtype):
-        return formed.in_parts(formed.squares, w, a, b, scale)
+        return formed.squares(formed.adapted(w, a, b, scale))
     return _plain_in_parts(w, a, b, scale)
 
 
