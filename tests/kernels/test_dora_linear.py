@@ -113,10 +113,9 @@ def test_every_gradient_is_that_of_the_plain_formula(x64, detach):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), got, want)
 
 
-@pytest.mark.parametrize("sizes", [(14, 10), (1024, 768), (2048, 3000)])  # the last is never formed as a whole
-def test_the_first_step_starts_from_the_layer_as_it_was(sizes):
+def test_the_first_step_starts_from_the_layer_as_it_was():
     for dtype in (jnp.float32, jnp.bfloat16):
-        x, w, a, b, _ = layer_args((3, 5), *sizes, dtype=dtype)
+        x, w, a, b, _ = layer_args(dtype=dtype)
         b = jnp.zeros_like(b)
         np.testing.assert_array_equal(layer(x, w, a, b, norm(w, a, b, 2.0), 2.0), unadapted(x, w))
 

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from subspace_jax.kernels._dispatch import check_implementation
 from subspace_jax.kernels._products import product
 from subspace_jax.kernels.dora_linear.compose import compose
-from subspace_jax.kernels.dora_linear.direction import direction_and_norm
 from subspace_jax.kernels.dora_weight_norm import dora_weight_norm
-from subspace_jax.kernels.dora_weight_norm.api import NO_KERNEL, check_factors
-from subspace_jax.kernels.dora_weight_norm.formed import is_small
+from subspace_jax.kernels.dora_weight_norm.api import check_factors
 
 
 def dora_linear(
@@ -81,36 +78,18 @@ def dora_linear(
             raise ValueError(f"{name}: expected shape {w.shape[1:]} for w {w.shape}, got {given.shape}")
     if magnitude.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"magnitude: expected float32 or float64, got {magnitude.dtype}")
-    alike = x.dtype == w.dtype == a.dtype == b.dtype != jnp.bfloat16
-    if alike and is_small(w, w.dtype) and detach_norm and dropped is None and energy is None:
-        check_implementation("dora_weight_norm", implementation, w, refusal=NO_KERNEL)
-        return _at_once(x, w, a, b, magnitude, scale, bias)
     norm = dora_weight_norm(w, a, b, scale, energy=energy, implementation=implementation)
     return _linear(x, w, a, b, magnitude, norm, scale, bias, dropped, detach_norm)
 
 
 @functools.partial(jax.jit, static_argnums=9)
 def _linear(x, w, a, b, magnitude, norm, scale, bias, dropped, detach_norm):
-    g = _gain(magnitude, jax.lax.stop_gradient(norm) if detach_norm else norm, w.dtype)
+    norm = jax.lax.stop_gradient(norm) if detach_norm else norm
+    g = magnitude.astype(norm.dtype) / jnp.maximum(norm, 1e-6 if w.dtype == jnp.bfloat16 else 1e-12)
     base = product(x, w)
     if dropped is None:
         y = compose(base, product(product(x, a), b), g, scale, 0.0)
     else:
         lora = product(product(dropped, a), b)
         y = base + compose(product(dropped, w), lora, g, scale, 1.0)
-    return _with_bias(y, bias)
-
-
-@jax.jit
-def _at_once(x, w, a, b, magnitude, scale, bias):
-    y, norm = direction_and_norm(x, w, a, b, scale)
-    g = _gain(magnitude, norm, w.dtype).astype(x.dtype)
-    return _with_bias(y * g[(None,) * (y.ndim - 1)], bias)
-
-
-def _gain(magnitude, norm, dtype):
-    return magnitude.astype(norm.dtype) / jnp.maximum(norm, 1e-6 if dtype == jnp.bfloat16 else 1e-12)
-
-
-def _with_bias(y, bias):
     return y if bias is None else y + bias.astype(y.dtype)[(None,) * (y.ndim - 1)]

@@ -13,7 +13,7 @@ from subspace_jax.kernels._shards import over_shards, vary_alike
 from subspace_jax.kernels.dora_weight_norm import xla
 from subspace_jax.kernels.dora_weight_norm.chunks import check_budget
 
-NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs reads the weight once and writes norms only"
+_NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs reads the weight once and writes norms only"
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float64)
 
 
@@ -36,8 +36,7 @@ def dora_weight_norm(
     Where n^2 comes below 1e-4 e the sum has cancelled, and columns are computed from ``W + s a b`` a few rows at a
     time; that part runs only if some column needs it (under ``vmap`` always: give stacked weights leading axes
     instead).  TPUs compute every column so, in one pass over W, with the adapted weight in registers only; ``energy``
-    and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of rows at a time, or all of up
-    to 16 MiB.
+    and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of rows at a time.
 
     For in x out weights and rank r: ``2 r (in out + r in + r out)`` FLOPs; on TPUs ``2 r in out``.  ``W, a, b`` are
     read once (on GPUs W is read twice without ``energy``), and ``a^T W``, ``4 r out`` bytes, is the largest
@@ -83,7 +82,7 @@ def dora_weight_norm(
         raise ValueError(f"energy: expected shape {(*w.shape[:-2], w.shape[-1])} for w {w.shape}, got {energy.shape}")
     if budget_bytes is not None:
         check_budget(budget_bytes)
-    check_implementation("dora_weight_norm", implementation, w, refusal=NO_KERNEL)
+    check_implementation("dora_weight_norm", implementation, w, refusal=_NO_KERNEL)
     scale = jnp.asarray(scale, linalg.working_dtype(w, a, b))
     return _norm(w, a, b, scale, energy, budget_bytes)
 

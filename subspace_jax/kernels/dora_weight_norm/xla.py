@@ -2,8 +2,7 @@
 
 A TPU's compiler ends the product ``a b`` with the sum, the square and the reduction, so that the adapted weight exists
 in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out: GPUs take
-the products, and CPUs a few rows of the adapted weight at a time, or the whole of a small one, unless the energies of W
-are at hand.
+the products, and CPUs a few rows of the adapted weight at a time, unless the energies of W are at hand.
 """
 
 import functools
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 
 from subspace_jax import linalg
 from subspace_jax.kernels._shards import vary_alike
-from subspace_jax.kernels.dora_weight_norm import formed
 from subspace_jax.kernels.dora_weight_norm.chunks import norm_chunk_size
 
 # Below this part of ||W_j||^2 the factored sum has lost four digits, and the column is computed as it stands.
@@ -46,7 +44,7 @@ def squares(w, a, b, scale, energy=None, *, budget, axes):
         energy,
         tpu=lambda w, a, b, scale, _: summed(plain_squares(w, a, b, scale)),
         # A pass over W for energies costs more there than rows of W + s a b that stay in the cache.
-        cpu=factored if energy is not None else lambda w, a, b, scale, _: summed(_plain_on_cpus(w, a, b, scale)),
+        cpu=factored if energy is not None else lambda w, a, b, scale, _: summed(_plain_in_parts(w, a, b, scale)),
         default=factored,
     )
 
@@ -101,12 +99,6 @@ def _sums_in_chunks(w, a, with_energy, budget):
     if whole < rows:
         sums = part(whole, rows - whole)
     return jax.lax.fori_loop(0, whole // chunk, add, sums)
-
-
-def _plain_on_cpus(w, a, b, scale):
-    if formed.is_small(w, scale.dtype):
-        return formed.squares(formed.adapted(w, a, b, scale))
-    return _plain_in_parts(w, a, b, scale)
 
 
 def _plain_in_parts(w, a, b, scale):

@@ -108,8 +108,7 @@ def _forward(x, w, a, b, scale):
     return _apply(x, w, a, b, scale), (x, w, a, b, scale)
 
 
-def backward(kept, d):
-    """Gradients of ``x w + s (x a) b`` for its five arguments."""
+def _backward(kept, d):
     x, w, a, b, scale = kept
     rows = _rows(x)
     back = _over_shards(xla.apart_back, xla.joined_back, f"{rows} o, i o, i r, r o, -> {rows} i")
@@ -120,7 +119,7 @@ def backward(kept, d):
     return *map(placed_like, (dx, dw, da, db), (x, w, a, b)), jnp.zeros_like(scale)
 
 
-_apply.defvjp(_forward, backward)
+_apply.defvjp(_forward, _backward)
 
 
 def _over_shards(apart, joined, rule):
