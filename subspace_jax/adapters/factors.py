@@ -33,8 +33,12 @@ def remove(w: jax.Array, a: jax.Array, b: jax.Array, scale: float | tuple[float,
 
 
 def factor_axes(names: P, window: int) -> dict[str, P]:
-    """Logical axes of ``a`` and ``b`` for a weight with these: the rank is never split."""
-    return {"a": P(*names[:-1], None), "b": P(*names[: len(names) - 2 - window], None, names[-1])}
+    """Logical axes of ``a`` and ``b`` for a weight with these.
+
+    The rank has a name too: of a weight that is split along one side only, the factor of the other side would be whole
+    on every device, and so would its moments.
+    """
+    return {"a": P(*names[:-1], "rank"), "b": P(*names[: len(names) - 2 - window], "rank", names[-1])}
 
 
 def scale_fields(scale: float | tuple[float, ...], base: jax.Array | P) -> dict:

@@ -27,6 +27,7 @@ DEFAULT_RULES: Rules = {
     "heads": "tensor",
     "vocab": "tensor",
     "class": "tensor",
+    "rank": "fsdp",
     "layers": None,
 }
 

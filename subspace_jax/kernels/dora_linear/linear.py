@@ -29,10 +29,8 @@ def dora_linear(
     """Applies a frozen weight with a DoRA adapter: ``y = x (W + s a b) diag(magnitude / norm) + bias``.
 
     The norm is that of the adapted weight's columns, from :func:`dora_weight_norm`, and neither pass makes an array of
-    the size of W; except on CPUs, where a float32 or float64 weight of up to 16 MiB is formed for its norm in the
-    forward pass, and multiplied by while it is there.  Where ``magnitude`` is that norm, ``g = magnitude / norm`` is
-    exactly 1 and a zero ``b`` leaves the output of the layer as it is.  The norm is bounded below by 1e-12, by 1e-6 for
-    bfloat16 weights.
+    the size of W.  Where ``magnitude`` is that norm, ``g = magnitude / norm`` is exactly 1 and a zero ``b`` leaves the
+    output of the layer as it is.  The norm is bounded below by 1e-12, by 1e-6 for bfloat16 weights.
 
     Costs beside ``x W``: the norm, ``2 r in out`` FLOPs in each call, whatever the number of tokens; ``2 r (in + out)``
     for each token; one pass over ``[tokens, out]``.  Where nothing trains, keep the norm, and apply the merged weight.
