@@ -230,9 +230,10 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
 def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
     """Gives each array of an optimizer state the sharding of the parameter that it belongs to.
 
-    The owner is the parameter with the longest path that ends the array's path.  An array of the parameter's shape
-    takes its sharding; one whose shape leaves out some of the parameter's dimensions (a second moment for each
-    subspace, a row or column statistic) takes the axes of those that it keeps; anything else is replicated.
+    The owner is the parameter with the longest path that ends the array's path, or all of it but its last part.  An
+    array of the parameter's shape takes its sharding; one whose shape leaves out some of the parameter's dimensions (a
+    second moment for each subspace, a row or column statistic) takes the axes of those that it keeps, and so does one
+    that has others in their place (a moment in a subspace of the rows, a basis); anything else is replicated.
 
     Args:
       tree: The optimizer state, arrays or ``ShapeDtypeStruct``.
@@ -249,10 +250,11 @@ def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
         owners[tuple(_key(k) for k in path)] = (leaf.shape, sharding.spec)
 
     def choose(path, leaf):
-        names = tuple(_key(k) for k in path)
-        for start in range(len(names) + 1):
-            if names[start:] in owners:
-                return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]]))
+        whole = tuple(_key(k) for k in path)
+        for names in (whole, whole[:-1]):  # the second for fields of what an optimizer keeps of one parameter
+            for start in range(len(names) + 1):
+                if names[start:] in owners:
+                    return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]]))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(choose, tree)
@@ -267,15 +269,18 @@ def _key(entry: Any) -> str:
 
 def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_spec: P) -> P:
     spec = tuple(owner_spec) + (None,) * (len(owner_shape) - len(owner_spec))
-    kept, start = [], 0
+    kept, start, strange = [], 0, set()
     for size in shape:
-        while start < len(owner_shape) and owner_shape[start] != size:
-            start += 1
-        if start == len(owner_shape):
-            return P()
-        kept.append(spec[start])
-        start += 1
-    return P(*kept)
+        place = next((i for i in range(start, len(owner_shape)) if owner_shape[i] == size), None)
+        if place is None:
+            strange.add(size)
+            kept.append(None)
+        else:
+            kept.append(spec[place])
+            start = place + 1
+    # The inner product of a factor with itself, say, has the rank twice: small, and of no side of the parameter.
+    replaces = len(shape) == len(owner_shape) and strange.isdisjoint(owner_shape)
+    return P(*kept) if not strange or replaces else P()
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

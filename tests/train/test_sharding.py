@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax import train
+from subspace_jax import optim, train
 
 from .common import assert_close, classification, make_tx, take_steps
 
@@ -170,6 +170,35 @@ def test_optimizer_state_follows_its_parameter_factored_statistics_included():
     assert got["row"] == {"head": {"bases": P("tensor", "fsdp")}, "bases": P("tensor")}
     assert got["column"] == {"head": {"bases": P("tensor", None)}, "bases": P(None)}
     assert got["other_shape"]["head"]["bases"] == got["placeholder"]["head"]["bases"] == got["count"] == P()
+
+
+def test_state_in_a_subspace_is_split_along_the_side_that_it_keeps():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+    params = {"layers": {"kernel": jnp.zeros((3, 16, 32))}, "factor": jnp.zeros((16, 4))}
+    specs = {"layers": {"kernel": P(None, "fsdp", "tensor")}, "factor": P("fsdp", None)}
+    tx = optim.low_rank_projection(optax.trace(0.9), rank=lambda path, shape: 4 if path == "layers/kernel" else None)
+    state = tx.init(params)
+    got = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(follow(state, params, specs, mesh)):
+        got.setdefault(jax.tree_util.keystr(path[-2:]), set()).add(spec)
+    shapes = {x.shape for x in jax.tree.leaves(state)}
+    assert (3, 4, 32) in shapes
+    assert (3, 16, 4) in shapes
+    assert got["['layers']['kernel']"] == {P(None, None, "tensor")}
+    assert got["['kernel'].left"] == {P(None, "fsdp", None)}
+    gram = follow({"gram": {"factor": jnp.zeros((4, 4))}}, params, specs, mesh)
+    assert gram["gram"]["factor"] == P()
+
+
+def test_training_in_subspaces_on_a_mesh_equals_one_device():
+    task, data = classification(num_classes=8, features=(32,), head="softmax")
+    with jax.numpy_dtype_promotion("standard"):
+        one, split = (
+            take_steps(task, data, optim.galore(1e-2, 4, refresh_every=2), train.make_mesh(**axes))[0]
+            for axes in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2})
+        )
+    assert_close(split.params, one.params, atol=1e-5)
+    assert all(not x.sharding.is_fully_replicated for x in jax.tree.leaves(split.opt_state) if x.ndim == 2)
 
 
 @pytest.mark.parametrize("make", [optax.adam, optax.adafactor, optax.lamb])
