@@ -165,7 +165,7 @@ def token_nll(
     def score(final, labels):
         logits = nn.causal_lm_logits(config, params, final, jnp.float32)
         # By comparison: the gradient of a gather is a scatter into zeros of the size of the scores.
-        is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
+        is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
         picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
         hits = picked == jnp.max(logits, axis=-1)  # XLA's argmax on a CPU is not vectorised
         return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
