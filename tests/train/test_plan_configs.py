@@ -29,8 +29,8 @@ CASES = [
         ["adapter.method=dora", "model.dtype=bfloat16", "data.batch_size=64"],
         "v5e:2x4",
         {"fsdp": 4, "tensor": 2},
-        {("all-gather", "fsdp"), ("all-reduce", "fsdp"), ("all-reduce", "tensor"), ("all-to-all", "tensor"),
-         ("collective-permute", "tensor")},
+        # The one over both axes is the norm of the gradient.
+        {("all-gather", "fsdp"), ("all-reduce", "fsdp"), ("all-reduce", "tensor"), ("all-reduce", "fsdp+tensor")},
         8.0,
         64,
     ),
@@ -39,8 +39,7 @@ CASES = [
         ["data.batch_size=64"],
         "v5e:2x4",
         {"data": 2, "fsdp": 2, "tensor": 2},
-        {("all-gather", "fsdp"), ("all-reduce", "data+fsdp"), ("all-reduce", "fsdp"), ("all-reduce", "tensor"),
-         ("all-to-all", "tensor"), ("collective-permute", "tensor")},
+        {("all-gather", "fsdp"), ("all-reduce", "data+fsdp"), ("all-reduce", "fsdp"), ("all-reduce", "tensor")},
         8.0,
         64,
     ),
@@ -93,7 +92,8 @@ def test_the_plan_of_a_step_and_its_program_for_eight_cpu_devices_agree(configs)
         cpu.variables,
         cpu.batch,
     )
-    sent = {name: {(c.kind, c.axis): c for c in plan.collectives} for name, plan in plans.items()}
+    # But for single numbers, such as the norm of the gradient, which may be summed over two axes at once or in turn.
+    sent = {name: {(c.kind, c.axis): c for c in plan.collectives if c.nbytes > 1024} for name, plan in plans.items()}
     assert sent["tpu"].keys() == sent["cpu"].keys()
     for key, c in sent["tpu"].items():
         if key[1] == "tensor":
