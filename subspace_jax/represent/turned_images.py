@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from subspace_jax import data, nn, train
+from subspace_jax.represent import rotated_digits
 from subspace_jax.represent.rotated_digits import NUM_TRAIN, digits
 from subspace_jax.represent.transfer import TransferTask, train_whole
 
@@ -31,18 +32,13 @@ def default_config() -> ConfigDict:
     ``model.name`` is "vit" or "resnet"; for the second ``adapter.window`` is 2.  ``pretrain`` is of the network itself,
     on upright digits.  The rest is as in :mod:`subspace_jax.represent.rotated_digits`.
     """
-    config = train.default_config()
-    config.task = "subspace_jax.represent.turned_images"
-    config.train.best = "max:accuracy"
-    config.train.epochs = 15.0
-    config.data = ConfigDict({"batch_size": 64, "eval_batch_size": 200})
-    config.model = ConfigDict({"name": "vit"})
-    config.pretrain = ConfigDict({"epochs": 15, "learning_rate": 2e-3})
-    config.adapter = train.default_adapter()
-    config.optim.name = "adamw"
-    config.optim.schedule = "constant"
-    config.optim.learning_rate = 5e-3
-    return config.lock()
+    config = rotated_digits.default_config()
+    with config.unlocked():
+        config.task = "subspace_jax.represent.turned_images"
+        config.train.epochs = 15.0
+        config.model = ConfigDict({"name": "vit"})
+        config.pretrain = ConfigDict({"epochs": 15, "learning_rate": 2e-3})
+    return config
 
 
 def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:

@@ -278,8 +278,9 @@ def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
         for i, expected in enumerate(plain_run(entry)):
             for x in jax.tree.leaves(after):
                 assert x.shape not in by_shape or x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
-            # Adam in a subspace divides rounding by moments that may be small: up to 1.4e-5 was seen.
-            assert_close(after, expected, tolerance=2e-5)
+            # Sums over devices round differently, and a basis turns by that over a gap between singular values: of
+            # momenta up to 3.3 entries differ by up to 1.35e-5 here.
+            assert_close(after, expected, tolerance=1.5e-5 if entry.public == "low_rank_projection" else 1e-5)
             params, state = after
             grads = jax.device_put(entry.gradients(params, i), shardings)
             after = step(grads, state, params)
