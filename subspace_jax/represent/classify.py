@@ -19,6 +19,7 @@ from subspace_jax.represent.classifier import Classifier, make_classifier
 
 # An image set up to this size is decoded once and kept in memory; a larger one is read by index, step by step.
 IN_MEMORY_BYTES = 2**30
+LOSSES = {"softmax": losses.cross_entropy, "sigmoid": losses.binary_cross_entropy}
 
 
 class ClassifierTask:
@@ -28,7 +29,9 @@ class ClassifierTask:
 
     Args:
       make: Builds the module from a key; the module has a ``backbone`` and a ``head``.
-      label_smoothing: See :func:`subspace_jax.losses.cross_entropy`.
+      loss: Training minimises "softmax" cross-entropy (:func:`subspace_jax.losses.cross_entropy`) or "sigmoid"
+        (:func:`subspace_jax.losses.binary_cross_entropy`); evaluation reports the former.
+      label_smoothing: Of the training loss.
       mixing: Options of :func:`subspace_jax.data.mix_images`; training images are mixed where ``mixup`` or ``cutmix``
         among them is above 0.
     """
@@ -37,11 +40,14 @@ class ClassifierTask:
         self,
         make: Callable[[jax.Array], Classifier],
         *,
+        loss: str = "softmax",
         label_smoothing: float = 0.0,
         mixing: Mapping[str, float] | None = None,
     ):
+        if loss not in LOSSES:
+            raise ValueError(f"model.loss: expected one of {tuple(LOSSES)}, got {loss!r}")
         self._make = make
-        self._label_smoothing = label_smoothing
+        self._loss = functools.partial(LOSSES[loss], label_smoothing=label_smoothing)
         self._mixing = dict(mixing or {})
         self._graph, self._axes = train.split_module(make)
 
@@ -58,7 +64,7 @@ class ClassifierTask:
         return nnx.merge(self._graph, params, variables)
 
     def loss(self, params, variables, batch, key):
-        """Returns the mean cross-entropy over the batch, and the accuracy as a metric (of mixed images, if any)."""
+        """Returns the mean loss over the batch, and the accuracy as a metric (of mixed images, if any)."""
         model = self.module(params, variables)
         model.train()
         drop_key, mix_key = jax.random.split(key)
@@ -67,9 +73,9 @@ class ClassifierTask:
         if self._mixing.get("mixup") or self._mixing.get("cutmix"):
             inputs, weight = data.mix_images(mix_key, inputs, **self._mixing)
         logits = model(inputs, drop_key)
-        loss = losses.cross_entropy(logits, batch["labels"], self._label_smoothing)
+        loss = self._loss(logits, batch["labels"])
         if weight is not None:
-            other = losses.cross_entropy(logits, batch["labels"][::-1], self._label_smoothing)
+            other = self._loss(logits, batch["labels"][::-1])
             loss = weight * loss + (1 - weight) * other
         loss = jnp.mean(loss)
         accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32))
@@ -101,7 +107,7 @@ def default_config() -> ConfigDict:
 
     ``data.name`` is "union_of_subspaces" (synthetic, drawn anew for each ``seed``), "digits", or any image set of
     TensorFlow Datasets that is prepared under ``data.data_dir`` (empty: the usual place).  ``model.dims`` holds one
-    dimension for all classes, or one for each.
+    dimension for all classes, or one for each; ``model.loss`` is that of :class:`ClassifierTask`.
 
     With ``data.image.size`` above 0 images may have any size, and are brought to this one as
     :class:`subspace_jax.data.TrainImage` does with the other fields there, or :class:`subspace_jax.data.EvalImage`
@@ -146,6 +152,7 @@ def default_config() -> ConfigDict:
             "head": "grassmann",
             "dims": (8,),
             "gamma": 25.0,
+            "loss": "softmax",
             "label_smoothing": 0.0,
             "dtype": "float32",
             "drop_path": 0.0,
@@ -220,7 +227,7 @@ def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTa
 
 def _task(config: ConfigDict, input_shape: tuple[int, ...], num_classes: int) -> ClassifierTask:
     settings = dict(config.model)
-    smoothing, dims = settings.pop("label_smoothing"), tuple(settings.pop("dims"))
+    loss, smoothing, dims = settings.pop("loss"), settings.pop("label_smoothing"), tuple(settings.pop("dims"))
     if not 0 <= smoothing < 1:
         raise ValueError(f"model.label_smoothing: expected a number in [0, 1), got {smoothing}")
     mixing = {name: settings.pop(name) for name in ("mixup", "cutmix")}
@@ -231,7 +238,7 @@ def _task(config: ConfigDict, input_shape: tuple[int, ...], num_classes: int) ->
         dims=dims[0] if len(dims) == 1 else dims,
         **settings,
     )
-    return ClassifierTask(make, label_smoothing=smoothing, mixing=mixing)
+    return ClassifierTask(make, loss=loss, label_smoothing=smoothing, mixing=mixing)
 
 
 def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:

@@ -18,6 +18,7 @@ EUCLIDEAN = ("sgd", "adam", "adamw", "lamb")
 LOW_RANK = ("galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
 LORA = ("lora_plus", "scaled_adamw_lora", "lora_rite", "lora_pro", "adaprelora")
 GRASSMANN = ("rsgd", "radam")
+DECAYS = ("all", "kernels")
 
 _NO_KERNELS = ("bias", "scale", "embedding", "magnitude", "bases")
 
@@ -35,6 +36,7 @@ def default_config() -> ConfigDict:
             "b1": 0.9,
             "b2": 0.999,
             "weight_decay": 0.0,
+            "decay": "all",
             "clip_norm": 0.0,
             "low_rank": {
                 "rank": 0,
@@ -100,7 +102,9 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     Args:
       config: As :func:`default_config` gives it.  ``clip_norm`` (0: off) scales the whole gradient down to this
         norm; ``weight_decay`` is coupled for "sgd" and "adam", decoupled for "adamw" and "lamb", and never touches
-        bases, nor with "adamw" a ``magnitude`` (of DoRA); ``grassmann.lr_factor`` multiplies the shared learning rate.
+        bases, nor with "adamw" a ``magnitude`` (of DoRA); with ``decay`` "kernels" it touches arrays of that name only,
+        and leaves out biases, norms, tables and tokens, as recipes for images do.  ``grassmann.lr_factor`` multiplies
+        the shared learning rate.
 
         The names in ``LOW_RANK`` project the gradients of kernels, those of stacked layers included, and are Adam for
         tables, biases and norms.  ``low_rank.rank`` 0 is a quarter of a kernel's shorter side; ``low_rank.scale`` is
@@ -117,23 +121,29 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
       The transform.
 
     Raises:
-      ValueError: A name is unknown.
+      ValueError: A name is unknown, or ``decay`` is "kernels" for an optimizer of ``LOW_RANK`` or ``LORA``.
     """
     rate = make_schedule(config, num_steps)
+    if config.decay not in DECAYS:
+        raise ValueError(f"optim.decay: expected one of {DECAYS}, got {config.decay!r}")
+    if config.decay == "kernels" and config.name not in EUCLIDEAN:
+        raise ValueError(f"optim.decay: {config.name!r} decays all that it trains, expected 'all', got 'kernels'")
+    decayed = _only_kernels if config.decay == "kernels" else None
     if config.name == "sgd":
         euclidean = optax.chain(
-            optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
+            optax.add_decayed_weights(config.weight_decay, decayed), optax.sgd(rate, momentum=config.momentum)
         )
     elif config.name == "adam":
         euclidean = optax.chain(
-            optax.add_decayed_weights(config.weight_decay), optax.adam(rate, b1=config.b1, b2=config.b2)
+            optax.add_decayed_weights(config.weight_decay, decayed), optax.adam(rate, b1=config.b1, b2=config.b2)
         )
     elif config.name == "adamw":
         # The lengths that DoRA trains are not to shrink.
-        options = {"weight_decay": config.weight_decay, "mask": functools.partial(_but_for, ("magnitude",))}
+        options = {"weight_decay": config.weight_decay, "mask": decayed or functools.partial(_but_for, ("magnitude",))}
         euclidean = optax.adamw(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name == "lamb":
-        euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        options = {"weight_decay": config.weight_decay, "mask": decayed}
+        euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name in LOW_RANK:
         euclidean = _narrowed(config, _low_rank(config, rate))
     elif config.name in LORA:
@@ -233,6 +243,12 @@ def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformat
         return optim.adaprelora(rate, scale=fields.scale, stats=fields.stats, **options)
     except ValueError as error:
         raise ValueError(f"optim.lora: {error}") from error
+
+
+def _only_kernels(params: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(path) and getattr(path[-1], "key", None) == "kernel", params
+    )
 
 
 def _but_for(names: tuple[str, ...], params: PyTree) -> PyTree:

@@ -18,6 +18,22 @@ def test_cross_entropy_equals_optax_on_smoothed_labels(smoothing):
     np.testing.assert_allclose(losses.cross_entropy(logits, labels, smoothing), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_equals_optax_summed_over_classes(smoothing):
+    logits = 3 * jax.random.normal(jax.random.key(0), (6, 5))
+    labels = jnp.array([0, 1, 2, 3, 4, 0])
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 5), smoothing)
+    expected = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
+    np.testing.assert_allclose(losses.binary_cross_entropy(logits, labels, smoothing), expected, rtol=1e-5)
+
+
+def test_binary_cross_entropy_and_its_gradient_are_finite_for_huge_logits():
+    logits = jnp.array([[1e4, -1e4]])
+    loss, gradient = jax.value_and_grad(lambda x: losses.binary_cross_entropy(x, jnp.array([1]))[0])(logits)
+    np.testing.assert_allclose(loss, 2e4)
+    np.testing.assert_allclose(gradient, [[1.0, -1.0]], atol=1e-6)
+
+
 def test_cross_entropy_is_finite_for_huge_logits():
     loss = losses.cross_entropy(jnp.array([[1e4, -1e4]]), jnp.array([1]))
     np.testing.assert_allclose(loss, 2e4)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import represent, train
+from subspace_jax import losses, represent, train
 from subspace_jax.represent import classify
 
 SHAPE = {"input_shape": (4, 4, 1), "num_classes": 5}
@@ -64,6 +64,24 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     assert plain.loss(params, variables, batch, key)[0] != smooth.loss(params, variables, batch, key)[0]
     rows = next(iter(data.evaluate()))
     assert plain.evaluate(params, variables, rows)["loss"] == smooth.evaluate(params, variables, rows)["loss"]
+
+
+def test_sigmoid_loss_trains_on_it_and_evaluates_by_softmax():
+    softmax, data = classify.build(small_config(head="softmax"))
+    sigmoid, _ = classify.build(small_config(head="softmax", loss="sigmoid"))
+    params, variables = softmax.init(jax.random.key(0))
+    batch = next(data.train(0))
+    key = jax.random.key(1)
+    logits = sigmoid.module(params, variables)(batch["inputs"])
+    expected = jnp.mean(losses.binary_cross_entropy(logits, jnp.asarray(batch["labels"])))
+    np.testing.assert_allclose(sigmoid.loss(params, variables, batch, key)[0], expected, rtol=1e-5)
+    rows = next(iter(data.evaluate()))
+    assert softmax.evaluate(params, variables, rows)["loss"] == sigmoid.evaluate(params, variables, rows)["loss"]
+
+
+def test_an_unknown_loss_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"model\.loss: expected one of .*got 'hinge'"):
+        classify.build(small_config(loss="hinge"))
 
 
 def test_one_dimension_for_each_class_gives_one_group_for_each_dimension():

@@ -37,14 +37,14 @@ def config_of(configs, name, variant):
 
 def task_of(config, num_classes=1000):
     side, model = config.data.image.size, dict(config.model)
-    smoothing, dims = model.pop("label_smoothing"), model.pop("dims")
+    loss, smoothing, dims = model.pop("loss"), model.pop("label_smoothing"), model.pop("dims")
     mixing = {name: model.pop(name) for name in ("mixup", "cutmix")}
 
     def make(key):
         shape = (side, side, 3)
         return represent.make_classifier(key, input_shape=shape, num_classes=num_classes, dims=dims[0], **model)
 
-    return represent.ClassifierTask(make, label_smoothing=smoothing, mixing=mixing)
+    return represent.ClassifierTask(make, loss=loss, label_smoothing=smoothing, mixing=mixing)
 
 
 @pytest.mark.parametrize(("name", "variant", "body", "head"), CONFIGS)

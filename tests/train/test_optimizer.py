@@ -72,6 +72,29 @@ def params():
 
 
 @pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_decay_of_kernels_leaves_norms_tables_and_biases_alone(name, params):
+    others = {"bias": jnp.ones(3), "scale": jnp.ones((2, 3)), "table": jnp.ones((4, 2)), "magnitude": jnp.ones(2)}
+    params = {**params, "layer": others}
+    tx = make_tx(name=name, learning_rate=0.1, weight_decay=0.5, decay="kernels", schedule="constant")
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    assert all(np.all(x == 0) for x in jax.tree.leaves(updates["layer"]))
+    assert np.all(updates["kernel"] * params["kernel"] < 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": "some"}, "optim.decay: expected one of .*got 'some'"),
+        ({"decay": "kernels", "name": "galore"}, "optim.decay: 'galore' decays all"),
+    ],
+)
+def test_a_decay_that_an_optimizer_does_not_have_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_tx(**settings)
+
+
+@pytest.mark.usefixtures("third_party")
 def test_decay_coupled_with_adam_moves_weights_without_gradient_by_one_step():
     tx = make_tx(name="adam", learning_rate=0.1, weight_decay=0.5, schedule="constant")
     params = {"kernel": jnp.array([[3.0, -0.2]])}
