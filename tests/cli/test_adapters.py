@@ -153,6 +153,20 @@ def test_methods_that_factor_a_weight_go_on_from_their_own_factors(folder, tmp_p
     assert "settings" in capsys.readouterr().err
 
 
+def test_a_tied_table_of_tokens_is_adapted_by_its_rule_and_leaves_as_merged_weights(folder, tmp_path, capsys):
+    settings = ["adapter.method=lora", "adapter.rules=embed/embedding=2,attn/qkv=2", "optim.learning_rate=0.02"]
+    assert finetune(folder, tmp_path / "run", *settings, "mesh.fsdp=4", "mesh.tensor=2") == 0
+    # PEFT would give the head of a tied model none of the update.
+    assert not (tmp_path / "run" / "adapter").exists()
+    capsys.readouterr()
+    table = interop.load_causal_lm(folder / "model")[1]["embed"]["embedding"]
+    merged = interop.load_causal_lm(tmp_path / "run" / "model")[1]["embed"]["embedding"]
+    assert np.linalg.matrix_rank(np.asarray(merged - table), tol=1e-5) == 2
+    data = ("--data", folder / "eval.txt")
+    before, after = (perplexity(capsys, "--model", path, *data) for path in (folder / "model", tmp_path / "run/model"))
+    assert after < before
+
+
 def test_adaprelora_takes_the_energies_of_whole_weights_and_exports_factors_alone(folder, tmp_path):
     settings = ["adapter.method=lora", "adapter.rank=2", "optim.clip_norm=1.0"]
     settings += ["optim.name=adaprelora", "optim.lora.stats=full", "optim.learning_rate=1e-2"]

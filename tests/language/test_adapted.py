@@ -67,6 +67,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(batch):
     many = {name: np.tile(x, (4, 1)) for name, x in batch.items()}
     settings = {
         "attn/q": adapters.DoRA(2, 4.0, init="gaussian"),
+        "embed/embedding": adapters.LoRA(2, 4.0),
         "mlp/up": adapters.SVFit(3),
         "norm/scale": adapters.Full(),
     }
