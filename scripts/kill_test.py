@@ -9,8 +9,8 @@ time while the process starts, restores and compiles; the others a random moment
 that are left, however slow the machine is.  Checked are:
 
 - the final state of every run has the bits of the one that was never killed, and its metrics.jsonl the same rows;
-- a run goes on from the latest checkpoint that was whole when it was killed, and loses fewer steps than lie between two
-  checkpoints; where the kill met a checkpoint that was due and still being written, those up to it too.
+- a run goes on from the latest checkpoint that was whole when it was killed, and loses no more steps than
+  ``train.checkpoint_every``, whether or not the kill met a checkpoint that was being written.
 
 Ends with 1 where something differs.  One line of JSON with the counts is printed last.
 """
@@ -53,6 +53,12 @@ def last_step(workdir):
 def whole_checkpoints(workdir):
     folder = workdir / "checkpoints"
     return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def is_half_written(workdir):
+    """Whether a kill has met a checkpoint that was being written, which lies under another name until it is whole."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any("tmp" in p.name for p in folder.iterdir())
 
 
 def bits(workdir):
@@ -101,7 +107,7 @@ def kill_runs(config, workdir, settings, kills, seed):
     expected, rows = bits(workdir / "whole"), (workdir / "whole/metrics.jsonl").read_text()
     steps = last_step(workdir / "whole")
     every = train.read_config(workdir / "whole/config.json").train.checkpoint_every or steps
-    wrong, lost, lost_writing, runs, done, in_steps = [], [], [], 0, 0, 0
+    wrong, lost, writing, runs, done, in_steps = [], [], 0, 0, 0, 0
     while done < kills:
         target, killed_at = workdir / f"run_{runs}", None
         while True:
@@ -120,22 +126,20 @@ def kill_runs(config, workdir, settings, kills, seed):
                 text = log.read()
             found = re.search(r"Going on from step (\d+)", text)
             if killed_at is not None and (found or process.returncode == 0):
-                step, whole = killed_at
+                step, whole, half_written = killed_at
                 resumed = int(found[1]) if found else 0
                 if resumed < max(whole, default=0):
                     wrong.append(f"{target}: went on from {resumed}, though {whole} were whole")
-                due = step // every * every
-                written = due == 0 or due in whole
-                (lost if written else lost_writing).append(step - resumed)
-                # A run that has logged a step at which a checkpoint is due may still be waiting for the one before.
-                if step - resumed > every * (1 if written else 2):
+                lost.append(step - resumed)
+                writing += half_written
+                if lost[-1] > every:
                     wrong.append(f"{target}: went on from {resumed} after step {step}, with {whole} whole")
             if process.returncode == 0:
                 break
             if process.returncode != -signal.SIGKILL:
                 wrong.append(f"{target}: ended with {process.returncode}:\n{text[-2000:]}")
                 break
-            killed_at = (last_step(target), before)
+            killed_at = (last_step(target), before, is_half_written(target))
         runs += 1
         if process.returncode == 0:
             if bits(target) != expected:
@@ -145,9 +149,8 @@ def kill_runs(config, workdir, settings, kills, seed):
         print(f"run {runs}: {done} kills so far, {len(wrong)} faults", flush=True)
     return {
         **{"kills": done, "in_steps": in_steps, "runs": runs, "steps": steps, "checkpoint_every": every},
-        **{"seconds": round(seconds, 1), "resumes": len(lost) + len(lost_writing)},
-        **{"most_steps_lost": max(lost, default=0), "resumes_after_a_kill_while_writing": len(lost_writing)},
-        "most_steps_lost_while_writing": max(lost_writing, default=0),
+        **{"seconds": round(seconds, 1), "resumes": len(lost), "most_steps_lost": max(lost, default=0)},
+        **{"mean_steps_lost": round(sum(lost) / max(len(lost), 1), 1), "resumes_from_a_kill_while_writing": writing},
     }, wrong
 
 

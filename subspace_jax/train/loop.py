@@ -108,7 +108,9 @@ def fit(
       remat: See :func:`subspace_jax.train.make_train_step`.
       log_every: Steps between two rows of training metrics.
       eval_every: Steps between two evaluations; 0 evaluates at the end only.
-      checkpoint_every: Steps between two checkpoints; 0 saves at the end only.
+      checkpoint_every: The most steps that a kill at any time may cost; 0 saves at the end only.  A checkpoint is begun
+        twice in that many steps, and written in the background while steps go on; the next one waits until it is whole.
+        So the newest that is whole never lies further back, however slow the disk is.
       keep: How many of the latest checkpoints stay; the best one stays besides.
       best: Evaluation metric by which the best is found: ``"max:METRIC"`` or ``"min:METRIC"``.
       profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that goes on
@@ -217,6 +219,13 @@ class _Every(NamedTuple):
     def due(self, period: int, step: int) -> bool:
         return step == self.num_steps or (period > 0 and step % period == 0)
 
+    def due_to_save(self, step: int) -> bool:
+        # Also in the middle: a checkpoint is whole at the latest when the next is due, and then the one before it is
+        # one interval old.
+        return self.due(self.checkpoint, step) or (
+            self.checkpoint > 1 and step % self.checkpoint == self.checkpoint // 2
+        )
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -268,9 +277,11 @@ class _Run:
                     final = self._evaluation(state)
                     metrics_log.write(step, "eval", final)
                     log.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
-                if every.due(every.checkpoint, step):
+                if every.due_to_save(step):
                     fresh = final if every.due(every.evaluate, step) else None
                     self.checkpoints.save(state, self.batches, fresh)
+                    if every.checkpoint == 1:  # there is no middle in which to write it
+                        self.checkpoints.wait()
                 if notice.came(step) and step < every.num_steps:
                     self.checkpoints.save(state, self.batches)
                     self.checkpoints.wait()

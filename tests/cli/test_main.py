@@ -46,7 +46,7 @@ def test_train_goes_on_where_it_stopped(train, tmp_path, caplog):
 
 
 def test_eval_reads_the_latest_a_named_and_the_best_checkpoint(train, tmp_path, capsys):
-    assert train(tmp_path) == 0
+    assert train(tmp_path, "--config.train.keep=3") == 0
     capsys.readouterr()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["accuracy"] for row in rows if row["split"] == "eval"}

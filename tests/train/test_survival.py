@@ -54,12 +54,39 @@ def test_sigterm_ends_the_step_saves_and_goes_on_to_the_same_bits(run, fit, tmp_
         go(acting(data, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert stopped.value.step == 5
     assert signal.getsignal(signal.SIGTERM) is before
-    # Not the step at which a checkpoint was due: they are at 3 and 6.
-    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [3, 5]
+    # Not a step at which a checkpoint was due: they are at 1, 3, 4, 6; that of step 3 was not the best, nor evaluated.
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 5]
     again = go(data)
     whole = go(data, workdir=tmp_path / "whole")
     assert_same_bits(again.state, whole.state)
     assert (tmp_path / "run/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 8])
+def test_a_kill_while_a_slow_checkpoint_is_written_costs_one_interval_at_most(interval, run, monkeypatch, tmp_path):
+    go, data = run
+    given, lost = [], []
+
+    class Slow:
+        def result(self, timeout=None):
+            time.sleep(0.2)  # by now the loop has come to the next checkpoint, and waits
+            whole = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdecimal()]
+            lost.append(given[-1].get_state()["next_index"] - max(whole, default=0))
+
+    write = train.checkpoints.ocp.StandardCheckpointHandler.async_save
+
+    async def slowly(*arguments, **options):
+        return [*(await write(*arguments, **options)), Slow()]
+
+    def train_batches(seed):
+        given.append(data.train(seed))
+        return given[-1]
+
+    monkeypatch.setattr(train.checkpoints.ocp.StandardCheckpointHandler, "async_save", slowly)
+    watched = train.Data(data.batch_size, data.steps_per_epoch, train_batches, data.evaluate)
+    go(watched, num_steps=16, eval_every=0, checkpoint_every=interval)
+    assert len(lost) == (16 if interval == 1 else 11 if interval == 3 else 32 // interval)
+    assert max(lost) == interval
 
 
 def test_the_command_tells_by_its_exit_code_why_it_ended(monkeypatch, configs, tmp_path, capsys):
@@ -125,7 +152,7 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run, monkeypatch, tmp_pat
         return save(self, step, *arguments, **options)
 
     monkeypatch.setattr(train.checkpoints.ocp.CheckpointManager, "save", full)
-    with pytest.raises(OSError, match=r"checkpoints: can't write the checkpoint of step 6 .*No space left on device"):
+    with pytest.raises(OSError, match=r"checkpoints: can't write the checkpoint of step 4 .*No space left on device"):
         go(data)
     monkeypatch.undo()
     monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
