@@ -137,3 +137,12 @@ def test_bfloat16_outputs_are_within_one_unit_in_the_last_place(method):
     # What PEFT's users see who merge: the weight is rounded before it is used.
     merged = jnp.matmul(x, adapters.merge(params, trainable, rules)["w"])
     assert np.max(np.abs(np.asarray(merged, np.float64) - exact) / unit) <= 1.5
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_the_magnitudes_of_new_adapters_are_the_norms_of_the_columns(rows):
+    # With 32 rows a CPU's compiler made infinities of the product with zeros.
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(2, rows, 128)), jnp.float32)
+    rules = {"w": adapters.DoRA(4, 8.0)}
+    start = jax.jit(lambda w: adapters.init(jax.random.key(0), {"w": w}, rules))(w)
+    np.testing.assert_allclose(start["w"]["magnitude"], jnp.linalg.norm(w, axis=1), rtol=1e-5)
