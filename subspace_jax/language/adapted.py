@@ -169,7 +169,7 @@ class AdaptedLMTask:
 
     def _load(self, shardings):
         weights = self._read()
-        draw = jax.jit(self._draw, out_shardings=(shardings[0], shardings[1]["start"]))
+        draw = train.jit_on_mesh(self._draw, self._mesh, (shardings[0], shardings[1]["start"]))
         trainable, start = draw(jax.random.key(self._seed), weights)
         return trainable, {"base": self._placed(weights, start, shardings[1]["base"]), "start": start}
 
@@ -179,7 +179,7 @@ class AdaptedLMTask:
     def _placed(self, weights, start, shardings):
         # Always by this one program: a run that goes on has the very bits of the one that began.
         donated = () if self._in_int8 else (0,)
-        return jax.jit(self._based, out_shardings=shardings, donate_argnums=donated)(weights, start)
+        return train.jit_on_mesh(self._based, self._mesh, shardings, donate_argnums=donated)(weights, start)
 
     def _read(self):
         return interop.load_causal_lm(self.folder, shardings=self._shardings, dtype=self._base_dtype)[1]

@@ -19,39 +19,55 @@ PyTree = Any
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 MESH_AXES = ("data", "fsdp", "tensor")
+SEQUENCE = "sequence"  # an axis that a mesh has only where it splits something
 
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",
+    "sequence": SEQUENCE,
+    "embed": ("fsdp", SEQUENCE),
     "mlp": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
     "class": "tensor",
-    "rank": "fsdp",
+    "rank": ("fsdp", SEQUENCE),
     "layers": None,
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices in a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    sequence: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+) -> Mesh:
+    """Arranges devices in a mesh with the axes ``data``, ``fsdp`` and ``tensor``, and ``sequence`` where it is asked.
 
     Args:
       data: Replicas that split the batch; -1 takes the devices that are left.
       fsdp: Ways in which parameters and optimizer state are split; the batch is split along it too.
       tensor: Ways in which single matrices are split, class subspaces along their class axis.
+      sequence: Ways in which the places of a row are split, in tasks that can (language models); parameters and
+        optimizer state are split along it too.
       devices: The devices to use; all of them by default.
+      axis_type: Of all axes.  The steps of this package run with Auto axes, where the compiler places the collectives;
+        on a mesh with Explicit axes they take and return arrays whose types show how they are split, and do the same.
 
     Returns:
-      A mesh whose axes are of type Auto: the compiler places the collectives.  Devices lie along the links of a TPU
-      slice, as JAX arranges them; where it can't, or where ``tensor`` would go over several processes though it could
-      stay inside one, they lie process by process, since every process reads rows of its own.
+      The mesh, ``tensor`` its last axis and ``sequence`` before it.  Devices lie along the links of a TPU slice, as JAX
+      arranges them; where it can't, or where these two would go over several processes though they could stay inside
+      one, they lie process by process, since every process reads rows of its own.
 
     Raises:
       ValueError: A size is neither positive nor -1, more than one is -1, the mesh is larger than the devices, or -1
         can't be filled evenly.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes = {"data": data, "fsdp": fsdp, SEQUENCE: sequence, "tensor": tensor}
+    if sequence == 1:
+        del sizes[SEQUENCE]
     open_axes = [name for name, size in sizes.items() if size == -1]
     if any(size < 1 and size != -1 for size in sizes.values()) or len(open_axes) > 1:
         raise ValueError(f"mesh: sizes are positive, at most one of them -1; got {sizes}")
@@ -63,24 +79,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         )
     if open_axes:
         sizes[open_axes[0]] = len(devices) // fixed
-    shape = tuple(sizes.values())
+    names, shape = tuple(sizes), tuple(sizes.values())
     used = devices[: math.prod(shape)]
-    types = (AxisType.Auto,) * 3
+    types = (axis_type,) * len(names)
     try:
-        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=used)
+        mesh = jax.make_mesh(shape, names, axis_types=types, devices=used)
     except NotImplementedError:  # no product of sides of the slice is the size of an axis
         mesh = None
     if mesh is None or _splits_processes(mesh.devices):
         by_process = np.empty(len(used), object)
         by_process[:] = sorted(used, key=lambda device: device.process_index)
         if mesh is None or not _splits_processes(by_process.reshape(shape)):
-            return Mesh(by_process.reshape(shape), MESH_AXES, axis_types=types)
+            return Mesh(by_process.reshape(shape), names, axis_types=types)
     return mesh
 
 
 def _splits_processes(devices: np.ndarray) -> bool:
-    """Whether the last axis, which does not split the batch, goes over several processes."""
+    """Whether the axes after the first two, which do not split the batch, go over several processes."""
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(devices)
+    processes = processes.reshape(*devices.shape[:2], -1)
     return bool(np.any(processes != processes[..., :1]))
 
 
@@ -127,6 +144,7 @@ def _mesh_axes(name: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
         raise ValueError(f"no sharding rule for the logical axis {name!r}; there are rules for {sorted(rules)}")
     axes = rules[name]
     axes = (axes,) if isinstance(axes, str) else (axes or ())
+    axes = tuple(axis for axis in axes if axis != SEQUENCE or axis in mesh.shape)
     if missing := [axis for axis in axes if axis not in mesh.shape]:
         raise ValueError(f"the rule for {name!r} names mesh axes {missing}; the mesh has {list(mesh.axis_names)}")
     return axes
@@ -185,7 +203,7 @@ def param_shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEF
 
 
 def gather(tree: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
-    """Gathers arrays over the mesh axes that split the batch, before they are used; works under ``jax.jit`` only.
+    """Gathers arrays over the mesh axes that split rows or places, before they are used; works under ``jax.jit`` only.
 
     This is what "fully sharded" means: an array is stored in shares, and whole (but for ``tensor``) where it meets rows
     of the batch.  Left to itself, the compiler may instead split a product over its contracted dimension by the axis
@@ -221,10 +239,61 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
     if mesh.size == 1:
         # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
         return x
-    batch_axes = _mesh_axes("batch", mesh, rules)
+    batch_axes = _mesh_axes("batch", mesh, rules) + sequence_axes(mesh, rules)
     groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in resolve(names, x.shape, mesh, rules)]
     spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
+
+
+def sequence_axes(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
+    """The mesh axes that split the places of a row; none on most meshes."""
+    return _mesh_axes("sequence", mesh, rules) if "sequence" in rules else ()
+
+
+def split_places(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.Array:
+    """Splits an array ``[batch, length, ...]`` of activations by rows and places; works under ``jax.jit`` only.
+
+    Args:
+      x: The array; it is handed on as it is on a mesh that splits no places.
+      mesh: The mesh.
+      rules: Logical name to mesh axis or axes.
+    """
+    if not sequence_axes(mesh, rules):
+        return x
+    free = (P.UNCONSTRAINED,) * (x.ndim - 2)
+    spec = P(_mesh_axes("batch", mesh, rules), sequence_axes(mesh, rules), *free)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same devices and axes with axes of type Auto: the mesh of constraints inside a step."""
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return mesh if mesh.axis_types == types else Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def jit_on_mesh(
+    function: Callable,
+    mesh: Mesh,
+    out_shardings: PyTree,
+    *,
+    in_shardings: PyTree = None,
+    donate_argnums: int | tuple = (),
+) -> Callable:
+    """Compiles a function of sharded arrays, whatever the type of the mesh's axes.
+
+    On Explicit axes its body runs with Auto ones: the same program, and results typed by ``out_shardings``.
+
+    Args:
+      function: Takes and returns pytrees of arrays.
+      mesh: The mesh on which they live.
+      out_shardings: Shardings of the results, or one for all.
+      in_shardings: Of the arguments; by default as they come.
+      donate_argnums: As for ``jax.jit``.
+    """
+    if AxisType.Explicit in mesh.axis_types:
+        function = jax.sharding.auto_axes(function, out_sharding=out_shardings)
+    given = {} if in_shardings is None else {"in_shardings": in_shardings}
+    return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, **given)
 
 
 def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:

@@ -12,7 +12,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, follow_params, gather, param_shardings
+from subspace_jax.train.sharding import (
+    DEFAULT_RULES,
+    Rules,
+    auto_mesh,
+    batch_sharding,
+    follow_params,
+    gather,
+    jit_on_mesh,
+    param_shardings,
+)
 from subspace_jax.train.task import Batch, Metrics, Task
 
 PyTree = Any
@@ -118,9 +127,9 @@ def init_state(
     create = functools.partial(new_state, task, tx)
     key = jax.random.key(seed)
     if not hasattr(task, "load"):
-        return jax.jit(create, out_shardings=shardings)(key)
+        return jit_on_mesh(create, mesh, shardings)(key)
     start = task.load((shardings.params, shardings.variables))
-    return jax.jit(create, out_shardings=shardings, donate_argnums=1)(key, start)
+    return jit_on_mesh(create, mesh, shardings, donate_argnums=1)(key, start)
 
 
 def complete_state(task: Task, state: TrainState, shardings: TrainState) -> TrainState:
@@ -201,7 +210,7 @@ def make_train_step(
         def split(x):
             # Every micro-batch takes rows from every device, so that cutting the batch moves no data.
             parts = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, *rows.spec)))
+            return jax.lax.with_sharding_constraint(parts, NamedSharding(auto_mesh(mesh), P(None, *rows.spec)))
 
         def one(variables, part, part_key):
             (loss, (variables, metrics)), grads = gradient(state.params, variables, held, part, part_key)
@@ -241,12 +250,8 @@ def make_train_step(
         new = TrainState(state.step + 1, params, variables, opt_state, state.key, skipped)
         return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
 
-    return jax.jit(
-        step,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-        donate_argnums=0,
-    )
+    results = (shardings, NamedSharding(mesh, P()))
+    return jit_on_mesh(step, mesh, results, in_shardings=(shardings, rows), donate_argnums=0)
 
 
 def _without(variables: PyTree, names: tuple[str, ...]) -> PyTree:
@@ -273,8 +278,5 @@ def make_eval_step(
         params, variables = gather((state.params, state.variables), task.axes(), mesh, rules)
         return task.evaluate(params, variables, batch)
 
-    return jax.jit(
-        evaluate,
-        in_shardings=(shardings, batch_sharding(mesh, rules)),
-        out_shardings=NamedSharding(mesh, P()),
-    )
+    rows = batch_sharding(mesh, rules)
+    return jit_on_mesh(evaluate, mesh, NamedSharding(mesh, P()), in_shardings=(shardings, rows))
