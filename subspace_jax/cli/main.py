@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     info = _command(commands, "info", "show versions, devices and the mesh")
-    for axis, default in (("data", -1), ("fsdp", 1), ("tensor", 1)):
+    for axis, default in (("data", -1), ("fsdp", 1), ("sequence", 1), ("tensor", 1)):
         info.add_argument(f"--{axis}", type=int, default=default, help=f"size of the mesh axis (default: {default})")
 
     args, extra = parser.parse_known_args(argv)
@@ -234,7 +234,7 @@ def _info(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes"
     )
-    mesh = train.make_mesh(args.data, args.fsdp, args.tensor)
+    mesh = train.make_mesh(args.data, args.fsdp, args.tensor, sequence=args.sequence)
     print("mesh: " + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()))
 
 

@@ -111,7 +111,12 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if name not in ("data", "fsdp", "tensor") or not equals or not size.lstrip("-").isdecimal() or name in sizes:
+        if (
+            name not in ("data", "fsdp", "sequence", "tensor")
+            or not equals
+            or not size.lstrip("-").isdecimal()
+            or name in sizes
+        ):
             raise ValueError(f"--mesh: expected a form such as data=2,fsdp=8,tensor=2, got {text!r}")
         sizes[name] = int(size)
     return sizes

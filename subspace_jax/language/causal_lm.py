@@ -1,6 +1,7 @@
 """Causal language modelling as a task of the train loop."""
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,7 +27,8 @@ class CausalLMTask:
 
     Args:
       config: The model.
-      mesh: The mesh of the run.
+      mesh: The mesh of the run.  Where it splits places, activations are split along the length of a row, and attention
+        gathers keys and values; see :func:`subspace_jax.nn.split_attention`.
       rules: Logical name to mesh axis or axes.
       folder: Checkpoint folder to start from; None starts from random numbers.
       dtype: Type of the activations.
@@ -55,6 +57,12 @@ class CausalLMTask:
             "on_layer": train.layer_gatherer(self._axes["layers"], mesh, rules),
         }
         self._loss_chunk = loss_chunk
+        self._split = functools.partial(train.split_places, mesh=mesh, rules=rules)
+        axes = train.sequence_axes(mesh, rules)
+        self._shares = math.prod(mesh.shape[axis] for axis in axes)
+        if axes:
+            self._options["on_stream"] = self._split
+            self._options["attend_with"] = nn.split_attention(train.auto_mesh(mesh), axes)
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
             self.load = lambda shardings: (
@@ -93,13 +101,14 @@ class CausalLMTask:
         out = nn.causal_lm_apply(
             self.config,
             params,
-            batch["inputs"],
+            self._split(batch["inputs"]),
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             with_logits=False,
             **self._options,
         )
-        return token_nll(self.config, params, out.final, batch["labels"], self._loss_chunk)
+        labels = self._split(batch["labels"])
+        return token_nll(self.config, params, out.final, labels, self._loss_chunk, self._shares)
 
 
 def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], mesh: Mesh) -> tuple[float, float]:
@@ -111,7 +120,8 @@ def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], m
       batches: Batches with a ``mask``, such as :func:`subspace_jax.data.eval_batches` gives.
       mesh: The mesh on which the parameters live.
     """
-    score = jax.jit(lambda params, batch: task.evaluate(params, {}, batch))
+    whole = NamedSharding(mesh, P())
+    score = train.jit_on_mesh(lambda params, batch: task.evaluate(params, {}, batch), mesh, whole)
     rows = train.batch_sharding(mesh)
     sums = [score(params, train.to_device(batch, rows)) for batch in batches]
     return tuple(sum(float(s[name]) for s in sums) for name in ("loss", "count"))
@@ -132,13 +142,12 @@ def option_scores(
       Negative log-likelihood in nats and number of tokens of each real row, ``[rows]``; see
       :func:`subspace_jax.metrics.choice_accuracy`.
     """
-    whole = NamedSharding(mesh, P())
 
-    @functools.partial(jax.jit, out_shardings=whole)
     def score(params, batch):
         nll, _ = task.nll(params, batch)
         return jnp.sum(nll * batch["weights"], axis=1), jnp.sum(batch["weights"], axis=1)
 
+    score = train.jit_on_mesh(score, mesh, NamedSharding(mesh, P()))
     rows = train.batch_sharding(mesh)
     found = [
         [np.asarray(x)[batch["mask"] > 0] for x in score(params, train.to_device(batch, rows))] for batch in batches
@@ -147,7 +156,7 @@ def option_scores(
 
 
 def token_nll(
-    config: nn.CausalLMConfig, params: PyTree, final: jax.Array, labels: jax.Array, chunk: int = 0
+    config: nn.CausalLMConfig, params: PyTree, final: jax.Array, labels: jax.Array, chunk: int = 0, shares: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Scores tokens a few places at a time, so that the scores of all are never there.
 
@@ -157,6 +166,8 @@ def token_nll(
       final: ``[batch, length, d]``, from :func:`subspace_jax.nn.causal_lm_apply`.
       labels: ``[batch, length]`` integers.
       chunk: Places at a time; 0, or what does not divide the length, for all.
+      shares: Equal parts of the length from each of which as many places are taken at a time: where it is split over
+        devices, each works on its own.  All places at once where it does not divide ``chunk``.
 
     Returns:
       Negative log-likelihoods and hits, ``[batch, length]`` float32.
@@ -171,10 +182,12 @@ def token_nll(
         return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
 
     batch, length = labels.shape
-    if not chunk or length <= chunk or length % chunk:
+    if not chunk or length <= chunk or length % chunk or chunk % shares:
         return score(final, labels)
-    parts = (final.reshape(batch, length // chunk, chunk, -1), labels.reshape(batch, length // chunk, chunk))
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(batch, shares, length // chunk, chunk // shares, *x.shape[2:]), 2, 0),
+        (final, labels),
+    )
     # The backward pass makes the scores again.
     _, scored = jax.lax.scan(lambda _, part: (None, jax.checkpoint(score)(*part)), None, parts)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), scored)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length), scored)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,9 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTas
 
 
 def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str | None) -> CausalLMTask | AdaptedLMTask:
+    shares = math.prod(mesh.shape[axis] for axis in train.sequence_axes(mesh))
+    if config.data.length % shares:
+        raise ValueError(f"data.length: {config.data.length} places of a row don't split over mesh.sequence={shares}")
     fields = config.model
     options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
     options["folder"] = folder

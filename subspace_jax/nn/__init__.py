@@ -48,6 +48,7 @@ from subspace_jax.nn.resample import resample_positions
 from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
 from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.split_attention import split_attention
 from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
 from subspace_jax.nn.swin_config import SwinConfig
 from subspace_jax.nn.text_tower import (
@@ -147,6 +148,7 @@ __all__ = [
     "rope_tables",
     "safe_norm",
     "similarity",
+    "split_attention",
     "swin_apply",
     "swin_axes",
     "swin_init",

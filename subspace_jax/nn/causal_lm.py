@@ -60,6 +60,7 @@ def causal_lm_apply(
     remat: str = "none",
     on_layer: Callable[[PyTree], PyTree] | None = None,
     on_stream: Callable[[jax.Array], jax.Array] | None = None,
+    attend_with: Callable[..., jax.Array] = attention,
     implementation: str | None = None,
     unroll: int = 1,
 ) -> CausalLMOutput:
@@ -90,6 +91,7 @@ def causal_lm_apply(
         layers would be whole at once; and with ``remat="none"`` the backward pass would keep them so.
       on_stream: Applied to the residual stream ``[batch, length, d]`` before the first and after every block: the place
         of a sharding constraint.
+      attend_with: What attends; :func:`subspace_jax.nn.split_attention` makes one for places split over devices.
       implementation: Of :func:`subspace_jax.nn.attention`.
       unroll: Layers in one turn of the loop.
 
@@ -145,7 +147,7 @@ def causal_lm_apply(
                 key, value = key.astype(query.dtype), value.astype(query.dtype)
             if config.scale_by_layer:
                 query = query / (xs["index"] + 1).astype(query.dtype)
-            return attention(
+            return attend_with(
                 query,
                 key,
                 value,

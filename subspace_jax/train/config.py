@@ -27,7 +27,7 @@ def default_config() -> ConfigDict:
         {
             "task": "",
             "seed": 0,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "train": {
                 "steps": 0,
                 "epochs": 10.0,

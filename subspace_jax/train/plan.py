@@ -22,7 +22,7 @@ from subspace_jax.train.plan_chips import Chip, find_topology, tpu_devices
 from subspace_jax.train.plan_cost import Collective, Cost, Temporary, module_cost
 from subspace_jax.train.plan_flops import count_products
 from subspace_jax.train.plan_roofline import Roofline, roofline
-from subspace_jax.train.sharding import MESH_AXES, batch_sharding, check_batch_size, make_mesh
+from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh
 from subspace_jax.train.step import make_train_step, state_shardings
 from subspace_jax.train.task import Task
 
@@ -126,7 +126,7 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
     if chip.platform == "tpu":
         placed = make_mesh(**sizes, devices=tpu_devices(topology))
     else:
-        placed = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        placed = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     task, batch = _outline(config, placed)
     rows = next(iter(batch.values())).shape[0]
     check_batch_size(rows, placed, accumulate=config.train.accumulate)
@@ -145,16 +145,19 @@ def mesh_sizes(sizes: Mapping[str, int], topology: str, count: int) -> dict[str,
       count: Its chips.
 
     Returns:
-      The sizes of all three axes.
+      The sizes of all axes, in the order of a mesh; ``sequence`` only where it splits something.
 
     Raises:
       ValueError: There is no such axis, or the product is not the number of chips.
     """
-    if unknown := sorted(set(sizes) - set(MESH_AXES)):
-        raise ValueError(f"mesh: expected axes among {MESH_AXES}, got {unknown}")
+    filled = {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    if unknown := sorted(set(sizes) - set(filled)):
+        raise ValueError(f"mesh: expected axes among {tuple(filled)}, got {unknown}")
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh: sizes are positive, or -1 for what is left; got {dict(sizes)}")
-    filled = {"data": -1, "fsdp": 1, "tensor": 1} | dict(sizes)
+    filled |= dict(sizes)
+    if filled["sequence"] == 1:
+        del filled["sequence"]
     open_axes = [name for name, size in filled.items() if size == -1]
     fixed = math.prod(size for size in filled.values() if size != -1)
     if len(open_axes) == 1 and count % fixed == 0:

@@ -155,7 +155,7 @@ def advice(plan: Plan) -> list[str]:
         return []
     gib, found = 2**30, []
     state = plan.params + plan.optimizer + plan.variables
-    ways = plan.mesh["fsdp"] * plan.mesh["tensor"]
+    ways = math.prod(size for name, size in plan.mesh.items() if name != "data")
     if state > 0.5 * plan.limit:
         wanted = 2 ** math.ceil(math.log2(max(2 * state / plan.limit, 2)))
         found.append(
