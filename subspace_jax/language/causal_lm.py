@@ -58,11 +58,12 @@ class CausalLMTask:
         }
         self._loss_chunk = loss_chunk
         self._split = functools.partial(train.split_places, mesh=mesh, rules=rules)
-        axes = train.sequence_axes(mesh, rules)
-        self._shares = math.prod(mesh.shape[axis] for axis in axes)
-        if axes:
+        places = train.mesh_axes("sequence", mesh, rules)
+        self._shares = math.prod(mesh.shape[axis] for axis in places)
+        if places:
+            rows, heads = (train.mesh_axes(name, mesh, rules) for name in ("batch", "heads"))
             self._options["on_stream"] = self._split
-            self._options["attend_with"] = nn.split_attention(train.auto_mesh(mesh), axes)
+            self._options["attend_with"] = nn.split_attention(train.auto_mesh(mesh), places, rows=rows, heads=heads)
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
             self.load = lambda shardings: (

@@ -121,7 +121,7 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTas
 
 
 def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str | None) -> CausalLMTask | AdaptedLMTask:
-    shares = math.prod(mesh.shape[axis] for axis in train.sequence_axes(mesh))
+    shares = math.prod(mesh.shape[axis] for axis in train.mesh_axes("sequence", mesh))
     if config.data.length % shares:
         raise ValueError(f"data.length: {config.data.length} places of a row don't split over mesh.sequence={shares}")
     fields = config.model

@@ -129,7 +129,7 @@ def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT
     spec = []
     for name, size in zip(names, shape, strict=False):
         axes: list[str] = []
-        for axis in _mesh_axes(name, mesh, rules) if name is not None else ():
+        for axis in mesh_axes(name, mesh, rules) if name is not None else ():
             ways = math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]
             if axis not in taken and size % ways == 0:
                 axes.append(axis)
@@ -138,8 +138,10 @@ def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT
     return P(*spec)
 
 
-def _mesh_axes(name: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
-    """The mesh axes to which a rule maps a logical name."""
+def mesh_axes(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
+    """The mesh axes to which a rule maps a logical name; rules without ``"sequence"`` split no places."""
+    if name == "sequence" and name not in rules:
+        return ()
     if name not in rules:
         raise ValueError(f"no sharding rule for the logical axis {name!r}; there are rules for {sorted(rules)}")
     axes = rules[name]
@@ -152,7 +154,7 @@ def _mesh_axes(name: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
 
 def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     """The sharding of every array of a batch: rows split over the data axes."""
-    return NamedSharding(mesh, P(_mesh_axes("batch", mesh, rules)))
+    return NamedSharding(mesh, P(mesh_axes("batch", mesh, rules)))
 
 
 def check_batch_size(
@@ -166,7 +168,7 @@ def check_batch_size(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
-    axes = _mesh_axes("batch", mesh, rules)
+    axes = mesh_axes("batch", mesh, rules)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size < 1 or batch_size % (ways * accumulate):
         raise ValueError(
@@ -239,15 +241,10 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
     if mesh.size == 1:
         # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
         return x
-    batch_axes = _mesh_axes("batch", mesh, rules) + sequence_axes(mesh, rules)
+    batch_axes = mesh_axes("batch", mesh, rules) + mesh_axes("sequence", mesh, rules)
     groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in resolve(names, x.shape, mesh, rules)]
     spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
-
-
-def sequence_axes(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
-    """The mesh axes that split the places of a row; none on most meshes."""
-    return _mesh_axes("sequence", mesh, rules) if "sequence" in rules else ()
 
 
 def split_places(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.Array:
@@ -258,10 +255,10 @@ def split_places(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.
       mesh: The mesh.
       rules: Logical name to mesh axis or axes.
     """
-    if not sequence_axes(mesh, rules):
+    if not mesh_axes("sequence", mesh, rules):
         return x
     free = (P.UNCONSTRAINED,) * (x.ndim - 2)
-    spec = P(_mesh_axes("batch", mesh, rules), sequence_axes(mesh, rules), *free)
+    spec = P(mesh_axes("batch", mesh, rules), mesh_axes("sequence", mesh, rules), *free)
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
 
 

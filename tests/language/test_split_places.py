@@ -102,11 +102,9 @@ def test_memory_falls_with_the_shares_of_a_row_and_only_keys_and_values_are_gath
     length, width, head = 512, 64, 16
     found = {ways: compiled(ways, length, width) for ways in (1, 2, 8)}
     temporaries = {ways: step.memory_analysis().temp_size_in_bytes for ways, step in found.items()}
-    print(temporaries, found[8].memory_analysis())
     assert temporaries[2] < 0.6 * temporaries[1]
     assert temporaries[8] < 0.25 * temporaries[1]
     cost = train.module_cost(found[8].as_text(), {"data": 1, "fsdp": 1, "sequence": 8, "tensor": 1})
-    print(cost.collectives)
     assert {c.axis for c in cost.collectives} == {"sequence"}
     shapes = [
         tuple(int(n) for n in sizes.split(","))

@@ -42,7 +42,7 @@ def test_settings_take_the_type_of_the_field(config):
         ("train.stps=1", "--config.train.stps: unknown field; did you mean train.steps?"),
         ("optim.grasmann.name=rsgd", "unknown field; did you mean optim.grassmann.name?"),
         ("lerning_rate=1", "unknown field; did you mean optim.learning_rate?"),
-        ("mesh=8", "unknown field; it is a group; set one of mesh.data, mesh.fsdp, mesh.tensor"),
+        ("mesh=8", "unknown field; it is a group; set one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         ("train.steps", "--config.train.steps: expected --config.train.steps=VALUE"),
         ("train.steps=many", "--config.train.steps: expected int such as 0, got 'many'"),
         ("train.steps=1.5", "--config.train.steps: expected int such as 0, got '1.5'"),
