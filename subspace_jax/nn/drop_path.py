@@ -4,28 +4,31 @@ import jax
 import jax.numpy as jnp
 
 
-def drop_path(key: jax.Array | None, branch: jax.Array, rate: float) -> jax.Array:
+def drop_path(key: jax.Array | None, branch: jax.Array, rate: float | jax.Array) -> jax.Array:
     """Sets a residual branch to zero for a share of the examples, and scales up the others so that the mean stays.
 
     Args:
       key: Random key; None leaves the branch as it is, for evaluation.
       branch: ``[batch, ...]``, floating point.
-      rate: Share of the examples that lose the branch, in [0, 1).
+      rate: Share of the examples that lose the branch, in [0, 1); a float32 scalar where it is traced, as in a scan.
 
     Returns:
       The shape and dtype of ``branch``.
 
     Raises:
-      ValueError: ``rate`` is out of range.
+      ValueError: ``rate`` is a number out of range.
 
     Source: Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382).
     """
-    if not 0 <= rate < 1:
+    traced = isinstance(rate, jax.Array)
+    if not traced and not 0 <= rate < 1:
         raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
-    if key is None or rate == 0:
+    if key is None or (not traced and rate == 0):
         return branch
-    kept = jax.random.bernoulli(key, 1 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
-    return jnp.where(kept, branch / (1 - rate), jnp.zeros_like(branch))
+    share = 1 - rate
+    kept = jax.random.bernoulli(key, share, (branch.shape[0],) + (1,) * (branch.ndim - 1))
+    share = share.astype(branch.dtype) if traced else share
+    return jnp.where(kept, branch / share, jnp.zeros_like(branch))
 
 
 def drop_path_rates(rate: float, blocks: int) -> tuple[float, ...]:

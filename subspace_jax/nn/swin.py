@@ -150,14 +150,11 @@ def swin_apply(
     rates = drop_path_rates(config.drop_path, sum(config.depths))
 
     x = _embed(config, params, pixels if dtype is None else pixels.astype(dtype))
-    hidden = {0: x}
-    blocks = iter(zip(keys, rates, strict=True))
+    hidden, first = {0: x}, 0
     for stage, depth in enumerate(config.depths):
-        own = params[f"stage{stage}"]
-        for i in range(depth):
-            key, rate = next(blocks)
-            run = functools.partial(_block, config, stage, config.window // 2 if i % 2 else 0, rate)
-            x = (jax.checkpoint(run) if remat else run)(own[f"block{i}"], x, key)
+        own, here = params[f"stage{stage}"], slice(first, first + depth)
+        x = _blocks(config, stage, [own[f"block{i}"] for i in range(depth)], x, keys[here], rates[here], remat)
+        first += depth
         if config.convention == "timm":
             hidden[stage + 1] = x
         if "merge" in own:
@@ -222,11 +219,47 @@ def _merge(params: PyTree, x: jax.Array) -> jax.Array:
     return _linear(params["reduction"], x)
 
 
-def _block(config, stage, shift, rate, params, x, key) -> jax.Array:
-    first, second = (None, None) if key is None else jax.random.split(key)
+def _blocks(config, stage, params, x, keys, rates, remat) -> jax.Array:
+    """Runs the blocks of a stage, windows shifted in every other.
+
+    Rounds of a plain and a shifted block are alike, and a scan over them is compiled once: a TPU's compiler takes tens
+    of seconds for the gradient of each block that it sees.
+    """
     # A map that is one window has nothing to be shifted against.
     native = config.maps(*config.image_size)[stage] if config.convention == "timm" else x.shape[1:3]
-    shift = 0 if min(native) <= config.window else shift
+    shifts = (0,) if min(native) <= config.window else (0, config.window // 2)
+
+    def round_of(x, params, keys, rates):
+        for shift, *own in zip(shifts, params, keys, rates, strict=False):
+            run = functools.partial(_block, config, stage, shift)
+            x = (jax.checkpoint(run) if remat else run)(x, *own)
+        return x
+
+    count = len(params) // len(shifts) * len(shifts)
+    if count > len(shifts) and _alike(params):
+
+        def rounds(items):
+            """For each block of a round, a stack over all rounds."""
+            return [
+                jax.tree.map(lambda *xs: jnp.stack(xs), *items[i : count : len(shifts)]) for i in range(len(shifts))
+            ]
+
+        stacks = rounds(params), rounds(keys), rounds([jnp.float32(rate) for rate in rates])
+        x, _ = jax.lax.scan(lambda x, own: (round_of(x, *own), None), x, stacks)
+        params, keys, rates = params[count:], keys[count:], rates[count:]
+    for i in range(0, len(params), len(shifts)):
+        x = round_of(x, params[i:], keys[i:], rates[i:])
+    return x
+
+
+def _alike(trees: Sequence[PyTree]) -> bool:
+    """Whether trees can be stacked; adapters may sit in some blocks only."""
+    kinds = [(jax.tree.structure(tree), *((x.shape, x.dtype) for x in jax.tree.leaves(tree))) for tree in trees]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def _block(config, stage, shift, x, params, key, rate) -> jax.Array:
+    first, second = (None, None) if key is None else jax.random.split(key)
     mixed = _window_attention(
         config, config.num_heads[stage], shift, params["attn"], _norm(params["norm1"], x, config.norm_eps)
     )

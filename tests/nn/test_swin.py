@@ -93,6 +93,30 @@ def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
     assert len(again) < len(plain) / 2
 
 
+@pytest.mark.parametrize("image", [(16, 16), (6, 6)])
+def test_blocks_in_rounds_are_those_one_by_one(image):
+    config = TINY.replace(image_size=image, depths=(5,), num_heads=(2,), drop_path=0.5)
+    params = random_params(config)
+    pixels = np.random.default_rng(2).standard_normal((4, *image, 3), np.float32)
+    key = jax.random.key(0)
+
+    def run(params, remat=False):
+        return nn.swin_apply(config, params, pixels, train=True, key=key, remat=remat).pooled
+
+    # Blocks that are not alike can't share one program.
+    apart = {
+        **params,
+        "stage0": {**params["stage0"], "block0": {**params["stage0"]["block0"], "more": np.zeros(1, np.float32)}},
+    }
+    scans = ["scan" in str(jax.make_jaxpr(run)(p)) for p in (params, apart)]
+    assert scans == [True, False]
+    one_by_one = jax.jit(jax.grad(lambda p: jnp.sum(run(p) ** 2)))(apart)
+    del one_by_one["stage0"]["block0"]["more"]
+    for remat in (False, True):
+        together = jax.jit(jax.grad(lambda p, remat=remat: jnp.sum(run(p, remat) ** 2)))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), together, one_by_one)
+
+
 def test_bfloat16_activations_give_float32_logits(tiny):
     run = functools.partial(nn.swin_apply, TINY, dtype=jnp.bfloat16, capture="all")
     out = jax.eval_shape(run, *tiny)
