@@ -15,7 +15,7 @@ from subspace_jax.data.image_augment import (
 )
 from subspace_jax.data.image_processor import ImageProcessor
 from subspace_jax.data.images import Images, decode_image, image_folder, image_set
-from subspace_jax.data.mixing import mix_images
+from subspace_jax.data.mixing import mix_images, partners
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
 from subspace_jax.data.resize import resize_uint8
 from subspace_jax.data.sources import ImageSource, default_data_dir, describe_images, image_source
@@ -42,6 +42,7 @@ __all__ = [
     "image_source",
     "load_arrays",
     "mix_images",
+    "partners",
     "rand_augment",
     "random_crop_flip",
     "random_erasing",

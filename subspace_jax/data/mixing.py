@@ -1,9 +1,34 @@
 """Mixtures of the images of a batch, on the device: Mixup and CutMix."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-__all__ = ["mix_images"]
+__all__ = ["mix_images", "partners"]
+
+# Rows whose halves change places.  More than the repeats of an image in a batch, which lie in a row, and few enough
+# that each device has its partners among its own rows.
+_GROUP = 16
+
+
+def partners(x: jax.Array) -> jax.Array:
+    """Puts in the place of every row that with which :func:`mix_images` mixes it.
+
+    That is the row 8 places on or back in the same group of 16, so that nothing travels where each device holds whole
+    groups, and the pairs are the same on any number of devices.  Where a batch is no multiple of 16, groups are of 8, 4
+    or 2 rows; an odd one is reversed.
+
+    Args:
+      x: ``[batch, ...]``: images, or their labels.
+
+    Returns:
+      The same shape and dtype; ``partners(partners(x))`` is ``x``.
+    """
+    half = math.gcd(x.shape[0], _GROUP) // 2
+    if not half:
+        return x[::-1]
+    return x.reshape(-1, 2, half, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def mix_images(
@@ -15,7 +40,7 @@ def mix_images(
     switch: float = 0.5,
     probability: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image of a batch with its counterpart from the other end.
+    """Mixes every image of a batch with another one, see :func:`partners`.
 
     Mixup (arXiv 1710.09412) averages whole images with weight ``lam ~ Beta(mixup, mixup)``; CutMix (arXiv 1905.04899)
     pastes a rectangle of area ``1 - lam``, ``lam ~ Beta(cutmix, cutmix)``, as far as it lies inside.  One choice holds
@@ -23,7 +48,7 @@ def mix_images(
 
     The loss is mixed by the same weight ``w``, which equals the loss of mixed targets and needs no array of them::
 
-        w * loss(logits, labels) + (1 - w) * loss(logits, labels[::-1])
+        w * loss(logits, labels) + (1 - w) * loss(logits, partners(labels))
 
     Args:
       key: Random key, such as the one of a train step.
@@ -59,7 +84,7 @@ def mix_images(
     # Weight of the image's own pixels: one number, or 0 and 1 by place.
     own = jnp.where(cuts, jnp.where(inside, 0.0, 1.0), blended)
     own = jnp.where(mixes, own, 1.0)
-    other = images[::-1].astype(jnp.float32)
+    other = partners(images).astype(jnp.float32)
     mixed = other + own[None, :, :, None] * (images.astype(jnp.float32) - other)
     return mixed.astype(images.dtype), jnp.mean(own)
 

@@ -75,7 +75,7 @@ class ClassifierTask:
         logits = model(inputs, drop_key)
         loss = self._loss(logits, batch["labels"])
         if weight is not None:
-            other = self._loss(logits, batch["labels"][::-1])
+            other = self._loss(logits, data.partners(batch["labels"]))
             loss = weight * loss + (1 - weight) * other
         loss = jnp.mean(loss)
         accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32))

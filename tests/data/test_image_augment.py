@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -161,15 +162,15 @@ def test_half_the_batches_are_mixed_by_either_kind_and_the_weight_is_the_share_o
     kinds = {"mixup": 0, "cutmix": 0, "none": 0}
     for seed in range(60):
         images, share = (np.asarray(x) for x in mix(jax.random.key(seed), batch))
-        # Image 0 has only its partner's sevens, so its mean tells how much of them is in it.
-        np.testing.assert_allclose(np.mean(images[0]) / 7, 1 - share, atol=1e-5)
-        np.testing.assert_allclose(images + images[::-1], 7.0, atol=1e-5)
+        # Image 0 has only its partner's fours, so its mean tells how much of them is in it.
+        np.testing.assert_allclose(np.mean(images[0]) / 4, 1 - share, atol=1e-5)
+        np.testing.assert_allclose(images + images[[4, 5, 6, 7, 0, 1, 2, 3]], batch + data.partners(batch), atol=1e-5)
         values = np.unique(images[0])
-        kind = "none" if values.max() == 0 else "cutmix" if set(values) == {0.0, 7.0} else "mixup"
+        kind = "none" if values.max() == 0 else "cutmix" if set(values) == {0.0, 4.0} else "mixup"
         kinds[kind] += 1
         if kind == "cutmix":
             rows, columns = np.nonzero(images[0, :, :, 0])
-            assert np.all(images[0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] == 7)
+            assert np.all(images[0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] == 4)
         elif kind == "mixup":
             assert len(values) == 1
     # Of 60, a half is mixed and a quarter each way; CutMix sometimes pastes nothing or all.
@@ -186,6 +187,21 @@ def test_a_batch_in_shares_is_mixed_as_a_whole_one(batch):
     whole, split = (mix(jax.random.key(3), x) for x in (batch, jax.device_put(batch, rows)))
     for a, b in zip(split, whole, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "order"),
+    [(32, [i ^ 8 for i in range(32)]), (24, [i ^ 4 for i in range(24)]), (6, [1, 0, 3, 2, 5, 4]), (3, [2, 1, 0])],
+)
+def test_partners_are_half_a_group_away(rows, order):
+    np.testing.assert_array_equal(data.partners(jnp.arange(rows)), order)
+
+
+def test_no_image_travels_where_devices_hold_whole_groups():
+    rows = NamedSharding(train.make_mesh(8, devices=jax.devices()), P("data"))
+    images = jax.ShapeDtypeStruct((8 * 16, 16, 16, 1), jnp.float32, sharding=rows)
+    text = jax.jit(data.partners, out_shardings=rows).lower(images).compile().as_text()
+    assert not any(f" {kind}" in text for kind in ("collective-permute", "all-to-all", "all-gather", "all-reduce"))
 
 
 @pytest.mark.parametrize(
