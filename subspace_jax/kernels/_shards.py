@@ -1,14 +1,14 @@
 """Ops on shards: arrays sharded over Explicit mesh axes, and arrays within ``shard_map``.
 
-What is sharded over Auto axes is not seen here: the compiler splits the reference of an op by itself, and can't split
-a kernel (:func:`subspace_jax.kernels._dispatch.choose` takes the reference then).
+What is sharded over Auto axes is seen only where the caller says how.  Otherwise the compiler splits the reference of
+an op by itself, and can't split a kernel (:func:`subspace_jax.kernels._dispatch.choose` takes the reference then).
 """
 
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.custom_batching import custom_vmap
-from jax.sharding import AxisType, ManualAxisType, PartitionSpec
+from jax.sharding import AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
 
 def vary_alike(*args: jax.Array) -> tuple[jax.Array, ...]:
@@ -27,8 +27,14 @@ def _varying(args: Sequence[jax.Array]) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
 
 
-def over_shards(f: Callable, rule: str, together: Sequence[str] = (), inside: Sequence[str] = ()) -> Callable:
-    """Makes a function of whole arrays one of arrays that are sharded over Explicit mesh axes.
+def over_shards(
+    f: Callable,
+    rule: str,
+    together: Sequence[str] = (),
+    inside: Sequence[str] = (),
+    sharding: NamedSharding | None = None,
+) -> Callable:
+    """Makes a function of whole arrays one of arrays that are sharded over Explicit mesh axes, or as the caller says.
 
     The rule names the axes of operands and results, one word for each: in ``"b n, n p -> b"`` a device that holds some
     rows ``b`` computes those rows of the result.  An axis that is missing from a result is one over which the result
@@ -41,6 +47,8 @@ def over_shards(f: Callable, rule: str, together: Sequence[str] = (), inside: Se
       together: Axes that can't be split: operands are gathered along them.
       inside: Axes missing from results for which ``f`` does what is needed itself: it is called with a keyword of that
         name, the tuple of mesh axes over which the axis is split, empty where it isn't.
+      sharding: Of the first operand, over Auto mesh axes, which no array tells of while it is traced; under Explicit
+        axes it is not looked at.
 
     Returns:
       A function like ``f``, without the keywords of ``inside``.
@@ -48,7 +56,9 @@ def over_shards(f: Callable, rule: str, together: Sequence[str] = (), inside: Se
     operands, results = ([axes.split() for axes in side.split(",")] for side in rule.split("->"))
 
     def run(*args):
-        found = _mesh_axes(operands, args, together)
+        told = not _explicit()
+        specs = [_ways(sharding)] if told else [jax.typeof(x).sharding.spec for x in args]
+        found = _mesh_axes(operands, specs, together)
 
         def spec(axes):
             return PartitionSpec(*(found.get(axis) for axis in axes))
@@ -62,11 +72,13 @@ def over_shards(f: Callable, rule: str, together: Sequence[str] = (), inside: Se
 
         in_specs, out_specs = ([spec(axes) for axes in side] for side in (operands, results))
         out_specs = tuple(out_specs) if len(out_specs) > 1 else out_specs[0]
-        args = [jax.sharding.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
-        return jax.shard_map(on_shard, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*args)
+        if not told:
+            args = [jax.sharding.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
+        mesh = sharding.mesh if told else None
+        return jax.shard_map(on_shard, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*args)
 
     def call(*args):
-        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        if not _explicit() and (sharding is None or sharding.mesh.size == 1):
             return f(*args, **dict.fromkeys(inside, ()))
         batchable = custom_vmap(run)
         batchable.def_vmap(batched)
@@ -82,17 +94,30 @@ def over_shards(f: Callable, rule: str, together: Sequence[str] = (), inside: Se
         def mapped_f(*args, **keywords):
             return jax.vmap(lambda *args: f(*args, **keywords), in_axes)(*args)
 
-        outs = over_shards(mapped_f, longer, together, inside)(*args)
+        longer_sharding = sharding
+        if sharding is not None and in_batched[0]:
+            longer_sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        outs = over_shards(mapped_f, longer, together, inside, longer_sharding)(*args)
         return outs, jax.tree.map(lambda _: True, outs)
 
     return call
 
 
-def _mesh_axes(operands, args, together) -> dict[str, tuple[str, ...]]:
+def _ways(sharding: NamedSharding) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis; one of size 1 splits nothing."""
+    groups = [(names,) if isinstance(names, str) else (names or ()) for names in sharding.spec]
+    return [tuple(name for name in group if sharding.mesh.shape[name] > 1) for group in groups]
+
+
+def _explicit() -> bool:
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _mesh_axes(operands, specs, together) -> dict[str, tuple[str, ...]]:
     """Over which mesh axes each axis of a rule is split; the first operand that splits one decides."""
     found, taken = {}, set()
-    for axes, x in zip(operands, args, strict=True):
-        for axis, names in zip(axes, jax.typeof(x).sharding.spec, strict=False):
+    for axes, spec in zip(operands, specs, strict=False):
+        for axis, names in zip(axes, spec, strict=False):
             names = (names,) if isinstance(names, str) else tuple(names or ())
             if names and axis not in together and axis not in found and not taken & set(names):
                 found[axis] = names

@@ -98,6 +98,7 @@ def step_leaves(
     leaf: Callable[..., tuple],
     due: jax.Array | None,
     scalars: Mapping[str, ArrayLike],
+    shardings: PyTree | None,
     grads: PyTree,
     params: PyTree,
     *moments: PyTree,
@@ -105,10 +106,11 @@ def step_leaves(
     """Steps every leaf.
 
     Args:
-      leaf: ``leaf(due, scalars, grad, s, *moments) -> (new - s, *moments)``, arrays and scalars in the working dtype
-        of ``s``.
+      leaf: ``leaf(due, scalars, sharding, grad, s, *moments) -> (new - s, *moments)``, arrays and scalars in the
+        working dtype of ``s``.
       due: Boolean scalar, or None for never.
       scalars: Numbers that ``leaf`` needs.
+      shardings: Tree of ``NamedSharding`` in which those of ``params`` are at the same paths, or None.
       grads: Euclidean gradients, like ``params``.
       params: Tree of bases.
       *moments: Trees like ``params``, or None for what isn't kept.
@@ -121,12 +123,15 @@ def step_leaves(
     """
     bases, structure = jax.tree.flatten(params)
     columns = [[None] * len(bases) if tree is None else structure.flatten_up_to(tree) for tree in (grads, *moments)]
+    # By path: of a tree that optax.masked or optax.partition has thinned out, shardings come for all of it.
+    known = dict(jax.tree_util.tree_leaves_with_path(shardings))
+    places = [known.get(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
     results = []
-    for s, grad, *rest in zip(bases, *columns, strict=True):
+    for s, place, grad, *rest in zip(bases, places, *columns, strict=True):
         dtype = linalg.working_dtype(s)
         numbers = {name: jnp.asarray(x).astype(dtype) for name, x in scalars.items()}
-        update, *rest = leaf(due, numbers, grad.astype(dtype), s.astype(dtype), *rest)
+        update, *rest = leaf(due, numbers, place, grad.astype(dtype), s.astype(dtype), *rest)
         results.append([update.astype(s.dtype), *rest])
     outs = [[row[i] for row in results] for i in range(len(columns))]
     # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.

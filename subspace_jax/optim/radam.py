@@ -57,7 +57,7 @@ def riemannian_adam(
       lr_factor: Multiplies the learning rate, so that one schedule can serve Euclidean parameters too.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``, and takes ``shardings`` as that of :func:`riemannian_sgd` does.
 
     Raises:
       ValueError: See :func:`riemannian_sgd`.
@@ -118,9 +118,11 @@ def scale_by_riemannian_adam(
         zeros, nu = _manifold_step.zero_moments(params), _manifold_step.zero_per_subspace(params)
         return RiemannianAdamState(jnp.zeros((), jnp.int32), zeros, nu)
 
-    def leaf(due, scalars, grad, s, m, nu):
+    how = {"transport": transport, "retraction": retraction}
+
+    def leaf(due, scalars, sharding, grad, s, m, nu):
         b1, b2, t = scalars["b1"], scalars["b2"], scalars["t"]
-        grad = tangent_part(s, grad)
+        grad = tangent_part(s, grad, sharding)
         m = b1 * m + (1 - b1) * grad
         nu = b2 * nu + (1 - b2) * jnp.mean(jnp.square(grad), axis=(-2, -1))
         scale = (1 / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + scalars["eps"])
@@ -128,17 +130,19 @@ def scale_by_riemannian_adam(
         # rounding noise that is as large along S, and the scale blows it up to a full step; a projection of the
         # projection is tangent to its own precision.
         size = scalars["step_size"] * scale
-        update, m = move(s, m, size=size, due=due, transport=transport, retraction=retraction)
+        update, m = move(s, m, size=size, due=due, sharding=sharding, **how)
         return update, m, nu
 
-    def update(grads, state, params=None, **extra_args):
+    def update(grads, state, params=None, *, shardings=None, **extra_args):
         del extra_args
         _manifold_step.check_params_given(params)
         count = optax.safe_increment(state.count)
         size = _manifold_step.value_at(step_size, state.count)
         scalars = {"step_size": size, "b1": b1, "b2": b2, "eps": eps, "t": count}
         due = _manifold_step.is_due(reorth_every, state.count)
-        updates, m, nu = _manifold_step.step_leaves(leaf, due, scalars, grads, params, state.momentum, state.nu)
+        updates, m, nu = _manifold_step.step_leaves(
+            leaf, due, scalars, shardings, grads, params, state.momentum, state.nu
+        )
         return updates, RiemannianAdamState(count, m, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -65,7 +65,9 @@ def riemannian_sgd(
       nesterov: Not defined for this method; refused.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  Under a mesh of Auto axes it may be given ``shardings``, a tree
+      of ``NamedSharding`` like the parameters: every device then steps the bases that it holds, on TPUs by the kernel,
+      where a compiler left to itself would take the reference.
 
     Raises:
       ValueError: An option is unknown or out of range.  ``init`` raises it for leaves that are no orthonormal bases
@@ -133,22 +135,22 @@ def scale_by_riemannian_sgd(
         buffer = None if momentum is None else _manifold_step.zero_moments(params)
         return RiemannianSGDState(jnp.zeros((), jnp.int32), buffer)
 
-    def leaf(due, scalars, grad, s, m):
+    how = {"transport": transport, "retraction": retraction}
+
+    def leaf(due, scalars, sharding, grad, s, m):
         rates = {} if m is None else {"decay": scalars["momentum"], "weight": scalars["weight"]}
         # Averages of tangent gradients need no projection here: projecting the sum, as the step does, is the same.
-        update, carried = move(
-            s, grad, m, size=scalars["step_size"], due=due, transport=transport, retraction=retraction, **rates
-        )
+        update, carried = move(s, grad, m, size=scalars["step_size"], due=due, sharding=sharding, **how, **rates)
         return update, None if m is None else carried
 
-    def update(grads, state, params=None, **extra_args):
+    def update(grads, state, params=None, *, shardings=None, **extra_args):
         del extra_args
         _manifold_step.check_params_given(params)
         scalars = {"step_size": _manifold_step.value_at(step_size, state.count)}
         if momentum is not None:
             scalars |= {"momentum": momentum, "weight": jnp.where(state.count == 0, 1.0, 1.0 - dampening)}
         due = _manifold_step.is_due(reorth_every, state.count)
-        updates, buffer = _manifold_step.step_leaves(leaf, due, scalars, grads, params, state.momentum)
+        updates, buffer = _manifold_step.step_leaves(leaf, due, scalars, shardings, grads, params, state.momentum)
         return updates, RiemannianSGDState(optax.safe_increment(state.count), buffer)
 
     return optax.GradientTransformationExtraArgs(init, update)

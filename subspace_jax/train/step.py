@@ -168,7 +168,8 @@ def make_train_step(
 
     Args:
       task: The method.
-      tx: The optimizer; it is given the loss as the extra argument ``value``.
+      tx: The optimizer; it is given the loss as the extra argument ``value``, and the shardings of the parameters as
+        ``shardings``.
       mesh: The mesh.
       rules: Logical name to mesh axis or axes.
       accumulate: Micro-batches that a batch is cut into; their gradients are averaged, so that activations need
@@ -238,7 +239,8 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def update():
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics["loss"])
+            given = {"value": metrics["loss"], "shardings": shardings.params}
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **given)
             return optax.apply_updates(state.params, updates), variables, opt_state
 
         def skip():

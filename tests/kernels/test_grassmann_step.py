@@ -265,6 +265,45 @@ def test_transforms_take_the_kernel_on_many_tpus_with_explicit_axes(tpu_mesh):
         assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all"))
 
 
+@pytest.mark.parametrize("tx", [optim.riemannian_sgd(0.1), optim.riemannian_adam(0.1)], ids=["rsgd", "radam"])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model", None)], ids=["classes", "n", "both"])
+def test_transforms_that_are_told_shardings_step_as_on_one_device(tx, spec):
+    s, grads, _ = inputs(64, 4, (8,))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, spec)
+    # Others are beside them, and of what a transform does not see it is told as well.
+    tree, tx = {"a": {"bases": s}, "b": {"kernel": s[0]}}, optim.with_geometry(optax.sgd(0.1), tx)
+    slopes, places = {"a": {"bases": grads}, "b": {"kernel": s[0]}}, {"a": {"bases": split}, "b": {"kernel": whole}}
+    want = jax.jit(tx.update)(slopes, tx.init(tree), tree)
+
+    def update(*args):
+        return tx.update(*args, shardings=places)
+
+    tree, slopes = jax.device_put((tree, slopes), (places, places))
+    got = jax.jit(update)(slopes, tx.init(tree), tree)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=2e-6), got, want)
+    assert "shard_map" in str(jax.make_jaxpr(update)(slopes, tx.init(tree), tree))
+
+
+def test_transforms_that_are_told_shardings_take_the_kernel_on_many_tpus_in_place(tpu_mesh):
+    mesh = tpu_mesh({"data": 8, "fsdp": 1}, AxisType.Auto)
+    sharding = NamedSharding(mesh, P("data", "fsdp"))
+    arg = jax.ShapeDtypeStruct((1600, 2048, 8), jnp.float32, sharding=sharding)
+    tx = optim.riemannian_sgd(0.1)
+
+    def update(s, momentum):
+        state = optim.RiemannianSGDState(jnp.ones((), jnp.int32), momentum)
+        updates, state = tx.update(jnp.sin(s), state, s, shardings=sharding)
+        return optax.apply_updates(s, updates), state.momentum
+
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(arg, arg).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    assert not any(word in compiled.as_text() for word in ("all-reduce", "all-gather", "all-to-all"))
+    # The gradient, in whose place the difference is written.
+    share = 4 * 200 * 2048 * 8
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * share
+
+
 def test_step_lowers_for_gpus(lower_for_cuda):
     shape = ((1000, 2048, 8), jnp.float32)
     assert "tpu_custom_call" not in lower_for_cuda(lambda *args: step(*args, 0.1), shape, shape, shape)

@@ -1,34 +1,47 @@
-"""A Grassmann head over ten million classes, split over a slice of v5p: its loss and gradients fit."""
+"""A Grassmann head over ten million classes, split over a slice of v5p: its training step fits."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from subspace_jax import losses, nn, train
+from subspace_jax import optim, represent, train
 
-# Ten million, filled up so that each of 32 shares is a whole number of tiles of a TPU's layout.
-CLASSES, WIDTH, DIM = 10_000_128, 384, 8
+DIM, ROWS = 8, 1024
 
 
+# Ten million, filled up so that the share of each chip is a whole number of tiles of a TPU's layout.
 @pytest.mark.slow
-def test_the_gradient_of_a_head_over_ten_million_classes_takes_a_share_of_each_chip():
-    mesh = train.make_mesh(data=2, tensor=32, devices=train.tpu_devices("v5p:4x4x4"))
-
-    def array(shape, spec, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    bases = array((CLASSES, WIDTH, DIM), P("tensor"))
-    features, labels = array((1024, WIDTH), P("data")), array((1024,), P("data"), jnp.int32)
-
-    def loss(bases, x, labels):
-        return jnp.mean(losses.cross_entropy(nn.grassmann_logits(x, bases), labels))
-
-    memory = jax.jit(jax.grad(loss), out_shardings=bases.sharding).lower(bases, features, labels).compile()
-    memory = memory.memory_analysis()
-    print(f"\nbytes per chip: arguments {memory.argument_size_in_bytes}, rest {memory.temp_size_in_bytes}")
-    share = CLASSES * WIDTH * DIM * 4 // 32
-    assert share <= memory.argument_size_in_bytes < 1.01 * share
-    # Logits of 512 rows, their exponentials and gradient among it; the products [512, classes, 8] are not.
-    assert memory.temp_size_in_bytes < 4 * 512 * CLASSES * 4 // 32
+@pytest.mark.parametrize(
+    ("classes", "width", "axes"),
+    [(10_000_128, 384, {"data": 2, "tensor": 32}), (10_000_384, 2048, {"data": 1, "tensor": 64})],
+    ids=["384 features", "2048 features"],
+)
+def test_the_step_of_a_head_over_ten_million_classes_holds_one_array_of_their_size_beside_the_state(
+    classes, width, axes
+):
+    make = functools.partial(
+        represent.make_classifier, input_shape=(width,), num_classes=classes, features=(), head="grassmann", dims=DIM
+    )
+    tx = optim.with_geometry(optax.sgd(0.1), optim.riemannian_sgd(0.1, reorth_every=5))
+    mesh = train.make_mesh(**axes, devices=train.tpu_devices("v5p:4x4x4"))
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((ROWS, width), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+    }
+    plan = train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, "v5p:4x4x4")
+    print(f"\n{plan}")
+    share = classes * width * DIM * 4 // axes["tensor"]
+    logits = ROWS // axes["data"] * classes // axes["tensor"] * 4
+    assert plan.params == share
+    assert share <= plan.optimizer < share + 1000
+    assert plan.padding < 1e6
+    # The gradient, which the difference of the bases replaces; logits, their exponentials and gradient.
+    assert share <= plan.temporaries < share + 4 * logits
+    assert plan.fits
+    # Nothing of the size of the bases travels but the sum of gradients over rows, if they are split.
+    sent = {c.axis: c.nbytes for c in plan.collectives}
+    assert sent["tensor"] < 1e8
+    assert set(sent) <= ({"tensor", "data"} if axes["data"] > 1 else {"tensor"})

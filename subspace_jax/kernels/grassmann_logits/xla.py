@@ -18,7 +18,7 @@ from subspace_jax.linalg import working_dtype
 # memory of a TPU's core and the cache of a GPU.
 _BLOCK_BYTES = 16 << 20
 # Devices over which classes may be split without a collective, and rows of a tile of a TPU's layout.
-_SHARDS = 32
+_SHARDS = 64
 _TILE = 8
 
 
@@ -145,7 +145,7 @@ def _width(length: int, wanted: int) -> int:
 
 
 def _runs(count: int) -> int:
-    for runs in (_SHARDS, 16, 8, 4):
+    for runs in (_SHARDS, 32, 16, 8, 4):
         if count % (_TILE * runs) == 0:  # Or a TPU would lay out anew what belongs to classes.
             return runs
     return math.gcd(count, _SHARDS)

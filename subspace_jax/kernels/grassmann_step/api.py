@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from subspace_jax.kernels._dispatch import check_implementation, choose
@@ -135,8 +136,11 @@ def move(
     difference: bool = True,
     implementation: str | None = None,
     block: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The step without checks, for transforms, which return differences.
+
+    Where bases are split over Auto mesh axes, ``sharding`` is theirs, and each device steps what it holds.
 
     Returns:
       ``new - s``, or the new bases without ``difference``; and what becomes of the direction.
@@ -146,11 +150,12 @@ def move(
     due = None if due is None else jnp.asarray(due)
     if mosaic_tpu.refusal(s, retraction) is not None:
         implementation = "xla"
-    return _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block)
+    how = transport, retraction, difference, implementation, block, sharding
+    return _move(s, grads, momentum, rates, size, due, *how)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
-def _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
+def _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block, sharding):
     lead = " ".join(f"class{i}" for i in range(s.ndim - 2))
     basis = f"{lead} n k"
     given = {"s": s, "grads": grads, "momentum": momentum, "rates": rates, "size": size, "due": due}
@@ -171,16 +176,17 @@ def _move(s, grads, momentum, rates, size, due, transport, retraction, differenc
 
     rule = ", ".join(words[name] for name in names) + f" -> {basis}, {basis}"
     args = vary_alike(*(given[name] for name in names))
-    outs = over_shards(run, rule, together=("k", "rates"), inside=("n",))(*args)
+    outs = over_shards(run, rule, together=("k", "rates"), inside=("n",), sharding=sharding)(*args)
     return tuple(placed_like(x, s) for x in outs)
 
 
-def tangent_part(s: jax.Array, x: jax.Array) -> jax.Array:
-    """``X - S (S^T X)``, wherever the two are sharded."""
+def tangent_part(s: jax.Array, x: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
+    """``X - S (S^T X)``, wherever the two are sharded; ``sharding`` as for :func:`move`."""
     basis = " ".join(f"class{i}" for i in range(s.ndim - 2)) + " n k"
 
     def run(s, x, n):
         return xla.tangent_part(s, x, n)
 
-    out = over_shards(run, f"{basis}, {basis} -> {basis}", together=("k",), inside=("n",))(*vary_alike(s, x))
+    rule = f"{basis}, {basis} -> {basis}"
+    out = over_shards(run, rule, together=("k",), inside=("n",), sharding=sharding)(*vary_alike(s, x))
     return placed_like(out, s)

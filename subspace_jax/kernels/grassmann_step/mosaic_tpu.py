@@ -58,7 +58,10 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, differe
     moving = 1 if transport == "euclidean" else 2
 
     one = pl.BlockSpec((group, k, n), lambda i: (i, 0, 0))
-    in_place = ({} if difference else {2: 0}) | ({4: 1} if momentum is not None else {})
+    # What is given away is replaced where it lies: bases by bases, momentum by momentum, and gradients by differences,
+    # but for those that are returned as the direction.
+    in_place = ({4: 1} if momentum is not None else {}) | ({} if difference else {2: 0})
+    in_place |= {3: 0} if difference and momentum is not None else {}
     outs = pl.pallas_call(
         functools.partial(
             _body, classes=classes, transport=transport, difference=difference, with_momentum=momentum is not None
@@ -72,7 +75,6 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, differe
         out_specs=[one] * (1 + keeps),
         out_shape=[result(rows[0].shape, jnp.float32, *rows, numbers, sizes)] * (1 + keeps),
         scratch_shapes=[pltpu.VMEM((3 + 2 * moving, k, k, group), jnp.float32)],
-        # Bases and momentum are replaced where they lie, if the caller gives them away.
         input_output_aliases=in_place,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=60 << 20),
         cost_estimate=pl.CostEstimate(
