@@ -1,8 +1,4 @@
-"""Swin transformers as pure functions of parameters.
-
-What depends on shapes alone, indices into the bias table and masks of shifted windows, is computed in NumPy when a
-program is traced.
-"""
+"""Swin transformers as pure functions of parameters."""
 
 import functools
 import math
@@ -11,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from subspace_jax.linalg import working_dtype
@@ -22,14 +17,13 @@ from subspace_jax.nn.norms import layer_norm
 from subspace_jax.nn.param_specs import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
 from subspace_jax.nn.resnet import branch_keys, captured, check_pixels, head_logits
 from subspace_jax.nn.swin_config import SwinConfig
+from subspace_jax.nn.swin_windows import relative_position_index, shifted_window_mask
 from subspace_jax.nn.vision_output import VisionOutput
 
 PyTree = Any
 
 # The epsilon of the norms in patch embedding and merging, which no checkpoint's config can change.
 FIXED_EPS = 1e-5
-# Added to the scores of keys that a query must not see, as the published models were trained.
-HIDDEN = -100.0
 
 
 def swin_specs(config: SwinConfig) -> PyTree:
@@ -297,32 +291,3 @@ def _window_attention(config: SwinConfig, heads: int, shift: int, params: PyTree
     if shift:
         x = jnp.roll(x, (shift, shift), axis=(1, 2))
     return x[:, :height, :width]
-
-
-def relative_position_index(window: int) -> np.ndarray:
-    """Row of the bias table for each query and key of a window, ``[window^2, window^2]`` int32, rows first."""
-    rows, columns = (part.reshape(-1) for part in np.indices((window, window)))
-    down, right = (part[:, None] - part[None, :] + window - 1 for part in (rows, columns))
-    return (down * (2 * window - 1) + right).astype(np.int32)
-
-
-def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """What is added to the scores of shifted windows: -100 where query and key come from opposite edges of the map.
-
-    Args:
-      height: Rows of the padded map, a multiple of ``window``.
-      width: Its columns, likewise.
-      window: Side of a window.
-      shift: By how much the map was rolled, 1 to ``window - 1``.
-
-    Returns:
-      ``[windows, window^2, window^2]`` float32, query before key.
-    """
-
-    def regions(n: int) -> np.ndarray:
-        i = np.arange(n)
-        return (i >= n - window).astype(np.int32) + (i >= n - shift)
-
-    labels = 3 * regions(height)[:, None] + regions(width)[None, :]
-    labels = labels.reshape(height // window, window, width // window, window).swapaxes(1, 2).reshape(-1, window**2)
-    return np.where(labels[:, :, None] != labels[:, None, :], HIDDEN, 0.0).astype(np.float32)
