@@ -9,6 +9,7 @@ from subspace_jax.linalg.frequent_directions import (
     frequent_directions_update,
 )
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
+from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
@@ -35,6 +36,7 @@ __all__ = [
     "gram",
     "hadamard_matrix",
     "hosvd",
+    "orthonormal_columns",
     "orthonormality_error",
     "polar",
     "polar_step",

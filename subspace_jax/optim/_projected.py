@@ -201,11 +201,26 @@ def renew(
     last = jnp.where(count == 0, len(turns), jnp.sum(at <= phase))
 
     def one(i, new):
-        part = jax.tree.map(lambda y: jax.lax.dynamic_index_in_dim(y, i, keepdims=False), (x, new))
-        fresh = refresh(jax.random.fold_in(key, i), *part)
-        return jax.tree.map(lambda y, z: jax.lax.dynamic_update_index_in_dim(y, z, i, 0), new, fresh)
+        return _put(new, refresh(jax.random.fold_in(key, i), *_at((x, new), i)), i)
 
     return jax.lax.fori_loop(first, last, one, old)
+
+
+def slice_by_slice(step: Callable, x: PyTree, old: PyTree) -> PyTree:
+    """``step(i, x, old)`` for the slices along the first batch axis, in the place of ``old`` and the memory of one."""
+
+    def one(i, new):
+        return _put(new, step(i, *_at((x, new), i)), i)
+
+    return jax.lax.fori_loop(0, jax.tree.leaves(old)[0].shape[0], one, old)
+
+
+def _at(tree, i):
+    return jax.tree.map(lambda y: jax.lax.dynamic_index_in_dim(y, i, keepdims=False), tree)
+
+
+def _put(tree, part, i):
+    return jax.tree.map(lambda y, z: jax.lax.dynamic_update_index_in_dim(y, z, i, 0), tree, part)
 
 
 def to_matrices(plan: LeafPlan, x: jax.Array) -> jax.Array:
@@ -276,17 +291,12 @@ def _iterate(g, start, key, cold, rounds):
     """Orthogonal iteration.  Positive QR turns columns towards singular vectors without a jump of order or sign."""
 
     def turn(_, basis):
-        return _orthonormal(linalg.times(g, _orthonormal(linalg.gram(g, basis))))
+        right = linalg.orthonormal_columns(linalg.gram(g, basis))
+        return linalg.orthonormal_columns(linalg.times(g, right))
 
     basis = jnp.where(cold, jax.random.normal(key, start.shape, start.dtype), start)
     basis = jax.lax.fori_loop(0, rounds + jnp.where(cold, _COLD_ROUNDS, 0), turn, basis)
-    return basis, _orthonormal(linalg.gram(g, basis))
-
-
-def _orthonormal(x):
-    """Q of positive QR: by Cholesky factors, and by reflections where ``x`` is too ill-conditioned for them."""
-    q = linalg.shifted_cholesky_qr3(x)[0]
-    return jax.lax.cond(jnp.all(jnp.isfinite(q)), lambda: q, lambda: linalg.positive_qr(x)[0])
+    return basis, linalg.orthonormal_columns(linalg.gram(g, basis))
 
 
 def rotated(old: Basis, new: Basis, moment: jax.Array, *, second: bool) -> jax.Array:

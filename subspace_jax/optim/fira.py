@@ -87,20 +87,22 @@ def fira(
     _projected.check_choice("method", method, _projected.METHODS)
     rounds = _projected.static_int("rounds", rounds, 1)
 
-    def leaf(plan, g, basis, mu, nu, norm, turns, count):
+    def renewed(plan, g, basis, turns, count):
         def refresh(key, g, basis):
             return _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
 
-        key = _projected.leaf_key(seed, plan, count)
-        new = _projected.renew(refresh, turns, refresh_every, count, key, g, basis)
-        r = _projected.project(new, g)
+        return _projected.renew(refresh, turns, refresh_every, count, _projected.leaf_key(seed, plan, count), g, basis)
+
+    def step(plan, g, basis, mu, nu, norm, turns, count, at):
+        del turns, at
+        r = _projected.project(basis, g)
         mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
         alpha = jnp.asarray(scale).astype(r.dtype)
-        rest = (g.astype(r.dtype) - alpha * _projected.back(new, r)) * _channel_ratio(plan, n, r)
+        rest = (g.astype(r.dtype) - alpha * _projected.back(basis, r)) * _channel_ratio(plan, n, r)
         rest, norm = _limit(rest, norm, count)
-        return alpha * _projected.back(new, n) + rest, new, mu, nu, norm
+        return alpha * _projected.back(basis, n) + rest, mu, nu, norm
 
-    scaled = _scaled_gradients(leaf, rank, "std", refresh_every, staggered, axes, seed, b1, b2, eps)
+    scaled = _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, eps, renewed=renewed)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
 
 
@@ -217,12 +219,17 @@ def apollo_mini(
 
 
 def _random_projection(seed):
-    """Returns ``project(plan, g, period)``: a Gaussian projection that is the same all through a period."""
+    """Returns ``project(plan, g, period, at)``: a Gaussian projection that is the same all through a period.
 
-    def project(plan, g, period):
-        *batch, m, n = plan.shape
+    ``at`` is the number of the slice that ``g`` is of its leaf, None where it is the leaf.
+    """
+
+    def project(plan, g, period, at):
+        *batch, m, n = g.shape
         size, dtype = n if plan.side == "right" else m, linalg.working_dtype(g)
-        p = jax.random.normal(_projected.leaf_key(seed, plan, period), (*batch, size, plan.rank), dtype)
+        key = _projected.leaf_key(seed, plan, period)
+        key = key if at is None else jax.random.fold_in(key, at)
+        p = jax.random.normal(key, (*batch, size, plan.rank), dtype)
         p = p / jnp.sqrt(jnp.asarray(plan.rank, dtype))
         return _projected.project(Basis(right=p) if plan.side == "right" else Basis(left=p), g)
 
@@ -250,9 +257,10 @@ def _apollo(
     """:func:`apollo` with a given projection."""
     refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
 
-    def leaf(plan, g, basis, mu, nu, norm, turns, count):
+    def step(plan, g, basis, mu, nu, norm, turns, count, at):
+        del basis
         # Nothing is computed at a refresh, and a stack may have it as one.
-        r = project(plan, g, (count + -turns[0] % refresh_every) // refresh_every)
+        r = project(plan, g, (count + -turns[0] % refresh_every) // refresh_every, at)
         mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
         if scaling == "channel":
             ratio = _channel_ratio(plan, n, r)
@@ -262,11 +270,9 @@ def _apollo(
         d = d * root if scale_front else d
         if limiter:
             d, norm = _limit(d, norm, count)
-        return d if scale_front else d * root, basis, mu, nu, norm
+        return d if scale_front else d * root, mu, nu, norm
 
-    scaled = _scaled_gradients(
-        leaf, rank, "std", refresh_every, staggered, axes, seed, b1, b2, eps, stored=False, limiter=limiter
-    )
+    scaled = _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, eps, limiter=limiter)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
 
 
@@ -288,20 +294,19 @@ def _limit(d, norm, count):
     return d / factor, (now / factor)[..., 0, 0]
 
 
-def _scaled_gradients(
-    leaf, rank, side, refresh_every, staggered, axes, seed, b1, b2, eps, *, stored=True, limiter=True
-):
-    """A transform that steps projected leaves by ``leaf``, and all others by Adam.
+def _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, eps, *, renewed=None, limiter=True):
+    """A transform that steps projected leaves by ``step``, and all others by Adam.
 
-    ``leaf(plan, g, basis, mu, nu, norm, turns, count) -> (D, basis, mu, nu, norm)`` with ``g [..., m, n]``; ``turns``
-    are those of the leaf's slices.
+    ``step(plan, g, basis, mu, nu, norm, turns, count, at) -> (D, mu, nu, norm)`` is for a leaf ``g [m, n]``, or for
+    the slice ``at`` of a stack along its first axis; ``turns`` are those of the leaf's slices.  Bases, of the whole
+    leaf, come from ``renewed(plan, g, basis, turns, count)``; without it there are none.
     """
     _projected.check_rank(rank)
     _projected.static_int("seed", seed, 0)
     refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
 
     def init(params):
-        plans, structure = _projected.plans_for(params, rank, side, axes)
+        plans, structure = _projected.plans_for(params, rank, "std", axes)
         columns = []
         for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
             if plan is None:
@@ -310,13 +315,13 @@ def _scaled_gradients(
                 continue
             basis, low = _projected.zero_state(plan, x)
             norm = _projected.zero_per_matrix(plan, x) if limiter else None
-            columns.append((basis if stored else Basis(), low, jnp.zeros_like(low), norm))
+            columns.append((basis if renewed else Basis(), low, jnp.zeros_like(low), norm))
         trees = [structure.unflatten([row[i] for row in columns]) for i in range(4)]
         return ScaledGradientState(jnp.zeros((), jnp.int32), *trees)
 
     def update(grads, state, params=None):
         del params
-        plans, structure = _projected.plans_for(grads, rank, side, axes)
+        plans, structure = _projected.plans_for(grads, rank, "std", axes)
         leaves, count = jax.tree.leaves(grads), state.count
         rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
         turns = _projected.turns_of(plans, refresh_every, staggered)
@@ -331,9 +336,18 @@ def _scaled_gradients(
                 continue
 
             def run(g, old, count, plan=plan, turns=own_turns):
-                d, *new = leaf(plan, _projected.to_matrices(plan, g), *old, turns, count)
-                d = _adam.correction(count + 1, b1, b2, d.dtype) * d
-                return _projected.from_matrices(plan, d, g.shape).astype(g.dtype), tuple(new)
+                x, (basis, *moments) = _projected.to_matrices(plan, g), old
+                if renewed:
+                    basis = renewed(plan, x, basis, turns, count)
+
+                def one(at, basis, own):
+                    d, *new = step(plan, own[0], basis, *own[1:], turns, count, at)
+                    return ((_adam.correction(count + 1, b1, b2, d.dtype) * d).astype(g.dtype), *new)
+
+                # What Fira makes of a gradient is of its size, in float32: one layer of a stack at a time.
+                own = (x, *moments)
+                d, *new = one(None, basis, own) if x.ndim == 2 else _projected.slice_by_slice(one, basis, own)
+                return _projected.from_matrices(plan, d, g.shape), (basis, *new)
 
             specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(old))  # noqa: E731
             d, new = _projected.automatic(run, (g, old, count), specs)

@@ -141,6 +141,7 @@ def scale_by_galore(
         moments=moments,
         staggered=staggered,
         scale=scale,
+        leafwise=inner is None,
         axes=axes,
         seed=seed,
     )

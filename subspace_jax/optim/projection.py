@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.optim import _projected
+from subspace_jax.optim._moments import Moments, check_moments
 from subspace_jax.optim._projected import AxesRule, Basis, LeafPlan, RankRule
 
 PyTree = Any
@@ -50,6 +51,7 @@ def low_rank_projection(
     staggered: bool = True,
     scale: ArrayLike = 1.0,
     fallback: optax.GradientTransformation | None = None,
+    leafwise: bool = False,
     axes: AxesRule | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,6 +82,9 @@ def low_rank_projection(
         axis, which had better not be sharded; else all are renewed at once.  The first step renews all in any case.
       scale: Factor on updates of projected leaves.
       fallback: For leaves that are not projected, with parameters at hand; None gives them to ``inner`` as they are.
+      leafwise: Whether ``inner`` treats every matrix by itself, as Adam does and a clip by the norm of all does not.
+        Stacks are then stepped one slice at a time, along their first batch axis, in the memory of one; else the
+        projected gradients of all leaves are there at once.
       axes: Rule ``axes(path, shape)`` that returns the :class:`MatrixAxes` of kernels of more than two axes that are
         not ``[..., m, n]``.
       seed: Seed of what is random.
@@ -91,7 +96,8 @@ def low_rank_projection(
       TypeError: ``rank``, ``refresh_every``, ``rounds`` or ``seed`` is traced or not a whole number.
       ValueError: An option is unknown or out of range.  ``init`` raises it for an inner transform that
         fails on projected gradients, returns other shapes, or changes those of its state; and, where moments are
-        reset or rotated, for one whose state has arrays that are no moments of projected gradients.
+        reset or rotated or steps are leafwise, for one whose state has arrays that are no moments of projected
+        gradients.
 
     Examples:
       >>> import jax, optax
@@ -132,76 +138,102 @@ def low_rank_projection(
         low = structure.unflatten(lows)
         inner_state = inner.init(low)
         _check_inner(inner, low, inner_state)
-        if moments != "keep":
-            _check_moments(low, inner_state, structure)
+        if moments != "keep" or leafwise:
+            check_moments(low, inner_state, structure)
         rest = None if fallback is None else fallback.init(others(plans, leaves, structure))
         return LowRankProjectionState(jnp.zeros((), jnp.int32), structure.unflatten(bases), inner_state, rest)
 
     def update(grads, state, params=None, **extra_args):
         plans, structure = _projected.plans_for(grads, rank, side, axes)
         leaves, bases = jax.tree.leaves(grads), structure.flatten_up_to(state.bases)
-        inner_state, slots, fresh = state.inner, [], []
         like = [_low_like(plan, g, fallback) for plan, g in zip(plans, leaves, strict=True)]
-        if moments != "keep":
-            slots, rebuild = _moments(structure.unflatten(like), inner_state, structure)
+        found = Moments(structure.unflatten(like), state.inner, structure)
+        known = [None] * len(leaves) if params is None else structure.flatten_up_to(params)
+        slots = found.of(state.inner) if moments != "keep" or leafwise else []
+        seconds, fresh = [name in _SECOND for name in found.names], []
         if moments == "reset":
             start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure.unflatten(like)))
-            fresh = _moments(structure.unflatten(like), start, structure)[0]
+            fresh = found.of(start)
+        stacks = [leafwise and plan is not None and len(plan.shape) > 2 for plan in plans]
+        hole, done, moved = optax.MaskedNode(), {}, {}
 
         lows, turns = [], _projected.turns_of(plans, refresh_every, staggered)
         for i, (plan, g) in enumerate(zip(plans, leaves, strict=True)):
             if plan is None:
                 low = g.astype(linalg.working_dtype(g)) if _is_floating(g) else g
-                lows.append(low if fallback is None else optax.MaskedNode())
+                lows.append(low if fallback is None else hole)
                 continue
-            own = [values[i] for _, values in slots]
-            seconds = [name in _SECOND for name, _ in slots]
-            resets = [values[i] for _, values in fresh]
-            low, bases[i], own = _project_leaf(plan, turns[i], g, bases[i], own, seconds, resets, state.count)
+            own, resets = ([values[i] for values in lists] for lists in (slots, fresh))
+            args = plan, turns[i], g, bases[i], own, seconds, resets, state.count
+            if stacks[i]:
+                done[i], bases[i], moved[i] = _step_stack(*args, known[i], state.inner, found, extra_args)
+                lows.append(hole)
+                continue
+            low, bases[i], own = _project_leaf(*args)
             lows.append(low)
-            for (_, values), value in zip(slots, own, strict=True):
+            for values, value in zip(slots, own, strict=True):
                 values[i] = value
-        if slots:
-            inner_state = rebuild(slots)
 
-        known = None
+        inner_state = state.inner
+        if slots:
+            trees = [[hole if stack else x for x, stack in zip(values, stacks, strict=True)] for values in slots]
+            inner_state = found.put(inner_state, [structure.unflatten(values) for values in trees])
+        weights = None
         if params is not None:
             # Compiled away where the inner transform does not look at it.
             weights = [
-                _project_params(plan, w, basis) if plan else low if fallback else w.astype(low.dtype)
-                for plan, w, basis, low in zip(plans, structure.flatten_up_to(params), bases, lows, strict=True)
+                hole if stack else _project_params(plan, w, basis) if plan else low if fallback else w.astype(low.dtype)
+                for plan, w, basis, low, stack in zip(plans, known, bases, lows, stacks, strict=True)
             ]
-            known = structure.unflatten(weights)
-        low_updates, inner_state = inner.update(structure.unflatten(lows), inner_state, known, **extra_args)
+            weights = structure.unflatten(weights)
+        low_updates, inner_state = inner.update(structure.unflatten(lows), inner_state, weights, **extra_args)
+        if any(stacks):
+            slots = found.of(inner_state)
+            for i, own in moved.items():
+                for values, value in zip(slots, own, strict=True):
+                    values[i] = value
+            inner_state = found.put(inner_state, [structure.unflatten(values) for values in slots])
         updates, rest = structure.flatten_up_to(low_updates), state.fallback
         if fallback is not None:
-            known = None if params is None else others(plans, structure.flatten_up_to(params), structure)
-            unprojected, rest = fallback.update(others(plans, leaves, structure), rest, known, **extra_args)
+            weights = None if params is None else others(plans, known, structure)
+            unprojected, rest = fallback.update(others(plans, leaves, structure), rest, weights, **extra_args)
             unprojected = structure.flatten_up_to(unprojected)
             updates = [low if plan else x for plan, low, x in zip(plans, updates, unprojected, strict=True)]
         for i, (plan, g) in enumerate(zip(plans, leaves, strict=True)):
-            updates[i] = updates[i].astype(g.dtype) if plan is None else _back_leaf(plan, g, bases[i], updates[i])
+            if plan is None:
+                updates[i] = updates[i].astype(g.dtype)
+            else:
+                updates[i] = done[i] if stacks[i] else _back_leaf(plan, g, bases[i], updates[i])
         count = optax.safe_increment(state.count)
         return structure.unflatten(updates), LowRankProjectionState(
             count, structure.unflatten(bases), inner_state, rest
         )
 
+    def renewed(plan, turns, g, basis, own, seconds, resets, count):
+        """Bases and moments after a refresh, of those slices of ``g [..., m, n]`` that have one."""
+
+        def refresh(key, x, old):
+            (g, resets), (basis, own) = x, old
+            new = _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
+            if moments == "rotate":
+                turned = [
+                    _projected.rotated(basis, new, x, second=second) for x, second in zip(own, seconds, strict=True)
+                ]
+                # There is nothing to rotate from at the first step, where old bases are zero.
+                return new, [jnp.where(count == 0, x, y) for x, y in zip(own, turned, strict=True)]
+            return new, resets if moments == "reset" else own
+
+        key = _projected.leaf_key(seed, plan, count)
+        if moments == "keep":
+            return _projected.renew(
+                lambda key, g, basis: refresh(key, (g, []), (basis, []))[0], turns, refresh_every, count, key, g, basis
+            ), own
+        return _projected.renew(refresh, turns, refresh_every, count, key, (g, resets), (basis, own))
+
     def _project_leaf(plan, turns, g, basis, own, seconds, resets, count):
         def run(g, basis, own, resets, count):
-            g, key = _projected.to_matrices(plan, g), _projected.leaf_key(seed, plan, count)
-
-            def refresh(key, x, old):
-                (g, resets), (basis, own) = x, old
-                new = _projected.new_basis(plan, g, basis, method, key, count == 0, rounds)
-                if moments == "rotate":
-                    turned = [
-                        _projected.rotated(basis, new, x, second=second) for x, second in zip(own, seconds, strict=True)
-                    ]
-                    # There is nothing to rotate from at the first step, where old bases are zero.
-                    return new, [jnp.where(count == 0, x, y) for x, y in zip(own, turned, strict=True)]
-                return new, resets if moments == "reset" else own
-
-            new, moved = _projected.renew(refresh, turns, refresh_every, count, key, (g, resets), (basis, own))
+            g = _projected.to_matrices(plan, g)
+            new, moved = renewed(plan, turns, g, basis, own, seconds, resets, count)
             return _projected.project(new, g), new, moved
 
         def specs():
@@ -209,12 +241,33 @@ def low_rank_projection(
 
         return _projected.automatic(run, (g, basis, own, resets, count), specs)
 
+    def _step_stack(plan, turns, g, basis, own, seconds, resets, count, weights, inner_state, found, extra_args):
+        def run(g, basis, own, resets, count, weights, inner_state, extra_args):
+            x = _projected.to_matrices(plan, g)
+            basis, own = renewed(plan, turns, x, basis, own, seconds, resets, count)
+            weights = None if weights is None else _projected.to_matrices(plan, weights)
+
+            def one(_, fixed, old):
+                (basis, w), (g, own) = fixed, old
+                w = None if w is None else _projected.project(basis, w).astype(linalg.working_dtype(w))
+                low, state = inner.update(_projected.project(basis, g), found.put(inner_state, own), w, **extra_args)
+                return back(basis, low, g.dtype), found.take(state)
+
+            x, own = _projected.slice_by_slice(one, (basis, weights), (x, own))
+            return _projected.from_matrices(plan, x, g.shape), basis, own
+
+        args = g, basis, own, resets, count, weights, inner_state, extra_args
+        return _projected.automatic(run, args, lambda: _projected.spec_of((g, basis, own)))
+
+    def back(basis, low, dtype):
+        factor = jnp.asarray(scale).astype(low.dtype)
+        # A bfloat16 gradient gets its update by a bfloat16 product.
+        narrow = (factor * low).astype(dtype) if dtype == jnp.bfloat16 else factor * low
+        return _projected.back(basis, narrow).astype(dtype)
+
     def _back_leaf(plan, g, basis, low):
         def run(basis, low):
-            factor = jnp.asarray(scale).astype(low.dtype)
-            # A bfloat16 gradient gets its update by a bfloat16 product.
-            narrow = (factor * low).astype(g.dtype) if g.dtype == jnp.bfloat16 else factor * low
-            return _projected.from_matrices(plan, _projected.back(basis, narrow), g.shape).astype(g.dtype)
+            return _projected.from_matrices(plan, back(basis, low, g.dtype), g.shape)
 
         return _projected.automatic(run, (basis, low), lambda: _projected.spec_of(g))
 
@@ -250,37 +303,3 @@ def _check_inner(inner, low, state) -> None:
         raise ValueError(f"inner: expected updates like the projected gradients, {kinds[0]}, got {kinds[1]}")
     if kinds[2] != kinds[3]:
         raise ValueError(f"inner: expected a state that keeps its shapes, {kinds[2]}, got {kinds[3]} after a step")
-
-
-def _moments(low: PyTree, state: optax.OptState, structure: Any):
-    """Moments in a state, trees like ``low``: names and lists of leaves, and a function that puts lists back."""
-    kind, shapes = jax.tree.structure(low), [x.shape for x in jax.tree.leaves(low)]
-
-    def is_moment(x):
-        return bool(shapes) and jax.tree.structure(x) == kind and [jnp.shape(y) for y in jax.tree.leaves(x)] == shapes
-
-    entries, outside = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
-    at = [i for i, (_, x) in enumerate(entries) if is_moment(x)]
-
-    def name(path):
-        return str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
-
-    def rebuild(slots):
-        values = [x for _, x in entries]
-        for i, (_, leaves) in zip(at, slots, strict=True):
-            values[i] = structure.unflatten(leaves)
-        return outside.unflatten(values)
-
-    return [(name(entries[i][0]), structure.flatten_up_to(entries[i][1])) for i in at], rebuild
-
-
-def _check_moments(low: PyTree, state: optax.OptState, structure: Any) -> None:
-    """Raises ValueError where a state has arrays that can be neither reset nor rotated."""
-    moments = _moments(low, state, structure)[0]
-    inside = {id(x) for _, leaves in moments for x in leaves}
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-        if id(x) not in inside and jnp.ndim(x) > 0:
-            raise ValueError(
-                f"inner: expected a state of counters and of moments shaped like the projected gradients, which can "
-                f"be reset or rotated, got {jnp.shape(x)} at {jax.tree_util.keystr(path)}; use moments='keep'"
-            )

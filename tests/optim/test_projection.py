@@ -128,6 +128,23 @@ def test_a_stack_is_what_its_slices_are_as_leaves_of_their_own(maker, options):
         np.testing.assert_allclose(stacked[0].bases.right, bases, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_leafwise_steps_are_those_of_all_leaves_at_once(moments):
+    """Decay inside looks at parameters; one stack has two batch axes, and one leaf is none."""
+    sizes = {"stack": (3, 8, 6), "stacks": (2, 3, 5, 7), "kernel": (8, 4), "bias": (3,)}
+    start = {name: gaussian(shape, i) for i, (name, shape) in enumerate(sizes.items())}
+    inner, ends = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-0.1)), []
+    for leafwise in (False, True):
+        tx = optim.low_rank_projection(inner, 2, refresh_every=2, moments=moments, leafwise=leafwise)
+        with jax.numpy_dtype_promotion("standard"):  # which Optax's Adam needs
+            params, state, step = start, tx.init(start), jax.jit(tx.update)
+            for i in range(4):
+                updates, state = step(jax.tree.map(lambda x, i=i: jnp.sin((i + 1) * x + i), start), state, params)
+                params = optax.apply_updates(params, updates)
+        ends.append((params, state))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *ends)
+
+
 def test_random_bases_of_slices_differ():
     tx = optim.low_rank_projection(optax.identity(), rank=2, refresh_every=3, method="random")
     g = gaussian((3, 6, 4))

@@ -102,7 +102,7 @@ def test_apollo_takes_the_steps_of_the_reference(x64, golden, shape, case):
     data = golden("coso/apollo_adamw")
     stored = jnp.asarray(data[f"{shape}_{case}_R"])
     tx = _apollo(
-        lambda plan, g, step: g @ stored[step].T if shape == "tall" else stored[step].T @ g,
+        lambda plan, g, step, _: g @ stored[step].T if shape == "tall" else stored[step].T @ g,
         float(data["lr"]),
         1 if case.startswith("tensor") else int(data["rank"]),
         refresh_every=1,
