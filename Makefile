@@ -31,6 +31,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.bench
+	$(PY) -m pip install -q --no-deps galore-torch  # a peer; what it depends on is for CUDA, and not needed here
 	$(PY) scripts/bench/grassmann.py
 	$(PY) scripts/bench/kernels.py
 	$(PY) scripts/bench/lm.py

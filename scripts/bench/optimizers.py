@@ -6,10 +6,12 @@
 
 Four parts, each at growing widths where that says something:
 
-  refresh   one square kernel: a step that keeps its projection and one that renews it, of optax.contrib.galore (a full
-            singular value decomposition) and of ours (two rounds of subspace iteration, and the others by name)
-  steps     the optimizer's share of a step on sixteen kernels, as leaves and as one stack, beside optax.adamw and
-            optax.contrib.muon: median and worst step over two periods of refreshes, and the bytes of the state
+  refresh   one square kernel: a step that keeps its projection and one that renews it, of optax.contrib.galore and
+            galore-torch (full singular value decompositions) and of ours (two rounds of subspace iteration, and the
+            others by name)
+  steps     the optimizer's share of a step on sixteen kernels, as leaves and as one stack, beside optax.adamw,
+            optax.contrib.muon and galore-torch: median and worst step over two periods of refreshes, and the bytes of
+            the state
   lora      whole train steps of a Llama-like decoder with LoRA on queries and values, beside optax.adamw on the same
             factors, and Hugging Face PEFT with torch's AdamW on a decoder of the same sizes
   problem   axis-scaled regression onto a rank-4 target by LoRA of rank 8: loss after equal steps and after equal time
@@ -24,6 +26,7 @@ import statistics
 import time
 from pathlib import Path
 
+import galore_peer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +65,20 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def has_galore_torch(part):
+    """Whether the peer galore-torch is there; says so if not."""
+    try:
+        galore_peer.load()
+    except ImportError as error:
+        print(f"  {part}: without galore-torch ({error})")
+        return False
+    return True
+
+
+# optax.contrib.muon orthonormalises every momentum in each step: a second and more for sixteen kernels of 1024.
+SLOW = ("optax.contrib.muon", "galore-torch")
+
+
 def refresh(quick, rounds):
     """Milliseconds with and without a refresh, of one kernel."""
     rows = []
@@ -76,12 +93,15 @@ def refresh(quick, rounds):
         }
         plain = {name: Steps(make(never), params, grads) for name, make in makers.items()}
         renewing = {name: Steps(make(1), params, grads) for name, make in makers.items()}
+        if has_galore_torch("refresh"):
+            for gap, calls in ((never, plain), (1, renewing)):
+                calls["galore-torch"] = galore_peer.Steps(rank, gap, params, grads)
         for step in plain.values():
             timing.wait(step())  # the first step renews in any case
         plain_times = timing.in_turns(plain, rounds)
         # A decomposition of 2048 x 2048 takes half a minute.
         renewing_times = timing.in_turns(renewing, 1 if width > 1024 else min(rounds, 3))
-        for name in makers:
+        for name in plain:
             cost = renewing_times[name] - plain_times[name]
             rows.append(
                 {
@@ -93,8 +113,8 @@ def refresh(quick, rounds):
                 }
                 | {"refresh": cost, "over_plain": renewing_times[name] / plain_times[name]}
             )
-        base = rows[-len(makers)]["refresh"]
-        for row in rows[-len(makers) :]:
+        base = rows[-len(plain)]["refresh"]
+        for row in rows[-len(plain) :]:
             row["faster"] = base / row["refresh"]
             print(
                 f"  refresh  {width:>5} rank {rank:<4} {row['name']:<22} plain {1e3 * row['plain']:8.1f} ms  renewing "
@@ -127,14 +147,22 @@ def steps(quick, rounds):
             "fira, one stack": optim.fira(1e-3, rank, **options),
         }
         stacks = [{"kernel": jnp.stack(list(tree.values()))} for tree in (params, grads)]
-        for name, tx in txs.items():
-            step, times = Steps(tx, *(stacks if name.endswith("stack") else (params, grads))), []
+        calls = {
+            name: functools.partial(Steps, tx, *(stacks if name.endswith("stack") else (params, grads)))
+            for name, tx in txs.items()
+        }
+        if has_galore_torch("steps"):
+            calls["galore-torch"] = functools.partial(galore_peer.Steps, rank, period, params, grads)
+        for name, make in calls.items():
+            step, times = make(), []
             for _ in range(2):
                 timing.wait(step())
             # Each step's least time over three passes of two periods: what else the machine does is no spike of ours.
-            for _ in range(3):
+            # What takes seconds is seen for one period.
+            slow = name in SLOW and width > 512
+            for _ in range(1 if slow else 3):
                 one = []
-                for _ in range(2 * period):
+                for _ in range(period if slow else 2 * period):
                     start = time.perf_counter()
                     timing.wait(step())
                     one.append(time.perf_counter() - start)
@@ -142,7 +170,8 @@ def steps(quick, rounds):
             least = np.min(np.asarray(times), axis=0)
             median, worst = float(np.median(least)), float(np.max(least))
             rows.append({"width": width, "rank": rank, "kernels": leaves, "name": name, "median": median})
-            rows[-1] |= {"worst": worst, "worst_over_median": worst / median, "state_bytes": bytes_of(step.state)}
+            size = step.state_bytes if name == "galore-torch" else bytes_of(step.state)
+            rows[-1] |= {"worst": worst, "worst_over_median": worst / median, "state_bytes": size}
             print(
                 f"  steps    {width:>5} rank {rank:<4} {name:<24} median {1e3 * median:8.1f} ms  worst / median "
                 f"{worst / median:5.2f}  state {rows[-1]['state_bytes'] / 1e6:8.2f} MB",
