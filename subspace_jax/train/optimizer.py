@@ -16,7 +16,7 @@ PyTree = Any
 SCHEDULES = ("constant", "linear", "cosine", "step")
 EUCLIDEAN = ("sgd", "adam", "adamw", "lamb")
 LOW_RANK = ("galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
-LORA = ("lora_plus", "scaled_adamw_lora", "lora_rite", "lora_pro", "adaprelora")
+LORA = ("lora_plus", "scaled_gd_lora", "scaled_adamw_lora", "lora_rite", "lora_pro", "adaprelora")
 GRASSMANN = ("rsgd", "radam")
 DECAYS = ("all", "kernels")
 
@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
                 "rank": 0,
                 "refresh_every": 200,
                 "method": "subspace_iteration",
+                "side": "std",
+                "moments": "keep",
                 "scale": 1.0,
                 "sketch_rank": 64,
                 "state_dtype": "float32",
@@ -109,8 +111,9 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         The names in ``LOW_RANK`` project the gradients of kernels, those of stacked layers included, and are Adam for
         tables, biases and norms.  ``low_rank.rank`` 0 is a quarter of a kernel's shorter side; ``low_rank.scale`` is
         that of the method (1 keeps the learning rate that all other leaves have; 1 is 128 for "apollo_mini");
-        ``low_rank.sketch_rank`` is of "coso" alone; ``low_rank.state_dtype`` "bfloat16" or "int8" makes the moments
-        narrow, see :func:`subspace_jax.optim.narrow_state`.
+        ``low_rank.side`` and ``low_rank.moments`` are of "galore" alone, ``low_rank.sketch_rank`` is of "coso";
+        ``low_rank.state_dtype`` "bfloat16" or "int8" makes the moments narrow, see
+        :func:`subspace_jax.optim.narrow_state`.
 
         The names in ``LORA`` are for adapters: ``lora.ratio`` is of "lora_plus", ``lora.scale`` (alpha over rank) of
         "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.  For both groups decay is decoupled and touches
@@ -190,7 +193,8 @@ def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransfo
 
     try:
         if config.name == "galore":
-            return optim.galore(rate, rank, method=fields.method, **renewed)
+            options = {"method": fields.method, "side": fields.side, "moments": fields.moments}
+            return optim.galore(rate, rank, **options, **renewed)
         if config.name == "fira":
             return optim.fira(rate, rank, method=fields.method, **renewed)
         if config.name == "apollo":
@@ -234,6 +238,8 @@ def _lora(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformat
     try:
         if config.name == "lora_plus":
             return optim.lora_plus(rate, ratio=fields.ratio, **options)
+        if config.name == "scaled_gd_lora":
+            return optim.scaled_gd_lora(rate, weight_decay=config.weight_decay)
         if config.name == "scaled_adamw_lora":
             return optim.scaled_adamw_lora(rate, **options)
         if config.name == "lora_rite":

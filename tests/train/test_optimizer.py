@@ -213,6 +213,8 @@ def test_optimizers_of_factors_of_a_config_move_both(name):
 def test_what_is_wrong_with_an_optimizer_names_its_field():
     with pytest.raises(ValueError, match=r"optim.low_rank.rank: expected at least 0, got -1"):
         make_tx(name="galore", low_rank={"rank": -1})
+    with pytest.raises(ValueError, match=r"optim.low_rank: side: expected one of"):
+        make_tx(name="galore", low_rank={"side": "input"})
     with pytest.raises(ValueError, match=r"optim.low_rank: method: expected one of"):
         make_tx(name="fira", low_rank={"method": "qr"})
     with pytest.raises(ValueError, match=r"optim.low_rank.state_dtype: expected one of .*'int4'"):
@@ -230,6 +232,7 @@ def test_configs_of_optimizers_can_be_read(configs):
         default = train.load_config(f"{configs}/optim/{file}.py")
         assert default.optim.name in (*optimizer.LOW_RANK, *optimizer.LORA)
     assert train.load_config(f"{configs}/optim/tiny_gpt.py:coso").optim.name == "coso"
+    assert train.load_config(f"{configs}/optim/tiny_gpt.py:galore").optim.low_rank.side == "left"
     with pytest.raises(ValueError, match="variant: expected one of"):
         train.load_config(f"{configs}/optim/tiny_gpt.py:sgd")
 
