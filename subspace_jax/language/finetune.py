@@ -39,9 +39,10 @@ def default_config() -> ConfigDict:
 
     ``model.folder`` is a Hugging Face folder to start from; without one, ``model.size`` names an architecture that
     starts from random numbers.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of
-    ``model.folder``, or bytes.  ``data.source`` is "docstrings" (what is installed here, see
-    :func:`subspace_jax.data.text.docstrings`), a ``.jsonl``, ``.parquet`` or text file, or a TFDS set; ``data.prompt``
-    and ``data.completion`` name the fields of a file.  ``data.evaluation`` is a second file, or empty for a split.
+    ``model.folder``, or bytes.  ``data.source`` is "docstrings" or "summaries" (what is installed here, see
+    :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
+    ``.parquet`` or text file, or a TFDS set; ``data.prompt`` and ``data.completion`` name the fields of a file.
+    ``data.evaluation`` is a second file, or empty for a split.
     ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
     ``optim.name`` "adaprelora" and ``optim.lora.stats`` "full" a step also finds the energies of the whole weights'
     gradients, see :func:`subspace_jax.adapters.add_energy_probes`; over micro-batches they are averaged.
@@ -169,6 +170,8 @@ def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
     """Returns the examples of "train" or "eval" that a config asks for."""
     sizes = config.data
     name = {"train": sizes.train_split, "eval": sizes.eval_split}[split]
+    if sizes.source == "summaries":
+        return text.function_summaries(split=name)
     if sizes.source == "docstrings":
         return [text.Completion("", t) for t in text.docstrings(split=name)]
     source = sizes.evaluation if split == "eval" and sizes.evaluation else sizes.source

@@ -1,6 +1,6 @@
 """Text: tokenizers, examples from files and sets, rows of tokens."""
 
-from subspace_jax.data.text.corpus import docstrings
+from subspace_jax.data.text.corpus import docstrings, function_summaries
 from subspace_jax.data.text.records import Choice, Completion, mapping_of, read_texts, tfds_texts
 from subspace_jax.data.text.rows import choice_rows, encode, pack_rows, pad_rows
 from subspace_jax.data.text.tokenizers import (
@@ -21,6 +21,7 @@ __all__ = [
     "choice_rows",
     "docstrings",
     "encode",
+    "function_summaries",
     "load_tokenizer",
     "mapping_of",
     "pack_rows",

@@ -5,11 +5,15 @@ import functools
 import importlib.util
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from subspace_jax.data.text.records import Completion
 
 STANDARD_LIBRARY = "stdlib"
 _SHORTEST = 80  # characters; shorter docstrings are mostly one phrase
+_SUMMARY = (20, 200)  # characters of a function's summary; its signature has at most as many
 
 
 def docstrings(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "train") -> list[str]:
@@ -29,14 +33,37 @@ def docstrings(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "trai
     Raises:
       ValueError: A package is not installed or has no sources, or the split is unknown.
     """
+    return _texts(tuple(packages), split, _docstrings_of)
+
+
+def function_summaries(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "train") -> list[Completion]:
+    """Collects functions and methods with what they do: the first paragraph of the docstring, of 20 to 200 characters.
+
+    Prompts are such as ``"split(s, sep=None): "``.  Files and splits are those of :func:`docstrings`, so that a model
+    that learnt the split "train" of these has met no summary of "validation".
+
+    Args:
+      packages: Names of installed packages; "stdlib" for the standard library.
+      split: "train" or "validation".
+
+    Returns:
+      One example for each function; of equal ones the first.
+
+    Raises:
+      ValueError: A package is not installed or has no sources, or the split is unknown.
+    """
+    return _texts(tuple(packages), split, _summaries_of)
+
+
+def _texts(packages: tuple[str, ...], split: str, of_file: Callable) -> list:
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
-    return list(_docstrings(tuple(packages))[split])
+    return list(_both_splits(packages, of_file)[split])
 
 
 @functools.cache
-def _docstrings(packages: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    texts: dict[str, dict[str, None]] = {"train": {}, "validation": {}}
+def _both_splits(packages: tuple[str, ...], of_file: Callable) -> dict[str, tuple]:
+    texts: dict[str, dict[Any, None]] = {"train": {}, "validation": {}}
     for package in packages:
         root = _root(package)
         files = sorted(root.rglob("*.py"))
@@ -45,7 +72,7 @@ def _docstrings(packages: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
             if any(part in ("test", "tests", "site-packages", "idle_test") for part in file.parts[len(root.parts) :]):
                 continue
             own = texts["validation" if zlib.crc32(name.encode()) % 10 == 0 else "train"]
-            own.update(dict.fromkeys(_of_file(file)))
+            own.update(dict.fromkeys(of_file(file)))
     for text in texts["train"]:
         texts["validation"].pop(text, None)
     return {split: tuple(found) for split, found in texts.items()}
@@ -63,13 +90,26 @@ def _root(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _of_file(file: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):  # templates and files of other versions
-        return
-    for node in ast.walk(tree):
+def _docstrings_of(file: Path) -> Iterator[str]:
+    for node in _nodes(file):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and len(text) >= _SHORTEST:
                 yield text
+
+
+def _summaries_of(file: Path) -> Iterator[Completion]:
+    for node in _nodes(file):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            prompt = f"{node.name}({ast.unparse(node.args)}): "
+            if _SUMMARY[0] <= len(first) <= _SUMMARY[1] and len(prompt) <= _SUMMARY[1]:
+                yield Completion(prompt, first)
+
+
+def _nodes(file: Path) -> Iterator[ast.AST]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):  # templates and files of other versions
+        return
+    yield from ast.walk(tree)

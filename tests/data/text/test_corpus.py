@@ -26,3 +26,11 @@ def test_unknown_packages_and_splits_are_refused():
         text.docstrings(["no_such_package"])
     with pytest.raises(ValueError, match="expected 'train' or 'validation', got 'test'"):
         text.docstrings(["json"], "test")
+
+
+def test_summaries_of_functions_follow_their_signatures():
+    train, validation = (text.function_summaries(("json", "email"), split) for split in ("train", "validation"))
+    assert any(x.prompt.startswith("loads(s, *, cls=None") and "Deserialize" in x.completion for x in train)
+    assert len(validation) > 3
+    assert not set(train) & set(validation)
+    assert all(x.prompt.endswith("): ") and 20 <= len(x.completion) <= 200 for x in train)
