@@ -43,6 +43,30 @@ CASES = [
         8.0,
         64,
     ),
+    # Rows split along their length: keys and values are gathered along it, and nothing of theirs along fsdp.
+    (
+        "lm/tiny.py",
+        ["adapter.method=dora", "model.dtype=bfloat16", "data.batch_size=16"],
+        "v5e:2x4",
+        {"fsdp": 2, "sequence": 4},
+        {("all-gather", "sequence"), ("all-reduce", "sequence"), ("all-gather", "fsdp+sequence"),
+         ("all-reduce", "fsdp+sequence"), ("all-reduce", "fsdp")},
+        1.0,
+        512,
+    ),
+    # Statistics of columns and r x r products of factors that are split by their rank go around too; groups that lie
+    # along a part of fsdp have no name.
+    (
+        "lm/tiny.py",
+        ["adapter.method=lora", "optim.name=adaprelora", "optim.weight_decay=0.0", "model.dtype=bfloat16",
+         "data.batch_size=64"],
+        "v5e:2x4",
+        {"fsdp": 4, "tensor": 2},
+        {("all-gather", "fsdp"), ("all-gather", "?"), ("all-to-all", "fsdp"), ("all-reduce", "fsdp"),
+         ("all-reduce", "tensor"), ("all-reduce", "fsdp+tensor")},
+        1.0,
+        64,
+    ),
     # A batch split over all chips, whole weights: nothing but sums of gradients and of batch statistics.
     ("gcr/imagenet_resnet.py:resnet50d_k8", [], "v5e:4x4", {"data": 16}, {("all-reduce", "data")}, 62.5, None),
 ]  # fmt: skip
