@@ -189,6 +189,8 @@ def make_train_step(
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
     _, shardings = state_shardings(task, tx, mesh, rules)
+    # The body of the step sees Auto axes, on any mesh.
+    inside = jax.tree.map(lambda x: NamedSharding(auto_mesh(mesh), x.spec), shardings.params)
     frozen = frozen_names(task)
 
     def loss_fn(params, variables, held, batch, key):
@@ -239,7 +241,7 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def update():
-            given = {"value": metrics["loss"], "shardings": shardings.params}
+            given = {"value": metrics["loss"], "shardings": inside}
             updates, opt_state = tx.update(grads, state.opt_state, state.params, **given)
             return optax.apply_updates(state.params, updates), variables, opt_state
 
