@@ -1,7 +1,6 @@
 """Adapters of a checkpoint as a task: the golden run, meshes, and what is whole at a time."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +11,9 @@ import pytest
 from subspace_jax import adapters, interop, language, nn, optim, train
 from subspace_jax.adapters.rules import adapters_of
 
-LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "interop" / "llama"
+from .conftest import LLAMA
+
 LINEAR = {"re:layers/(attn|mlp)/.*": adapters.LoRA(4, 8.0)}
-
-
-@pytest.fixture(scope="module")
-def batch():
-    with np.load(LLAMA / "io.npz") as io:
-        tokens = io["input_ids"].astype(np.int32)
-    inputs = tokens[:, :-1]
-    return {
-        "inputs": inputs,
-        "labels": tokens[:, 1:],
-        "weights": np.ones(inputs.shape, np.float32),
-        "segment_ids": np.ones(inputs.shape, np.int32),
-        "positions": np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape),
-    }
 
 
 def task(mesh, settings, **options):

@@ -1,7 +1,5 @@
 """Fine-tuning on a mesh with Explicit axes, from a checkpoint folder: the results of Auto axes."""
 
-import pathlib
-
 import jax
 import numpy as np
 import optax
@@ -10,23 +8,15 @@ from jax.sharding import AxisType
 
 from subspace_jax import adapters, data, interop, language, optim, train
 
-LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "interop" / "llama"
+from .conftest import LLAMA
+
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 EVERYWHERE = "re:layers/(attn|mlp)/.*"
 
 
 @pytest.fixture(scope="module")
-def rows():
-    with np.load(LLAMA / "io.npz") as io:
-        tokens = np.tile(io["input_ids"].astype(np.int32), (4, 1))
-    inputs = tokens[:, :-1]
-    return {
-        "inputs": inputs,
-        "labels": tokens[:, 1:],
-        "weights": np.ones(inputs.shape, np.float32),
-        "segment_ids": np.ones(inputs.shape, np.int32),
-        "positions": np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape).copy(),
-    }
+def rows(batch):
+    return {name: np.tile(x, (4, 1)) for name, x in batch.items()}
 
 
 def trained(rows, mesh, settings, tx, **options):

@@ -43,7 +43,7 @@ def test_a_refresh_is_of_products_and_qr_and_a_step_takes_less_than_one_of_64_ke
     print(f"\n{make.__name__}, rank {rank}: compiled in {took[1]:.0f} s, {took[0]:.0f} s of them a processor's;")
     print(f"bytes per chip: {memory.argument_size_in_bytes} of arguments, {memory.temp_size_in_bytes} besides")
     # One slice of a stack is renewed and stepped at a time, in float32.
-    assert memory.temp_size_in_bytes < 3 * share + 4 * basis
+    assert memory.temp_size_in_bytes < share + 5 * basis
     assert not [name for name in ("svd", "eigh", "jacobi") if name in text.lower()]
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, params, state)))
     # Kernels and gradients are split over all chips; what is left of a subspace's state over one side of four.
