@@ -97,10 +97,16 @@ def fira(
         del turns, at
         r = _projected.project(basis, g)
         mu, nu, n = _adam.moments(r, mu, nu, b1, b2, eps)
-        alpha = jnp.asarray(scale).astype(r.dtype)
-        rest = (g.astype(r.dtype) - alpha * _projected.back(basis, r)) * _channel_ratio(plan, n, r)
-        rest, norm = _limit(rest, norm, count)
-        return alpha * _projected.back(basis, n) + rest, mu, nu, norm
+        alpha, g = jnp.asarray(scale).astype(r.dtype), g.astype(r.dtype)
+        ratio = _channel_ratio(plan, n, r)
+        # P has orthonormal columns: ||G - scale P R||^2 is ||G||^2 - scale (2 - scale) ||R||^2, channel by channel,
+        # and the step is one product with P.
+        axis = _low_rank_axis(plan)
+        rest = _sum_of_squares(g, axis) - alpha * (2 - alpha) * _sum_of_squares(r, axis)
+        now = jnp.sqrt(jnp.sum(jnp.square(ratio) * jnp.maximum(rest, 0), axis=(-2, -1), keepdims=True))
+        factor = _limiter(now, norm, count)
+        share = ratio / factor
+        return g * share + alpha * _projected.back(basis, n - r * share), mu, nu, (now / factor)[..., 0, 0]
 
     scaled = _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, eps, renewed=renewed)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
@@ -276,21 +282,35 @@ def _apollo(
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
 
 
+def _sum_of_squares(x, axes):
+    return jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+
+
 def _norm(x, axes):
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+    return jnp.sqrt(_sum_of_squares(x, axes))
+
+
+def _low_rank_axis(plan):
+    """Axis of a projected gradient that has the rank: its other one is that of the channels."""
+    return -1 if plan.side == "right" else -2
 
 
 def _channel_ratio(plan, n, r):
     """``||N|| / ||R||`` along the low-rank axis: for each column on the left, for each row on the right."""
-    axis = -1 if plan.side == "right" else -2
+    axis = _low_rank_axis(plan)
     return _norm(n, axis) / (_norm(r, axis) + _GUARD)
+
+
+def _limiter(now, norm, count):
+    """What to divide a step of norm ``now [..., 1, 1]`` by, so that it grows by 1% at most."""
+    factor = jnp.maximum(now / (norm[..., None, None] + _GUARD), _GROWTH) / _GROWTH
+    return jnp.where(count == 0, 1, factor)
 
 
 def _limit(d, norm, count):
     """Shrinks ``d`` where its norm grew too much; returns the new norm too."""
     now = _norm(d, (-2, -1))
-    factor = jnp.maximum(now / (norm[..., None, None] + _GUARD), _GROWTH) / _GROWTH
-    factor = jnp.where(count == 0, 1, factor)
+    factor = _limiter(now, norm, count)
     return d / factor, (now / factor)[..., 0, 0]
 
 
