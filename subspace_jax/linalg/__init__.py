@@ -11,7 +11,7 @@ from subspace_jax.linalg.frequent_directions import (
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
-from subspace_jax.linalg.products import broadcast_leading, eye_like, gram, times, working_dtype
+from subspace_jax.linalg.products import across, broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
@@ -20,6 +20,7 @@ from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "FDState",
+    "across",
     "arcsine_ratio",
     "broadcast_leading",
     "canonical_signs",

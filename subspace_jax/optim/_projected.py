@@ -4,6 +4,7 @@ A leaf is a stack of matrices ``[..., m, n]``.  Its basis is ``[..., m, r]`` on 
 right, in the working dtype, with the sharding that the axes ``m``, ``n`` and ``...`` have in the parameters.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -275,10 +276,11 @@ def new_basis(
             )
         )
     if method == "subspace_iteration":
+        down, up = functools.partial(linalg.across, g), functools.partial(linalg.times, g)
         if plan.side == "right":
-            return Basis(right=_iterate(g.mT, basis.right, key, cold, rounds)[0])
-        left, right = _iterate(g, basis.left, key, cold, rounds)
-        return Basis(left, right if plan.side == "full" else None)
+            return Basis(right=_iterate(up, down, basis.right, key, cold, rounds))
+        left = _iterate(down, up, basis.left, key, cold, rounds)
+        return Basis(left, linalg.orthonormal_columns(down(left)) if plan.side == "full" else None)
     if method == "svd":
         u, _, vt = linalg.canonical_svd(g)
     else:
@@ -287,16 +289,14 @@ def new_basis(
     return Basis(left, None if plan.side == "left" else vt[..., : plan.rank, :].mT)
 
 
-def _iterate(g, start, key, cold, rounds):
+def _iterate(there, back, start, key, cold, rounds):
     """Orthogonal iteration.  Positive QR turns columns towards singular vectors without a jump of order or sign."""
 
     def turn(_, basis):
-        right = linalg.orthonormal_columns(linalg.gram(g, basis))
-        return linalg.orthonormal_columns(linalg.times(g, right))
+        return linalg.orthonormal_columns(back(linalg.orthonormal_columns(there(basis))))
 
-    basis = jnp.where(cold, jax.random.normal(key, start.shape, start.dtype), start)
-    basis = jax.lax.fori_loop(0, rounds + jnp.where(cold, _COLD_ROUNDS, 0), turn, basis)
-    return basis, linalg.orthonormal_columns(linalg.gram(g, basis))
+    basis = jax.lax.cond(cold, lambda: jax.random.normal(key, start.shape, start.dtype), lambda: start)
+    return jax.lax.fori_loop(0, rounds + jnp.where(cold, _COLD_ROUNDS, 0), turn, basis)
 
 
 def rotated(old: Basis, new: Basis, moment: jax.Array, *, second: bool) -> jax.Array:
