@@ -24,8 +24,14 @@ def write(folder, layers, width, heads, vocab, length):
     return params, 2 * (params - config.max_length * width) + 4 * layers * width * length
 
 
-def forward(folder, tokens, run):
+def _open(folder):
+    # On one device, weights are read where they lie, and not out of stacks.
     config, params = interop.load_causal_lm(folder)
+    return config, nn.unstack_layers(params)
+
+
+def forward(folder, tokens, run):
+    config, params = _open(folder)
     inputs = jnp.asarray(tokens[:, :-1])
     apply = jax.jit(lambda params, tokens: nn.causal_lm_apply(config, params, tokens, dtype=run["dtype"]).logits)
     return lambda: apply(params, inputs)
@@ -33,7 +39,8 @@ def forward(folder, tokens, run):
 
 def training(folder, tokens, run):
     mesh = train.make_mesh(devices=jax.devices()[:1])
-    task = language.CausalLMTask(interop.read_config(folder), mesh, folder=folder, dtype=run["dtype"])
+    options = {"folder": folder, "dtype": run["dtype"], "stacked": False}
+    task = language.CausalLMTask(interop.read_config(folder), mesh, **options)
     tx = optax.adamw(run["learning_rate"], weight_decay=run["weight_decay"])
     state, step = train.init_state(task, tx, mesh), train.make_train_step(task, tx, mesh)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -55,7 +62,7 @@ def training(folder, tokens, run):
 
 
 def generation(folder, tokens, run):
-    config, params = interop.load_causal_lm(folder)
+    config, params = _open(folder)
     prompts, options = jnp.asarray(tokens[:, : run["prompt"]]), {"dtype": run["dtype"], "eos_tokens": ()}
     return lambda: nn.generate(config, params, prompts, max_new_tokens=run["new"], **options).tokens
 

@@ -19,7 +19,7 @@ from subspace_jax.interop.hf_config import config_to_hf
 from subspace_jax.interop.names import TensorName, tensor_names
 from subspace_jax.interop.placing import some, stored_shape, to_stored
 from subspace_jax.interop.safetensors_io import write_safetensors
-from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs
+from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs, stack_layers
 from subspace_jax.nn.param_specs import spec_shapes
 
 PyTree = Any
@@ -44,7 +44,8 @@ def save_causal_lm(
     Args:
       folder: Where to write.
       config: The model.
-      params: Its parameters, plain arrays, in the type in which they are to be stored.
+      params: Its parameters, plain arrays, in the type in which they are to be stored; layers that are no stacks are
+        stacked first.
       shard_bytes: Weights are split into files of at most this size (a larger tensor has its own).
       overwrite: Whether the folder may be there; its weights and config are replaced, its other files (a tokenizer)
         stay.
@@ -59,7 +60,7 @@ def save_causal_lm(
         functools.partial(config_to_hf, config),
         causal_lm_specs(config),
         tensor_names(config),
-        params,
+        stack_layers(params),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )

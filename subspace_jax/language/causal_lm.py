@@ -34,6 +34,8 @@ class CausalLMTask:
       dtype: Type of the activations.
       remat: What is kept of a layer for the backward pass: "none", "dots" or "full".
       axes: Logical axes of the parameters, where some of them are structured; those of the config by default.
+      stacked: Whether layers are stacks that a loop runs over, or a tuple; see :func:`subspace_jax.nn.unstack_layers`.
+        The latter is for one device: on many, all layers would be gathered at once.
       loss_chunk: Places of a row whose scores ``[batch, loss_chunk, vocab]`` are there at a time; 0 for all.
     """
 
@@ -47,15 +49,18 @@ class CausalLMTask:
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         axes: PyTree | None = None,
+        stacked: bool = True,
         loss_chunk: int = 0,
     ):
         self.config = config
         self._axes = nn.causal_lm_axes(config) if axes is None else axes
-        self._options = {
-            "dtype": dtype,
-            "remat": remat,
-            "on_layer": train.layer_gatherer(self._axes["layers"], mesh, rules),
-        }
+        self._options = {"dtype": dtype, "remat": remat}
+        self._arranged = (lambda params: params) if stacked else nn.unstack_layers
+        if stacked:
+            self._options["on_layer"] = train.layer_gatherer(self._axes["layers"], mesh, rules)
+        else:
+            layer = jax.tree.map(lambda names: P(*names[1:]), self._axes["layers"])
+            self._axes = {**self._axes, "layers": (layer,) * config.num_layers}
         self._loss_chunk = loss_chunk
         self._split = functools.partial(train.split_places, mesh=mesh, rules=rules)
         places = train.mesh_axes("sequence", mesh, rules)
@@ -66,14 +71,17 @@ class CausalLMTask:
             self._options["attend_with"] = nn.split_attention(train.auto_mesh(mesh), places, rows=rows, heads=heads)
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
-            self.load = lambda shardings: (
-                interop.load_causal_lm(folder, shardings=shardings[0], dtype=jnp.float32)[1],
-                {},
-            )
+            self.load = functools.partial(self._load, folder, mesh, rules)
+
+    def _load(self, folder, mesh, rules, shardings):
+        # A folder is read into stacks, whatever they are arranged to then.
+        stacks = functools.partial(train.param_shardings, mesh=mesh, rules=rules)
+        params = self._arranged(interop.load_causal_lm(folder, shardings=stacks, dtype=jnp.float32)[1])
+        return jax.device_put(params, shardings[0]), {}
 
     def init(self, key):
         """Returns fresh parameters, and no variables."""
-        return nn.causal_lm_init(key, self.config), {}
+        return self._arranged(nn.causal_lm_init(key, self.config)), {}
 
     def axes(self):
         """Returns the logical axis names of parameters and variables."""

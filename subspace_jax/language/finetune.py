@@ -38,8 +38,9 @@ def default_config() -> ConfigDict:
     """Returns the fields of a run.
 
     ``model.folder`` is a Hugging Face folder to start from; without one, ``model.size`` names an architecture that
-    starts from random numbers.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of
-    ``model.folder``, or bytes.  ``data.source`` is "docstrings" or "summaries" (what is installed here, see
+    starts from random numbers.  ``model.stacked`` false keeps layers apart, which is faster on a CPU and takes longer
+    to compile.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of ``model.folder``, or bytes.
+    ``data.source`` is "docstrings" or "summaries" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
     ``.parquet`` or text file, or a TFDS set; ``data.prompt`` and ``data.completion`` name the fields of a file.
     ``data.evaluation`` is a second file, or empty for a split.
@@ -65,7 +66,15 @@ def default_config() -> ConfigDict:
         }
     )
     config.model = ConfigDict(
-        {"folder": "", "size": "tiny", "tokenizer": "", "dtype": "float32", "remat": "none", "loss_chunk": 0}
+        {
+            "folder": "",
+            "size": "tiny",
+            "tokenizer": "",
+            "dtype": "float32",
+            "remat": "none",
+            "stacked": True,
+            "loss_chunk": 0,
+        }
     )
     config.adapter = train.default_adapter()
     config.optim.name = "adamw"
@@ -130,7 +139,11 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str 
     options["folder"] = folder
     settings = _settings(config, model)
     if not settings:
-        return CausalLMTask(model, mesh, **options)
+        return CausalLMTask(model, mesh, stacked=fields.stacked, **options)
+    if not fields.stacked:
+        raise ValueError(
+            f"model.stacked: false is for a model that trains as a whole, got adapter.method {config.adapter.method!r}"
+        )
     options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
     options["probes"] = config.optim.name == "adaprelora" and config.optim.lora.stats == "full"
     task = AdaptedLMTask(model, mesh, settings, **options)

@@ -40,6 +40,7 @@ from subspace_jax.nn.heads import (
     safe_norm,
 )
 from subspace_jax.nn.kv_cache import KVCache, init_cache
+from subspace_jax.nn.layers import stack_layers, unstack_layers
 from subspace_jax.nn.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
 from subspace_jax.nn.param_specs import ParamSpec
@@ -149,6 +150,7 @@ __all__ = [
     "safe_norm",
     "similarity",
     "split_attention",
+    "stack_layers",
     "swin_apply",
     "swin_axes",
     "swin_init",
@@ -160,6 +162,7 @@ __all__ = [
     "text_tower_shapes",
     "text_tower_specs",
     "unembed",
+    "unstack_layers",
     "vgg_apply",
     "vgg_axes",
     "vgg_init",

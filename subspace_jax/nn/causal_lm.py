@@ -1,6 +1,7 @@
 """Causal language models: one decoder for GPT-2, Llama, Mistral and Qwen2, as pure functions.
 
-Layers are stacked along a leading axis and run by ``jax.lax.scan``: a program's size does not grow with the depth.
+Layers are stacked along a leading axis and run by ``jax.lax.scan``: a program's size does not grow with the depth.  Or
+they are a tuple, see :func:`subspace_jax.nn.unstack_layers`.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,12 @@ from subspace_jax.nn.attention import attention, causal_mask
 from subspace_jax.nn.causal_lm_config import ACTIVATIONS, CausalLMConfig
 from subspace_jax.nn.embedding import embed, table_dtype, unembed
 from subspace_jax.nn.kv_cache import KVCache
+from subspace_jax.nn.layers import REMAT, run_layers
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm, rms_norm
 from subspace_jax.nn.rope import apply_rope, rope_tables
 
 PyTree = Any
-
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class CausalLMOutput(NamedTuple):
@@ -72,7 +68,8 @@ def causal_lm_apply(
 
     Args:
       config: The model.
-      params: Nested dict, as :func:`causal_lm_specs` lays it out.
+      params: Nested dict, as :func:`causal_lm_specs` lays it out, its layers stacked or not
+        (:func:`unstack_layers`).
       tokens: ``[batch, length]`` integers.  A token outside the vocabulary gives NaN; see :func:`check_tokens`.
       attention_mask: ``[batch, length]``, nonzero for tokens and zero for padding, on either side.
       positions: ``[batch, length]`` integers; by default the tokens that are not padding are counted, from 0, within
@@ -93,7 +90,7 @@ def causal_lm_apply(
         of a sharding constraint.
       attend_with: What attends; :func:`subspace_jax.nn.split_attention` makes one for places split over devices.
       implementation: Of :func:`subspace_jax.nn.attention`.
-      unroll: Layers in one turn of the loop.
+      unroll: Stacked layers in one turn of the loop.
 
     Returns:
       The output.
@@ -162,16 +159,13 @@ def causal_lm_apply(
         x = on_stream(x)
         return (x, keys, values), (x if capture_hidden else None)
 
-    if remat != "none":
-        # A loop keeps the two passes apart, so that nothing has to prevent their being merged.
-        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
-    xs = {"params": params["layers"], "index": jnp.arange(config.num_layers, dtype=jnp.int32)}
+    others = {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
     if config.windows_differ:
         everything = jnp.iinfo(jnp.int32).max
-        xs["window"] = jnp.array([w or everything for w in config.windows], jnp.int32)
+        others["window"] = jnp.array([w or everything for w in config.windows], jnp.int32)
     before = x
     carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    (x, keys, values), after = jax.lax.scan(block, carry, xs, unroll=unroll)
+    (x, keys, values), after = run_layers(block, carry, params["layers"], others, remat=remat, unroll=unroll)
     final = _norm(config, params["norm"], x)
 
     return CausalLMOutput(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.nn.attention import attention
-from subspace_jax.nn.causal_lm import REMAT
 from subspace_jax.nn.causal_lm_config import ACTIVATIONS as _ACTIVATIONS
+from subspace_jax.nn.layers import REMAT, run_layers
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.norms import layer_norm
 from subspace_jax.nn.param_specs import ParamSpec, dense_specs, norm_specs
@@ -116,11 +116,11 @@ def encode(
     implementation: str | None = None,
     unroll: int = 1,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Runs all blocks by ``jax.lax.scan``.
+    """Runs all blocks, by ``jax.lax.scan`` where they are stacked.
 
     Args:
       encoder: The blocks.
-      layers: Their parameters, as :func:`encoder_specs` lays them out.
+      layers: Their parameters, as :func:`encoder_specs` lays them out, or a tuple of those of each block.
       x: ``[batch, tokens, d]``.
       mask: ``[batch or 1, 1, tokens, tokens]`` bool, True where a query (third axis) sees a key.
       causal: Without a mask: whether a token sees itself and earlier ones only.
@@ -161,22 +161,19 @@ def encode(
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, xs["slot"], 0)
         return (x, kept), None
 
-    if remat != "none":
-        # A loop keeps the two passes apart, so that nothing has to prevent their being merged.
-        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
-    xs, kept, first = {"params": layers}, None, ()
+    others, kept, first = {}, None, ()
     if dropping:
-        xs["keep"] = 1.0 - jnp.asarray(drop_path, jnp.float32)
-        xs["keys"] = jax.random.split(key, encoder.num_layers)
+        others["keep"] = 1.0 - jnp.asarray(drop_path, jnp.float32)
+        others["keys"] = jax.random.split(key, encoder.num_layers)
     if wanted and wanted[0] == 0:
         first, wanted = (x,), wanted[1:]
     if wanted:
         # One place for each state that is wanted, and a last one that takes all others.
         slots = {entry: i for i, entry in enumerate(wanted)}
         order = [slots.get(layer, len(wanted)) for layer in range(1, encoder.num_layers + 1)]
-        xs["slot"] = jnp.array(order, jnp.int32)
+        others["slot"] = jnp.array(order, jnp.int32)
         kept = jnp.broadcast_to(x[None], (len(wanted) + 1, *x.shape))
-    (x, kept), _ = jax.lax.scan(block, (x, kept), xs, unroll=unroll)
+    (x, kept), _ = run_layers(block, (x, kept), layers, others, remat=remat, unroll=unroll)
     return x, first + tuple(kept[i] for i in range(len(wanted)))
 
 

@@ -157,3 +157,30 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config, tmp_path
     interop.save_causal_lm(tmp_path / "model", small, nn.causal_lm_init(jax.random.key(0), small))
     with pytest.raises(ValueError, match="it has 259 tokens, the model has rows for 200"):
         train.build(train.override(config, [f"model.folder={tmp_path / 'model'}", "model.tokenizer=bytes"]))
+
+
+def test_layers_apart_take_the_same_steps_and_go_to_a_folder_as_stacks_do(batch, tmp_path):
+    params, _ = task().init(jax.random.key(3))
+    interop.save_causal_lm(tmp_path / "start", CONFIG, params)
+    mesh, tx, folders = train.make_mesh(devices=jax.devices()[:1]), optax.adamw(1e-3), []
+    for stacked in (True, False):
+        own = task(folder=tmp_path / "start", stacked=stacked)
+        with jax.numpy_dtype_promotion("standard"):
+            state, step = train.init_state(own, tx, mesh), train.make_train_step(own, tx, mesh)
+            assert isinstance(state.params["layers"], tuple) != stacked
+            for _ in range(2):
+                state, _ = step(state, train.to_device(batch, train.batch_sharding(mesh)))
+        folders.append(tmp_path / str(stacked))
+        interop.save_causal_lm(folders[-1], CONFIG, state.params)
+    (_, expected), (_, got) = (interop.load_causal_lm(folder) for folder in folders)
+    # Adam divides by the size of a gradient, and of a small one rounding leaves little: a tenth of two steps.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), got, expected)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), nn.unstack_layers(params), state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_layers_apart_are_refused_with_adapters():
+    config = language.finetune.default_config()
+    config.adapter.method, config.model.stacked = "lora", False
+    with pytest.raises(ValueError, match=r"model\.stacked"):
+        language.finetune.outline(config, train.make_mesh(devices=jax.devices()[:1]))
