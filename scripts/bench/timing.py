@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, least_seconds: float = 0.02) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which all take turns.
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    least_seconds: float = 0.02,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Median seconds of each call, or what ``of`` makes of them, over rounds in which all take turns.
 
     What else the machine does so meets all alike.  A call may return before its work is done: short ones are made in
     bursts of at least ``least_seconds`` that are waited for at the end, as a program that keeps a device busy makes
@@ -31,7 +36,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, least_seconds:
                 out = call()
             wait(out)
             times[name].append((time.perf_counter() - start) / bursts[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: of(values) for name, values in times.items()}
 
 
 def wait(out: Any) -> None:
