@@ -39,7 +39,7 @@ def unstack_layers(params: PyTree) -> PyTree:
       >>> config = nn.CausalLMConfig.tiny(num_layers=2)
       >>> params = nn.unstack_layers(nn.causal_lm_init(jax.random.key(0), config))
       >>> params["layers"][1]["mlp"]["up"]["kernel"].shape
-      (128, 512)
+      (128, 344)
     """
 
     def split(layers):
