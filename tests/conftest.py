@@ -10,9 +10,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # With the default scheduler, devices may run the collectives of a scan and those beside it in different orders; under
-# load one run in eight then waits for ever.
+# load one run in eight then waits for ever.  And eight devices on two busy cores may not meet within 40 seconds, after
+# which XLA ends the process.
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")]
+    [
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 ).strip()
 
 import jax
