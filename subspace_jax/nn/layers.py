@@ -60,8 +60,11 @@ def stack_layers(params: PyTree) -> PyTree:
     Returns:
       The same with stacks; where there are stacks already they stay.
     """
-    join = lambda *xs: jnp.stack(xs)  # noqa: E731
-    return _with_layers(lambda layers: jax.tree.map(join, *layers) if isinstance(layers, tuple) else layers, params)
+    return _with_layers(lambda layers: _stacked(layers) if isinstance(layers, tuple) else layers, params)
+
+
+def _stacked(trees):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
 
 def _with_layers(change, params):
@@ -102,4 +105,4 @@ def run_layers(
     for i, layer in enumerate(layers):
         carry, new = block(carry, {"params": layer, **jax.tree.map(lambda x, i=i: x[i], others)})
         kept.append(new)
-    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *kept)
+    return carry, _stacked(kept)

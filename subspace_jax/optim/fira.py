@@ -100,7 +100,7 @@ def fira(
         alpha, g = jnp.asarray(scale).astype(r.dtype), g.astype(r.dtype)
         ratio = _channel_ratio(plan, n, r)
         # P has orthonormal columns: ||G - scale P R||^2 is ||G||^2 - scale (2 - scale) ||R||^2, channel by channel,
-        # and the step is one product with P.
+        # and the step is one product with P.  The difference cancels only where next to nothing is left to limit.
         axis = _low_rank_axis(plan)
         rest = _sum_of_squares(g, axis) - alpha * (2 - alpha) * _sum_of_squares(r, axis)
         now = jnp.sqrt(jnp.sum(jnp.square(ratio) * jnp.maximum(rest, 0), axis=(-2, -1), keepdims=True))
