@@ -144,9 +144,7 @@ def mesh_axes(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str,
         return ()
     if name not in rules:
         raise ValueError(f"no sharding rule for the logical axis {name!r}; there are rules for {sorted(rules)}")
-    axes = rules[name]
-    axes = (axes,) if isinstance(axes, str) else (axes or ())
-    axes = tuple(axis for axis in axes if axis != SEQUENCE or axis in mesh.shape)
+    axes = tuple(axis for axis in _axes_of(rules[name]) if axis != SEQUENCE or axis in mesh.shape)
     if missing := [axis for axis in axes if axis not in mesh.shape]:
         raise ValueError(f"the rule for {name!r} names mesh axes {missing}; the mesh has {list(mesh.axis_names)}")
     return axes
@@ -242,7 +240,7 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
         # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
         return x
     batch_axes = mesh_axes("batch", mesh, rules) + mesh_axes("sequence", mesh, rules)
-    groups = [(entry,) if isinstance(entry, str) else (entry or ()) for entry in resolve(names, x.shape, mesh, rules)]
+    groups = [_axes_of(entry) for entry in resolve(names, x.shape, mesh, rules)]
     spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
 
@@ -293,18 +291,20 @@ def jit_on_mesh(
     return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, **given)
 
 
-def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
+def follow_params(tree: PyTree, params: PyTree, shardings: PyTree, rules: Rules = DEFAULT_RULES) -> PyTree:
     """Gives each array of an optimizer state the sharding of the parameter that it belongs to.
 
     The owner is the parameter with the longest path that ends the array's path, or all of it but its last part.  An
     array of the parameter's shape takes its sharding; one whose shape leaves out some of the parameter's dimensions (a
-    second moment for each subspace, a row or column statistic) takes the axes of those that it keeps, and so does one
-    that has others in their place (a moment in a subspace of the rows, a basis); anything else is replicated.
+    second moment for each subspace, a row or column statistic) takes the axes of those that it keeps.  So does one that
+    has others in their place (a moment in a subspace of the rows, a basis): these are ranks, and take what the rule for
+    ``"rank"`` names and the dimensions that are kept leave free.  Anything else is replicated.
 
     Args:
       tree: The optimizer state, arrays or ``ShapeDtypeStruct``.
       params: The parameters, likewise.
       shardings: Their shardings, ``NamedSharding`` on one mesh.
+      rules: Logical name to mesh axis or axes; of them ``"rank"`` is used, and ranks stay whole without it.
 
     Returns:
       A tree of ``NamedSharding`` with the structure of ``tree``.
@@ -320,7 +320,7 @@ def follow_params(tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
         for names in (whole, whole[:-1]):  # the second for fields of what an optimizer keeps of one parameter
             for start in range(len(names) + 1):
                 if names[start:] in owners:
-                    return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]]))
+                    return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]], mesh, rules))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(choose, tree)
@@ -333,20 +333,25 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_spec: P) -> P:
+def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_spec: P, mesh: Mesh, rules: Rules) -> P:
     spec = tuple(owner_spec) + (None,) * (len(owner_shape) - len(owner_spec))
-    kept, start, strange = [], 0, set()
-    for size in shape:
-        place = next((i for i in range(start, len(owner_shape)) if owner_shape[i] == size), None)
-        if place is None:
-            strange.add(size)
-            kept.append(None)
-        else:
-            kept.append(spec[place])
-            start = place + 1
+    kept, start = {}, 0
+    for i, size in enumerate(shape):
+        place = next((j for j in range(start, len(owner_shape)) if owner_shape[j] == size), None)
+        if place is not None:
+            kept[i], start = spec[place], place + 1
+    ranks = [size for i, size in enumerate(shape) if i not in kept]
     # The inner product of a factor with itself, say, has the rank twice: small, and of no side of the parameter.
-    replaces = len(shape) == len(owner_shape) and strange.isdisjoint(owner_shape)
-    return P(*kept) if not strange or replaces else P()
+    if ranks and (len(shape) != len(owner_shape) or not set(ranks).isdisjoint(owner_shape)):
+        return P()
+    taken = {axis for entry in kept.values() for axis in _axes_of(entry)}
+    free = tuple(axis for axis in _axes_of(rules.get("rank")) if axis in mesh.shape and axis not in taken)
+    split = iter(resolve(P(*["rank"] * len(ranks)), tuple(ranks), mesh, {"rank": free}))
+    return P(*(kept[i] if i in kept else next(split) for i in range(len(shape))))
+
+
+def _axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

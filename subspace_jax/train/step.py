@@ -98,7 +98,7 @@ def state_shardings(
         step=whole,
         params=params,
         variables=param_shardings(abstract.variables, variable_axes, mesh, rules),
-        opt_state=follow_params(abstract.opt_state, abstract.params, params),
+        opt_state=follow_params(abstract.opt_state, abstract.params, params, rules),
         key=whole,
         skipped=whole,
     )

@@ -78,6 +78,23 @@ def planned(configs, path, fields, topology, mesh):
         return train.plan_run(config, topology, mesh)
 
 
+@pytest.mark.parametrize("method", ["galore", "fira", "apollo", "online_subspace_descent", "coso"])
+def test_no_state_of_a_projected_optimizer_lies_whole_on_every_chip(configs, method):
+    config = train.override(train.load_config(f"{configs}/optim/tiny_gpt.py:galore"), [f"optim.name={method}"])
+    mesh = train.make_mesh(data=1, fsdp=8)
+    task, _ = finetune.outline(config, mesh)
+    with jax.numpy_dtype_promotion("standard"):
+        abstract, shardings = train.state_shardings(task, make_optimizer(config.optim, 1000), mesh)
+    whole = {
+        jax.tree_util.keystr(path): x.shape
+        for (path, x), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract.opt_state), jax.tree.leaves(shardings.opt_state), strict=True
+        )
+        if x.size > 4096 and sharding.is_fully_replicated
+    }
+    assert not whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "fields", "topology", "mesh", "expected", "largest", "gathered"), CASES)
 def test_a_config_sends_what_its_sharding_needs_and_no_more(

@@ -172,7 +172,7 @@ def test_optimizer_state_follows_its_parameter_factored_statistics_included():
     assert got["other_shape"]["head"]["bases"] == got["placeholder"]["head"]["bases"] == got["count"] == P()
 
 
-def test_state_in_a_subspace_is_split_along_the_side_that_it_keeps():
+def test_state_in_a_subspace_is_split_along_the_side_that_it_keeps_and_else_along_its_rank():
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"layers": {"kernel": jnp.zeros((3, 16, 32))}, "factor": jnp.zeros((16, 4))}
     specs = {"layers": {"kernel": P(None, "fsdp", "tensor")}, "factor": P("fsdp", None)}
@@ -184,8 +184,12 @@ def test_state_in_a_subspace_is_split_along_the_side_that_it_keeps():
     shapes = {x.shape for x in jax.tree.leaves(state)}
     assert (3, 4, 32) in shapes
     assert (3, 16, 4) in shapes
-    assert got["['layers']['kernel']"] == {P(None, None, "tensor")}
+    assert got["['layers']['kernel']"] == {P(None, "fsdp", "tensor")}
     assert got["['kernel'].left"] == {P(None, "fsdp", None)}
+    odd = follow({"layers": {"kernel": jnp.zeros((3, 5, 32))}}, params, specs, mesh)
+    assert odd["layers"]["kernel"] == P(None, None, "tensor")
+    both = follow({"layers": {"kernel": jnp.zeros((3, 4, 4))}}, params, specs, mesh)
+    assert both["layers"]["kernel"] == P(None, "fsdp", None)
     gram = follow({"gram": {"factor": jnp.zeros((4, 4))}}, params, specs, mesh)
     assert gram["gram"]["factor"] == P()
 
