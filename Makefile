@@ -16,6 +16,9 @@ tiny-lm: work/tiny/model/model.safetensors  ## the small language model that exp
 work/tiny/model/model.safetensors: $(VENV)/.base
 	$(VENV)/bin/subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
 
+# Nearly all of a quick run is compiling, which takes half as long without optimising machine code; the slow run tests
+# the code that users get.
+test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
 test: $(VENV)/.test  ## everything that is quick
 	$(PYTEST) -m "not slow"
 
