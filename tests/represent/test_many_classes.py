@@ -15,23 +15,27 @@ DIM, ROWS = 8, 1024
 # Ten million, filled up so that the share of each chip is a whole number of tiles of a TPU's layout.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("classes", "width", "axes"),
-    [(10_000_128, 384, {"data": 2, "tensor": 32}), (10_000_384, 2048, {"data": 1, "tensor": 64})],
-    ids=["384 features", "2048 features"],
+    ("classes", "width", "axes", "topology"),
+    [
+        (10_000_128, 384, {"data": 2, "tensor": 32}, "v5p:4x4x4"),
+        (10_000_384, 2048, {"data": 1, "tensor": 64}, "v5p:4x4x4"),
+        (10_002_432, 2048, {"data": 1, "tensor": 512}, "v5p:8x8x8"),
+    ],
+    ids=["384 features", "2048 features", "512 chips"],
 )
 def test_the_step_of_a_head_over_ten_million_classes_holds_one_array_of_their_size_beside_the_state(
-    classes, width, axes
+    classes, width, axes, topology
 ):
     make = functools.partial(
         represent.make_classifier, input_shape=(width,), num_classes=classes, features=(), head="grassmann", dims=DIM
     )
     tx = optim.with_geometry(optax.sgd(0.1), optim.riemannian_sgd(0.1, reorth_every=5))
-    mesh = train.make_mesh(**axes, devices=train.tpu_devices("v5p:4x4x4"))
+    mesh = train.make_mesh(**axes, devices=train.tpu_devices(topology))
     batch = {
         "inputs": jax.ShapeDtypeStruct((ROWS, width), jnp.float32),
         "labels": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
     }
-    plan = train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, "v5p:4x4x4")
+    plan = train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
     print(f"\n{plan}")
     share = classes * width * DIM * 4 // axes["tensor"]
     logits = ROWS // axes["data"] * classes // axes["tensor"] * 4

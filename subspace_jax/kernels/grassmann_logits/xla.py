@@ -17,9 +17,12 @@ from subspace_jax.linalg import working_dtype
 # Bytes of the products, and of the bases, that are there at a time: of both there are a few, which stay within the
 # memory of a TPU's core and the cache of a GPU.
 _BLOCK_BYTES = 16 << 20
-# Devices over which classes may be split without a collective, and rows of a tile of a TPU's layout.
-_SHARDS = 64
-_TILE = 8
+# Bases beyond this lie on several devices, for there are gradients and momenta of the same size: a group then has as
+# much of them for each.
+_DEVICE_BYTES = 32 << 30
+# Devices over which classes may be split without a collective: the more where groups are large.
+_SHARDS, _MOST_SHARDS = 64, 512
+_TILE = 8  # rows of a tile of a TPU's layout
 
 
 def norms(x, bases, *, block):
@@ -99,8 +102,9 @@ class _Classes:
 
     def __init__(self, bases: jax.Array, batch: int, block: int | None):
         self.count, self.n, self.k = bases.shape
-        wanted = block or _BLOCK_BYTES // (4 * self.k * max(batch, self.n))
-        runs = _runs(self.count) if wanted < self.count else 1
+        devices = -(-4 * self.count * self.n * self.k // _DEVICE_BYTES)
+        wanted = block or devices * _BLOCK_BYTES // (4 * self.k * max(batch, self.n))
+        runs = _runs(self.count, wanted) if wanted < self.count else 1
         self.split = runs, self.count // runs
         self.width = _width(self.split[1], max(1, wanted // runs))
         self.bases = bases.reshape(*self.split, self.n, self.k)
@@ -144,8 +148,12 @@ def _width(length: int, wanted: int) -> int:
     return next((width for width in range(most, most // 2, -step) if length % width == 0), most)
 
 
-def _runs(count: int) -> int:
-    for runs in (_SHARDS, 32, 16, 8, 4):
-        if count % (_TILE * runs) == 0:  # Or a TPU would lay out anew what belongs to classes.
+def _runs(count: int, wanted: int) -> int:
+    """Runs of which a group of ``wanted`` classes takes a piece."""
+    runs = _MOST_SHARDS
+    while runs >= 4:
+        # Pieces of a class or two are small products; and of less than a tile, a TPU would lay out anew what is each's.
+        if runs <= max(_SHARDS, wanted // 4) and count % (_TILE * runs) == 0:
             return runs
+        runs //= 2
     return math.gcd(count, _SHARDS)
