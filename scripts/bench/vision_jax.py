@@ -42,6 +42,7 @@ def write(folder, model, run):
 
 def forward(folder, images, labels, run):
     config, params = interop.load_vision(folder)
+    params = nn.unstack_layers(params)
     pixels = jnp.asarray(images)
     apply = jax.jit(lambda params, pixels: nn.vision_apply(config, params, pixels, dtype=run["dtype"]).logits)
     return lambda: apply(params, pixels)
@@ -49,6 +50,7 @@ def forward(folder, images, labels, run):
 
 def training(folder, images, labels, run):
     config, whole = interop.load_vision(folder)
+    whole = nn.unstack_layers(whole)
     pixels, labels = jnp.asarray(images), jnp.asarray(labels)
     has_statistics = isinstance(config, nn.ResNetConfig)
     params, stats = (whole["params"], whole["batch_stats"]) if has_statistics else (whole, None)
