@@ -16,10 +16,15 @@ so that a step gets shorter until its collectives take the time.  Every step is 
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
-from subspace_jax import train
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_jax import optim, represent, train
 
 ROOT = Path(__file__).parents[2]
 LARGE = "configs/lm/large.py"
@@ -42,12 +47,15 @@ CASES = {
     "resnet50d": ("configs/gcr/imagenet_resnet.py:resnet50d_k8", (), 16, slices("v5e", ("4x4", "16x16"), data=-1)),
     "swin-t": ("configs/gcr/imagenet_swin.py:k8", (), 64, slices("v5e", ("4x4", "16x16"), data=-1)),
     "deit3-s": ("configs/gcr/imagenet_deit3.py:k8", (), 128, slices("v5e", ("4x4", "16x16"), data=-1)),
+    "head-10m-fixed": ("", (), None, slices("v5p", ("4x4x4", "4x8x8", "8x8x8"), data=1, tensor=-1)),
     "llama3-8b-dora": (
         f"{LARGE}:llama3-8b",
         DORA,
         1,
         slices("v5p", ("2x2x2", "4x4x4", "8x8x8"), data=1, fsdp=-1),
     ),
+    # The batch is split over all chips, weights over the sixteen of a group only.
+    "llama3-8b-dora-groups": (f"{LARGE}:llama3-8b", DORA, 1, slices("v5p", ("4x4x4", "8x8x8"), data=-1, fsdp=16)),
     "llama3-8b-lora-adaprelora": (f"{LARGE}:llama3-8b", LORA, 1, slices("v5p", ("4x4x4",), data=1, fsdp=-1)),
     "llama3-70b-dora": (
         f"{LARGE}:llama3-70b",
@@ -56,6 +64,7 @@ CASES = {
         slices("v5p", ("4x4x8", "8x8x8"), data=1, fsdp=-1, tensor=4),
     ),
     "mistral-7b-galore": (f"{LARGE}:mistral-7b", GALORE, 1, slices("v5p", ("2x2x2", "4x4x4"), data=1, fsdp=-1)),
+    "mistral-7b-galore-groups": (f"{LARGE}:mistral-7b", GALORE, 1, slices("v5p", ("4x4x4",), data=-1, fsdp=16)),
 }
 
 
@@ -63,10 +72,28 @@ def plan(name, topology, mesh):
     """Plans one slice of a case."""
     path, fields, rows, _ = CASES[name]
     sizes = train.mesh_sizes(mesh, topology, train.find_topology(topology)[1])
+    if name == "head-10m-fixed":
+        return plan_head(topology, sizes).as_dict()
     config = train.override(train.load_config(str(ROOT / path)), fields)
     if rows is not None:
         config.data.batch_size = rows * sizes["data"] * sizes["fsdp"]
     return train.plan_run(config, topology, sizes).as_dict()
+
+
+def plan_head(topology, sizes):
+    """Plans the Riemannian step of a Grassmann head over ten million classes for 1024 rows of 2048 features."""
+    tile = 8 * sizes["tensor"]  # what a TPU's layout wants to be a divisor of the classes
+    classes = -(-10_000_000 // tile) * tile
+    make = functools.partial(
+        represent.make_classifier, input_shape=(2048,), num_classes=classes, features=(), head="grassmann", dims=8
+    )
+    tx = optim.with_geometry(optax.sgd(0.1), optim.riemannian_sgd(0.1, reorth_every=5))
+    mesh = train.make_mesh(**sizes, devices=train.tpu_devices(topology))
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((1024, 2048), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((1024,), jnp.int32),
+    }
+    return train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
 
 
 def rate(found, kind):
