@@ -3,11 +3,12 @@
     python scripts/bench/scaling.py --only tiny            # some seconds for each slice
     python scripts/bench/scaling.py                        # all cases, minutes for each slice of the large ones
 
-Each case is a config, and slices with their meshes.  Rows of a batch grow with the chips, so that every chip does the
-same work and what is lost is lost to the network; where the name of a case ends with "fixed" the batch stays the same,
-so that a step gets shorter until its collectives take the time.  Every step is compiled for its slice as
-``subspace-jax plan`` does; nothing is run, and times are what the chips' rates allow.  Plans are kept in the file of
-``--json`` as they are made; what is there already is not planned again, so a bench that was stopped goes on.
+Each case is a config (None: a head over ten million classes), and slices with their meshes.  Rows of a batch grow with
+the chips, so that every chip does the same work and what is lost is lost to the network; where the name of a case ends
+with "fixed" the batch stays the same, so that a step gets shorter until its collectives take the time.  Every step is
+compiled for its slice as ``subspace-jax plan`` does; nothing is run, and times are what the chips' rates allow.  Plans
+are kept in the file of ``--json`` as they are made; what is there already is not planned again, so a bench that was
+stopped goes on.
 
   GiB         memory of a chip that the step takes
   compute, memory, network   milliseconds of a step on one chip by the rates of each
@@ -47,7 +48,7 @@ CASES = {
     "resnet50d": ("configs/gcr/imagenet_resnet.py:resnet50d_k8", (), 16, slices("v5e", ("4x4", "16x16"), data=-1)),
     "swin-t": ("configs/gcr/imagenet_swin.py:k8", (), 64, slices("v5e", ("4x4", "16x16"), data=-1)),
     "deit3-s": ("configs/gcr/imagenet_deit3.py:k8", (), 128, slices("v5e", ("4x4", "16x16"), data=-1)),
-    "head-10m-fixed": ("", (), None, slices("v5p", ("4x4x4", "4x8x8", "8x8x8"), data=1, tensor=-1)),
+    "head-10m-fixed": (None, (), None, slices("v5p", ("4x4x4", "4x8x8", "8x8x8"), data=1, tensor=-1)),
     "llama3-8b-dora": (
         f"{LARGE}:llama3-8b",
         DORA,
@@ -72,7 +73,7 @@ def plan(name, topology, mesh):
     """Plans one slice of a case."""
     path, fields, rows, _ = CASES[name]
     sizes = train.mesh_sizes(mesh, topology, train.find_topology(topology)[1])
-    if name == "head-10m-fixed":
+    if path is None:
         return plan_head(topology, sizes).as_dict()
     config = train.override(train.load_config(str(ROOT / path)), fields)
     if rows is not None:
