@@ -80,7 +80,7 @@ def planned(configs, path, fields, topology, mesh):
 
 @pytest.mark.parametrize("method", ["galore", "fira", "apollo", "online_subspace_descent", "coso"])
 def test_no_state_of_a_projected_optimizer_lies_whole_on_every_chip(configs, method):
-    config = train.override(train.load_config(f"{configs}/optim/tiny_gpt.py:galore"), [f"optim.name={method}"])
+    config = train.load_config(f"{configs}/optim/tiny_gpt.py:{method}")
     mesh = train.make_mesh(data=1, fsdp=8)
     task, _ = finetune.outline(config, mesh)
     with jax.numpy_dtype_promotion("standard"):

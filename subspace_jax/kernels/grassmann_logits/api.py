@@ -32,14 +32,16 @@ def grassmann_logits(
     ``B n |x| + C n k |S| + 4 B C`` bytes for the logits, and ``2 B n |x| + 2 C n k |S| + 8 B C`` for the gradients; the
     features, as float32, and their gradient are gone through once for each group of classes.  The products
     ``[B, C, k]`` are never there: they are made for a group of classes at a time, of about 16 MiB of products or bases
-    (at least one class of each of up to 64 runs of classes).  Memory holds, besides arguments and results, a few such
+    (at least one class of each of up to 64 runs of classes; as much for each 32 GiB of bases, and up to 512 runs then,
+    of four classes or more).  Memory holds, besides arguments and results, a few such
     groups, the features as float32, and the lengths ``[B, C]``, which the gradients take; up to two more ``[B, C]``
     where layouts differ.  Bases are cast to bfloat16 a group at a time.
 
     Sharded over Explicit mesh axes, batch and classes stay as they are split, features and bases are gathered along n
     and k; the gradient of ``x`` is one sum over the devices that share the batch, that of ``bases`` a sum for each
     group over those that share the classes.  Under Auto axes the compiler does the same, if classes are split over a
-    power of two of devices up to 64.  Works under ``vmap`` and ``shard_map``.
+    power of two of devices up to 64; or up to 512, if a group has four classes for each and eight times their number
+    divides that of the classes.  Beyond that every group is gathered.  Works under ``vmap`` and ``shard_map``.
 
     Args:
       x: Features ``[..., n]``, floating point.  Its dtype decides how products are made: in bfloat16 both factors are

@@ -17,8 +17,8 @@ from subspace_jax.linalg import working_dtype
 # Bytes of the products, and of the bases, that are there at a time: of both there are a few, which stay within the
 # memory of a TPU's core and the cache of a GPU.
 _BLOCK_BYTES = 16 << 20
-# Bases beyond this lie on several devices, for there are gradients and momenta of the same size: a group then has as
-# much of them for each.
+# Bases beyond this lie on several devices, for there are gradients and momenta of the same size: a group is then made
+# that many times larger.
 _DEVICE_BYTES = 32 << 30
 # Devices over which classes may be split without a collective: the more where groups are large.
 _SHARDS, _MOST_SHARDS = 64, 512
