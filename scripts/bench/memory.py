@@ -4,15 +4,19 @@ Neither side of a benchmark is imported here: the process would count the other 
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# As in the process that measures times, without the imports of subspace_jax.train.keep_freed_memory.
+_KEEP_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 def in_own_process(script, *words):
     """Runs ``script --worker *words``, which ends with :func:`report`; returns the two peaks, bytes."""
     command = [sys.executable, script, "--worker", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | _KEEP_FREED, capture_output=True, text=True, check=False)
     if done.returncode:
         what = ", ".join(map(str, words[:2]))
         raise SystemExit(f"{what}: the process that measures memory failed\n{done.stderr[-2000:]}")

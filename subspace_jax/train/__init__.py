@@ -11,6 +11,7 @@ from subspace_jax.train.config import (
     save_config,
 )
 from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
+from subspace_jax.train.host_memory import keep_freed_memory, only_cpus
 from subspace_jax.train.intrinsic_dimension import (
     IntrinsicDimension,
     default_intrinsic,
@@ -111,6 +112,7 @@ __all__ = [
     "init_state",
     "initialize",
     "jit_on_mesh",
+    "keep_freed_memory",
     "layer_gatherer",
     "load_config",
     "make_eval_step",
@@ -125,6 +127,7 @@ __all__ = [
     "module_arrays",
     "module_cost",
     "new_state",
+    "only_cpus",
     "override",
     "param_shardings",
     "plan_run",
