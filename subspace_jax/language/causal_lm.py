@@ -192,6 +192,11 @@ def token_nll(
 
     batch, length = labels.shape
     if not chunk or length <= chunk or length % chunk or chunk % shares:
+        if shares == 1:
+            # As one axis of rows: the table's gradient sums over them, and for a sum over two axes XLA first turns
+            # the gradient of the scores, which are large.
+            rows = score(final.reshape(-1, final.shape[-1]), labels.reshape(-1))
+            return jax.tree.map(lambda x: x.reshape(batch, length), rows)
         return score(final, labels)
     parts = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(batch, shares, length // chunk, chunk // shares, *x.shape[2:]), 2, 0),

@@ -1,6 +1,7 @@
 """The one door through which every convolution of a model goes, with kernels that are arrays or structured."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -93,7 +94,10 @@ def conv(
 
 def _product(x, kernel, strides):
     seen = x[:, *(slice(None, None, step) for step in strides)]
-    return seen @ kernel.reshape(kernel.shape[-2:])
+    # Places as one axis: for a kernel's gradient, a sum over several, XLA would first make a transposed copy.
+    *places, channels = seen.shape
+    y = seen.reshape(math.prod(places), channels) @ kernel.reshape(kernel.shape[-2:])
+    return y.reshape(*places, kernel.shape[-1])
 
 
 def _convolved(x, kernel, strides, padding, dilation, groups):

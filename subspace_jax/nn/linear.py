@@ -4,6 +4,7 @@ A kernel is either an array ``[in, out]`` or a structured weight: any pytree tha
 calls :func:`linear` so serves dense weights, low-rank adapters and quantised bases alike, without knowing of them.
 """
 
+import math
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -57,10 +58,29 @@ def linear(
                 f"linear: x of shape {x.shape} has {x.shape[-1]} features, kernel {kernel.shape} takes "
                 f"{kernel.shape[0]}"
             )
-        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+        y = _product(x, kernel.astype(x.dtype), out_dtype)
     if bias is None:
         return y
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def _product(x: jax.Array, kernel: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """``x @ kernel`` for ``x [..., in]`` and ``kernel [in, out]``."""
+    if x.ndim < 3 or not _on_one_cpu():
+        return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+    *rows, width = x.shape
+    y = jnp.matmul(x.reshape(math.prod(rows), width), kernel, preferred_element_type=out_dtype)
+    return y.reshape(*rows, kernel.shape[1])
+
+
+def _on_one_cpu() -> bool:
+    """Whether there is nothing but one CPU.
+
+    The gradient of a kernel sums over all leading axes of x.  Of more than one, XLA on a CPU first makes a transposed
+    copy, which costs some percent of a training step; as one axis they would not be split over devices any more.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return (mesh.empty or mesh.size == 1) and jax.device_count() == 1 and jax.default_backend() == "cpu"
 
 
 class Linear(nnx.Module):
