@@ -11,6 +11,9 @@ import numpy as np
 
 from subspace_jax import linalg
 
+# Channels, of either side, from which on a CPU multiplies faster than it convolves.
+_WIDE = 64
+
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
@@ -84,20 +87,40 @@ def conv(
     kernel = kernel.astype(x.dtype)
     if groups > 1:
         return _grouped(x, kernel, how)
-    if kernel.size == channels * out and (isinstance(padding, str) or not np.any(how[1])):
-        # A window of one point.  XLA's convolution on a CPU takes up to twice the time of the product that it is.
+    one_point = kernel.size == channels * out and (isinstance(padding, str) or not np.any(how[1]))
+    if one_point or max(channels, out) >= _WIDE:
+        # On a CPU XLA's convolution takes up to twice the time of the product that it is, the gradient of a stem's
+        # kernel four times.  The price is an array of what all outputs see.
         return jax.lax.platform_dependent(
-            x, kernel, cpu=lambda x, w: _product(x, w, how[0]), default=lambda x, w: _convolved(x, w, *how)
+            x, kernel, cpu=lambda x, w: _product(x, w, *how[:3]), default=lambda x, w: _convolved(x, w, *how)
         )
     return _convolved(x, kernel, *how)
 
 
-def _product(x, kernel, strides):
-    seen = x[:, *(slice(None, None, step) for step in strides)]
+def _product(x, kernel, strides, padding, dilation):
+    """One product with all that each output sees."""
+    x = _padded(x, kernel.shape[:-2], strides, padding, dilation)
+    parts = [_seen(x, point, kernel.shape[:-2], strides, dilation) for point in np.ndindex(*kernel.shape[:-2])]
     # Places as one axis: for a kernel's gradient, a sum over several, XLA would first make a transposed copy.
-    *places, channels = seen.shape
-    y = seen.reshape(math.prod(places), channels) @ kernel.reshape(kernel.shape[-2:])
-    return y.reshape(*places, kernel.shape[-1])
+    *places, channels = parts[0].shape
+    rows = jnp.concatenate([part.reshape(math.prod(places), channels) for part in parts], axis=-1)
+    return (rows @ kernel.reshape(-1, kernel.shape[-1])).reshape(*places, kernel.shape[-1])
+
+
+def _padded(x, window, strides, padding, dilation):
+    if isinstance(padding, str):
+        reach = [(n - 1) * step + 1 for n, step in zip(window, dilation, strict=True)]
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _seen(padded, point, window, strides, dilation):
+    """What one point of the window sees, for each output."""
+    slices = []
+    for p, n, step, wide, size in zip(point, window, strides, dilation, padded.shape[1:-1], strict=True):
+        outputs = max(0, (size - (n - 1) * wide - 1) // step + 1)
+        slices.append(slice(p * wide, p * wide + (outputs - 1) * step + 1, step) if outputs else slice(0, 0))
+    return padded[:, *slices]
 
 
 def _convolved(x, kernel, strides, padding, dilation, groups):
@@ -131,22 +154,16 @@ def _grouped_forward(x, kernel, how):
 def _grouped_backward(how, kept, d):
     x, kernel = kept
     strides, padding, dilation, groups = how
-    window, space = kernel.shape[:-2], x.shape[1:-1]
+    window = kernel.shape[:-2]
     (dx,) = jax.vjp(lambda x: _convolved(x, kernel, *how), x)[1](d)
-    if isinstance(padding, str):
-        reach = [(n - 1) * step + 1 for n, step in zip(window, dilation, strict=True)]
-        padding = jax.lax.padtype_to_pads(space, reach, strides, padding)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x = _padded(x, window, strides, padding, dilation)
     d = d.reshape(*d.shape[:-1], groups, -1)
     letters = "xyz"[: len(window)]
     rule = f"b{letters}gi,b{letters}go->igo"
     wide = linalg.working_dtype(x)
     grads = []
     for point in np.ndindex(*window):
-        # What this point of the window saw, for each output.
-        start = [p * step for p, step in zip(point, dilation, strict=True)]
-        stop = [b + (n - 1) * step + 1 for b, n, step in zip(start, d.shape[1:-2], strides, strict=True)]
-        seen = jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+        seen = _seen(x, point, window, strides, dilation)
         seen = seen.reshape(*seen.shape[:-1], groups, -1)
         grads.append(jnp.einsum(rule, seen, d, preferred_element_type=wide))
     return dx, jnp.stack(grads).reshape(kernel.shape).astype(kernel.dtype)

@@ -1,5 +1,7 @@
 """Convolutions with any padding, dilation and groups."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,39 @@ def test_groups_are_convolutions_beside_each_other_forwards_and_backwards(how, x
 
     for got, expected in zip(*both(x, w), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("space", "window", "how"),
+    [
+        ((9,), (3,), {"strides": 2, "padding": "SAME"}),
+        ((7, 6), (3, 2), {"strides": (1, 3), "padding": ((2, 0), 1), "dilation": (2, 1)}),
+        ((6, 6), (1, 1), {"strides": 2, "padding": 1}),
+        ((4, 3, 3), (2, 2, 3), {"padding": "VALID"}),
+        ((2, 2), (3, 3), {"padding": "VALID"}),
+    ],
+    ids=["line", "plane", "point", "room", "nothing"],
+)
+def test_a_wide_convolution_is_a_product_forwards_and_backwards(space, window, how, x64, monkeypatch):
+    draw = np.random.default_rng(0).normal
+    x, w = jnp.asarray(draw(size=(2, *space, 64))), jnp.asarray(draw(size=(*window, 64, 5)))
+
+    def run():
+        @jax.jit
+        def both(x, w):
+            y, back = jax.vjp(lambda x, w: nn.conv(x, w, **how), x, w)
+            return y, *back(jnp.sin(y))
+
+        lowered = both.lower(x, w).as_text()
+        return both(x, w), "stablehlo.convolution" in lowered
+
+    got, convolves = run()
+    assert not convolves
+    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.conv"), "_WIDE", 65)
+    expected, convolves = run()
+    assert convolves
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_convolutions_check_what_they_are_given():
