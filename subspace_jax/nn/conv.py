@@ -88,7 +88,8 @@ def conv(
     if groups > 1:
         return _grouped(x, kernel, how)
     one_point = kernel.size == channels * out and (isinstance(padding, str) or not np.any(how[1]))
-    if one_point or max(channels, out) >= _WIDE:
+    # Not of narrow types: the gradient for x would be a sum of rounded parts.
+    if one_point or (max(channels, out) >= _WIDE and linalg.working_dtype(x) == x.dtype):
         # On a CPU XLA's convolution takes up to twice the time of the product that it is, the gradient of a stem's
         # kernel four times.  The price is an array of what all outputs see.
         return jax.lax.platform_dependent(

@@ -70,6 +70,11 @@ def test_a_wide_convolution_is_a_product_forwards_and_backwards(space, window, h
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_wide_convolution_of_bfloat16_stays_one():
+    x, w = jnp.ones((1, 4, 4, 64), jnp.bfloat16), jnp.ones((3, 3, 64, 5), jnp.bfloat16)
+    assert "stablehlo.convolution" in jax.jit(nn.conv).lower(x, w).as_text()
+
+
 def test_convolutions_check_what_they_are_given():
     x, w = jnp.ones((1, 4, 4, 6)), jnp.ones((3, 3, 3, 4))
     assert nn.conv(x, w, groups=2, strides=(1, 2), padding=((1, 0), 1)).shape == (1, 3, 2, 4)
