@@ -47,6 +47,9 @@ def conv(
     Over mesh axes of type Auto anything may be split; over Explicit ones the batch only, for JAX would ask where the
     result of a kernel whose channels are split is to be.
 
+    A CPU multiplies kernels with 64 channels or more on either side by what all outputs see, an array of
+    ``batch * prod(space') * prod(window) * in`` numbers; bfloat16 is convolved unless the window is one point.
+
     Args:
       x: ``[batch, *space, in]``, floating point; the number of its axes says over how many the window moves.
       kernel: ``[*window, in / groups, out]``, rounded to the dtype of ``x``, or a :class:`StructuredConv`.

@@ -64,7 +64,7 @@ def linear(
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
-def _product(x: jax.Array, kernel: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
     """``x @ kernel`` for ``x [..., in]`` and ``kernel [in, out]``."""
     if x.ndim < 3 or not _on_one_cpu():
         return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
