@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import linalg
+from subspace_jax.nn.winograd import convolved_3x3
 
 # Channels, of either side, from which on a CPU multiplies faster than it convolves.
 _WIDE = 64
+# Outputs in all, of one channel, from which on sums over tiles save more time than those over the kernel cost.
+_MANY = 256
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -47,8 +50,9 @@ def conv(
     Over mesh axes of type Auto anything may be split; over Explicit ones the batch only, for JAX would ask where the
     result of a kernel whose channels are split is to be.
 
-    A CPU multiplies kernels with 64 channels or more on either side by what all outputs see, an array of
-    ``batch * prod(space') * prod(window) * in`` numbers; bfloat16 is convolved unless the window is one point.
+    A CPU multiplies kernels with 64 channels or more on either side: windows of 3 x 3 that move by one in tiles
+    (:mod:`subspace_jax.nn.winograd`), others by what all outputs see, an array of ``batch * prod(space') * prod(window)
+    * in`` numbers; bfloat16 is convolved unless the window is one point.
 
     Args:
       x: ``[batch, *space, in]``, floating point; the number of its axes says over how many the window moves.
@@ -96,14 +100,18 @@ def conv(
         # On a CPU XLA's convolution takes up to twice the time of the product that it is, the gradient of a stem's
         # kernel four times.  The price is an array of what all outputs see.
         return jax.lax.platform_dependent(
-            x, kernel, cpu=lambda x, w: _product(x, w, *how[:3]), default=lambda x, w: _convolved(x, w, *how)
+            x, kernel, cpu=lambda x, w: _multiplied(x, w, *how[:3]), default=lambda x, w: _convolved(x, w, *how)
         )
     return _convolved(x, kernel, *how)
 
 
-def _product(x, kernel, strides, padding, dilation):
-    """One product with all that each output sees."""
+def _multiplied(x, kernel, strides, padding, dilation):
+    """One product with all that each output sees, or of windows of 3 x 3 those of Winograd's sums."""
     x = _padded(x, kernel.shape[:-2], strides, padding, dilation)
+    if kernel.shape[:-2] == (3, 3) and {*strides, *dilation} == {1} and min(kernel.shape[-2:]) >= _WIDE // 2:
+        batch, rows, columns, _ = x.shape
+        if min(rows, columns) > 2 and batch * (rows - 2) * (columns - 2) >= _MANY:
+            return convolved_3x3(x, kernel)
     parts = [_seen(x, point, kernel.shape[:-2], strides, dilation) for point in np.ndindex(*kernel.shape[:-2])]
     # Places as one axis: for a kernel's gradient, a sum over several, XLA would first make a transposed copy.
     *places, channels = parts[0].shape
