@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.jit
 def convolved_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution with a window of 3 x 3 that moves by one, of what is padded already.
 
