@@ -11,7 +11,8 @@ Then the input pipeline runs by itself, from JPEG files in folders to batches in
 
   images/s   medians over rounds in which the sides take turns: read the ratio
   ratio      images/s of subspace_jax divided by those of transformers
-  mm         share of the rate of a large product, measured in the same run
+  mm         share of the rate of a large product, measured in the same run, by the multiplications of the plain
+             convolutions: those in tiles do fewer
   MFU        share of the data sheet's bfloat16 rate, on GPUs that are known
   peak       most memory of a process of its own that does this one thing and nothing else, as in ``lm.py``
 
