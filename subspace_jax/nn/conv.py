@@ -108,15 +108,23 @@ def conv(
 def _multiplied(x, kernel, strides, padding, dilation):
     """One product with all that each output sees, or of windows of 3 x 3 those of Winograd's sums."""
     x = _padded(x, kernel.shape[:-2], strides, padding, dilation)
-    if kernel.shape[:-2] == (3, 3) and {*strides, *dilation} == {1} and min(kernel.shape[-2:]) >= _WIDE // 2:
-        batch, rows, columns, _ = x.shape
-        if min(rows, columns) > 2 and batch * (rows - 2) * (columns - 2) >= _MANY:
-            return convolved_3x3(x, kernel)
+    if _takes_tiles(x, kernel, strides, dilation):
+        return convolved_3x3(x, kernel)
     parts = [_seen(x, point, kernel.shape[:-2], strides, dilation) for point in np.ndindex(*kernel.shape[:-2])]
     # Places as one axis: for a kernel's gradient, a sum over several, XLA would first make a transposed copy.
     *places, channels = parts[0].shape
     rows = jnp.concatenate([part.reshape(math.prod(places), channels) for part in parts], axis=-1)
     return (rows @ kernel.reshape(-1, kernel.shape[-1])).reshape(*places, kernel.shape[-1])
+
+
+def _takes_tiles(padded, kernel, strides, dilation) -> bool:
+    """Whether Winograd's sums serve, and save time."""
+    if kernel.shape[:-2] != (3, 3) or {*strides, *dilation} != {1} or min(kernel.shape[-2:]) < _WIDE // 2:
+        return False
+    batch, rows, columns, _ = padded.shape
+    # Tiles are cut by reshapes, which JAX refuses where the batch is split over Explicit axes.
+    split = any(jax.typeof(padded).sharding.spec)
+    return min(rows, columns) > 2 and batch * (rows - 2) * (columns - 2) >= _MANY and not split
 
 
 def _padded(x, window, strides, padding, dilation):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from subspace_jax import nn
+from subspace_jax import nn, train
 from subspace_jax.nn.winograd import convolved_3x3
 
 
@@ -68,3 +70,20 @@ def test_windows_of_3_by_3_that_move_by_one_take_tiles_where_there_are_many(monk
     assert not tiles((2, 24, 24, 32), (3, 3, 32, 64), strides=2)
     assert not tiles((2, 24, 24, 32), (3, 3, 32, 64), dilation=(1, 2))
     assert not tiles((2, 24, 24, 32), (3, 1, 32, 64))
+
+
+def test_a_batch_split_over_explicit_axes_is_convolved_too():
+    draw = np.random.default_rng(0).normal
+    x, kernel = jnp.asarray(draw(size=(4, 9, 9, 32)), jnp.float32), jnp.asarray(draw(size=(3, 3, 32, 64)), jnp.float32)
+
+    @jax.jit
+    def both(x, kernel):
+        y, back = jax.vjp(nn.conv, x, kernel)
+        return y, *back(y)
+
+    mesh = train.make_mesh(data=2, fsdp=2, tensor=2, axis_type=AxisType.Explicit)
+    placed = [jax.device_put(z, NamedSharding(mesh, spec)) for z, spec in ((x, P("data")), (kernel, P()))]
+    for got, expected in zip(both(*placed), both(x, kernel), strict=True):
+        # Float32 sums of thousands of products, in another order.
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(got / scale, expected / scale, rtol=0, atol=1e-5)
