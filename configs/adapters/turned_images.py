@@ -17,6 +17,8 @@ def get_config(variant="vit_lora"):
     config.model.name = model
     config.adapter.method = method
     config.adapter.rank = 4
+    if model == "resnet":
+        config.optim.learning_rate = 2e-2
     if method == "flora":
         config.adapter.rank = 8
     if model == "resnet" and method == "flora":

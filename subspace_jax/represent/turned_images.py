@@ -35,7 +35,9 @@ def default_config() -> ConfigDict:
     config = rotated_digits.default_config()
     with config.unlocked():
         config.task = "subspace_jax.represent.turned_images"
-        config.train.epochs = 15.0
+        config.optim.schedule = "cosine"
+        config.optim.learning_rate = 1e-2
+        config.train.epochs = 45.0
         config.model = ConfigDict({"name": "vit"})
         config.pretrain = ConfigDict({"epochs": 15, "learning_rate": 2e-3})
     return config
