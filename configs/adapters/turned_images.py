@@ -2,8 +2,8 @@
 
     subspace-jax train --config configs/adapters/turned_images.py:vit_dora --workdir work/vit
 
-Variants: ``vit_`` or ``resnet_`` and ``lora``, ``dora`` or ``flora`` (rank 4 on attention and perceptrons, or on the
-convolutions of the blocks).  Any other adapter by ``--config.adapter.*``.
+Variants: ``vit_`` or ``resnet_`` and ``lora``, ``dora`` or ``flora`` (rank 4, FLoRA 8, on attention and perceptrons, or
+on the convolutions of the blocks).  Any other adapter by ``--config.adapter.*``.
 """
 
 from subspace_jax.represent import turned_images

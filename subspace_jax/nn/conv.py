@@ -14,7 +14,7 @@ from subspace_jax.nn.winograd import convolved_3x3
 
 # Channels, of either side, from which on a CPU multiplies faster than it convolves.
 _WIDE = 64
-# Outputs in all, of one channel, from which on sums over tiles save more time than those over the kernel cost.
+# Outputs of one channel, of the whole batch, from which on tiles save more time than the sums over the kernel cost.
 _MANY = 256
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -51,8 +51,9 @@ def conv(
     result of a kernel whose channels are split is to be.
 
     A CPU multiplies kernels with 64 channels or more on either side: windows of 3 x 3 that move by one in tiles
-    (:mod:`subspace_jax.nn.winograd`), others by what all outputs see, an array of ``batch * prod(space') * prod(window)
-    * in`` numbers; bfloat16 is convolved unless the window is one point.
+    (:mod:`subspace_jax.nn.winograd`; not few outputs, channels of the other side, or a batch split over Explicit axes),
+    others by what all outputs see, an array of ``batch * prod(space') * prod(window) * in`` numbers; bfloat16 is
+    convolved unless the window is one point.
 
     Args:
       x: ``[batch, *space, in]``, floating point; the number of its axes says over how many the window moves.
