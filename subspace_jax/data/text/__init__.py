@@ -8,6 +8,7 @@ from subspace_jax.data.text.tokenizers import (
     FileTokenizer,
     Tokenizer,
     check_vocabulary,
+    decode_continuation,
     load_tokenizer,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "check_vocabulary",
     "choice_rows",
+    "decode_continuation",
     "docstrings",
     "encode",
     "function_summaries",

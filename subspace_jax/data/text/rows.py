@@ -24,15 +24,18 @@ def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     """Tokens of an example, opened and ended as the tokenizer does, and which of them are to be learnt.
 
     Args:
-      example: Prompt and completion; each is encoded by itself.
+      example: Prompt and completion; they are encoded as one text, as a model meets it.  A token that holds the end
+        of the prompt and the first character of the completion (" A" after "Answer: ") belongs to the completion, as
+        in the masks of transformers.
       tokenizer: The tokenizer.
 
     Returns:
       Tokens ``[n]`` int32, and ``[n]`` bool: the completion and the token that ends it.  A token that opens the text
       is given, never asked for.
     """
-    given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(example.prompt)
-    learnt = tokenizer.encode(example.completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    prompt, completion = tokenizer.encode_pair(example.prompt, example.completion)
+    given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + prompt
+    learnt = completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
     tokens = np.array(given + learnt, np.int32)
     return tokens, np.arange(len(tokens)) >= len(given)
 
@@ -98,6 +101,9 @@ def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int,
 def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -> Rows:
     """One row for each option of each question: its likelihood after the prompt is what options are compared by.
 
+    Spaces at the end of a prompt count as the begin of every option, as in the LM Evaluation Harness: a tokenizer may
+    join them with one option and not with another, and likelihoods compare only from the same prompt.
+
     Args:
       examples: The questions.
       tokenizer: The tokenizer.
@@ -114,8 +120,9 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
     for number, choice in enumerate(examples):
         if not 0 <= choice.label < len(choice.options):
             raise ValueError(f"question {number}: label {choice.label} is none of its {len(choice.options)} options")
+        prompt = choice.prompt.rstrip()
         for i, option in enumerate(choice.options):
-            texts.append(Completion(choice.prompt, option))
+            texts.append(Completion(prompt, choice.prompt[len(prompt) :] + option))
             places.append((number, i, i == choice.label))
     rows = pad_rows(texts, tokenizer, length)
     question, option, right = (np.array(column) for column in zip(*places, strict=True))

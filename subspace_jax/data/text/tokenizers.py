@@ -1,7 +1,6 @@
 """Tokenizers: any ``tokenizer.json``, and bytes for when there is no file."""
 
-import functools
-import json
+import bisect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from subspace_jax.data.text import special_tokens
+
 
 class Tokenizer(Protocol):
     """Text to tokens and back.
 
     Attributes:
       vocab_size: Tokens are below this.
-      bos_id: Token that opens a text, or None.
+      bos_id: Token that opens a text, or None where none does.
       eos_id: Token that ends a text, or None.
       pad_id: Token that fills up rows.
     """
@@ -28,6 +29,13 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, none added."""
 
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Returns the tokens of prompt and completion, encoded as the one text that they are.
+
+        The completion's begin with the token that holds its first character, also where that one holds the end of the
+        prompt as well: a space, mostly.
+        """
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, without those that are no text."""
 
@@ -39,7 +47,12 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns one token for each byte."""
+        _check_unicode(text)
         return list(text.encode())
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Returns the bytes of prompt and completion."""
+        return self.encode(prompt), self.encode(completion)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text; bytes that are no UTF-8 become U+FFFD, as where a text is cut inside a character."""
@@ -49,14 +62,19 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer of the ``tokenizers`` library, as Hugging Face folders hold it.
 
-    Which tokens open, end and fill is read from ``tokenizer_config.json`` beside the file, where there is one.
+    ``tokenizer.json`` decides, and ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``
+    beside it name the tokens that open, end and fill texts.  As in transformers, texts are opened with what the
+    post-processor of ``tokenizer.json`` adds in front, if it has one.  Without one, the token named as ``bos_token``
+    opens them, unless ``add_bos_token`` is false or the tokenizer's class has no such habit (GPT-2, Qwen2).
+    Truncation, padding and dropout that are stored in ``tokenizer.json`` belong to the run that wrote it: no token is
+    cut off, added or left to chance.
 
     Args:
       path: ``tokenizer.json``, or a folder that holds it.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is no tokenizer, or the config names a token that the tokenizer doesn't know.
+      ValueError: A file is damaged, or names a token that the tokenizer doesn't know; the file is named.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -65,42 +83,154 @@ class FileTokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer: no file {file}")
+        self._file = file
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"tokenizer: {file} is no tokenizer ({error})") from error
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        named = functools.partial(self._named, _read_config(file.parent / "tokenizer_config.json"), file)
-        self.bos_id, self.eos_id, pad = named("bos_token"), named("eos_token"), named("pad_token")
+            raise ValueError(f"tokenizer: {file} is no tokenizer ({_one_line(error)})") from error
+        known = lambda token: self._tokenizer.token_to_id(token) is not None  # noqa: E731
+        settings = special_tokens.read_settings(file.parent, known)
+        if (padding := self._tokenizer.padding) and known(padding["pad_token"]):
+            settings.setdefault("pad_token", padding["pad_token"])
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            self._tokenizer.model.dropout = None
+        if "add_prefix_space" in settings and isinstance(
+            self._tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel
+        ):
+            self._tokenizer.pre_tokenizer.add_prefix_space = bool(settings["add_prefix_space"])
+        self._add_tokens(settings)
+        self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
+        bos, eos, pad = (self._named(settings, name) for name in ("bos_token", "eos_token", "pad_token"))
+        if self._tokenizer.post_processor is None:
+            self.bos_id, self.eos_id = bos if special_tokens.opens_texts(settings) else None, eos
+        else:
+            self.bos_id, end = self._added_around()
+            self.eos_id = end if eos is None else eos
+            self._tokenizer.post_processor = None  # it would also move offsets
         self.pad_id = next(t for t in (pad, self.eos_id, 0) if t is not None)
+        # Ids may have gaps, so that the count of tokens says nothing.
+        ids = [*self._tokenizer.get_vocab(with_added_tokens=True).values(), self.bos_id, self.eos_id, self.pad_id]
+        self.vocab_size = 1 + max(t for t in ids if t is not None)
+        if self.vocab_size > 2**31:
+            raise ValueError(f"tokenizer: {file}: expected ids below 2^31, got {self.vocab_size - 1}")
 
-    def _named(self, config: dict[str, Any], file: Path, key: str) -> int | None:
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
+    def _add_tokens(self, settings: dict[str, Any]) -> None:
+        """Adds what the files beside tokenizer.json add, and marks what they name as special."""
+        import tokenizers
+
+        known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        special = dict.fromkeys(special_tokens.special_names(settings))
+        for number, token in sorted(settings["added_tokens"].items()):
+            content = token["content"]
+            if self._tokenizer.token_to_id(content) is None:
+                flags = {"special": content in special, **special_tokens.flags_of(token)}
+                self._tokenizer.add_tokens([tokenizers.AddedToken(content, **flags)])
+                if (got := self._tokenizer.token_to_id(content)) != number:
+                    raise ValueError(
+                        f"tokenizer: the files beside {self._file} give {content!r} the id {number}, which is not the "
+                        f"next one after those of {self._file.name}, {got}"
+                    )
+        for content in special:
+            if self._tokenizer.token_to_id(content) is not None:
+                flags = {name: getattr(known[content], name) for name in _MATCHING} if content in known else {}
+                token = tokenizers.AddedToken(content, **{"normalized": False, **flags, "special": True})
+                self._tokenizer.add_special_tokens([token])
+
+    def _named(self, settings: dict[str, Any], key: str) -> int | None:
+        token = special_tokens.role_of(settings, key)
         if token is None:
             return None
         number = self._tokenizer.token_to_id(token)
         if number is None:
-            raise ValueError(f"tokenizer: {key} {token!r} of tokenizer_config.json is no token of {file}")
+            raise ValueError(
+                f"tokenizer: {key} {token!r} of tokenizer_config.json or special_tokens_map.json is no token of "
+                f"{self._file}"
+            )
         return number
 
+    def _added_around(self) -> tuple[int | None, int | None]:
+        """Finds what the post-processor puts before and after a text, by a text of one token."""
+        import tokenizers
+
+        probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+        probe.post_processor = self._tokenizer.post_processor
+        try:
+            found = probe.encode("a")
+        except Exception as error:
+            raise ValueError(f"tokenizer: {self._file}: post_processor ({_one_line(error)})") from error
+        at = (*found.special_tokens_mask, 0).index(0)
+        front, back = found.ids[:at], found.ids[at + 1 :]
+        if len(front) > 1:
+            raise ValueError(
+                f"tokenizer: {self._file}: post_processor: expected at most one token before a text, got {front}"
+            )
+        return front[0] if front else None, back[-1] if back else None
+
+    def _encode(self, text: str):
+        _check_unicode(text)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise ValueError(f"tokenizer: {self._file} can't encode {text[:40]!r} ({_one_line(error)})") from error
+
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text, none added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Returns the tokens of a text, none added.
+
+        Raises:
+          ValueError: The tokenizer has no token for a part of it, not even one for what is unknown.
+        """
+        return self._encode(text).ids
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Returns the tokens of prompt and completion, encoded as one text; see :class:`Tokenizer`."""
+        if not prompt:
+            return [], self.encode(completion)
+        encoding = self._encode(prompt + completion)
+        first = bisect.bisect_right(encoding.offsets, len(prompt), key=lambda span: span[1])
+        return encoding.ids[:first], encoding.ids[first:]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, without special ones."""
         return self._tokenizer.decode([int(t) for t in np.asarray(tokens)], skip_special_tokens=True)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+_MATCHING = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_unicode(text: str) -> None:
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"tokenizer: {file} is no JSON ({error})") from error
-    return config if isinstance(config, dict) else {}
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text: character {error.start}: expected Unicode text, got half of a surrogate pair in {text[:40]!r}"
+        ) from error
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Returns the text that new tokens add to a prompt.
+
+    Tokens that stand alone would lose the space before them, or the first bytes of a character.
+
+    Args:
+      tokenizer: The tokenizer.
+      prompt: Tokens of the prompt.
+      new: Tokens that follow.
+
+    Returns:
+      What is added; it goes right after the text of the prompt.
+    """
+    prompt, new = ([int(t) for t in np.asarray(tokens)] for tokens in (prompt, new))
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + new)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
+    )
+    return whole[same:]
 
 
 def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
@@ -109,9 +239,9 @@ def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError where a model has no row for some token of a tokenizer."""
+    """Raises ValueError where a model has no row for some token of a tokenizer: its largest id counts."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer: it has {tokenizer.vocab_size} tokens, the model has rows for {vocab_size}; "
-            "they belong to different checkpoints"
+            f"tokenizer: it has {tokenizer.vocab_size} tokens, the model has rows for {vocab_size} (the largest id is "
+            f"{tokenizer.vocab_size - 1}); they belong to different checkpoints"
         )

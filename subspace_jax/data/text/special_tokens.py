@@ -1,0 +1,130 @@
+"""Which tokens of a Hugging Face folder open, end and fill texts, and which are cut out of a text as they stand."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from subspace_jax.data.json_object import read_json_object
+
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+# What classes of transformers call these tokens where a folder says nothing.
+_DEFAULT_NAMES = {
+    "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+}
+_CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}
+# Those that open a text by themselves where tokenizer.json has no post-processor.
+_OPENING_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+
+
+def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
+    """Reads what a folder says of its tokenizer beside ``tokenizer.json``.
+
+    Args:
+      folder: With ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, where they are there.
+      known: Whether the tokenizer has a token.
+
+    Returns:
+      The fields of the first, completed by the others: ``special_tokens_map.json`` names tokens for folders of older
+      versions of transformers (those that list no ``added_tokens_decoder``) and is second to the config elsewhere;
+      ``added_tokens`` is ``{id: token}``, and ``add_prefix_space`` is there for the classes alone that obey it.
+
+    Raises:
+      ValueError: A file is no JSON object, or one of these fields is of the wrong type; file and field are named.
+    """
+    config, named, added = (
+        read_json_object(file) if (file := folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    decoder = config.get("added_tokens_decoder")
+    settings = {**config, **named} if decoder is None else {**named, **config}
+    family = _class_of(folder, settings)
+    settings = {name: token for name, token in _DEFAULT_NAMES.get(family, {}).items() if known(token)} | settings
+    if family in _CLASSES.values():
+        settings.setdefault("add_prefix_space", None)
+    else:
+        settings.pop("add_prefix_space", None)
+    files = f"{folder}: tokenizer_config.json or special_tokens_map.json"
+    for name in ("add_bos_token", "split_special_tokens", "add_prefix_space"):
+        if settings.get(name) not in (None, True, False):
+            raise ValueError(f"{files}: {name}: expected true or false, got {settings[name]!r}")
+    for name in _ROLES:
+        if settings.get(name) is not None:
+            _content(settings[name], f"{files}: {name}")
+    settings["added_tokens"] = _added_tokens(folder, decoder, added)
+    return settings
+
+
+def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Names the class by which transformers reads a folder: the one in its config, else that of the model's family."""
+    model_type = None
+    if (folder / "config.json").is_file():
+        model_type = read_json_object(folder / "config.json").get("model_type")
+    name = settings.get("tokenizer_class")
+    if model_type == "qwen2" or (model_type == "gpt2" and name is None):
+        return _CLASSES[model_type]
+    return name.removesuffix("Fast") if isinstance(name, str) else None
+
+
+def _added_tokens(folder: Path, decoder: Any, added: Mapping[str, Any]) -> dict[int, Any]:
+    if decoder is None:
+        for token, number in added.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise ValueError(f"{folder / 'added_tokens.json'}: {token!r}: expected an id, got {number!r}")
+        return {number: {"content": token} for token, number in added.items()}
+    where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+    if not isinstance(decoder, dict) or not all(number.isdecimal() for number in decoder):
+        raise ValueError(f"{where}: expected tokens by their ids, got {str(decoder)[:80]}")
+    for number, token in decoder.items():
+        _content(token, f"{where}: {number}")
+    return {int(number): token for number, token in decoder.items()}
+
+
+def _content(token: Any, where: str) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"{where}: expected a token, got {str(token)[:80]!r}")
+    return content
+
+
+def role_of(settings: Mapping[str, Any], name: str) -> str | None:
+    """Returns the token that is named, such as for "eos_token"; the file may give it as text or as an object."""
+    token = settings.get(name)
+    return None if token is None else _content(token, name)
+
+
+def special_names(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the tokens that settings name as special, whatever their role."""
+    for name in _ROLES:
+        if (token := role_of(settings, name)) is not None:
+            yield token
+    for name in _LISTS:
+        tokens = settings.get(name) or ()
+        for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str) and content:
+                yield content
+
+
+def flags_of(token: Any) -> dict[str, bool]:
+    """Returns how an added token is matched, as the arguments of ``tokenizers.AddedToken``."""
+    given = token if isinstance(token, dict) else {}
+    return {name: given[name] for name in _FLAGS if isinstance(given.get(name), bool)}
+
+
+def opens_texts(settings: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer without a post-processor opens texts with the token that is named for it.
+
+    ``add_bos_token`` decides where it is true or false.  Elsewhere the tokenizer's class does: Llama's and Gemma's do,
+    GPT-2's, Qwen2's and those without a model of their own don't.  Where no class is named either, a token that is
+    named opens texts.
+    """
+    wanted = settings.get("add_bos_token")
+    if wanted is not None:
+        return bool(wanted)
+    name = settings.get("tokenizer_class")
+    return not isinstance(name, str) or name.removesuffix("Fast") in _OPENING_CLASSES
