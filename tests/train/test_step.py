@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
 
@@ -93,6 +94,80 @@ def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
     assert float(metrics["loss"]) == 0
     assert int(state.skipped) == 1
     assert_same_bits(state.params, before)
+
+
+def spoiling(at, where, value):
+    """An optimizer whose update, or whose state alone, has one entry that is not finite at one step."""
+
+    def init(params):
+        return {
+            "count": jnp.zeros((), jnp.int32),
+            "best": jnp.asarray(jnp.inf),
+            "memory": optax.tree.zeros_like(params),
+        }
+
+    def update(grads, state, params=None):
+        def spoilt(x, part):
+            return x.at[3].set(jnp.where((state["count"] == at) & (part == where), value, x[3]))
+
+        memory = jax.tree.map(lambda m, g: spoilt(m + g, "state"), state["memory"], grads)
+        updates = jax.tree.map(lambda g: spoilt(-0.01 * g, "update"), grads)
+        return updates, {"count": state["count"] + 1, "best": state["best"], "memory": memory}
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(("where", "value"), [("update", np.nan), ("update", np.inf), ("state", np.inf)])
+def test_an_update_or_an_optimizer_state_that_is_not_finite_is_skipped(where, value, sizes):
+    # Loss and gradient are finite; the state holds an infinite best value all along, which is not what is looked for.
+    step, state, data, mesh = step_and_state(spoiling(1, where, value), train.make_mesh(**sizes))
+    batches = data.train(0)
+    state, _ = step(state, place(next(batches), mesh))
+    assert int(state.skipped) == 0
+    before = numbers(state)
+    state, metrics = step(state, place(next(batches), mesh))
+    after = numbers(state)
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert (after.step, after.skipped, int(metrics["skipped"])) == (2, 1, 1)
+    for field in ("params", "variables", "opt_state"):
+        assert_same_bits(getattr(after, field), getattr(before, field))
+
+
+def test_variables_that_are_no_longer_finite_are_not_kept():
+    class Spoilt(Regression):
+        def loss(self, params, variables, batch, key):
+            loss, (found, metrics) = super().loss(params, variables, batch, key)
+            return loss, ({**found, "mean": jnp.where(variables["seen"] == 1, jnp.nan, found["mean"])}, metrics)
+
+    tx, mesh = optax.adam(1e-2), train.make_mesh(1)
+    step, state = train.make_train_step(Spoilt(), tx, mesh), train.init_state(Spoilt(), tx, mesh)
+    with jax.numpy_dtype_promotion("standard"):
+        for expected in (0, 1, 2):  # it stays at the value that spoils it
+            state, _ = step(state, arrays(8))
+            assert int(state.skipped) == expected
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.variables, state.opt_state)))
+
+
+def test_the_gradient_norm_leaves_out_what_energy_probes_deliver():
+    class Probed(Regression):
+        def init(self, key):
+            params, variables = super().init(key)
+            return {**params, "row_energy": jnp.zeros(3)}, variables
+
+        def axes(self):
+            return {"w": P("embed"), "row_energy": P(None)}, super().axes()[1]
+
+        def loss(self, params, variables, batch, key):
+            loss, rest = super().loss(params, variables, batch, key)
+            return loss + jnp.sum(1e3 * params["row_energy"]), rest
+
+    norms = []
+    for task in (Regression(), Probed()):
+        tx, mesh = optax.sgd(0.0), train.make_mesh(1)
+        step, state = train.make_train_step(task, tx, mesh), train.init_state(task, tx, mesh)
+        norms.append(float(step(state, arrays(8))[1]["grad_norm"]))
+    assert norms[0] == norms[1]
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
