@@ -1,10 +1,13 @@
 """Text from a causal language model: the prompt is read at once, then one token follows another."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from subspace_jax.nn.causal_lm import causal_lm_apply, causal_lm_logits
@@ -37,7 +40,7 @@ def generate(
     key: jax.Array | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    eos_tokens: tuple[int, ...] | None = None,
+    eos_tokens: int | Sequence[int] | None = None,
     pad_token: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Generated:
@@ -52,7 +55,8 @@ def generate(
       key: Random key; needed where ``temperature > 0``.
       temperature: Logits are divided by it before a token is drawn; 0 takes the likeliest token.
       top_p: A token is drawn among the likeliest ones whose probabilities first add up to this (arXiv 1904.09751).
-      eos_tokens: Tokens that end a text; those of the config by default.
+      eos_tokens: Token or tokens that end a text; those of the config by default, which are those of
+        ``generation_config.json`` where it comes from a folder with one.
       pad_token: What follows the end; the config's by default, or 0.
       dtype: Type of activations and cache, that of the embedding by default.
 
@@ -62,19 +66,11 @@ def generate(
     Raises:
       ValueError: Prompt and new tokens exceed the model's length, or an option is out of range or missing.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens: expected prompts [batch, length >= 1], got shape {tokens.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if tokens.shape[1] + max_new_tokens > config.max_length:
-        raise ValueError(
-            f"max_new_tokens: {max_new_tokens} after a prompt of {tokens.shape[1]} exceed the model's "
-            f"{config.max_length} positions"
-        )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    if temperature > 0 and key is None:
-        raise ValueError(f"key: sampling at temperature {temperature} needs a random key, got None")
+    _check(config, tokens, max_new_tokens, key, temperature, top_p)
+    eos = config.eos_tokens if eos_tokens is None else eos_tokens
+    eos = (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
+    if eos_tokens is not None and not all(0 <= token < config.vocab_size for token in eos):
+        raise ValueError(f"eos_tokens: expected tokens below vocab_size {config.vocab_size}, got {eos_tokens}")
     if attention_mask is None:
         attention_mask = jnp.ones(tokens.shape, bool)
     pad = pad_token if pad_token is not None else config.pad_token or 0
@@ -89,10 +85,34 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampled=temperature > 0,
         nucleus=top_p < 1,
-        eos=tuple(config.eos_tokens if eos_tokens is None else eos_tokens),
+        eos=tuple(int(token) for token in eos),
         pad=pad,
         dtype=jnp.dtype(table_dtype(params["embed"]["embedding"]) if dtype is None else dtype),
     )
+
+
+def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens: expected prompts [batch, length >= 1], got shape {tokens.shape}")
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"max_new_tokens: expected an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if tokens.shape[1] >= config.max_length:
+        raise ValueError(
+            f"tokens: a prompt of {tokens.shape[1]} leaves none of the model's {config.max_length} positions"
+        )
+    if tokens.shape[1] + max_new_tokens > config.max_length:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {tokens.shape[1]} exceed the model's "
+            f"{config.max_length} positions"
+        )
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # below, scores would overflow
+        raise ValueError(f"expected temperature >= 0, finite and not between 0 and 1e-6, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"expected 0 < top_p <= 1, got {top_p}")
+    if temperature > 0 and key is None:
+        raise ValueError(f"key: sampling at temperature {temperature} needs a random key, got None")
 
 
 @functools.partial(

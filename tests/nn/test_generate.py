@@ -40,6 +40,14 @@ def test_a_text_ends_at_its_eos_and_padding_follows():
         np.testing.assert_array_equal(cut[end:], 63)
 
 
+def test_a_text_ends_at_the_first_of_several_ends():
+    config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 1, 6)
+    free = np.asarray(nn.generate(config, params, tokens, max_new_tokens=10).tokens)[0]
+    for ends in (int(free[4]), (63, int(free[4])), [int(free[4]), int(free[2])]):
+        made = nn.generate(config.replace(eos_tokens=(63,)), params, tokens, max_new_tokens=10, eos_tokens=ends)
+        assert int(made.lengths[0]) == 1 + min(int(np.argmax(free == end)) for end in np.ravel(ends) if end in free)
+
+
 def test_sampling_follows_its_key_and_cold_sampling_is_greedy():
     config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 2, 6)
     draw = lambda seed, t, p=1.0: np.asarray(  # noqa: E731
@@ -79,6 +87,14 @@ def test_bfloat16_generates_with_a_cache_of_its_own_type():
         ({"max_new_tokens": 27}, "27 after a prompt of 6 exceed the model's 32 positions"),
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer, got 2.5"),
+        ({"tokens": jnp.zeros((2, 40), jnp.int32)}, "a prompt of 40 leaves none of the model's 32 positions"),
+        ({"temperature": float("nan")}, "temperature >= 0, finite .*, got nan"),
+        ({"temperature": float("inf")}, "temperature >= 0, finite .*, got inf"),
+        ({"temperature": 1e-30}, "not between 0 and 1e-6, got 1e-30"),
+        ({"top_p": float("nan")}, "0 < top_p <= 1, got nan"),
+        ({"eos_tokens": (2, 64)}, "eos_tokens: expected tokens below vocab_size 64"),
+        ({"eos_tokens": -1}, "eos_tokens: expected tokens below vocab_size 64"),
         ({"temperature": 1.0}, "needs a random key, got None"),
         ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "expected prompts"),
         ({"attention_mask": jnp.ones((2, 5))}, "attention_mask: expected the shape"),
