@@ -1,5 +1,6 @@
 """Examples of text from files and from TensorFlow Datasets."""
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ class Choice(NamedTuple):
 
 
 def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "text") -> list[Completion]:
-    """Reads ``.jsonl``, ``.parquet`` or plain-text files.
+    """Reads ``.jsonl``, ``.parquet`` or plain-text files, in UTF-8 with or without a byte order mark.
 
     Args:
       path: The file.  Plain text holds one document, or several with empty lines between.
@@ -36,18 +37,23 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
       The examples.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: The file is empty, a line is no JSON object, or a field is missing or no text; line and field are
-      named. ImportError: A Parquet file needs the extra ``text``.
+      FileNotFoundError: There is no such file; the message has near names.
+      ValueError: The file is empty, of another kind (CSV, one JSON value, compressed) or not UTF-8, a line is no JSON
+        object, or a field is missing or no text; file, line and field are named.
+      OSError: It can't be read.
+      ImportError: A Parquet file needs the extra ``text``.
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    if file.suffix not in (".jsonl", ".parquet"):
-        documents = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n")]
+        raise FileNotFoundError(f"{_no_file(file)}{near_names(file)}")
+    suffix = file.suffix.lower()
+    if suffix in _OTHER_KINDS:
+        raise ValueError(f"{file}: expected a .jsonl, .parquet or plain-text file, got {suffix!r}")
+    if suffix not in (".jsonl", ".parquet"):
+        documents = [part.strip() for part in _plain_text(file).split("\n\n")]
         examples = [Completion("", text) for text in documents if text]
     else:
-        rows = _jsonl(file) if file.suffix == ".jsonl" else _parquet(file)
+        rows = _jsonl(file) if suffix == ".jsonl" else _parquet(file, [name for name in (prompt, completion) if name])
         examples = [
             Completion(_field(row, prompt, place) if prompt else "", _field(row, completion, place))
             for place, row in rows
@@ -57,36 +63,70 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
     return examples
 
 
+_OTHER_KINDS = (".json", ".csv", ".tsv", ".arrow", ".feather", ".gz", ".zip", ".zst", ".xz", ".bz2")
+
+
+def _no_file(file: Path) -> str:
+    return f"expected a file of text, got the folder {file}" if file.is_dir() else f"no file {file}"
+
+
+def near_names(path: str | os.PathLike) -> str:
+    """Returns a hint at files with a name like one that is not there, or "" where there are none."""
+    path = Path(path)
+    try:
+        names = os.listdir(path if path.is_dir() else path.parent)
+    except OSError:
+        return ""
+    shown = sorted(names)[:3] if path.is_dir() else difflib.get_close_matches(path.name, names, n=3)
+    if not shown:
+        return ""
+    return f"; it holds {', '.join(shown)}" if path.is_dir() else f"; did you mean {' or '.join(shown)}?"
+
+
+def _plain_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{file}, line {line}: expected UTF-8 ({error.reason})") from error
+
+
 def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    # Bytes that are no UTF-8 become lone surrogates, so that their line can be named.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{file}, line {number}"
+            _check_unicode(line, f"{place}: expected UTF-8")
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: expected a JSON object ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
             yield place, row
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError('Parquet files need pyarrow: pip install "subspace-jax[text]"') from error
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                yield f"{file}, row {number}", row
-                number += 1
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: it is no Parquet file ({error})") from error
+        with pyarrow.parquet.ParquetFile(file) as table:
+            there = table.schema_arrow.names
+            if absent := [name for name in names if name not in there]:
+                raise ValueError(f"{file}: no field {absent[0]!r}; there are {sorted(there)}")
+            number = 0
+            for batch in table.iter_batches(columns=names):
+                for row in batch.to_pylist():
+                    yield f"{file}, row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{file}: it is no Parquet file, or a damaged one ({message})") from error
 
 
 def _field(row: Mapping[str, Any], name: str, place: str) -> str:
@@ -94,7 +134,15 @@ def _field(row: Mapping[str, Any], name: str, place: str) -> str:
         raise ValueError(f"{place}: no field {name!r}; there are {sorted(row)}")
     if not isinstance(row[name], str):
         raise ValueError(f"{place}: field {name!r}: expected text, got {type(row[name]).__name__}")
+    _check_unicode(row[name], f"{place}: field {name!r}: expected Unicode text")
     return row[name]
+
+
+def _check_unicode(text: str, expected: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{expected}, got {text[error.start]!r} at character {error.start}") from error
 
 
 def tfds_texts(name: str, split: str, data_dir: str | None = None) -> list[Completion] | list[Choice]:
@@ -111,20 +159,36 @@ def tfds_texts(name: str, split: str, data_dir: str | None = None) -> list[Compl
       The examples.
 
     Raises:
-      ValueError: There is no mapping for the set.
+      ValueError: There is no mapping for the set, its split is empty, or a record is not as the mapping expects it.
       FileNotFoundError: It is not prepared.
     """
     mapping = mapping_of(name)
     records, info = open_records(name, split, data_dir)
-    return [mapping(record, info.features) for record in records]
+    examples = []
+    for number, record in enumerate(records):
+        try:
+            examples.append(mapping(record, info.features))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{name}, split {split}, record {number}: it is not as expected of this set ({error!r})"
+            ) from error
+    if not examples:
+        raise ValueError(f"split: {split!r} of {name!r} is empty")
+    return examples
 
 
 def mapping_of(name: str) -> Callable[[Mapping[str, Any], Any], Completion | Choice]:
-    """Returns the function ``(record, features) -> example`` for a set of TensorFlow Datasets."""
+    """Returns the function ``(record, features) -> example`` for a set of TensorFlow Datasets.
+
+    Raises:
+      ValueError: There is none; the message has near names.
+    """
     for known, mapping in _MAPPINGS.items():
         if name == known or name.startswith((f"{known}/", f"{known}:")):
             return mapping
-    raise ValueError(f"name: no mapping for {name!r}; there are mappings for {sorted(_MAPPINGS)}")
+    near = difflib.get_close_matches(name, _MAPPINGS, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are mappings for {sorted(_MAPPINGS)}"
+    raise ValueError(f"name: no mapping for {name!r}; {hint}")
 
 
 def _text(value: Any) -> str:

@@ -25,7 +25,7 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     """Reads what a folder says of its tokenizer beside ``tokenizer.json``.
 
     Args:
-      folder: With ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, where they are there.
+      folder: With ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, if there.
       known: Whether the tokenizer has a token.
 
     Returns:

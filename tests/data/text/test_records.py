@@ -31,18 +31,67 @@ def test_jsonl_and_parquet_give_prompts_and_completions(tmp_path):
         ('{"text": "a"}\n\n[1]', r"line 3: expected a JSON object, got list"),
         ('{"txt": "a"}', r"line 1: no field 'text'; there are \['txt'\]"),
         ('{"text": 3}', "line 1: field 'text': expected text, got int"),
+        ('{"text": "a"}\n{"text": NaN}', "line 2: field 'text': expected text, got float"),
+        ('{"text": null}', "line 1: field 'text': expected text, got NoneType"),
+        ('{"text": "a"}\n' + "[" * 100_000, "line 2: expected a JSON object .*recursion"),
+        (b'{"text": "a"}\n{"text": "\xe9"}', "line 2: expected UTF-8, got '.udce9'"),
+        ('{"text": "a"}\n'.encode("utf-16"), "line 1: expected UTF-8"),
+        ('{"text": "\\ud800"}', "line 1: field 'text': expected Unicode text, got '.ud800' at character 0"),
     ],
 )
 def test_broken_jsonl_names_file_and_line(tmp_path, content, message):
     file = tmp_path / "some.jsonl"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
         text.read_texts(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "one"}\r\n'), ("a.txt", "one"), ("a.JSONL", '{"text": "one"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert text.read_texts(tmp_path / name) == [("", "one")]
+
+
+def test_plain_text_that_is_no_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "some.txt").write_bytes(b"one\n\ntwo\n\xff")
+    with pytest.raises(ValueError, match=r"some\.txt, line 4: expected UTF-8"):
+        text.read_texts(tmp_path / "some.txt")
+
+
+@pytest.mark.parametrize("name", ["some.json", "some.csv", "some.jsonl.gz", "some.ZIP"])
+def test_other_kinds_of_files_are_no_plain_text(tmp_path, name):
+    (tmp_path / name).write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=r"expected a \.jsonl, \.parquet or plain-text file, got"):
+        text.read_texts(tmp_path / name)
+
+
+def test_damaged_parquet_files_and_their_columns_are_named(tmp_path):
+    file = tmp_path / "some.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 99, "n": range(99), "b": [b"x"] * 99}), file)
+    for field, message in (
+        ("txt", r"some\.parquet: no field 'txt'; there are \['b', 'n', 'text'\]"),
+        ("n", r"some\.parquet, row 0: field 'n': expected text, got int"),
+        ("b", r"some\.parquet, row 0: field 'b': expected text, got bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text.read_texts(file, completion=field)
+    whole = file.read_bytes()
+    for cut in (whole[:-9], whole[: len(whole) // 2], whole[:40] + b"\xff" * 40 + whole[80:], b"PAR1" * 3):
+        file.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"some\.parquet: it is no Parquet file, or a damaged one") as caught:
+            text.read_texts(file)
+        assert "\n" not in str(caught.value)
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.jsonl"):
         text.read_texts(tmp_path / "none.jsonl")
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no file .*trian\.jsonl; did you mean train\.jsonl\?"):
+        text.read_texts(tmp_path / "trian.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"expected a file of text, got the folder .*; it holds train\.jsonl"):
+        text.read_texts(tmp_path)
     (tmp_path / "some.parquet").write_text("text")
     with pytest.raises(ValueError, match=r"some\.parquet: it is no Parquet file"):
         text.read_texts(tmp_path / "some.parquet")
@@ -87,5 +136,23 @@ def test_records_of_known_sets_become_examples(name, record, wanted):
 def test_sets_without_a_mapping_and_unprepared_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no mapping for 'squad'; there are mappings for"):
         text.tfds_texts("squad", "train")
+    with pytest.raises(ValueError, match=r"no mapping for 'gms8k'; did you mean gsm8k\?"):
+        text.tfds_texts("gms8k", "train")
     with pytest.raises(FileNotFoundError, match="'e2e_cleaned' is not prepared under"):
         text.tfds_texts("e2e_cleaned", "train", str(tmp_path))
+
+
+def test_records_that_are_not_as_expected_and_empty_splits_are_named(monkeypatch):
+    from subspace_jax.data.text import records
+
+    info = SimpleNamespace(features=LABELS)
+    for record, found in (({"question": b"a"}, "KeyError"), ({"question": b"a", "answer": 3, "x": 1}, None)):
+        monkeypatch.setattr(records, "open_records", lambda *_, record=record: ([record], info))
+        if found is None:
+            assert text.tfds_texts("gsm8k", "train") == [("Question: a\nAnswer: ", "3")]
+            continue
+        with pytest.raises(ValueError, match=f"gsm8k, split train, record 0: .*{found}"):
+            text.tfds_texts("gsm8k", "train")
+    monkeypatch.setattr(records, "open_records", lambda *_: ([], info))
+    with pytest.raises(ValueError, match="split: 'train' of 'gsm8k' is empty"):
+        text.tfds_texts("gsm8k", "train")
