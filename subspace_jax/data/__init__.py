@@ -1,6 +1,7 @@
 """Data: image sets through TensorFlow Datasets, Grain pipelines, synthetic sets."""
 
 from subspace_jax.data.augment import random_crop_flip
+from subspace_jax.data.decode import decode_image
 from subspace_jax.data.image_augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -14,7 +15,7 @@ from subspace_jax.data.image_augment import (
     three_augment,
 )
 from subspace_jax.data.image_processor import ImageProcessor
-from subspace_jax.data.images import Images, decode_image, image_folder, image_set
+from subspace_jax.data.images import Images, image_folder, image_set
 from subspace_jax.data.mixing import mix_images, partners
 from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
 from subspace_jax.data.resize import resize_uint8

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from subspace_jax.data.decode import check_pixels
+
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
@@ -68,7 +70,7 @@ def random_resized_crop(
     else:
         # No such rectangle fits: the largest in the middle whose shape is in range.
         shape = min(max(width / height, ratio[0]), ratio[1])
-        w, h = min(width, round(height * shape)), min(height, round(width / shape))
+        w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
         top, left = (height - h) // 2, (width - w) // 2
     cut = Image.fromarray(image[top : top + h, left : left + w])
     return np.asarray(cut.resize((size, size), _METHODS[method]))
@@ -296,12 +298,12 @@ class TrainImage:
         for name in ("flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
-        if not 0 <= self.magnitude <= 10 or self.deviation < 0 or self.operations < 0:
+        if not 0 <= self.magnitude <= 10 or not self.deviation >= 0 or self.operations < 0:
             raise ValueError(
                 f"magnitude: expected 0 to 10, got {self.magnitude}; deviation and operations: at least 0, got "
                 f"{self.deviation} and {self.operations}"
             )
-        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+        if len(self.jitter) != 4 or not all(0 <= x < math.inf for x in self.jitter) or self.jitter[3] > 0.5:
             raise ValueError(f"jitter: expected four numbers from 0, the last up to 0.5, got {self.jitter}")
 
     def __call__(self, example: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -355,6 +357,7 @@ class EvalImage:
         shorter = math.floor(self.size / self.crop)
         factor = shorter / min(height, width)
         h, w = (shorter if n == min(height, width) else max(shorter, int(n * factor)) for n in (height, width))
+        check_pixels(h, w, f"image of {width} x {height}, resized")
         top, left = (h - self.size) // 2, (w - self.size) // 2
         image = np.asarray(Image.fromarray(image).resize((w, h), _METHODS[self.method]))
         image = image[top : top + self.size, left : left + self.size]
@@ -364,10 +367,11 @@ class EvalImage:
 def _check_output(size: int, method: str, mean: Sequence[float], std: Sequence[float]) -> None:
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
+    check_pixels(size, size, "size")
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {sorted(_METHODS)}, got {method!r}")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std: expected three numbers each, std positive, got {mean} and {std}")
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean and std: expected three numbers each, finite, std positive, got {mean} and {std}")
 
 
 def _check_image(image: np.ndarray) -> np.ndarray:

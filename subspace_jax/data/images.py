@@ -4,55 +4,36 @@ What comes out is bytes ``[height, width, 3]``; :mod:`subspace_jax.data.image_au
 """
 
 import copy
-import io
+import errno
 import logging
 import os
 import pathlib
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
-from PIL import Image
+from tqdm.auto import tqdm
 
-from subspace_jax.data.sources import _not_about_opencv, open_records
+from subspace_jax.data.decode import decode_image
+from subspace_jax.data.sources import missing_folder, open_labelled_records
 
-__all__ = ["Images", "decode_image", "image_folder", "image_set"]
+__all__ = ["Images", "image_folder", "image_set"]
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("apng", "avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+        *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
 ON_UNREADABLE = ("raise", "skip")
 
-# All that Pillow, TFDS and damaged files were seen to raise; Pillow says SyntaxError of a broken PNG.
-_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+# Folders that systems and archives leave behind, besides those that begin with a dot.
+_NO_CLASSES = frozenset({"__MACOSX", "@eaDir", "lost+found"})
+# Of a file that has these, the file is to blame; of any other error of the system, the disk or the network is.
+_OF_THE_FILE = frozenset({None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO})
 _log = logging.getLogger(__name__)
-
-
-def decode_image(source: bytes | str | os.PathLike) -> np.ndarray:
-    """Decodes an image file.
-
-    Gray is repeated, what is transparent is blended on white, of an animation the first frame is taken.
-
-    Args:
-      source: The file, or its bytes.
-
-    Returns:
-      uint8 ``[height, width, 3]``.
-
-    Raises:
-      OSError: The file is no image, or cut off.
-    """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16 bits at 255 where it converts them itself.
-        wide = np.asarray(image).astype(np.float64) / 257
-        return np.repeat(np.clip(np.round(wide), 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
 
 
 class Images:
@@ -80,8 +61,15 @@ class Images:
             raise ValueError(f"on_unreadable: expected one of {ON_UNREADABLE}, got {on_unreadable!r}")
         self.name, self.class_names = name, tuple(class_names)
         self.unreadable: dict[str, str] = {}
-        self._count, self._read, self._describe, self._on_unreadable = count, read, describe, on_unreadable
-        self._lock, self._change = threading.Lock(), None
+        self._read, self._describe, self._change = read, describe, None
+        self._indices = range(count)
+        if on_unreadable == "skip":
+            failed = self._failures()
+            self._indices = [index for index in range(count) if index not in failed]
+            if not self._indices:
+                raise ValueError(
+                    f"{name}: not one of its {count} images can be read; {next(iter(failed.values()), '')}"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -89,19 +77,30 @@ class Images:
         return len(self.class_names)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Decodes an image; in the place of one that can't be read comes the next one that can, or an error."""
-        index = range(self._count)[index]
-        for step in range(self._count):
-            example = self._example((index + step) % self._count)
-            if example is not None:
-                return example
-        raise ValueError(f"{self.name}: not one of its {self._count} images can be read, {self._count} failed")
+        """Decodes an image.
+
+        Raises:
+          IndexError: There is no such image.
+          ValueError: It can't be decoded, or the function of :meth:`map` refuses it.
+          OSError: The system can't read its file.
+        """
+        index = self._indices[index]
+        try:
+            pixels, label = self._read(index)
+        except Exception as error:
+            raise self._failure(index, error) from error
+        if self._change is not None:
+            try:
+                pixels = self._change(pixels)
+            except ValueError as error:
+                raise ValueError(f"{self._describe(index)}: {error}") from error
+        return {"inputs": pixels, "labels": np.int32(label)}
 
     def __repr__(self) -> str:
-        return f"Images({self.name!r}, {self._count} images, {self.num_classes} classes)"
+        return f"Images({self.name!r}, {len(self)} images, {self.num_classes} classes)"
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Images":
         """Returns the same images, each changed by a function of its pixels, as evaluation needs it.
@@ -119,34 +118,50 @@ class Images:
 
     def check(self) -> dict[str, str]:
         """Decodes every image once, and returns those that can't be: name to what was wrong."""
-        for index in range(self._count):
-            try:
-                self._read(index)
-            except _ERRORS as error:
-                self._note(index, error)
+        self._failures()
         return dict(self.unreadable)
 
-    def _example(self, index: int) -> dict[str, np.ndarray] | None:
-        try:
-            pixels, label = self._read(index)
-        except _ERRORS as error:
-            self._note(index, error)
-            if self._on_unreadable == "raise":
-                raise ValueError(
-                    f"{self._describe(index)}: can't be read as an image: {error}; on_unreadable='skip' takes the next "
-                    "one instead"
-                ) from error
-            return None
-        return {"inputs": pixels if self._change is None else self._change(pixels), "labels": np.int32(label)}
+    def _failures(self) -> dict[int, Exception]:
+        """Decodes every image once, in threads, and notes those that can't be."""
 
-    def _note(self, index: int, error: Exception) -> None:
+        def attempt(index: int) -> Exception | None:
+            try:
+                self._read(index)
+            except Exception as error:
+                return error
+            return None
+
+        found = {}
+        bar = tqdm(
+            desc=f"reads {self.name}",
+            total=len(self),
+            unit="image",
+            delay=5,
+            disable=jax.process_index() != 0,
+            leave=False,
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+            for start in range(0, len(self), 4096):
+                part = self._indices[start : start + 4096]
+                for index, error in zip(part, pool.map(attempt, part), strict=True):
+                    bar.update()
+                    if error is not None:
+                        found[index] = self._failure(index, error)
+                        # With several processes each reads all, and what they leave out has to be the same.
+                        if isinstance(found[index], OSError):
+                            raise found[index] from error
+        return found
+
+    def _failure(self, index: int, error: Exception) -> Exception:
+        """Notes that an image can't be decoded; an error of the system, which may pass, is no fault of the image."""
         name = self._describe(index)
-        with self._lock:
-            new = name not in self.unreadable
-            self.unreadable[name] = f"{type(error).__name__}: {error}"
-            total = len(self.unreadable)
-        if new:
-            _log.warning("%s: can't be read as an image (%s); %d so far in %s", name, error, total, self.name)
+        why = " ".join(str(error).split()).removeprefix(f"{name}: ")
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            return OSError(error.errno, f"{name}: {error.strerror}")
+        if name not in self.unreadable:
+            self.unreadable[name] = f"{type(error).__name__}: {why}"
+            _log.warning("%s: %s; %d so far in %s", name, why, len(self.unreadable), self.name)
+        return ValueError(f"{name}: {why}; on_unreadable='skip' leaves such images out")
 
 
 def image_folder(
@@ -155,23 +170,26 @@ def image_folder(
     """Opens a folder with one folder for each class, as ImageNet is laid out by most.
 
     Args:
-      folder: Has a folder for each class; images lie in it at any depth, told by their suffix.
+      folder: Has a folder for each class; images lie in it at any depth, told by their suffix.  Links are followed.
+        What begins with a dot is passed over, as are the folders that archives and file servers leave behind.
       class_names: Names of the classes in the order of their labels; all folders by name by default.  A validation set
         is given those of its training set.
-      on_unreadable: "raise", or "skip" to take the next image instead of one that can't be read.  It is named and
-        counted in ``unreadable`` and in a warning either way.
+      on_unreadable: "raise", or "skip" to leave out images that can't be read: all are decoded once to find them, and
+        they are named in ``unreadable`` and in a warning.
 
     Returns:
       The images, in the order of their paths.
 
     Raises:
       FileNotFoundError: There is no such folder.
-      ValueError: It has no folders of classes, other classes than ``class_names``, or one without images.
+      ValueError: It has no folders of classes, other classes than ``class_names``, or one without images; or with
+        "skip" not one image can be read.
+      OSError: The system can't read a file, whatever ``on_unreadable`` says.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        raise FileNotFoundError(missing_folder(folder))
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_left_behind(entry.name))
     names = found if class_names is None else list(class_names)
     if not names:
         raise ValueError(f"{folder}: expected a folder for each class, found none")
@@ -184,12 +202,7 @@ def image_folder(
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        own = sorted(
-            os.path.join(root, file)
-            for root, _, entries in os.walk(folder / name)
-            for file in entries
-            if os.path.splitext(file)[1].lower() in SUFFIXES
-        )
+        own = sorted(_files_below(str(folder / name), ()))
         if not own:
             raise ValueError(f"{folder / name}: no images; expected files ending in one of {sorted(SUFFIXES)}")
         files += own
@@ -199,6 +212,26 @@ def image_folder(
         return decode_image(files[index]), labels[index]
 
     return Images(str(folder), len(files), read, lambda index: files[index], names, on_unreadable)
+
+
+def _is_left_behind(name: str) -> bool:
+    return name.startswith(".") or name in _NO_CLASSES
+
+
+def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yields the images at any depth; a link back to a folder above is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_left_behind(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _files_below(entry.path, (*above, real))
+            # A link to nowhere is an image that can't be read; a pipe or a socket would be waited for.
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                yield entry.path
 
 
 def image_set(
@@ -215,32 +248,21 @@ def image_set(
       on_unreadable: As of :func:`image_folder`.
 
     Returns:
-      The images; gray ones are repeated to three channels, and the 16 levels of ``digits`` spread to 255.
+      The images, decoded by :func:`decode_image`; the 16 levels of ``digits`` are spread to 255.
 
     Raises:
       FileNotFoundError: The set is not prepared; the message holds the command that prepares it.
-      ValueError: Name or split is unknown, or the set is not one of images with one label each.
+      ValueError: Name or split is unknown, or the set is not one of 8-bit images with one label each.
     """
-    import tensorflow_datasets as tfds
-
-    records, info = open_records(name, split, data_dir)
-    # TFDS decodes with Pillow, on which this library depends, and would warn once that OpenCV is not there.
-    logging.getLogger("absl").addFilter(_not_about_opencv)
-    keys = info.supervised_keys
-    kinds = (tfds.features.Image, tfds.features.ClassLabel)
-    if not keys or len(keys) != 2 or not all(isinstance(info.features[k], t) for k, t in zip(keys, kinds, strict=True)):
-        raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {info.features}")
-    image, label = keys
+    records, info = open_labelled_records(name, split, data_dir)
+    image, label = info.supervised_keys
     largest = 16 if info.name == "digits" else 255
 
     def read(index: int) -> tuple[np.ndarray, int]:
         record = records[index]
-        pixels = np.asarray(record[image])
+        pixels = decode_image(record[image])
         if largest != 255:
             pixels = np.round(pixels * (255 / largest)).astype(np.uint8)
-        pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-        if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-            raise ValueError(f"expected bytes of one or three channels, got {pixels.dtype} {list(pixels.shape)}")
         return pixels, int(record[label])
 
     def describe(index: int) -> str:

@@ -1,8 +1,8 @@
 """Labelled images from TensorFlow Datasets (TFDS), read by index and without TensorFlow."""
 
 import difflib
-import logging
 import os
+import pathlib
 import re
 import shlex
 import sys
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from subspace_jax.data.decode import decode_image
 
 __all__ = ["ImageSource", "default_data_dir", "describe_images", "image_source"]
 
@@ -44,18 +46,32 @@ class ImageSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._example(self._records[range(len(self))[index]])
+        index = range(len(self))[index]
+        return self._example(self._records[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """Reads several examples at once, which is faster than one at a time."""
-        return [self._example(record) for record in self._records.__getitems__(indices)]
+        records = self._records.__getitems__(indices)
+        return [self._example(record, index) for record, index in zip(records, indices, strict=True)]
 
     def __repr__(self) -> str:
         return f"ImageSource({self.name!r}, {self.split!r}, {len(self)} images {list(self.image_shape)})"
 
-    def _example(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        pixels = record[self._image].astype(np.float32)
-        return {"inputs": pixels * self._scale + self._shift, "labels": np.int32(record[self._label])}
+    def _example(self, record: dict[str, Any], index: int) -> dict[str, np.ndarray]:
+        try:
+            rgb = decode_image(record[self._image])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.name} {self.split} record {index}: {error}") from error
+        pixels = rgb[..., : self.image_shape[-1]]
+        if pixels.shape != self.image_shape or (rgb != pixels).any():
+            raise ValueError(
+                f"{self.name} {self.split} record {index}: expected an image {list(self.image_shape)}, got "
+                f"{list(rgb.shape)}"
+            )
+        return {
+            "inputs": pixels.astype(np.float32) * self._scale + self._shift,
+            "labels": np.int32(record[self._label]),
+        }
 
 
 def image_source(
@@ -85,18 +101,15 @@ def image_source(
     Raises:
       FileNotFoundError: The set is not prepared below ``data_dir``; the message holds the command that prepares it.
       OSError: ``digits`` can't be written below ``data_dir``.
-      ValueError: Name or split is unknown, the set is not one of labelled images of one size, it is prepared in a
-        format without random access, or ``mean`` and ``std`` don't fit.
+      ValueError: Name or split is unknown, the set is not one of labelled images of one size with one or three 8-bit
+        channels, it is prepared in a format without random access, or ``mean`` and ``std`` don't fit.
     """
-    data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
-    builder = _builder(name, data_dir)
-    # TFDS decodes with Pillow, on which this library depends, and would warn once that OpenCV is not there.
-    logging.getLogger("absl").addFilter(_not_about_opencv)
-    shape, _ = _labelled_images(builder.info)
+    records, info = open_labelled_records(name, split, data_dir)
+    shape, _ = _labelled_images(info)
     if None in shape:
         raise ValueError(f"name: expected images of one size, but those of {name!r} vary: shape {list(shape)}")
-    scale, shift = _affine(16 if builder.info.name == "digits" else 255, mean, std, shape[-1])
-    return ImageSource(_records(builder, split, name, data_dir), builder.info, split, scale, shift)
+    scale, shift = _affine(16 if info.name == "digits" else 255, mean, std, shape[-1])
+    return ImageSource(records, info, split, scale, shift)
 
 
 def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple[int | None, ...], int]:
@@ -134,8 +147,24 @@ def open_records(name: str, split: str, data_dir: str | os.PathLike | None = Non
     return _records(builder, split, name, data_dir), builder.info
 
 
-def _not_about_opencv(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("OpenCV is not installed")
+def open_labelled_records(
+    name: str, split: str, data_dir: str | os.PathLike | None = None
+) -> tuple[Sequence[Any], Any]:
+    """Opens a split of a prepared set of labelled images like :func:`open_records`, the images as the bytes of files.
+
+    TFDS would decode them by what is installed, the indices of a palette as they are, and without their orientation.
+
+    Raises:
+      FileNotFoundError: As of :func:`open_records`.
+      ValueError: Likewise, or the set is not one of labelled 8-bit images.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    builder = _builder(name, data_dir)
+    _labelled_images(builder.info)
+    encoded = {builder.info.supervised_keys[0]: tfds.decode.SkipDecoding()}
+    return _records(builder, split, name, data_dir, encoded), builder.info
 
 
 def _builder(name: str, data_dir: str) -> Any:
@@ -166,6 +195,7 @@ def check_name(name: str, data_dir: str) -> None:
       data_dir: Folder that was searched, for the message.
 
     Raises:
+      FileNotFoundError: The name looks like the path of a folder or a file.
       ValueError: It has none; the message holds near misses.
     """
     import tensorflow_datasets as tfds
@@ -173,9 +203,19 @@ def check_name(name: str, data_dir: str) -> None:
     base = re.split("[/:]", name)[0]
     known = [*tfds.list_builders(with_community_datasets=False), "digits"]
     if base not in known:
+        if os.sep in name or name.startswith((".", "~")) or re.search(r"\.[A-Za-z]\w*$", name):
+            raise FileNotFoundError(missing_folder(pathlib.Path(name).expanduser()))
         near = difflib.get_close_matches(base, known, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see https://www.tensorflow.org/datasets"
         raise ValueError(f"name: TFDS knows no set {base!r}, and there is none below {data_dir}; {hint}")
+
+
+def missing_folder(folder: pathlib.Path) -> str:
+    """Returns the message about a folder that is not there, with near names of those beside it."""
+    there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, there, n=3)
+    what = "a file, expected a folder" if folder.exists() else "no such folder"
+    return f"{folder}: {what} of images" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
 
 
 def _prepare_command(name: str, data_dir: str) -> str:
@@ -189,18 +229,28 @@ def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
 
     keys = info.supervised_keys
     features = [info.features[key] for key in keys] if keys and len(keys) == 2 else []
-    if not features or len(features[0].shape) != 3 or not isinstance(features[1], tfds.features.ClassLabel):
-        raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {info.features}")
-    return tuple(features[0].shape), features[1].num_classes
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    if not features or not all(map(isinstance, features, kinds)):
+        held = " ".join(str(info.features).split())
+        raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {held}")
+    shape = tuple(features[0].shape)
+    if features[0].np_dtype != np.uint8 or shape[-1] not in (1, 3, None):
+        raise ValueError(
+            f"name: expected images of one or three 8-bit channels, but those of {info.name!r} are "
+            f"{features[0].np_dtype.__name__} {list(shape)}"
+        )
+    return shape, features[1].num_classes
 
 
-def _records(builder: Any, split: str, name: str, data_dir: str) -> Sequence[Any]:
+def _records(
+    builder: Any, split: str, name: str, data_dir: str, decoders: dict[str, Any] | None = None
+) -> Sequence[Any]:
     splits = sorted(builder.info.splits)
     # TFDS has several exceptions, and none that lists the splits, for a split that it can't read.
     if re.split(r"[\[+]", split)[0] not in splits:
         raise ValueError(f"split: {name!r} has no split {split!r}, only {splits} and slices such as 'train[:90%]'")
     try:
-        return builder.as_data_source(split)
+        return builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(
             f"name: {name!r} is prepared under {data_dir} as {builder.info.file_format.value}, which can't be read by "
@@ -223,6 +273,8 @@ def _affine(
     for label, value in (("mean", mean), ("std", std)):
         if value.shape != (channels,):
             raise ValueError(f"{label}: expected {channels} numbers, one a channel, got shape {list(value.shape)}")
-    if not (std > 0).all():
-        raise ValueError(f"std: expected positive numbers, got {std.tolist()}")
+    if not (np.isfinite(std) & (std > 0)).all() or not np.isfinite(mean).all():
+        raise ValueError(
+            f"std: expected positive numbers, and mean finite ones, got {std.tolist()} and {mean.tolist()}"
+        )
     return (1 / (largest * std)).astype(np.float32), (-mean / std).astype(np.float32)
