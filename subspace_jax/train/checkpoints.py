@@ -1,34 +1,38 @@
 """Checkpoints of a run: asynchronous, atomic, the latest few and the best, exact on resume.
 
 Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so that a killed run never leaves
-half of one behind.  Damage that comes later (a truncated file, a lost folder) is met by going back to the checkpoint
-before it.
+half of one behind.  Damage that comes later (a flipped bit, a truncated file, a lost folder) is found by the digests
+of the files, and met by going back to the checkpoint before; what is damaged or can't be read is never deleted.
 """
 
 import contextlib
 import copy
+import itertools
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
+from subspace_jax.train import digests
+from subspace_jax.train.reading import (
+    CheckpointMismatchError,
+    DamagedError,
+    first_line,
+    retried,
+    together,
+)
 from subspace_jax.train.step import TrainState
 
 log = logging.getLogger(__name__)
 
 PyTree = Any
-
-
-class CheckpointMismatchError(ValueError):
-    """The checkpoint holds another model than the one that asks for it; the message lists what differs."""
 
 
 class Checkpoints:
@@ -58,36 +62,27 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
         self._mode, self._metric = parse_best(best)
+        self._keep = keep
         self._skip = skip
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=self._value, reverse=self._mode == "min", n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            best_fn=self._value,  # without it, Orbax stores no metrics
-            best_mode=self._mode,
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            step_prefix=None,
-        )
+        self._read_only = read_only
         self.directory = Path(directory).absolute()
-        # Named here, for a manager that has not saved yet can't describe what it finds otherwise.
-        self._handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=self._handlers)
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._handlers = {"state": digests.ArraysHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager: ocp.CheckpointManager | None = None  # made at the first save
+        self._writing_step: int | None = None
+        self._metrics = {step: self._read_metrics(step) for step in self.steps()}
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints that are there, in rising order."""
-        return sorted(self._manager.all_steps())
+        if self._manager is not None:
+            return sorted(self._manager.all_steps())
+        there = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir())
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint, or None where there is none with the metric."""
-        metrics = {step: self._manager.metrics(step) or {} for step in self.steps()}
-        scored = [step for step in metrics if self._metric in metrics[step]]
-        pick = max if self._mode == "max" else min
-        return pick(scored, key=lambda step: self._value(metrics[step]), default=None)
+        return self._best(self.steps())
 
     def save(
         self,
@@ -105,11 +100,15 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        items = {"state": ocp.args.StandardSave(self._as_dict(state))}
+        items = {"state": digests.ArraysSave(self._as_dict(state))}
         if data is not None:
             items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
         with self._writing(f"checkpoint of step {step}"):
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}))
+            if self._manager is None:
+                self._manager = self._make_manager()
+            self._manager.wait_until_finished()
+            self._writing_step, self._metrics[step] = step, dict(metrics or {})
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=self._metrics[step])
 
     def restore(
         self,
@@ -121,8 +120,9 @@ class Checkpoints:
     ) -> TrainState | None:
         """Reads a checkpoint, each device its own share.
 
-        Without ``step`` the latest checkpoint that can be read is taken; one that can't is passed over with a
-        warning.  Mesh and number of processes may be others than those that wrote it.
+        Without ``step`` the latest checkpoint that is whole is taken; one that is damaged is passed over with a
+        warning.  A read that fails is tried again, and then is an error: what it would have read may be whole.  Mesh
+        and number of processes may be others than those that wrote it.
 
         Args:
           abstract: What is expected, as :func:`subspace_jax.train.state_shardings` gives it.
@@ -135,7 +135,9 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatchError: The checkpoint is of another model.
-          FileNotFoundError: There is no checkpoint of ``step``, or there are some and none can be read.
+          ValueError: ``data`` does not take the saved position.
+          FileNotFoundError: There is no checkpoint of ``step``, or there are some and all are damaged.
+          OSError: A checkpoint can't be read.
         """
         found = self.steps()
         if step is not None and step not in found:
@@ -147,46 +149,50 @@ class Checkpoints:
         )
         cause = None
         for candidate in [step] if step is not None else reversed(found):
-            damage = None
             try:
-                self._check(candidate, target)
-                state, position = self._read(candidate, target, data is not None)
-            except CheckpointMismatchError:
-                raise
-            except Exception as error:  # whatever a damaged file makes the readers below raise
-                damage = error
-            if _on_every_process(damage is None):
-                if data is not None:
-                    data.set_state(position)
-                return TrainState(**state)
-            cause = damage or OSError("another process can't read it")
-            if step is not None:
-                raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged") from cause
+                return TrainState(**self._read(candidate, target, data))
+            except DamagedError as damage:
+                if step is not None:
+                    raise FileNotFoundError(
+                        f"the checkpoint of step {step} in {self.directory} is damaged ({first_line(damage)})"
+                    ) from damage
+                cause = damage
             log.warning(
                 "The checkpoint of step %d in %s is damaged (%s); trying the one before.",
                 candidate,
                 self.directory,
-                str(cause).strip().split("\n")[0][:200],
+                first_line(cause),
             )
         if found:
             raise FileNotFoundError(f"none of the checkpoints {found} in {self.directory} can be read") from cause
         return None
 
     def remove_after(self, step: int) -> None:
-        """Deletes checkpoints of later steps: damaged ones, which a resumed run is to write anew."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+        """Renames checkpoints of later steps, such as 30 to 30.damaged: a resumed run is to write them anew."""
+
+        def rename() -> None:
+            for later in [found for found in self.steps() if found > step] if jax.process_index() == 0 else ():
+                aside = self.directory / f"{later}.damaged"
+                for number in itertools.count(2):
+                    if not aside.exists():
+                        break
+                    aside = self.directory / f"{later}.damaged.{number}"
+                (self.directory / str(later)).rename(aside)
+                log.warning("Kept the damaged checkpoint of step %d as %s; delete it when you like.", later, aside)
+
+        together(rename, f"rename what is damaged in {self.directory}")
 
     def wait(self) -> None:
         """Waits until what was saved is on disk; raises OSError where it can't be written."""
         with self._writing("last checkpoint"):
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for what is being written, and frees the threads; raises OSError where it can't be written."""
         with self._writing("last checkpoint"):
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -194,10 +200,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever the writers below make of a full disk
-            first = next((line for line in str(error).strip().split("\n") if line), type(error).__name__)
             raise OSError(
-                f"checkpoints: can't write the {what} or the one before it to {self.directory} ({first[:300]}); what "
-                "was complete before is still there"
+                f"checkpoints: can't write the {what} or the one before it to {self.directory} ({first_line(error)}); "
+                "what was complete before is still there"
             ) from error
 
     def _value(self, metrics: Mapping[str, float]) -> float:
@@ -211,23 +216,107 @@ class Checkpoints:
             found["variables"] = {name: x for name, x in state.variables.items() if name not in self._skip}
         return found
 
-    def _read(self, step: int, target: Mapping[str, PyTree], with_data: bool) -> tuple[PyTree, PyTree | None]:
-        """Reads state and position in the data.
+    def _read(
+        self, step: int, target: Mapping[str, PyTree], data: grain.DatasetIterator | None
+    ) -> Mapping[str, PyTree]:
+        """Reads the state, and sets the position in the data.
 
         By the handlers and not by the manager, which waits in the end until every process has read its share: where
-        one can't, the others would wait for ever.
+        one can't, the others would wait for ever.  The bytes are read once more than that, for their digests, by all
+        processes together.
         """
         folder = self.directory / str(step)
-        state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(target))
-        if not with_data:
-            return state, None
-        return state, self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())
+        what = f"read the checkpoint of step {step} in {self.directory}"
+
+        def verify() -> Mapping[str, str] | None:
+            known = digests.read(folder)
+            if known is not None:
+                digests.check(folder, known, sorted(known)[jax.process_index() :: jax.process_count()])
+            return known
+
+        def read() -> tuple[Mapping[str, PyTree], PyTree]:
+            self._check(step, target)
+            state = self._handlers["state"].restore(folder / "state", args=digests.ArraysRestore(target))
+            if int(state["step"]) != step:
+                raise DamagedError(f"it holds the state of step {int(state['step'])}")
+            if data is None:
+                return state, None
+            if not (folder / "data").is_dir():
+                raise DamagedError(f"{folder / 'data'} is not there")
+            position = self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())
+            # One batch a step: the position of this library's iterators is the step.
+            if isinstance(position, Mapping) and position.get("next_index", step) != step:
+                raise DamagedError(f"{folder / 'data'} holds the position {position}")
+            return state, position
+
+        known = together(verify, what)
+        if known is None:
+            log.info("The checkpoint of step %d in %s has no digests; it is read as it is.", step, self.directory)
+        state, position = together(read, what, verified=known is not None)
+        if data is not None:
+            try:
+                data.set_state(position)
+            except Exception as error:  # whatever an iterator makes of what is no position of its own
+                if known is None:
+                    raise DamagedError(f"{folder / 'data'} holds the position {str(position)[:100]}") from error
+                raise ValueError(
+                    f"data: the iterator does not take the position in {folder / 'data'} ({first_line(error)})"
+                ) from error
+        return state
+
+    def _read_metrics(self, step: int) -> dict[str, float] | None:
+        """Returns the metrics of a checkpoint, or None where they can't be told; a warning then names the file."""
+        folder, name = self.directory / str(step), "metrics/metrics"
+
+        def read() -> dict[str, float]:
+            known = digests.read(folder) or {}
+            if name not in known and not (folder / name).exists():
+                return {}
+            digests.check(folder, known, known.keys() & {name})
+            values = json.loads((folder / name).read_bytes())
+            if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
+                raise DamagedError(f"{folder / name}: expected numbers by name")
+            return values
+
+        try:
+            return retried(read)
+        except (ValueError, OSError) as error:
+            log.warning(
+                "Can't tell the metrics of the checkpoint of step %d in %s (%s).", step, folder, first_line(error)
+            )
+            return None
+
+    def _best(self, steps: Iterable[int]) -> int | None:
+        """Returns the first of the best steps."""
+        scored = [step for step in steps if self._metric in (self._metrics.get(step) or {})]
+        pick = max if self._mode == "max" else min
+        return pick(scored, key=lambda step: self._value(self._metrics[step]), default=None)
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            best_fn=self._value,  # without it, Orbax stores no metrics
+            best_mode=self._mode,
+            preservation_policy=_Preserved(self._preserved),
+            cleanup_tmp_directories=True,
+            step_prefix=None,
+            lightweight_initialize=True,  # metrics that are damaged would end it
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
+        )
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=self._handlers)
+
+    def _complete(self) -> None:
+        """Adds the digests to a checkpoint that is written, before Orbax gives it its name."""
+        (folder,) = self.directory.glob(f"{self._writing_step}.orbax-checkpoint-tmp*")
+        digests.write(folder)
+
+    def _preserved(self, steps: Sequence[int]) -> set[int]:
+        """The latest, the best, and those whose metrics can't be told."""
+        unknown = {step for step in steps if self._metrics.get(step) is None}
+        return {*steps[-self._keep :], self._best(reversed(steps)), *unknown}
 
     def _check(self, step: int, target: Mapping[str, PyTree]) -> None:
         """Compares names, shapes and dtypes before any array is read."""
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise ValueError("its description can't be read")
+        saved = self._handlers["state"].metadata(self.directory / str(step) / "state")
         there = _describe(getattr(saved, "tree", saved))
         wanted = _describe(target)
         differences = [f"{name}: not in the checkpoint" for name in sorted(wanted.keys() - there.keys())]
@@ -251,9 +340,17 @@ def parse_best(best: str) -> tuple[str, str]:
     return mode, metric
 
 
-def _on_every_process(fact: bool) -> bool:
-    """Whether something holds on all processes, so that they go on together."""
-    return fact if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(fact))))
+@dataclass(frozen=True)
+class _Preserved:
+    """A policy of Orbax: the steps that a function picks."""
+
+    pick: Callable[[Sequence[int]], set[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        picked = self.pick(steps)
+        return [step in picked for step in steps]
 
 
 def _describe(tree: PyTree) -> dict[str, str]:

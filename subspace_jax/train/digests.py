@@ -1,0 +1,123 @@
+"""Digests of the files of a checkpoint, by which a byte that changed later is found.
+
+Each process takes those of the arrays it wrote, while others still write theirs; the first adds the rest and writes
+them all into the checkpoint before it is complete.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from subspace_jax.train.reading import DamagedError
+
+_NAME = "digests.json"
+# Orbax writes these after all others; nothing is read from them.
+_LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class ArraysHandler(ocp.StandardCheckpointHandler):
+    """Orbax's handler of arrays, which takes the digests of what this process has written as well."""
+
+    async def async_save(self, directory, *args, **kwargs):
+        """Writes the arrays; see Orbax."""
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [*(futures or []), _OwnDigests(directory)]
+
+
+@ocp.args.register_with_handler(ArraysHandler, for_save=True)
+class ArraysSave(ocp.args.StandardSave):
+    """What :class:`ArraysHandler` writes."""
+
+
+@ocp.args.register_with_handler(ArraysHandler, for_restore=True)
+class ArraysRestore(ocp.args.StandardRestore):
+    """What :class:`ArraysHandler` reads."""
+
+
+class _OwnDigests:
+    """A future of Orbax, which waits for one after the other: when it comes to this, the arrays are written."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def result(self, timeout: float | None = None) -> None:
+        folder, own = Path(getattr(self._folder, "path", self._folder)), jax.process_index()
+        names = _names(folder / f"ocdbt.process_{own}")
+        _write(folder / f"digests.process_{own}.json", _digests(folder, [f"ocdbt.process_{own}/{n}" for n in names]))
+
+    def cancel(self) -> None:
+        pass
+
+
+def write(folder: Path) -> None:
+    """Writes the digests of all files of a checkpoint; on one process, when all have written theirs.
+
+    Args:
+      folder: The checkpoint, before it gets its name.
+    """
+    known = {}
+    for part in sorted((folder / "state").glob("digests.process_*.json")):
+        known |= {f"state/{name}": value for name, value in json.loads(part.read_text()).items()}
+        part.unlink()
+    known |= _digests(folder, [name for name in _names(folder) if name not in known and name not in _LATE])
+    _write(folder / _NAME, known)
+
+
+def read(folder: Path) -> dict[str, str] | None:
+    """Returns the digests by file name, or None for a checkpoint without; raises DamagedError for something else."""
+    file = folder / _NAME
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:  # no JSON, or not even text
+        raise DamagedError(f"{file} is no JSON: {error}") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(value, str) for value in found.values()):
+        raise DamagedError(f"{file}: expected digests by file name")
+    return found
+
+
+def check(folder: Path, known: Mapping[str, str], names: Iterable[str] | None = None) -> None:
+    """Compares files with their digests.
+
+    Args:
+      folder: The checkpoint.
+      known: The digests, from :func:`read`.
+      names: Which files; all by default.
+
+    Raises:
+      DamagedError: A file is not there, or has other bytes.
+      OSError: A file can't be read.
+    """
+    names = list(known if names is None else names)
+    if lost := [name for name in names if not (folder / name).is_file()]:
+        raise DamagedError(f"{folder / lost[0]} is not there")
+    for name, value in _digests(folder, names).items():
+        if value != known[name]:
+            raise DamagedError(f"{folder / name} holds other bytes than were written")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # block by block
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _write(file: Path, digests: Mapping[str, str]) -> None:
+    with file.open("w") as stream:
+        json.dump(digests, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
