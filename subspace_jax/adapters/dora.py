@@ -24,7 +24,7 @@ from subspace_jax.adapters.factors import (
     scale_of,
     start_adapter,
 )
-from subspace_jax.adapters.quantized import Int8Weight
+from subspace_jax.adapters.quantized import Int8Weight, names_of
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +121,7 @@ class DoRA:
     Source: arXiv 2402.09353; arXiv 2603.22276 for how it is computed; dropout as in PEFT.
 
     Attributes:
-      rank: See :class:`LoRA`.
+      rank: See :class:`LoRA`; of a layer with rank zero the magnitude is passed over, too, and gets no gradient.
       alpha: See :class:`LoRA`.
       rslora: See :class:`LoRA`.
       init: See :class:`LoRA`.
@@ -131,7 +131,7 @@ class DoRA:
       groups: See :class:`LoRA`.
 
     Raises:
-      ValueError: As :class:`LoRA`, or a layer has rank zero: its magnitude would still be trained.
+      ValueError: As :class:`LoRA`.
     """
 
     rank: int | tuple[int, ...]
@@ -145,8 +145,6 @@ class DoRA:
 
     def __post_init__(self):
         check_setting(self)
-        if isinstance(self.rank, tuple) and 0 in self.rank:
-            raise ValueError(f"rank: DoRA needs at least 1 in every layer, got {self.rank}")
 
     @property
     def scale(self) -> float | tuple[float, ...]:
@@ -180,11 +178,20 @@ class DoRA:
     ) -> DoRAWeight | ConvDoRAWeight:
         """Puts the weight and its arrays together."""
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
-        parts = (base, arrays["a"], arrays["b"], arrays["magnitude"])
+        parts = (base, arrays["a"], arrays["b"], self._magnitude(base, arrays))
         if self.window:
             fields |= {"window": self.window, "groups": self.groups}
             return ConvDoRAWeight(*parts, detach_norm=self.detach_norm, **fields)
         return DoRAWeight(*parts, detach_norm=self.detach_norm, **fields, **probes_in(arrays))
+
+    def _magnitude(self, base, arrays):
+        """The trained lengths, and of layers without an adapter those that they have."""
+        magnitude = arrays["magnitude"]
+        if not isinstance(self.rank, tuple) or 0 not in self.rank or names_of(base) is not None:
+            return magnitude
+        base = jax.lax.stop_gradient(base)
+        own = column_norm(base, *(jnp.zeros_like(arrays[name]) for name in "ab"), 0.0)
+        return jnp.where(jnp.asarray(self.rank)[:, None] > 0, magnitude, own.astype(magnitude.dtype))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""

@@ -11,8 +11,12 @@ def add_commands(commands, add: Callable) -> None:
     _add_model(generate)
     _add_adapter(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=64, help="at most so many; the model's ends come first (default: 64)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); else from 1e-6 on"
+    )
     generate.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from")
     generate.add_argument("--seed", type=int, default=0)
 
@@ -102,8 +106,16 @@ def _open(args: argparse.Namespace):
 
 
 def _own_tokenizer(folder: str) -> str:
-    """A model that was trained on bytes has no tokenizer file."""
-    return "" if os.path.isfile(os.path.join(folder, "tokenizer.json")) else "bytes"
+    """A model that was trained on bytes has no tokenizer file; one with files of another kind was not."""
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        return ""
+    for name in ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tiktoken.model"):
+        if os.path.isfile(os.path.join(folder, name)):
+            raise ValueError(
+                f"{folder}: expected a tokenizer.json beside {name}; transformers' AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(...) writes one, and --tokenizer names one elsewhere"
+            )
+    return "bytes"
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -111,23 +123,37 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax.numpy as jnp
 
     from subspace_jax import language, nn
+    from subspace_jax.data import text
 
+    if args.temperature != 0 and not 1e-6 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature: expected 0, or a finite number of at least 1e-6, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p: expected a number in (0, 1], got {args.top_p}")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed: expected a number in [0, 2^32), got {args.seed}")
     _, model, tokenizer = _open(args)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = jnp.array([start + tokenizer.encode(args.prompt)], jnp.int32)
-    if not tokens.size:
+    prompt = start + tokenizer.encode(args.prompt)
+    if not prompt:
         raise ValueError("--prompt: expected some text, got none")
-    _, params = language.load_adapted(args.model, args.adapter)
+    if len(prompt) + args.max_new_tokens > model.max_length:
+        raise ValueError(
+            f"--prompt and --max-new-tokens: {len(prompt)} tokens and max_new_tokens = {args.max_new_tokens} exceed "
+            f"the model's {model.max_length} positions"
+        )
+    model, params = language.load_adapted(args.model, args.adapter)
     new = nn.generate(
         model,
         params,
-        tokens,
+        jnp.array([prompt], jnp.int32),
         max_new_tokens=args.max_new_tokens,
         key=jax.random.key(args.seed),
         temperature=args.temperature,
         top_p=args.top_p,
     )
-    print(args.prompt + tokenizer.decode(new.tokens[0, : int(new.lengths[0])]))
+    print(args.prompt + text.decode_continuation(tokenizer, prompt, new.tokens[0, : int(new.lengths[0])]))
 
 
 def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -139,7 +165,7 @@ def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     config.data.evaluation = "" if args.data == "docstrings" else args.data
     config.data.prompt, config.data.completion = args.prompt_field, args.text_field
     rows = text.pack_rows(language.texts_of(config, "eval"), tokenizer, min(args.length, model.max_length))
-    task, params, mesh = _place(args, model)
+    task, params, mesh = _place(args)
     total, count = language.score_rows(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
     print(f"perplexity {float(metrics.perplexity(total, count)):.3f} over {count:.0f} tokens")
 
@@ -153,20 +179,20 @@ def _accuracy(args: argparse.Namespace, overrides: list[str]) -> None:
     if not isinstance(questions[0], text.Choice):
         raise ValueError(f"--data: expected a set of questions with options, got {args.data}, which has none")
     rows = text.choice_rows(questions, tokenizer, min(args.length, model.max_length))
-    task, params, mesh = _place(args, model)
+    task, params, mesh = _place(args)
     nll, tokens = language.option_scores(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
     counts = {"num_tokens": tokens} if args.by_token else {}
     share = metrics.choice_accuracy(nll, rows["question"], rows["is_answer"], **counts)
     print(f"accuracy {share:.4f} over {len(questions)} questions")
 
 
-def _place(args: argparse.Namespace, model):
+def _place(args: argparse.Namespace):
     """Returns task, parameters spread over all devices, and their mesh."""
     from subspace_jax import language, train
 
     mesh = train.make_mesh()
     train.check_batch_size(args.batch_size, mesh, name="--batch-size")
-    _, params = language.load_adapted(
+    model, params = language.load_adapted(
         args.model, args.adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
     return language.CausalLMTask(model, mesh), params, mesh

@@ -1,15 +1,16 @@
 """PEFT's rules: which modules an ``adapter_config.json`` means, and with which rank and alpha."""
 
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-DEFAULT_TARGETS = {
-    "gpt2": ["c_attn"],
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-}
+import regex
+
+# A regular expression comes out of a file that anybody may have written, and can take for ever.
+_SECONDS, _LONGEST = 5.0, 20_000
+# PEFT knows a tied table by these names, whatever the model calls it.
+_TABLES = ("embed_tokens", "lm_head")
 
 
 def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: Iterable[str] = ()) -> list[str]:
@@ -24,25 +25,35 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
       The adapted ones, in the order of ``modules``.
 
     Raises:
-      ValueError: ``target_modules`` is missing or matches nothing, or fields contradict each other.
+      ValueError: ``target_modules`` is missing or matches nothing, fields contradict each other, or a regular
+        expression is malformed, longer than 20,000 characters, or takes more than 5 seconds.
     """
     modules, targets = list(modules), fields.get("target_modules")
     if not targets:
         raise ValueError("target_modules: missing; PEFT would fall back to a default of the architecture in silence")
-    layers = fields.get("layers_to_transform")
-    if isinstance(targets, str) and layers is not None:
-        raise ValueError("layers_to_transform: not allowed where target_modules is a regular expression")
+    layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    layers = None if layers == [] else layers
+    for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+        if isinstance(targets, str) and value is not None:
+            raise ValueError(f"{name}: not allowed where target_modules is a regular expression")
+    if patterns and layers is None:
+        raise ValueError("layers_pattern: expected layers_to_transform beside it, got none")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = list(linear)
     excluded, saved = fields.get("exclude_modules"), fields.get("modules_to_save") or ()
     wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+    search = _searcher()
 
     def meant(module):
-        if excluded and _means(excluded, module):
+        if excluded and _means("exclude_modules", excluded, module, search):
             return False
-        if any(_ends(module, name) for name in saved) or not _means(targets, module):
+        if any(search("modules_to_save", rf"(^|.*\.){name}($|\..*)", module) for name in saved):
             return False
-        return wanted is None or _layer(module, fields.get("layers_pattern")) in wanted
+        if not _means("target_modules", targets, module, search):
+            return False
+        # A module that is named in full is adapted whatever its layer.
+        named = wanted is None or (not isinstance(targets, str) and module in targets)
+        return named or _layer(module, patterns, search) in wanted
 
     found = [module for module in modules if meant(module)]
     if not found:
@@ -50,33 +61,91 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
     return found
 
 
+def saved_modules(fields: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Lists the modules that ``modules_to_save`` means: a name is the end of a path, and takes what is within."""
+    names = tuple(fields.get("modules_to_save") or ())
+    return [m for m in modules if any(m[: i + 1].endswith(names) for i in _ends_of_parts(m))]
+
+
 def rank_and_alpha(fields: Mapping[str, Any], module: str) -> tuple[int, float]:
     """The rank and alpha of a module: of the first pattern that matches, each for itself."""
+    return ranks_and_alphas(fields, [module])[module]
 
-    def resolve(patterns, default):
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+
+def ranks_and_alphas(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """The rank and alpha of each module; raises what :func:`match_modules` raises about regular expressions."""
+    search = _searcher()
+
+    def resolve(field, module, default):
+        for pattern, value in (fields.get(field) or {}).items():
+            if search(field, rf"(.*\.)?({pattern})$", module):
                 return value
         return default
 
-    return resolve(fields.get("rank_pattern"), fields["r"]), resolve(fields.get("alpha_pattern"), fields["lora_alpha"])
+    return {
+        m: (resolve("rank_pattern", m, fields["r"]), resolve("alpha_pattern", m, fields["lora_alpha"])) for m in modules
+    }
 
 
-def _means(targets, module: str) -> bool:
+def tied_fields(fields: Mapping[str, Any], table: str, head: str) -> dict[str, Any]:
+    """Writes out what ``ensure_weight_tying`` adds: both the table and the head, where either one is named."""
+    fields = {**fields, "ensure_weight_tying": False}
+    saved, targets = fields.get("modules_to_save") or [], fields.get("target_modules") or []
+    if any(name.split(".")[-1] in _TABLES for name in saved):
+        return {**fields, "modules_to_save": [*saved, table, head]}
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(_ends(module, target) for target in targets)
+        search = _searcher()
+        if targets.lower() == "all-linear" or not _named(targets, _TABLES, search):
+            return fields
+        return {**fields, "target_modules": rf"(?:{targets}|{re.escape(table)}|{re.escape(head)})"}
+    if any(name.split(".")[-1] in _TABLES for name in targets):
+        return {**fields, "target_modules": [*targets, table, head]}
+    return fields
 
 
-def _ends(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+def _searcher() -> Callable:
+    """Matches regular expressions at the start of texts, or whole ones, all of them together in limited time."""
+    end, compiled = time.monotonic() + _SECONDS, {}
+
+    def search(field: str, pattern: str, text: str, whole: bool = False) -> Any:
+        shown = pattern if len(pattern) < 200 else f"{pattern[:200]}..."
+        if pattern not in compiled:
+            if len(pattern) > _LONGEST:
+                raise ValueError(
+                    f"{field}: expected a regular expression of at most {_LONGEST} characters, got {len(pattern)}"
+                )
+            try:
+                compiled[pattern] = regex.compile(pattern)
+            except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+                raise ValueError(f"{field}: {shown!r} is not a regular expression: {error}") from error
+        try:
+            match = compiled[pattern].fullmatch if whole else compiled[pattern].match
+            return match(text, timeout=max(end - time.monotonic(), 1e-3))
+        except TimeoutError as error:
+            raise ValueError(f"{field}: matching {shown!r} takes more than {_SECONDS:.0f} seconds") from error
+
+    return search
 
 
-def _layer(module: str, patterns) -> int | None:
+def _named(pattern: str, names: Iterable[str], search: Callable) -> bool:
+    return any(_means("target_modules", pattern, name, search) for name in names)
+
+
+def _means(field: str, targets, module: str, search: Callable) -> bool:
+    if isinstance(targets, str):
+        return search(field, targets, module, whole=True) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _ends_of_parts(module: str) -> list[int]:
+    return [i for i in range(len(module)) if i + 1 == len(module) or module[i + 1] == "."]
+
+
+def _layer(module: str, patterns, search: Callable) -> int | None:
     if not patterns:
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{module}")
-        return int(found[1]) if found else None
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        return int(found["idx"]) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(found[1])
+        if found := search("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module):
+            return int(found["idx"])
     return None

@@ -1,9 +1,11 @@
 """Runs that train a causal language model, as configs describe them."""
 
+import difflib
 import functools
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -165,10 +167,11 @@ def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
     """
     folder, size = config.model.folder, config.model.size
     where = config.model.tokenizer or folder or "bytes"
-    tokenizer = text.load_tokenizer(where)
     if folder:
-        model = interop.read_config(folder)
+        model = interop.read_config(folder)  # before the tokenizer, for it may be no model at all
+        tokenizer = text.load_tokenizer(where)
     elif size in SIZES:
+        tokenizer = text.load_tokenizer(where)
         ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         tokens = {"bos_token": tokenizer.bos_id, "eos_tokens": ends, "pad_token": tokenizer.pad_id}
         # An architecture keeps its own number of rows; the smallest one is made to measure.
@@ -180,7 +183,12 @@ def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
 
 
 def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
-    """Returns the examples of "train" or "eval" that a config asks for."""
+    """Returns the examples of "train" or "eval" that a config asks for.
+
+    Raises:
+      ValueError: A file is malformed, or there is neither a file nor a set of that name; near names are given.
+      FileNotFoundError: A file or set is not there.
+    """
     sizes = config.data
     name = {"train": sizes.train_split, "eval": sizes.eval_split}[split]
     if sizes.source == "summaries":
@@ -188,7 +196,7 @@ def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
     if sizes.source == "docstrings":
         return [text.Completion("", t) for t in text.docstrings(split=name)]
     source = sizes.evaluation if split == "eval" and sizes.evaluation else sizes.source
-    if Path(source).suffix in (".jsonl", ".parquet", ".txt", ".md") or Path(source).is_file():
+    if _is_path(source):
         if split == "eval" and not sizes.evaluation:
             raise ValueError(f"data.evaluation: expected a second file beside {sizes.source}, got none")
         return text.read_texts(source, prompt=sizes.prompt, completion=sizes.completion)
@@ -196,6 +204,23 @@ def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
     if not isinstance(examples[0], text.Completion):
         raise ValueError(f"data.source: {source!r} is a set of questions with options, which are no texts to train on")
     return examples
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name means a file, there or not, rather than a set of TFDS, whose suffix is that of a version."""
+    if Path(source).is_file():
+        return True
+    try:
+        text.mapping_of(source)
+    except ValueError as error:
+        suffix = Path(source).suffix[1:2]
+        if Path(source).is_dir() or suffix.isalpha() or source.startswith((".", "~", os.sep)):
+            return True
+        files = [path.name for path in Path().iterdir() if path.is_file()]
+        near = difflib.get_close_matches(source, ["docstrings", "summaries", *files], n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"data: there is no file {source!r}, and no set with that name ({error}){hint}") from error
+    return False
 
 
 def export(
@@ -209,7 +234,8 @@ def export(
     """Writes a checkpoint of a run for Hugging Face libraries.
 
     A run without adapters, or with ``merged``, becomes a folder of the model, float32 (or in ``adapter.base_dtype``),
-    with its tokenizer if it has a file; a run with adapters a folder that PEFT reads.
+    with the files of its tokenizer and of the model that it began from (see :func:`subspace_jax.interop.side_files`); a
+    run with adapters a folder that PEFT reads, with those of the tokenizer.
 
     Args:
       workdir: Folder of the run.
@@ -234,10 +260,13 @@ def export(
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(experiment.mesh, P()))(params)
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
+            for name, file in interop.side_files(model.folder, model.tokenizer, adapter=True).items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, Path(folder) / name)
         return
     params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
-    interop.save_causal_lm(folder, task.config, params, overwrite=True)
-    _copy_tokenizer(model.tokenizer or model.folder, folder)
+    beside = interop.side_files(model.folder, model.tokenizer)
+    interop.save_causal_lm(folder, task.config, params, overwrite=True, side_files=beside)
 
 
 def is_peft(config: ConfigDict) -> bool:
@@ -260,6 +289,9 @@ def load_adapted(
 ) -> tuple[nn.CausalLMConfig, PyTree]:
     """Reads a checkpoint folder, and bakes the adapter of a PEFT folder into it.
 
+    An adapter that PEFT gives to the embedding or to the head of a tied model alone unties the model, as it does in
+    PEFT: the config that is returned then says so.
+
     Args:
       folder: Hugging Face folder of the model.
       adapter: PEFT folder, LoRA or DoRA; none by default.
@@ -273,16 +305,19 @@ def load_adapted(
       FileNotFoundError: A folder or a file is not there.
     """
     # The small one first: what is wrong with it shows before the large one is read.
-    found = None if adapter is None else interop.load_peft_adapter(adapter, interop.read_config(folder))
+    found = None if adapter is None else interop.load_peft_adapter(adapter, interop.read_config(folder), untie=True)
     config, params = interop.load_causal_lm(folder, shardings=shardings)
     if found is None:
         return config, params
+    if config.tied and not found.config.tied:
+        config, params = nn.untie_causal_lm(config, params)
     merged = adapters.merge(params, found.trainable, found.settings)
-    return config, jax.tree.map(lambda x, w: jax.device_put(x, w.sharding), merged, params)
+    # What trains as a whole is float32 in an adapter's folder.
+    return config, jax.tree.map(lambda x, w: jax.device_put(x.astype(w.dtype), w.sharding), merged, params)
 
 
 def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> None:
-    """Bakes a PEFT adapter into a model and writes a plain Hugging Face folder, with the tokenizer.
+    """Bakes a PEFT adapter into a model and writes a plain Hugging Face folder, with all files beside the weights.
 
     Args:
       folder: Hugging Face folder of the model.
@@ -300,20 +335,10 @@ def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: st
     config, params = load_adapted(
         folder, adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
-    interop.save_causal_lm(out, config, params)
-    _copy_tokenizer(folder, out)
+    interop.save_causal_lm(out, config, params, side_files=interop.side_files(folder))
 
 
 def _check_new(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty")
-
-
-def _copy_tokenizer(where: str | os.PathLike, folder: str | os.PathLike) -> None:
-    if not where or where == "bytes" or jax.process_index() != 0:
-        return
-    source = Path(where) if Path(where).is_dir() else Path(where).parent
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (source / name).is_file():
-            (Path(folder) / name).write_bytes((source / name).read_bytes())

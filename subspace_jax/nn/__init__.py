@@ -15,6 +15,7 @@ from subspace_jax.nn.causal_lm_params import (
     causal_lm_shapes,
     causal_lm_specs,
     count_params,
+    untie_causal_lm,
 )
 from subspace_jax.nn.conv import StructuredConv, conv
 from subspace_jax.nn.drop_path import drop_path, drop_path_rates
@@ -163,6 +164,7 @@ __all__ = [
     "text_tower_specs",
     "unembed",
     "unstack_layers",
+    "untie_causal_lm",
     "vgg_apply",
     "vgg_axes",
     "vgg_init",

@@ -99,3 +99,21 @@ def causal_lm_init(key: jax.Array, config: CausalLMConfig, dtype: DTypeLike = jn
 def count_params(config: CausalLMConfig) -> int:
     """Number of parameters of a model."""
     return spec_count(causal_lm_specs(config))
+
+
+def untie_causal_lm(config: CausalLMConfig, params: PyTree) -> tuple[CausalLMConfig, PyTree]:
+    """Gives a model whose head is its embedding a head of its own, with the same numbers.
+
+    What changes the one then leaves the other: an adapter of Hugging Face PEFT, say.
+
+    Args:
+      config: The model.
+      params: Its parameters, plain arrays.
+
+    Returns:
+      The config with ``tied`` false, and the parameters with ``head/kernel [d, V]``; both as they came if the model
+      has a head already.
+    """
+    if not config.tied:
+        return config, params
+    return config.replace(tied=False), {**params, "head": {"kernel": params["embed"]["embedding"].T}}

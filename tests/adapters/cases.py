@@ -17,7 +17,10 @@ RULES = {
         "attn/*": adapters.LoRA((4, 1, 2, 2), (8.0, 3.0, 1.0, 2.0)),
         "mlp/*": adapters.LoRA((0, 2, 1, 0), 2.0),
     },
-    "dora layers": {"attn/*": adapters.DoRA((4, 1, 2, 2), (8.0, 3.0, 1.0, 2.0))},
+    "dora layers": {
+        "attn/*": adapters.DoRA((4, 1, 2, 2), (8.0, 3.0, 1.0, 2.0)),
+        "mlp/*": adapters.DoRA((0, 2, 1, 0), 2.0),
+    },
     "svfit": {"layers/**": adapters.SVFit(8), "embed": adapters.SVFit(None, "log")},
     "svfit relu": {"attn/*": adapters.SVFit("energy", "relu", tau=0.8)},
     "pissa": {"attn/*": adapters.LoRA(4, 8.0, init="pissa"), "mlp/*": adapters.DoRA(3, 2.0, init="pissa_randomized")},
