@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from subspace_jax.data.decode import check_pixels, decode_image
-from subspace_jax.data.processor_config import read_processor
+from subspace_jax.data.processor_config import find_processor, processor_arguments
 from subspace_jax.data.resize import METHODS, resize_uint8
 
 
@@ -78,7 +79,15 @@ class ImageProcessor:
           ValueError: The processor or something that it does is not supported, a field is unknown, or a value is not of
             its kind.
         """
-        return cls(**read_processor(source), backend=backend)
+        file, fields = None, source
+        if not isinstance(source, Mapping):
+            file, fields = find_processor(pathlib.Path(source).expanduser())
+        try:
+            return cls(**processor_arguments(fields), backend=backend)
+        except ValueError as error:
+            if file is None:
+                raise
+            raise ValueError(f"{file}: {error}") from error
 
     def __call__(self, image: Any) -> np.ndarray:
         """Prepares an image.

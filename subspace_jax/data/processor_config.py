@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -62,19 +61,16 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def read_processor(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of :class:`subspace_jax.data.ImageProcessor`; see its ``from_json``."""
-    if isinstance(source, Mapping):
-        return _arguments(source)
-    file, fields = _find(pathlib.Path(source).expanduser())
-    try:
-        return _arguments(fields)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+def find_processor(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Finds the fields in a folder, or reads a file: in the order of transformers nested, timm's, the file of old.
 
+    Returns:
+      The file, and what it holds.
 
-def _find(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Finds the fields in a folder, in the order of transformers: nested, timm's, the file of old."""
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It holds no JSON object.
+    """
     if not path.is_dir():
         return path, read_json_object(path)
     nested, config, old = (path / f"{name}.json" for name in ("processor_config", "config", "preprocessor_config"))
@@ -95,7 +91,13 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     return old, fields
 
 
-def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+def processor_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of :class:`subspace_jax.data.ImageProcessor` that fields of Hugging Face or timm mean.
+
+    Raises:
+      ValueError: The processor or something that it does is not supported, a field is unknown, or a value is not of its
+        kind.
+    """
     if (nested := fields.get("image_processor")) is not None:
         return _of_hugging_face(_mapping("image_processor", nested))
     if "pretrained_cfg" in fields or "input_size" in fields:
@@ -108,10 +110,10 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
     named = re.fullmatch(r"([A-Za-z]+?)(FeatureExtractor|ImageProcessor(Fast|Pil)?)", str(kind))
     if named is None or named[1] not in _PROCESSORS:
         raise ValueError(f"image_processor_type: {kind!r} is not supported; expected one of {sorted(_PROCESSORS)}")
-    own = {**_PROCESSORS[named[1]], **{name: value for name, value in fields.items() if value is not None}}
+    own = {**_PROCESSORS[named[1]], **fields}
     _refuse_unknown(own, _PROCESSORS[named[1]])
     for name in ("do_resize", "default_to_square", "do_center_crop", "do_rescale", "do_normalize"):
-        if not isinstance(own[name], bool):
+        if not isinstance(own[name], bool | None):  # null is what transformers writes of a step that was turned off
             raise ValueError(f"{name}: expected true or false, got {own[name]!r}")
     size = crop = None
     if own["do_center_crop"]:
@@ -137,7 +139,7 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name, value in fields.items():
-        if name in known or name in _WITHOUT_EFFECT or name.startswith("_") or value is False:
+        if name in known or name in _WITHOUT_EFFECT or name.startswith("_") or value in (None, False):
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ", and may change the pixels"
@@ -187,9 +189,13 @@ def _of_timm(fields: Mapping[str, Any]) -> dict[str, Any]:
         "method": own["interpolation"],
         "crop": (height, width),
         "crop_rounding": "even",
-        "mean": _channels("mean", own["mean"]),
-        "std": _channels("std", own["std"], above=0),
+        "mean": _channels("mean", _repeated(own["mean"])),
+        "std": _channels("std", _repeated(own["std"]), above=0),
     }
+
+
+def _repeated(value: Any) -> Any:
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
@@ -207,10 +213,10 @@ def _number(name: str, value: Any, above: float = -math.inf) -> float:
 
 
 def _channels(name: str, value: Any, above: float = -math.inf) -> tuple[float, ...]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if len(values) not in (1, 3):
+    values = value if isinstance(value, (list, tuple)) else [value] * 3
+    if len(values) != 3:
         raise ValueError(f"{name}: expected a number for each of 3 channels, got {value!r}")
-    return tuple(_number(name, x, above) for x in (values * 3 if len(values) == 1 else values))
+    return tuple(_number(name, x, above) for x in values)
 
 
 def _sides(name: str, value: Any, square: bool) -> tuple[int, int] | int:
