@@ -17,8 +17,8 @@ import numpy as np
 
 from subspace_jax.interop.hf_config import config_to_hf
 from subspace_jax.interop.names import TensorName, tensor_names
-from subspace_jax.interop.placing import some, stored_shape, to_stored
-from subspace_jax.interop.safetensors_io import write_safetensors
+from subspace_jax.interop.placing import stored_shape, to_stored
+from subspace_jax.interop.safetensors_io import some, write_safetensors
 from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs, stack_layers
 from subspace_jax.nn.param_specs import spec_shapes
 
@@ -35,6 +35,7 @@ def save_causal_lm(
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    side_files: Mapping[str, pathlib.Path] | None = None,
 ) -> None:
     """Writes a checkpoint folder that :func:`load_causal_lm` and Hugging Face transformers read.
 
@@ -49,6 +50,7 @@ def save_causal_lm(
       shard_bytes: Weights are split into files of at most this size (a larger tensor has its own).
       overwrite: Whether the folder may be there; its weights and config are replaced, its other files (a tokenizer)
         stay.
+      side_files: Files to copy into it, by their names there; see :func:`subspace_jax.interop.side_files`.
 
     Raises:
       FileExistsError: The folder is there and not empty, without ``overwrite``.
@@ -63,6 +65,7 @@ def save_causal_lm(
         stack_layers(params),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
+        side_files=side_files,
     )
 
 
@@ -80,6 +83,7 @@ def write_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    side_files: Mapping[str, pathlib.Path] | None = None,
 ) -> None:
     """Writes the checkpoint folder of any model; see :func:`save_causal_lm`.
 
@@ -91,6 +95,7 @@ def write_checkpoint(
       params: The parameters.
       shard_bytes: Largest file.
       overwrite: Whether the folder may be there.
+      side_files: Files to copy into it, by their names there.
     """
     folder = pathlib.Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -108,6 +113,9 @@ def write_checkpoint(
             pass
     else:
         with replacing(folder, _is_checkpoint_file) as new:
+            for name, source in (side_files or {}).items():
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, new / name)
             (new / "config.json").write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
             for file, names in files.items():
                 write_safetensors(
@@ -181,7 +189,7 @@ def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
     """Gives a folder to fill, which takes the place of ``folder`` if all goes well and is gone otherwise.
 
-    Files of an older folder that are not ours, by their names, go over to the new one.
+    Files of an older folder that are not ours, by their names, go over to the new one, unless it has one of that name.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
@@ -191,7 +199,7 @@ def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[
         yield new
         if folder.exists():
             for file in folder.iterdir():
-                if not is_ours(file.name):
+                if not is_ours(file.name) and not (new / file.name).exists():
                     (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
             folder.rename(old)
         try:

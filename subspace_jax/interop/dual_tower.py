@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,10 @@ from jax.typing import DTypeLike
 
 from subspace_jax.interop import vision_transformer_names
 from subspace_jax.interop.causal_lm_write import SHARD_BYTES, write_checkpoint
+from subspace_jax.interop.config_fields import MAX_LAYERS, integer, naming, number, read_fields, word
 from subspace_jax.interop.names import Place, TensorName
-from subspace_jax.interop.placing import Shardings, match_tensors, read_params
+from subspace_jax.interop.placing import Shardings, check_depth, match_tensors, read_params
 from subspace_jax.interop.safetensors_io import open_folder
-from subspace_jax.interop.vision import read_fields
 from subspace_jax.interop.vision_transformer_config import activation_from_hf, activation_to_hf, tower_fields
 from subspace_jax.interop.vision_transformer_names import TOWER_LAYERS, table_tensors
 from subspace_jax.nn.dual_tower import DualTowerConfig, dual_tower_specs
@@ -61,27 +62,27 @@ def dual_config_from_hf(fields: Mapping[str, Any]) -> DualTowerConfig:
     Raises:
       ValueError: The model type is another, or the fields contradict one another.
     """
-    kind = fields.get("model_type")
-    if kind not in _TEXT:
-        raise ValueError(f"model_type: {kind!r} has no two towers that are known here; expected one of {sorted(_TEXT)}")
+    kind = word(fields, "model_type", None, _TEXT)
     vision = vision_transformer_names.config_from_hf({**fields, "architectures": None})
     own = tower_fields({"text_config": None, **fields}, "text", _TEXT[kind])
     clip = kind == "clip"
-    text = TextTowerConfig(
-        vocab_size=own["vocab_size"],
-        max_length=own["max_position_embeddings"],
-        width=own["hidden_size"],
-        num_layers=own["num_hidden_layers"],
-        num_heads=own["num_attention_heads"],
-        mlp_size=own["intermediate_size"],
-        norm_eps=float(own["layer_norm_eps"]),
-        activation=activation_from_hf(own["hidden_act"]),
-        causal=clip,
-        pool=("largest" if own["eos_token_id"] == _OLD_END else "end") if clip else "last",
-        end_token=own["eos_token_id"],
-        head_size=0 if clip else own.get("projection_size") or own["hidden_size"],
-    )
-    return DualTowerConfig(vision, text, fields.get("projection_dim", 512) if clip else 0, biased=not clip)
+    with naming("text_config"):
+        width, end = integer(own, "hidden_size"), integer(own, "eos_token_id", least=0)
+        text = TextTowerConfig(
+            vocab_size=integer(own, "vocab_size"),
+            max_length=integer(own, "max_position_embeddings"),
+            width=width,
+            num_layers=integer(own, "num_hidden_layers", most=MAX_LAYERS),
+            num_heads=integer(own, "num_attention_heads"),
+            mlp_size=integer(own, "intermediate_size"),
+            norm_eps=number(own, "layer_norm_eps", least=0, most=1),
+            activation=activation_from_hf(own),
+            causal=clip,
+            pool=("largest" if end == _OLD_END else "end") if clip else "last",
+            end_token=end,
+            head_size=0 if clip else width if own.get("projection_size") is None else integer(own, "projection_size"),
+        )
+    return DualTowerConfig(vision, text, integer(fields, "projection_dim", 512) if clip else 0, biased=not clip)
 
 
 def dual_config_to_hf(config: DualTowerConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -160,8 +161,11 @@ def load_dual(
         tensors are missing, unexpected or of the wrong shape, or a file is damaged.
       FileNotFoundError: The folder or a file is not there.
     """
-    config = dual_config_from_hf(read_fields(path))
+    fields = read_fields(path)
+    with naming(pathlib.Path(path) / "config.json"):
+        config = dual_config_from_hf(fields)
     stored = {k: t for k, t in open_folder(path).items() if not k.endswith("embeddings.position_ids")}
+    check_depth(path, config.vision.num_layers + config.text.num_layers, stored)
     specs, tensors = dual_tower_specs(config), dual_tensor_names(config)
     match_tensors(path, f"a {config.vision.family!r} of this config", specs, tensors, stored)
     return config, read_params(specs, tensors, stored, shardings=shardings, dtype=dtype)

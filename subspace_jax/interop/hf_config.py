@@ -1,11 +1,19 @@
 """``config.json`` of Hugging Face checkpoints, in and out."""
 
-import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from subspace_jax.interop.config_fields import (
+    MAX_HEAD_DIM,
+    MAX_LAYERS,
+    checked_integer,
+    flag,
+    group,
+    integer,
+    number,
+    shown,
+    word,
+)
 from subspace_jax.nn import CausalLMConfig, Rope
 
 FROM_HF_ACTIVATION = {
@@ -26,19 +34,18 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 
-
-def read_config(folder: str | os.PathLike) -> CausalLMConfig:
-    """Reads the ``config.json`` of a checkpoint folder; raises what :func:`config_from_hf` raises."""
-    file = pathlib.Path(folder) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; expected the folder of a Hugging Face checkpoint")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-    return config_from_hf(fields)
+# What null stands for the default of, which transformers works out.
+_MAY_BE_NULL = {
+    "n_inner",
+    "n_positions",
+    "n_ctx",
+    "head_dim",
+    "max_position_embeddings",
+    "layer_types",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+}
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> CausalLMConfig:
@@ -53,116 +60,136 @@ def config_from_hf(fields: Mapping[str, Any]) -> CausalLMConfig:
 
     Raises:
       ValueError: The architecture, its rotary kind or its activation is not supported, a field that is needed is
-        absent, or the fields contradict one another.
+        absent, a field has a value of another type or out of range, or the fields contradict one another.
     """
-    family = fields.get("model_type")
-    if family not in _ARCHITECTURES:
-        raise ValueError(f"model_type: {family!r} is not supported; expected one of {sorted(_ARCHITECTURES)}")
+    family = word(fields, "model_type", None, _ARCHITECTURES)
     if fields.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights are not supported; expected plain floating point")
-    tokens = {
-        "bos_token": fields.get("bos_token_id"),
-        "eos_tokens": _as_tuple(fields.get("eos_token_id")),
-        "pad_token": fields.get("pad_token_id"),
-    }
+    tokens = token_ids(fields)
+    fields = {name: value for name, value in fields.items() if value is not None or name not in _MAY_BE_NULL}
     if family == "gpt2":
         return _gpt2(fields, tokens)
     return _llama(family, fields, tokens)
 
 
+def token_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tokens that open, end and fill texts, by the fields of ``config.json`` or ``generation_config.json``.
+
+    Raises:
+      ValueError: One is no id.
+    """
+    ends = fields.get("eos_token_id")
+    if isinstance(ends, list):
+        ends = [checked_integer("eos_token_id", end, 0) for end in ends]
+    else:
+        ends = [_token("eos_token_id", ends)]
+    return {
+        "bos_token": _token("bos_token_id", fields.get("bos_token_id")),
+        "eos_tokens": tuple(end for end in ends if end is not None),
+        "pad_token": _token("pad_token_id", fields.get("pad_token_id")),
+    }
+
+
+def _token(name: str, value: Any) -> int | None:
+    # Some files say -1 for none.
+    return None if value is None or (value == -1 and isinstance(value, int)) else checked_integer(name, value, 0)
+
+
 def _gpt2(fields: Mapping[str, Any], tokens: dict[str, Any]) -> CausalLMConfig:
-    if fields.get("add_cross_attention"):
+    if flag(fields, "add_cross_attention", False):
         raise ValueError("add_cross_attention: a decoder with cross-attention is not supported")
-    width, heads = _need(fields, "n_embd"), _need(fields, "n_head")
+    width, heads = integer(fields, "n_embd"), integer(fields, "n_head")
     if width % heads:
         raise ValueError(f"n_head: expected a divisor of n_embd {width}, got {heads}")
     return CausalLMConfig.gpt2(
-        _need(fields, "vocab_size"),
+        integer(fields, "vocab_size"),
         width,
-        _need(fields, "n_layer"),
+        integer(fields, "n_layer", most=MAX_LAYERS),
         heads,
-        mlp_size=fields.get("n_inner") or 4 * width,
-        max_length=fields.get("n_positions") or fields.get("n_ctx") or 1024,
-        norm_eps=fields.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(fields.get("activation_function", "gelu_new")),
-        tied=fields.get("tie_word_embeddings", True),
-        scale_scores=fields.get("scale_attn_weights", True),
-        scale_by_layer=fields.get("scale_attn_by_inverse_layer_idx", False),
+        mlp_size=integer(fields, "n_inner", 4 * width),
+        max_length=integer(fields, "n_positions" if "n_positions" in fields else "n_ctx", 1024),
+        norm_eps=number(fields, "layer_norm_epsilon", 1e-5, least=0, most=1),
+        activation=_activation(fields, "activation_function", "gelu_new"),
+        tied=flag(fields, "tie_word_embeddings", True),
+        scale_scores=flag(fields, "scale_attn_weights", True),
+        scale_by_layer=flag(fields, "scale_attn_by_inverse_layer_idx", False),
         **tokens,
     )
 
 
 def _llama(family: str, fields: Mapping[str, Any], tokens: dict[str, Any]) -> CausalLMConfig:
-    width, heads, layers = (_need(fields, f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = fields.get("head_dim")
-    if head_dim is None:
-        if width % heads:
-            raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
-        head_dim = width // heads
-    kv_heads = fields.get("num_key_value_heads")
-    if kv_heads is None:
-        kv_heads = {"llama": heads, "mistral": 8, "qwen2": 32}[family]
+    width, heads = integer(fields, "hidden_size"), integer(fields, "num_attention_heads")
+    layers = integer(fields, "num_hidden_layers", most=MAX_LAYERS)
+    if "head_dim" not in fields and width % heads:
+        raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
+    head_dim = integer({"head_dim": width // heads, **fields}, "head_dim", most=MAX_HEAD_DIM)
+    # Null means a head of keys for each head of queries, absence what the architecture was first made with.
+    absent = {"llama": heads, "mistral": 8, "qwen2": 32}[family]
+    kv_heads = heads if fields.get("num_key_value_heads", 0) is None else integer(fields, "num_key_value_heads", absent)
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, got {kv_heads}")
-    max_length = fields.get("max_position_embeddings") or {"llama": 2048, "mistral": 131072, "qwen2": 32768}[family]
-    attention_bias = family == "llama" and fields.get("attention_bias", False)
+    longest = {"llama": 2048, "mistral": 131072, "qwen2": 32768}[family]
+    max_length = integer(fields, "max_position_embeddings", longest)
+    attention_bias = family == "llama" and flag(fields, "attention_bias", False)
     return CausalLMConfig(
         family=family,
-        vocab_size=_need(fields, "vocab_size"),
+        vocab_size=integer(fields, "vocab_size"),
         hidden_size=width,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_size=_need(fields, "intermediate_size"),
+        mlp_size=integer(fields, "intermediate_size"),
         max_length=max_length,
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        norm_eps=number(fields, "rms_norm_eps", 1e-6, least=0, most=1),
         rope=_rope(fields, max_length),
-        activation=_activation(fields.get("hidden_act", "silu")),
+        activation=_activation(fields, "hidden_act", "silu"),
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=attention_bias,
-        mlp_bias=family == "llama" and fields.get("mlp_bias", False),
+        mlp_bias=family == "llama" and flag(fields, "mlp_bias", False),
         windows=_windows(family, fields, layers),
-        tied=fields.get("tie_word_embeddings", False),
+        tied=flag(fields, "tie_word_embeddings", False),
         **tokens,
     )
 
 
 def _windows(family: str, fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...] | None:
-    window = fields.get("sliding_window", None if family == "llama" else 4096)
-    if family == "llama" or window is None:
+    if family == "llama":
         return None
+    window = None if fields.get("sliding_window", 0) is None else integer(fields, "sliding_window", 4096)
     if family == "mistral":
-        return (window,) * layers
-    if not fields.get("use_sliding_window", False):
-        return None
-    kinds = fields.get("layer_types")
-    if kinds is None:
-        full = fields.get("max_window_layers", 28)
-        kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+        return None if window is None else (window,) * layers
     known = {"full_attention": None, "sliding_attention": window}
-    if len(kinds) != layers or not set(kinds) <= set(known):
-        raise ValueError(f"layer_types: expected {layers} of {sorted(known)}, got {kinds}")
+    full = integer(fields, "max_window_layers", 28, least=0)
+    kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+    kinds = fields.get("layer_types", kinds)
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in list(known) for kind in kinds):
+        raise ValueError(f"layer_types: expected {layers} of {sorted(known)}, got {shown(kinds)}")
     windows = tuple(known[kind] for kind in kinds)
-    return windows if any(windows) else None
+    return windows if flag(fields, "use_sliding_window", False) and any(windows) else None
 
 
 def _rope(fields: Mapping[str, Any], max_length: int) -> Rope:
-    settings = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    theta = settings.get("rope_theta") or fields.get("rope_theta") or 10000.0
+    settings = {**group(fields, "rope_scaling"), **group(fields, "rope_parameters")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type: {kind!r} is not supported; expected 'default', 'linear' or 'llama3'")
+        raise ValueError(f"rope_type: {shown(kind)} is not supported; expected 'default', 'linear' or 'llama3'")
+    if nested := sorted(name for name in settings if name.endswith("_attention")):
+        raise ValueError(f"rope_parameters: settings for each kind of layer are not supported, got {shown(nested)}")
     partial = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor: heads that are turned in part are not supported, got {partial}")
+        raise ValueError(
+            f"partial_rotary_factor: heads that are turned in part are not supported, got {shown(partial)}"
+        )
     needed = {"default": (), "linear": ("factor",)}.get(kind, ("factor", "low_freq_factor", "high_freq_factor"))
     if absent := [name for name in needed if name not in settings]:
-        raise ValueError(f"rope_type {kind!r} needs {absent}; got {settings}")
-    values = {name: float(settings[name]) for name in needed}
+        raise ValueError(f"rope_type {kind!r} needs {absent}; got {shown(settings)}")
+    values = {name: number(settings, name) for name in needed}
     if kind == "llama3":
-        values["original_length"] = int(settings.get("original_max_position_embeddings") or max_length)
-    return Rope(theta=float(theta), kind=kind, **values)
+        values["original_length"] = integer(settings, "original_max_position_embeddings", max_length)
+    theta = number(settings if "rope_theta" in settings else fields, "rope_theta", 10000.0)
+    return Rope(theta=theta, kind=kind, **values)
 
 
 def config_to_hf(config: CausalLMConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -248,20 +275,5 @@ def _llama_fields(config: CausalLMConfig) -> dict[str, Any]:
     return fields
 
 
-def _need(fields: Mapping[str, Any], name: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json: {name}: expected a positive integer, got {value!r}")
-    return value
-
-
-def _activation(name: str) -> str:
-    if name not in FROM_HF_ACTIVATION:
-        raise ValueError(f"activation {name!r} is not supported; expected one of {sorted(FROM_HF_ACTIVATION)}")
-    return FROM_HF_ACTIVATION[name]
-
-
-def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+    return FROM_HF_ACTIVATION[word(fields, name, default, FROM_HF_ACTIVATION)]

@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from subspace_jax.interop.names import TensorName
-from subspace_jax.interop.safetensors_io import StoredTensor
+from subspace_jax.interop.safetensors_io import StoredTensor, some
 from subspace_jax.nn.param_specs import spec_axes, spec_shapes
 
 PyTree = Any
@@ -60,6 +60,16 @@ def read_params(
     return jax.tree_util.tree_map_with_path(read, shapes, shardings)
 
 
+def check_depth(folder: str | os.PathLike, layers: int, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses more layers than there are tensors, before a name is made for each tensor of each layer.
+
+    Raises:
+      ValueError: There are fewer tensors than layers.
+    """
+    if layers > len(stored):
+        raise ValueError(f"{folder}: config.json says {layers} layers, the weights have {len(stored)} tensors")
+
+
 def match_tensors(
     folder: str | os.PathLike,
     what: str,
@@ -96,11 +106,6 @@ def match_tensors(
     wrong = list(dict.fromkeys(wrong))
     if wrong:
         raise ValueError(f"{folder}: {'; '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
-
-
-def some(names: list[str]) -> str:
-    """Shows the first few of many names."""
-    return f"{names[:8]}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "none"
 
 
 def stored_shape(specs: PyTree, tensor: TensorName) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from subspace_jax.interop.config_fields import MAX_LAYERS, dims, flag, group, integer, integers, num_labels, word
 from subspace_jax.interop.names import Place, TensorName
 from subspace_jax.nn.resnet import resnet_specs
 from subspace_jax.nn.resnet_config import ResNetConfig
@@ -53,22 +54,19 @@ def config_from_hf(fields: Mapping[str, Any]) -> ResNetConfig:
     Raises:
       ValueError: The model is not a ResNet, or its activation is not ReLU.
     """
-    if fields.get("model_type") != "resnet":
-        raise ValueError(f"model_type: expected 'resnet', got {fields.get('model_type')!r}")
-    if fields.get("hidden_act", "relu") != "relu":
-        raise ValueError(f"hidden_act: expected 'relu' for a ResNet, got {fields['hidden_act']!r}")
-    kind = fields.get("layer_type", "bottleneck")
-    if kind not in ("bottleneck", "basic"):
-        raise ValueError(f"layer_type: expected 'bottleneck' or 'basic', got {kind!r}")
+    word(fields, "model_type", None, ("resnet",))
+    word(fields, "hidden_act", "relu", ("relu",))
+    kind = word(fields, "layer_type", "bottleneck", ("bottleneck", "basic"))
+    stride_first = flag(fields, "downsample_in_bottleneck", False)
     return ResNetConfig(
-        depths=tuple(fields.get("depths", (3, 4, 6, 3))),
-        widths=tuple(fields.get("hidden_sizes", (256, 512, 1024, 2048))),
+        depths=integers(fields, "depths", (3, 4, 6, 3), most=MAX_LAYERS),
+        widths=integers(fields, "hidden_sizes", (256, 512, 1024, 2048)),
         block=kind,
-        stem=(fields.get("embedding_size", 64),),
-        stride_first=kind == "bottleneck" and bool(fields.get("downsample_in_bottleneck", False)),
-        first_strides=2 if fields.get("downsample_in_first_stage", False) else 1,
+        stem=(integer(fields, "embedding_size", 64),),
+        stride_first=kind == "bottleneck" and stride_first,
+        first_strides=2 if flag(fields, "downsample_in_first_stage", False) else 1,
         num_classes=num_labels(fields),
-        channels=fields.get("num_channels", 3),
+        channels=integer(fields, "num_channels", 3),
         convention="hf",
     )
 
@@ -114,12 +112,6 @@ def labels(count: int) -> dict[str, Any]:
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if count else {}
 
 
-def num_labels(fields: Mapping[str, Any]) -> int:
-    """Classes of a Hugging Face model: as many as ``id2label`` names, else ``num_labels``, else 2."""
-    named = fields.get("id2label")
-    return len(named) if named is not None else fields.get("num_labels", 2)
-
-
 def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfig:
     """Reads sizes off the tensors of a timm checkpoint.
 
@@ -137,11 +129,10 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
             f"architecture: {name!r} is not supported; expected names such as 'resnet50', 'resnet101d' or "
             "'resnext50_32x4d'"
         )
-    arguments = {**(fields.get("model_args") or {}), **{k: fields[k] for k in ("global_pool",) if k in fields}}
+    arguments = {**group(fields, "model_args"), **{k: fields[k] for k in ("global_pool",) if k in fields}}
     if unknown := sorted(arguments.keys() - _HARMLESS):
         raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
-    if arguments.get("global_pool", "avg") != "avg":
-        raise ValueError(f"global_pool: expected 'avg', got {arguments['global_pool']!r}")
+    word(arguments, "global_pool", "avg", ("avg",))
     blocks: dict[int, int] = {}
     for key in shapes:
         if found := re.fullmatch(r"layer(\d+)\.(\d+)\.conv1\.weight", key):
@@ -156,16 +147,16 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         raise ValueError(
             f"architecture {name!r}: the tensors are not those of a ResNet; expected {needed[:4]} and more"
         )
-    inner = tuple(shapes[f"layer{s}.0.conv2.weight"][0] for s in stages)
+    inner = tuple(dims(shapes, f"layer{s}.0.conv2.weight", 4)[0] for s in stages)
     return ResNetConfig(
         depths=tuple(blocks[s] for s in stages),
-        widths=tuple(shapes[f"layer{s}.0.{last}.weight"][0] for s in stages),
+        widths=tuple(dims(shapes, f"layer{s}.0.{last}.weight", 4)[0] for s in stages),
         inner_widths=inner,
         block="bottleneck" if bottleneck else "basic",
-        stem=tuple(shapes[key][0] for key in stem),
+        stem=tuple(dims(shapes, key, 4)[0] for key in stem),
         average_shortcut=any(len(shapes.get(f"layer{s}.0.downsample.1.weight", ())) == 4 for s in stages),
         groups=inner[0] // shapes["layer1.0.conv2.weight"][1],
-        num_classes=shapes["fc.weight"][0] if "fc.weight" in shapes else 0,
+        num_classes=dims(shapes, "fc.weight", 2)[0] if "fc.weight" in shapes else 0,
         channels=shapes[stem[0]][1],
         convention="timm",
         architecture=name,

@@ -1,7 +1,7 @@
 """The safetensors container: tensors read as slices of memory-mapped files, and written one by one.
 
-Layout: eight bytes with the length of a header, the header in JSON, then the tensors' bytes.  Reading goes through
-NumPy with the types of ``ml_dtypes``, for the usual package can't give bfloat16 as a NumPy array.
+Layout: eight bytes with the length of a header, the header in JSON, then the tensors' bytes.  The ``safetensors``
+package judges whether a file is one; tensors are then read through our own memory maps, for its slices are copies.
 """
 
 import json
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from subspace_jax.interop.config_fields import read_json, shown, unique_names
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -27,7 +30,7 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000
+_COMPARED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,26 @@ class StoredTensor:
             return np.zeros(self.shape, self.dtype)[index]
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)[index]
 
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether two tensors have the same shape and values; some rows of both are looked at at a time."""
+        if self == other:
+            return True
+        if self.shape != other.shape or 0 in self.shape:
+            return self.shape == other.shape
+        length = self.shape[0] if self.shape else 1
+        rows = max(1, _COMPARED_BYTES * length // max(self.nbytes, other.nbytes))
+        for start in range(0, length, rows):
+            index = (slice(start, start + rows),) if self.shape else ()
+            one, two = np.asarray(self.read(index)), np.asarray(other.read(index))
+            if self.dtype == other.dtype:
+                # As bytes: a NaN equals itself.
+                same = np.array_equal(np.atleast_1d(one).view(np.uint8), np.atleast_1d(two).view(np.uint8))
+            else:
+                same = np.array_equal(one.astype(np.float64), two.astype(np.float64))
+            if not same:
+                return False
+        return True
+
 
 def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Reads what a file holds.
@@ -77,43 +100,31 @@ def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[
       Its tensors by name, and its metadata.
 
     Raises:
-      ValueError: The file is no safetensors file, is cut off, or contradicts itself; the message names the file.
-      FileNotFoundError: There is none.
+      ValueError: By the rules of the ``safetensors`` package the file is none, is cut off, or contradicts itself; or it
+        names a tensor twice, or one has a type that is not in :data:`DTYPES`.  The message names the file.
+      OSError: It can't be read, or is not there.
     """
     file = pathlib.Path(file)
-    size = file.stat().st_size
     with file.open("rb") as stream:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a safetensors file, or cut off: {error}") from error
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ValueError(
-                f"{file}: not a safetensors file, or cut off: a header of {length} bytes in a file of {size}"
-            )
         text = stream.read(length)
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: the header is not what a safetensors file has: {error}") from error
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if tensor.offset < end:
-            raise ValueError(f"{file}: {tensor.name!r} overlaps the tensor before it")
-        end = tensor.offset + tensor.nbytes
-        if end > size:
-            raise ValueError(f"{file}: cut off: {tensor.name!r} ends at byte {end}, the file has {size}")
-    return tensors, metadata
+        header = json.loads(text, object_pairs_hook=unique_names)
+        header.pop("__metadata__", None)
+        return {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}, metadata
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _entry(file: pathlib.Path, name: str, entry: Mapping, start: int) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name!r} has dtype {entry['dtype']!r}; expected one of {sorted(DTYPES)}")
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    tensor = StoredTensor(file, name, DTYPES[entry["dtype"]], shape, start + begin)
-    if begin < 0 or any(n < 0 for n in shape) or end - begin != tensor.nbytes:
-        raise ValueError(f"{name!r} has {end - begin} bytes, {tensor.nbytes} are expected of its shape {shape}")
-    return tensor
+        raise ValueError(f"{shown(name)} has dtype {entry['dtype']!r}; expected one of {sorted(DTYPES)}")
+    return StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
 
 
 def write_safetensors(
@@ -156,8 +167,16 @@ def write_safetensors(
         os.fsync(stream.fileno())
 
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def has_weights(folder: str | os.PathLike) -> bool:
+    """Whether a folder has weights that :func:`open_folder` reads."""
+    return any((pathlib.Path(folder) / name).exists() for name in (_SINGLE, _INDEX))
+
+
 def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """Reads what a checkpoint folder holds: ``model.safetensors``, or the shards of its index.
+    """Reads what a checkpoint folder holds: ``model.safetensors``, or else the shards of its index.
 
     Args:
       folder: The folder.
@@ -172,34 +191,43 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / _INDEX, folder / _SINGLE
+    # The order of transformers: an index beside a single file is left over from earlier weights.
+    if single.is_file() or (single.exists() and not index.exists()):
+        return read_header(single)[0]
     if index.exists():
         return _open_shards(folder, index)
-    if single.exists():
-        return read_header(single)[0]
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickled:
         raise ValueError(
-            f"{folder}: has only pickled weights ({', '.join(pickled)}), which are refused because reading them may "
-            "run any code; convert them to safetensors"
+            f"{folder}: has only pickled weights ({', '.join(pickled[:8])}), which are refused because reading them "
+            "may run any code; convert them to safetensors"
         )
-    raise FileNotFoundError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")
 
 
 def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: expected JSON with a weight_map: {error}") from error
-    shards = {}
-    for shard in sorted(set(weight_map.values())):
-        if pathlib.PurePath(shard).name != shard:
-            raise ValueError(f"{index}: a shard is a file beside the index, got {shard!r}")
-        if not (folder / shard).exists():
-            raise FileNotFoundError(f"{folder}: shard {shard!r} of the index is missing")
-        shards[shard] = read_header(folder / shard)[0]
+    weight_map = read_json(index, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: expected JSON with a weight_map, an object, got {shown(weight_map)}")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or not {"/", "\\"}.isdisjoint(shard):
+            raise ValueError(f"{index}: a shard is a .safetensors file beside the index, got {shown(shard)}")
+        if shard not in shards:
+            if not (folder / shard).exists():
+                raise FileNotFoundError(f"{folder}: shard {shard!r} of the index is missing")
+            shards[shard] = read_header(folder / shard)[0]
     if lost := sorted(name for name, shard in weight_map.items() if name not in shards[shard]):
-        raise ValueError(f"{index}: tensors that their shards lack: {lost}")
-    if extra := sorted(name for tensors in shards.values() for name in tensors if name not in weight_map):
-        raise ValueError(f"{index}: tensors in the shards that the index does not name: {extra}")
+        raise ValueError(f"{index}: tensors that their shards lack: {some(lost)}")
+    if extra := sorted({name for tensors in shards.values() for name in tensors if name not in weight_map}):
+        raise ValueError(f"{index}: tensors in the shards that the index does not name: {some(extra)}")
+    if sum(map(len, shards.values())) > len(weight_map):
+        twice = sorted(name for shard, tensors in shards.items() for name in tensors if weight_map[name] != shard)
+        raise ValueError(f"{index}: tensors that stand in more than one shard: {some(twice)}")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def some(names: list[str]) -> str:
+    """Shows the first few of many names."""
+    return f"{names[:8]}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "none"

@@ -5,8 +5,22 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from subspace_jax.interop.config_fields import (
+    MAX_LAYERS,
+    dims,
+    flag,
+    group,
+    integer,
+    integers,
+    num_labels,
+    number,
+    pair,
+    square,
+    timm_image_size,
+    word,
+)
 from subspace_jax.interop.names import Place, TensorName
-from subspace_jax.interop.resnet_names import labels, num_labels
+from subspace_jax.interop.resnet_names import labels
 from subspace_jax.nn.param_specs import ParamSpec
 from subspace_jax.nn.swin import swin_specs as specs
 from subspace_jax.nn.swin_config import SwinConfig
@@ -70,25 +84,21 @@ def config_from_hf(fields: Mapping[str, Any]) -> SwinConfig:
     Raises:
       ValueError: The model is not a Swin transformer of the first version, or its activation is not supported.
     """
-    if fields.get("model_type") != "swin":
-        raise ValueError(f"model_type: expected 'swin', got {fields.get('model_type')!r}")
-    activation = fields.get("hidden_act", "gelu")
-    if activation not in _FROM_HF_ACTIVATION:
-        raise ValueError(f"hidden_act: expected one of {sorted(_FROM_HF_ACTIVATION)}, got {activation!r}")
+    word(fields, "model_type", None, ("swin",))
     return SwinConfig(
-        image_size=_pair(fields.get("image_size", 224), "image_size"),
-        patch_size=_one(fields.get("patch_size", 4), "patch_size"),
-        embed_dim=fields.get("embed_dim", 96),
-        depths=tuple(fields.get("depths", (2, 2, 6, 2))),
-        num_heads=tuple(fields.get("num_heads", (3, 6, 12, 24))),
-        window=_one(fields.get("window_size", 7), "window_size"),
-        mlp_ratio=fields.get("mlp_ratio", 4.0),
-        norm_eps=fields.get("layer_norm_eps", 1e-5),
-        activation=_FROM_HF_ACTIVATION[activation],
-        qkv_bias=fields.get("qkv_bias", True),
-        absolute_positions=fields.get("use_absolute_embeddings", False),
+        image_size=pair(fields, "image_size", 224),
+        patch_size=square(fields, "patch_size", 4),
+        embed_dim=integer(fields, "embed_dim", 96),
+        depths=integers(fields, "depths", (2, 2, 6, 2), most=MAX_LAYERS),
+        num_heads=integers(fields, "num_heads", (3, 6, 12, 24)),
+        window=square(fields, "window_size", 7),
+        mlp_ratio=number(fields, "mlp_ratio", 4.0, most=1e6),
+        norm_eps=number(fields, "layer_norm_eps", 1e-5, least=0, most=1),
+        activation=_FROM_HF_ACTIVATION[word(fields, "hidden_act", "gelu", _FROM_HF_ACTIVATION)],
+        qkv_bias=flag(fields, "qkv_bias", True),
+        absolute_positions=flag(fields, "use_absolute_embeddings", False),
         num_classes=num_labels(fields),
-        channels=fields.get("num_channels", 3),
+        channels=integer(fields, "num_channels", 3),
         convention="hf",
     )
 
@@ -150,11 +160,10 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         raise ValueError(
             f"architecture: {name!r} is not supported; expected a name such as 'swin_tiny_patch4_window7_224'"
         )
-    arguments = fields.get("model_args") or {}
+    arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _TIMM_HARMLESS):
         raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
-    if fields.get("global_pool", arguments.get("global_pool", "avg")) != "avg":
-        raise ValueError(f"global_pool: expected 'avg', got {fields.get('global_pool')!r}")
+    word({**arguments, **fields}, "global_pool", "avg", ("avg",))
     depths: dict[int, int] = {}
     for key in shapes:
         if found := re.fullmatch(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table", key):
@@ -163,20 +172,22 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     needed = ["patch_embed.proj.weight", "layers.0.blocks.0.mlp.fc1.weight"]
     if not depths or sorted(depths) != list(range(len(depths))) or any(key not in shapes for key in needed):
         raise ValueError(f"architecture {name!r}: the tensors are not those of a Swin transformer; expected {needed}")
-    tables = [shapes[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in range(len(depths))]
-    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    first = [f"layers.{stage}.blocks.0.attn.relative_position_bias_table" for stage in range(len(depths))]
+    if missing := [name for name in first if name not in shapes]:
+        raise ValueError(f"architecture {name!r}: the tensors {missing} are missing")
+    tables = [dims(shapes, name, 2) for name in first]
+    width, channels, patch, _ = dims(shapes, "patch_embed.proj.weight", 4)
     heads = [key for key in ("head.fc.weight", "head.weight") if key in shapes]
-    size = arguments.get("img_size") or (fields.get("pretrained_cfg") or {}).get("input_size", (3, 224, 224))[1:]
     return SwinConfig(
-        image_size=_pair(size, "img_size"),
+        image_size=timm_image_size(fields) or (224, 224),
         patch_size=patch,
         embed_dim=width,
         depths=tuple(depths[stage] for stage in range(len(depths))),
         num_heads=tuple(table[1] for table in tables),
         window=(math.isqrt(tables[0][0]) + 1) // 2,
-        mlp_ratio=shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / width,
+        mlp_ratio=dims(shapes, "layers.0.blocks.0.mlp.fc1.weight", 2)[0] / width,
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in shapes,
-        num_classes=shapes[heads[0]][0] if heads else 0,
+        num_classes=dims(shapes, heads[0], 2)[0] if heads else 0,
         channels=channels,
         convention="timm",
         architecture=name,
@@ -313,17 +324,3 @@ def _old_spelling(name: str) -> str:
         return name
     old = {names[1]: names[0] for names in _BLOCK.values()}
     return f"{found[1]}.{old.get(found[2], found[2])}.{found[3]}"
-
-
-def _pair(value: int | Iterable[int], name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: expected one number or two, got {value}")
-    return pair
-
-
-def _one(value: int | Iterable[int], name: str) -> int:
-    first, second = _pair(value, name)
-    if first != second:
-        raise ValueError(f"{name}: expected a square, got {value}")
-    return first

@@ -1,7 +1,6 @@
 """Vision models from checkpoint folders of Hugging Face and timm, straight onto devices, and back."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ from jax.typing import DTypeLike
 
 from subspace_jax.interop import resnet_names, swin_names, vision_transformer_names
 from subspace_jax.interop.causal_lm_write import SHARD_BYTES, write_checkpoint
-from subspace_jax.interop.placing import Shardings, match_tensors, read_params, stored_shape
+from subspace_jax.interop.config_fields import naming, read_fields, shown, word
+from subspace_jax.interop.placing import Shardings, check_depth, match_tensors, read_params, stored_shape
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder
 from subspace_jax.nn.resnet_config import ResNetConfig
 from subspace_jax.nn.swin_config import SwinConfig
@@ -75,13 +75,16 @@ def load_vision(
         or of the wrong shape, or a file is damaged or cut off.
       FileNotFoundError: The folder or a file is not there.
     """
-    fields = read_fields(path)
-    family = _family(fields)
+    fields, file = read_fields(path), pathlib.Path(path) / "config.json"
+    with naming(file):
+        family = _family(fields)
     stored = open_folder(path)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    config = family.config_from_hf(fields) if "model_type" in fields else family.config_from_timm(fields, shapes)
-    if hasattr(family, "complete"):
-        config = family.complete(config, fields, shapes)
+    with naming(file):
+        config = family.config_from_hf(fields) if "model_type" in fields else family.config_from_timm(fields, shapes)
+        if hasattr(family, "complete"):
+            config = family.complete(config, fields, shapes)
+    check_depth(path, getattr(config, "num_layers", 0) or sum(config.depths), stored)
     # Meta's own names of DINOv2 may stand beside Hugging Face's config.
     layout = "timm" if "model_type" not in fields or "pos_embed" in stored else "hf"
     return config, _read(path, family, config, layout, stored, dtype, shardings)
@@ -150,20 +153,6 @@ def load_dino_params(
     return _read("tensors", vision_transformer_names, config, layout, stored, dtype, None)
 
 
-def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the fields of a folder's ``config.json``."""
-    file = pathlib.Path(path) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; expected the folder of a Hugging Face or timm checkpoint")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-    return fields
-
-
 def renamed(
     family: ModuleType, config: Any, layout: str, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
@@ -184,19 +173,15 @@ def _read(path, family: ModuleType, config, layout: str, stored, dtype, sharding
 
 def _family(fields: Mapping[str, Any]) -> ModuleType:
     if "model_type" in fields:
-        if fields["model_type"] in _BY_MODEL_TYPE:
-            return _BY_MODEL_TYPE[fields["model_type"]]
-        raise ValueError(
-            f"model_type: {fields['model_type']!r} is not supported; expected one of {sorted(_BY_MODEL_TYPE)}"
-        )
+        return _BY_MODEL_TYPE[word(fields, "model_type", None, _BY_MODEL_TYPE)]
     if "architecture" not in fields:
-        raise ValueError("config.json: expected model_type (Hugging Face) or architecture (timm), found neither")
+        raise ValueError("expected model_type (Hugging Face) or architecture (timm), found neither")
+    name = fields["architecture"]
     for start, family in _BY_TIMM_NAME.items():
-        if str(fields["architecture"]).startswith(start):
+        if isinstance(name, str) and name.startswith(start):
             return family
     raise ValueError(
-        f"architecture: {fields['architecture']!r} is not supported; expected one that begins with one of "
-        f"{sorted(_BY_TIMM_NAME)}"
+        f"architecture: {shown(name)} is not supported; expected one that begins with one of {sorted(_BY_TIMM_NAME)}"
     )
 
 

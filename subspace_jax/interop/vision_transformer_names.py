@@ -10,10 +10,9 @@ from subspace_jax.interop.names import Place, TensorName
 from subspace_jax.interop.vision_transformer_config import (
     complete,
     config_from_hf,
-    config_from_timm,
     config_to_hf,
-    config_to_timm,
 )
+from subspace_jax.interop.vision_transformer_timm import config_from_timm, config_to_timm
 from subspace_jax.nn.vision_transformer import vision_transformer_specs as specs
 from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 

@@ -83,19 +83,30 @@ def entry(begin, end, shape=(2,), dtype="F32"):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"not json", "the header is not what a safetensors file has"),
-        (b"[]", "the header is not what a safetensors file has"),
-        ({"a": {"dtype": "F32"}}, "the header is not what a safetensors file has"),
-        ({"a": entry(0, 8, dtype="F4")}, "'a' has dtype 'F4'; expected one of"),
-        ({"a": entry(0, 12)}, r"'a' has 12 bytes, 8 are expected of its shape \(2,\)"),
-        ({"a": entry(-4, 4)}, "'a' has 8 bytes"),
-        ({"a": entry(0, 8, (-2,))}, "are expected of its shape"),
-        ({"a": entry(0, 8), "b": entry(4, 12)}, "'b' overlaps the tensor before it"),
-        ({"a": entry(0, 8), "b": entry(8, 24, (4,))}, "cut off: 'b' ends at byte"),
+        (b"not json", "invalid JSON in header"),
+        (b"[]", "invalid JSON in header"),
+        (b'{"\xff": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', "invalid UTF-8 in header"),
+        (b'{"a": ' + b"[" * 10_000, "recursion limit exceeded"),
+        ({"a": {"dtype": "F32"}}, "missing field"),
+        ({"a": entry(0, 16, (4,), dtype="F5")}, "unknown variant `F5`"),
+        ({"a": entry(0, 16, (4,), dtype="U32")}, "'a' has dtype 'U32'; expected one of"),
+        ({"a": entry(0, 16)}, "invalid shape, data type, or offset"),
+        ({"a": entry(-4, 12, (4,))}, "invalid value: integer `-4`"),
+        ({"a": entry(0, 16, (-4,))}, "invalid value: integer `-4`"),
+        ({"a": entry(0, 16, (True, 4))}, "invalid type: boolean"),
+        ({"a": entry(0, 16, (4.0,))}, "invalid type: floating point"),
+        ({"a": entry(0, 16, (2**62, 8))}, "overflow"),
+        ({"a": entry(0, 16, (2**70,))}, "invalid type"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "invalid offset for tensor `b`"),
+        ({"a": entry(0, 4, (1,)), "b": entry(8, 16)}, "invalid offset for tensor `b`"),
+        ({"a": entry(0, 8)}, "file not fully covered"),
+        ({"a": entry(0, 8), "b": entry(8, 24, (4,))}, "file not fully covered"),
+        ({"__metadata__": {"format": 1}, "a": entry(0, 16, (4,))}, "expected a string"),
+        (b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 16, (4,))).encode(),) * 2), "the name 'a' stands twice"),
     ],
 )
 def test_headers_that_contradict_themselves_are_refused(tmp_path, header, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"t.safetensors: .*{message}"):
         interop.read_header(_file(tmp_path, header))
 
 
@@ -109,9 +120,16 @@ def test_files_of_another_kind_are_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
-        ("{", ValueError, "expected JSON with a weight_map"),
-        ('{"weights": {}}', ValueError, "expected JSON with a weight_map"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', ValueError, "a shard is a file beside the index"),
+        ("{", ValueError, "model.safetensors.index.json: not JSON"),
+        ("[" * 100_000, ValueError, "model.safetensors.index.json: not JSON: nested too deeply"),
+        ('{"weights": {}}', ValueError, "expected JSON with a weight_map, an object, got None"),
+        ('{"weight_map": ["m.safetensors"]}', ValueError, "expected JSON with a weight_map, an object, got"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', ValueError, "a shard is a .safetensors file beside the index"),
+        ('{"weight_map": {"a": "/x.safetensors"}}', ValueError, "a shard is a .safetensors file beside the index"),
+        ('{"weight_map": {"a": ".."}}', ValueError, r"a shard is a .safetensors file beside the index, got '\.\.'"),
+        ('{"weight_map": {"a": 1}}', ValueError, "a shard is a .safetensors file beside the index, got 1"),
+        ('{"weight_map": {"a": ["m.safetensors"]}}', ValueError, "a shard is a .safetensors file beside the index"),
+        ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', ValueError, "the name 'a' stands twice"),
         ('{"weight_map": {"a": "m.safetensors", "c": "m.safetensors"}}', ValueError, r"their shards lack: \['c'\]"),
         ('{"weight_map": {"a": "m.safetensors"}}', ValueError, r"the index does not name: \['b'\]"),
         ('{"weight_map": {"a": "n.safetensors"}}', FileNotFoundError, "shard 'n.safetensors' of the index is missing"),
@@ -127,3 +145,44 @@ def test_an_index_has_to_fit_its_shards(tmp_path, index, error, message):
 def test_a_folder_has_to_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         interop.open_folder(tmp_path / "nowhere")
+
+
+def test_a_tensor_in_two_shards_is_refused_by_open_folder(tmp_path):
+    write(tmp_path / "m.safetensors", {"a": np.ones(2), "b": np.ones(2)})
+    write(tmp_path / "n.safetensors", {"b": np.zeros(2), "c": np.ones(2)})
+    weight_map = {"a": "m.safetensors", "b": "m.safetensors", "c": "n.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index.json: tensors that stand in more than one shard: \['b'\]"):
+        interop.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", '{"weight_map": {"a": "m.safetensors"}}'])
+def test_a_single_file_comes_before_an_index_in_open_folder(tmp_path, index):
+    write(tmp_path / "model.safetensors", {"a": np.full(2, 1.0)})
+    write(tmp_path / "m.safetensors", {"a": np.full(2, 2.0)})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert interop.open_folder(tmp_path)["a"].read()[0] == 1.0
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*model.safetensors"):
+        interop.open_folder(tmp_path)
+
+
+def test_stored_tensors_are_compared_by_value_slice_by_slice(tmp_path, monkeypatch):
+    monkeypatch.setattr("subspace_jax.interop.safetensors_io._COMPARED_BYTES", 30)
+    table = np.arange(35, dtype=np.float32).reshape(7, 5)
+    table[6, 4] = np.nan
+    other = table.copy()
+    other[6, 3] += 1
+    exact = np.arange(35, dtype=np.float32).reshape(7, 5)
+    narrow = exact.astype(ml_dtypes.bfloat16)
+    tensors = {"table": table, "same": table.copy(), "other": other, "wide": table.T.copy(), "exact": exact}
+    write(tmp_path / "t.safetensors", {**tensors, "narrow": narrow, "empty": np.zeros((0, 5), np.float32)})
+    stored = interop.read_header(tmp_path / "t.safetensors")[0]
+    assert stored["table"].equals(stored["same"])
+    assert stored["exact"].equals(stored["narrow"])
+    assert stored["empty"].equals(stored["empty"])
+    for name in ("other", "wide", "exact", "empty"):
+        assert not stored["table"].equals(stored[name])

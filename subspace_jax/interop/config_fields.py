@@ -1,0 +1,213 @@
+"""The ``config.json`` of a model's folder, and its fields one by one: type and range are checked before use."""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+Fields = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Sizes that no model has.  Most sizes show in the tensors; these bounds are for what is built before those are seen.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000
+MAX_HEAD_DIM = 2**16
+MAX_IMAGE = 2**14
+_MAX_BYTES = 100_000_000
+_ABSENT = object()
+
+
+def read_json(file: str | os.PathLike, *, unique: bool = False) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Args:
+      file: The file.
+      unique: Whether a name that stands twice in an object is refused; the last one counts otherwise.
+
+    Raises:
+      ValueError: The file is not JSON in UTF-8, is nested too deeply or too large, or holds no object; the message
+        names the file.
+      OSError: It can't be read, or is not there.
+    """
+    file = pathlib.Path(file)
+    if (size := file.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{file}: expected at most {_MAX_BYTES} bytes, got {size}")
+    try:
+        fields = json.loads(file.read_bytes(), object_pairs_hook=unique_names if unique else None)
+    except RecursionError as error:
+        raise ValueError(f"{file}: not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict of the pairs of a JSON object, and refuses names that stand there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {shown(twice)} stands twice")
+    return made
+
+
+def read_fields(folder: str | os.PathLike) -> dict[str, Any]:
+    """Reads the fields of the ``config.json`` of a model's folder.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is no JSON object, or not that of a model: the folder is the workdir of a run or an adapter's; or
+        its weights are in files of other names.
+    """
+    folder = pathlib.Path(folder)
+    file = folder / "config.json"
+    if folder.is_file():
+        raise ValueError(f"{folder}: expected the folder of a Hugging Face or timm checkpoint, got a file")
+    if not file.exists():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder}: this is a PEFT adapter; expected the folder of the model that it adapts")
+        if not (folder / "checkpoints").is_dir():
+            raise FileNotFoundError(f"{file}: no such file; expected the folder of a Hugging Face or timm checkpoint")
+        raise ValueError(_what_a_run_has(folder))
+    fields = read_json(file)
+    named = fields.keys() & {"model_type", "architecture"}
+    if not named and ("task" in fields or (folder / "checkpoints").is_dir()):
+        raise ValueError(_what_a_run_has(folder))
+    if fields.get("transformers_weights") is not None:
+        raise ValueError(
+            f"{file}: transformers_weights: files of other names are not supported, got "
+            f"{shown(fields['transformers_weights'])}"
+        )
+    return fields
+
+
+def _what_a_run_has(folder: pathlib.Path) -> str:
+    if (folder / "model").is_dir():
+        return f"{folder}: this is a run; its model is {folder / 'model'}"
+    if (folder / "adapter").is_dir():
+        return f"{folder}: this is a run that trained an adapter; expected a model, the adapter is {folder / 'adapter'}"
+    return f"{folder}: this is a run without a folder of its model; expected that of a Hugging Face or timm checkpoint"
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike) -> Iterator[None]:
+    """Puts the name of a file before the message of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def shown(value: Any) -> str:
+    """The start of a value's representation."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
+
+
+def integer(fields: Fields, name: str, default: Any = _ABSENT, *, least: int = 1, most: int = MAX_SIZE) -> Any:
+    """Returns an integer field in ``[least, most]``; ``default``, unchecked, where it is absent."""
+    return checked_integer(name, fields.get(name), least, most) if default is _ABSENT or name in fields else default
+
+
+def checked_integer(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) -> int:
+    """Returns an integer, and raises ``ValueError`` for what is none, or none in ``[least, most]``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = {0: "an integer of at least 0", 1: "a positive integer"}[least]
+        raise ValueError(f"{name}: expected {kind}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {shown(value)}")
+    return value
+
+
+def integers(fields: Fields, name: str, default: tuple[int, ...], *, most: int = MAX_SIZE) -> tuple[int, ...]:
+    """Returns a field that lists positive integers, one for each stage of a network."""
+    values = fields.get(name, default)
+    if not isinstance(values, list | tuple) or not 1 <= len(values) <= 32:
+        raise ValueError(f"{name}: expected a list of positive integers, one for each stage, got {shown(values)}")
+    return tuple(checked_integer(name, value, most=most) for value in values)
+
+
+def pair(fields: Fields, name: str, default: Any, *, most: int = MAX_IMAGE) -> tuple[int, int]:
+    """Returns a field that is height and width, or one number for both."""
+    value = fields.get(name, default)
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name}: expected one number or two, got {shown(value)}")
+    height, width = (checked_integer(name, side, most=most) for side in sides)
+    return height, width
+
+
+def square(fields: Fields, name: str, default: Any) -> int:
+    """Returns the side of a square, which may be given as two equal numbers."""
+    height, width = pair(fields, name, default)
+    if height != width:
+        raise ValueError(f"{name}: expected a square, got {shown(fields[name])}")
+    return height
+
+
+def number(fields: Fields, name: str, default: Any = _ABSENT, *, least: float = 1e-6, most: float = 3e38) -> float:
+    """Returns a number in ``[least, most]``, finite in float32 by default; ``default`` where it is absent."""
+    value = fields.get(name) if default is _ABSENT else fields.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name}: expected a number in [{least}, {most}], got {shown(value)}")
+    return float(value)
+
+
+def flag(fields: Fields, name: str, default: bool) -> bool:
+    """Returns a field that is true or false; null counts as absent where that means false."""
+    value = fields.get(name, default)
+    if value is None and not default:
+        return False
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {shown(value)}")
+    return value
+
+
+def word(fields: Fields, name: str, default: str | None, known: Collection[str]) -> str:
+    """Returns a field that is one of some words."""
+    value = fields.get(name, default)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: {shown(value)} is not supported; expected one of {sorted(known)}")
+    return value
+
+
+def group(fields: Fields, name: str) -> dict[str, Any]:
+    """Returns a field that is an object; an empty one where it is absent or null."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected an object, got {shown(value)}")
+    return dict(value or {})
+
+
+def num_labels(fields: Fields) -> int:
+    """Classes of a Hugging Face model: as many as ``id2label`` names, else ``num_labels``, else 2."""
+    if fields.get("id2label") is not None:
+        return len(group(fields, "id2label"))
+    return integer(fields, "num_labels", 2, least=0)
+
+
+def timm_image_size(fields: Fields) -> tuple[int, int] | None:
+    """Height and width of the images by a ``config.json`` of timm, where it names them."""
+    arguments, pretrained = group(fields, "model_args"), group(fields, "pretrained_cfg")
+    if arguments.get("img_size") is not None:
+        return pair(arguments, "img_size", None)
+    size = pretrained.get("input_size")
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f"input_size: expected channels, height and width, got {shown(size)}")
+    return pair({"input_size": size[1:]}, "input_size", None)
+
+
+def dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
+    """Returns the shape of a tensor that a config is read off: so many axes, none of them empty."""
+    shape = shapes[name]
+    if len(shape) != count or 0 in shape:
+        raise ValueError(f"{name}: expected a tensor with {count} axes, none of them empty, got {tuple(shape)}")
+    return shape
