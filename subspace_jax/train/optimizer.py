@@ -10,6 +10,8 @@ import optax
 from ml_collections import ConfigDict
 
 from subspace_jax import optim
+from subspace_jax.adapters.energies import PROBES
+from subspace_jax.train.fields import check_at_least, check_choice, check_share, flatten
 
 PyTree = Any
 
@@ -20,6 +22,15 @@ LORA = ("lora_plus", "scaled_gd_lora", "scaled_adamw_lora", "lora_rite", "lora_p
 GRASSMANN = ("rsgd", "radam")
 DECAYS = ("all", "kernels")
 
+_AT_LEAST_0 = (
+    *("learning_rate", "warmup_steps", "final_scale", "weight_decay", "clip_norm"),
+    *("low_rank.rank", "grassmann.lr_factor"),
+)
+_ABOVE_0 = (
+    *("low_rank.refresh_every", "low_rank.scale", "low_rank.sketch_rank"),
+    *("lora.ratio", "lora.scale", "grassmann.reorth_every"),
+)
+_SHARES = ("momentum", "b1", "b2", "grassmann.momentum")
 _NO_KERNELS = ("bias", "scale", "embedding", "magnitude", "bases")
 
 
@@ -76,9 +87,12 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     Raises:
       ValueError: The schedule is unknown, or the warm-up is longer than the run.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule: expected one of {SCHEDULES}, got {config.schedule!r}")
+    return _schedule(config, config.learning_rate, num_steps)
+
+
+def _schedule(config: ConfigDict, peak: float, num_steps: int) -> optax.Schedule:
+    warmup = config.warmup_steps
+    check_choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= warmup < num_steps:
         raise ValueError(f"optim.warmup_steps: expected 0 to {num_steps - 1} for a run of {num_steps}, got {warmup}")
     rest = num_steps - warmup
@@ -126,9 +140,8 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     Raises:
       ValueError: A name is unknown, or ``decay`` is "kernels" for an optimizer of ``LOW_RANK`` or ``LORA``.
     """
+    check_optimizer(config)
     rate = make_schedule(config, num_steps)
-    if config.decay not in DECAYS:
-        raise ValueError(f"optim.decay: expected one of {DECAYS}, got {config.decay!r}")
     if config.decay == "kernels" and config.name not in EUCLIDEAN:
         raise ValueError(f"optim.decay: {config.name!r} decays all that it trains, expected 'all', got 'kernels'")
     decayed = _only_kernels if config.decay == "kernels" else None
@@ -148,11 +161,9 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         options = {"weight_decay": config.weight_decay, "mask": decayed}
         euclidean = optax.lamb(rate, b1=config.b1, b2=config.b2, **options)
     elif config.name in LOW_RANK:
-        euclidean = _narrowed(config, _low_rank(config, rate))
-    elif config.name in LORA:
-        euclidean = _lora(config, rate)
+        euclidean = _narrowed(config, _low_rank(config, rate, num_steps))
     else:
-        raise ValueError(f"optim.name: expected one of {(*EUCLIDEAN, *LOW_RANK, *LORA)}, got {config.name!r}")
+        euclidean = _lora(config, rate)
 
     manifold = config.grassmann
     shared = {
@@ -163,10 +174,8 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     }
     if manifold.name == "rsgd":
         grassmann = optim.riemannian_sgd(rate, momentum=manifold.momentum, **shared)
-    elif manifold.name == "radam":
-        grassmann = optim.riemannian_adam(rate, b1=config.b1, b2=config.b2, **shared)
     else:
-        raise ValueError(f"optim.grassmann.name: expected one of {GRASSMANN}, got {manifold.name!r}")
+        grassmann = optim.riemannian_adam(rate, b1=config.b1, b2=config.b2, **shared)
 
     tx = optim.with_geometry(euclidean, grassmann)
     if config.clip_norm <= 0:
@@ -174,14 +183,30 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.name == "adaprelora" and config.lora.stats == "full":
         # What the probes of energies deliver is no part of the gradient.
-        clip = optax.masked(clip, functools.partial(_but_for, ("row_energy", "column_energy")))
+        clip = optax.masked(clip, functools.partial(_but_for, PROBES))
     return optax.chain(clip, tx)
 
 
-def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def check_optimizer(config: ConfigDict) -> None:
+    """Checks the fields of :func:`default_config`, those too that the chosen optimizer does not use.
+
+    Raises:
+      ValueError: A number is out of range, or a name is unknown; the message names the field.
+    """
+    check_choice("optim.name", config.name, (*EUCLIDEAN, *LOW_RANK, *LORA))
+    check_choice("optim.grassmann.name", config.grassmann.name, GRASSMANN)
+    check_choice("optim.decay", config.decay, DECAYS)
+    fields = flatten(config)
+    for name in _AT_LEAST_0:
+        check_at_least(f"optim.{name}", fields[name], 0)
+    for name in _ABOVE_0:
+        check_at_least(f"optim.{name}", fields[name], 0, above=True)
+    for name in _SHARES:
+        check_share(f"optim.{name}", fields[name])
+
+
+def _low_rank(config: ConfigDict, rate: optax.Schedule, num_steps: int) -> optax.GradientTransformation:
     fields = config.low_rank
-    if fields.rank < 0:
-        raise ValueError(f"optim.low_rank.rank: expected at least 0, got {fields.rank}")
     moments = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
     renewed = {**moments, "refresh_every": fields.refresh_every, "scale": fields.scale}
 
@@ -204,9 +229,8 @@ def _low_rank(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransfo
             return optim.apollo(rate, lambda *leaf: None if rank(*leaf) is None else 1, **options)
         if config.name == "online_subspace_descent":
             options = {"period": fields.refresh_every, "scale": fields.scale}
-            return optim.online_subspace_descent(
-                rate, rank, relative_rate=lambda step: rate(step) / config.learning_rate, **moments, **options
-            )
+            relative = _schedule(config, 1.0, num_steps)
+            return optim.online_subspace_descent(rate, rank, relative_rate=relative, **moments, **options)
         # One run is one task: the history, which later tasks would need, has room for one column.
         return optim.coso(
             rate,

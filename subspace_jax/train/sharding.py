@@ -202,6 +202,12 @@ def param_shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEF
     return jax.tree.map(lambda x, names: NamedSharding(mesh, resolve(names, x.shape, mesh, rules)), shapes, axes)
 
 
+def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
+    """Returns the bytes of a tree on one device."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
+
+
 def gather(tree: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
     """Gathers arrays over the mesh axes that split rows or places, before they are used; works under ``jax.jit`` only.
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from subspace_jax import train
 from subspace_jax.manifolds import grassmann
@@ -243,3 +244,41 @@ def test_energies_of_the_true_gradient_come_through_a_train_step(configs, tmp_pa
     metrics = train.run(config, tmp_path, progress=False).metrics
     # The figure is 1e-8 as a median after twice as many steps.
     assert metrics["relative"] <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("learning_rate=-0.1", "learning_rate: expected a finite number at least 0, got -0.1"),
+        ("learning_rate=1e300", r"learning_rate: expected a finite number at least 0, got 1e\+300"),
+        ("final_scale=1e400", "final_scale: expected a finite number at least 0, got inf"),
+        ("momentum=1", r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ("b1=-0.5", r"b1: expected a number in \[0, 1\), got -0.5"),
+        ("b2=1e400", r"b2: expected a number in \[0, 1\), got inf"),
+        ("weight_decay=-1", "weight_decay: expected a finite number at least 0, got -1.0"),
+        ("clip_norm=-1", "clip_norm: expected a finite number at least 0, got -1.0"),
+        ("warmup_steps=-1", "warmup_steps: expected at least 0, got -1"),
+        ("low_rank.rank=-1", "low_rank.rank: expected at least 0, got -1"),
+        ("low_rank.refresh_every=0", "low_rank.refresh_every: expected at least 1, got 0"),
+        ("low_rank.scale=1e300", r"low_rank.scale: expected a finite number above 0, got 1e\+300"),
+        ("low_rank.sketch_rank=0", "low_rank.sketch_rank: expected at least 1, got 0"),
+        ("lora.ratio=0", "lora.ratio: expected a finite number above 0, got 0.0"),
+        ("lora.scale=-1", "lora.scale: expected a finite number above 0, got -1.0"),
+        ("grassmann.momentum=1e39", r"grassmann.momentum: expected a number in \[0, 1\), got 1e\+39"),
+        ("grassmann.lr_factor=-1", "grassmann.lr_factor: expected a finite number at least 0, got -1.0"),
+        ("grassmann.reorth_every=0", "grassmann.reorth_every: expected at least 1, got 0"),
+        ("name=adamm", "name: expected one of .*got 'adamm'; did you mean 'adam'?"),
+        ("schedule=cosin", "schedule: expected one of .*got 'cosin'; did you mean 'cosine'?"),
+        ("grassmann.name=rgsd", "grassmann.name: expected one of .*; did you mean 'rsgd'?"),
+    ],
+)
+def test_make_optimizer_names_the_field_that_is_out_of_range(setting, message):
+    config = train.override(ConfigDict({"optim": optimizer.default_config()}), [f"optim.{setting}"])
+    with pytest.raises(ValueError, match=rf"^optim\.{message}"):
+        train.make_optimizer(config.optim, 10)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_online_subspace_descent_rests_at_a_learning_rate_of_zero():
+    updates, _ = first_step({"q": {"kernel": jnp.ones((8, 4))}}, "online_subspace_descent", learning_rate=0.0)
+    np.testing.assert_array_equal(updates["q"]["kernel"], 0)
