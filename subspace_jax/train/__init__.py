@@ -19,7 +19,7 @@ from subspace_jax.train.intrinsic_dimension import (
     measure_intrinsic_dimension,
     plot_intrinsic_dimension,
 )
-from subspace_jax.train.loop import Data, FitResult, evaluate, fit, writable_folder
+from subspace_jax.train.loop import Data, FitResult, evaluate, fit
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
 from subspace_jax.train.plan import Plan, mesh_sizes, plan_run, plan_step, usual_meshes
@@ -59,6 +59,7 @@ from subspace_jax.train.step import (
 from subspace_jax.train.subspace_task import SubspaceTask
 from subspace_jax.train.survival import NotFiniteError, Preempted
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
+from subspace_jax.train.workdir import replacing, writable_folder
 
 __all__ = [
     "CHIPS",
@@ -138,6 +139,7 @@ __all__ = [
     "plot_sweep",
     "read_config",
     "read_metrics",
+    "replacing",
     "resolve",
     "restore",
     "roofline",

@@ -22,11 +22,13 @@ from subspace_jax.metrics import intrinsic_dimension as searching
 from subspace_jax.optim.random_subspace import Select
 from subspace_jax.train.config import differing_fields, read_config, save_config
 from subspace_jax.train.experiment import build
-from subspace_jax.train.loop import Data, fit, writable_folder
+from subspace_jax.train.lock import locked
+from subspace_jax.train.loop import Data, fit
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules
 from subspace_jax.train.subspace_task import SubspaceTask
 from subspace_jax.train.task import Task
+from subspace_jax.train.workdir import naming, replacing, unmark_saved, writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -149,52 +151,56 @@ def measure_intrinsic_dimension(
     num_params = next(iter(tasks.values())).num_params
     settings = {"method": method, "scope": scope, "metric": metric, "num_steps": num_steps, "num_params": num_params}
     workdir = writable_folder(workdir)
-    table = _Table(workdir / "table.jsonl", settings)
+    with locked(workdir):
+        table = _Table(workdir / "table.jsonl", settings)
 
-    def score(dim: int) -> float:
-        return float(np.mean([one(dim, seed + i) for i in range(repeats)]))
+        def score(dim: int) -> float:
+            return float(np.mean([one(dim, seed + i) for i in range(repeats)]))
 
-    def one(dim: int, run_seed: int) -> float:
-        if (known := table.score(dim, run_seed)) is not None:
-            return known
-        name = f"{'full' if dim == 0 else f'd{dim}'}_seed{run_seed}"
-        result = fit(
-            tasks[dim] if dim else task,
-            tx if dim else (full_tx or tx),
-            data,
-            num_steps=num_steps,
-            workdir=workdir / "runs" / name,
-            mesh=mesh,
-            rules=rules,
-            seed=run_seed,
-            checkpoint_every=max(1, num_steps // 5),
-            keep=1,
-            best=f"max:{metric}",
-            progress=progress,
-        )
-        value = result.metrics[metric]
-        if dim:
-            _save_solution(workdir / "solutions" / f"{name}.npz", result.state)
-        table.add(dim, run_seed, value)
+        def one(dim: int, run_seed: int) -> float:
+            if (known := table.score(dim, run_seed)) is not None:
+                return known
+            name = f"{'full' if dim == 0 else f'd{dim}'}_seed{run_seed}"
+            result = fit(
+                tasks[dim] if dim else task,
+                tx if dim else (full_tx or tx),
+                data,
+                num_steps=num_steps,
+                workdir=workdir / "runs" / name,
+                mesh=mesh,
+                rules=rules,
+                seed=run_seed,
+                checkpoint_every=max(1, num_steps // 5),
+                keep=1,
+                best=f"max:{metric}",
+                progress=progress,
+            )
+            value = result.metrics[metric]
+            if dim:
+                _save_solution(workdir / "solutions" / f"{name}.npz", result.state)
+            table.add(dim, run_seed, value)
+            if jax.process_index() == 0:
+                unmark_saved(workdir / "runs" / name)
+                shutil.rmtree(workdir / "runs" / name / "checkpoints", ignore_errors=True)
+            log.info("%s: %s %.4f", name, metric, value)
+            return value
+
+        baseline = score(0) if baseline is None else baseline
+        if not baseline > 0:
+            raise ValueError(f"baseline: expected a positive score, got {baseline}")
+        if search == "all":
+            for dim in tasks:
+                score(dim)
+        else:
+            measures.search_d_int(score, list(tasks), baseline, fraction, search)
+        rows = [row for row in table.rows if row["dim"] in tasks and seed <= row["seed"] < seed + repeats]
+        found, value = measures.d_int([r["dim"] for r in rows], [r["score"] for r in rows], baseline, fraction)
+        result = IntrinsicDimension(found, value, baseline, fraction, num_params, tuple(table.rows))
         if jax.process_index() == 0:
-            shutil.rmtree(workdir / "runs" / name / "checkpoints", ignore_errors=True)
-        log.info("%s: %s %.4f", name, metric, value)
-        return value
-
-    baseline = score(0) if baseline is None else baseline
-    if not baseline > 0:
-        raise ValueError(f"baseline: expected a positive score, got {baseline}")
-    if search == "all":
-        for dim in tasks:
-            score(dim)
-    else:
-        measures.search_d_int(score, list(tasks), baseline, fraction, search)
-    rows = [row for row in table.rows if row["dim"] in tasks and seed <= row["seed"] < seed + repeats]
-    found, value = measures.d_int([r["dim"] for r in rows], [r["score"] for r in rows], baseline, fraction)
-    result = IntrinsicDimension(found, value, baseline, fraction, num_params, tuple(table.rows))
-    if jax.process_index() == 0:
-        plot_intrinsic_dimension(dataclasses.replace(result, rows=tuple(rows)), workdir / "curve.png", metric=metric)
-    return result
+            plot_intrinsic_dimension(
+                dataclasses.replace(result, rows=tuple(rows)), workdir / "curve.png", metric=metric
+            )
+        return result
 
 
 def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> IntrinsicDimension:
@@ -267,7 +273,8 @@ def plot_intrinsic_dimension(result: IntrinsicDimension, output: str | Path, *, 
     axis.set(xscale="log", xlabel="dimension of the subspace", ylabel=metric)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    figure.savefig(output, dpi=120)
+    with replacing(output) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 class _Table:
@@ -275,16 +282,15 @@ class _Table:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self._path = path
-        lines = _whole_lines(path)
-        before = lines[0].get("settings") if lines else None
+        lines = _read_table(path)
+        before = lines[0]["settings"] if lines else None
         if lines and before != settings:
             raise ValueError(f"workdir: {path} is of a measurement with {before}, got {settings}")
         self.rows = lines[1:]
         if jax.process_index() == 0:
             # Without what a killed process may have left half written.
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"settings": dict(settings)}]))
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"settings": dict(settings)}]))
 
     def score(self, dim: int, seed: int) -> float | None:
         return next((row["score"] for row in self.rows if (row["dim"], row["seed"]) == (dim, seed)), None)
@@ -292,20 +298,35 @@ class _Table:
     def add(self, dim: int, seed: int, score: float) -> None:
         self.rows.append({"dim": dim, "seed": seed, "score": score})
         if jax.process_index() == 0:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    """Reads settings and rows, without a last line that is not finished; raises ValueError for another wrong line."""
+    lines, found = path.read_bytes().splitlines(keepends=True) if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            row = None
+        if not _is_entry(row, first=number == 1):
+            wanted = "the settings" if number == 1 else "dim, seed and score"
+            raise ValueError(f"workdir: {path}:{number}: expected {wanted} as JSON, got {line[:80]!r}")
+        found.append(row)
+    return found
+
+
+def _is_entry(row: Any, *, first: bool) -> bool:
+    if not isinstance(row, dict):
+        return False
+    if first:
+        return isinstance(row.get("settings"), dict)
+    return all(type(row.get(name)) is int for name in ("dim", "seed")) and type(row.get("score")) in (int, float)
 
 
 def _save_solution(path: Path, state: Any) -> None:
@@ -313,4 +334,5 @@ def _save_solution(path: Path, state: Any) -> None:
     kept = optim.compress(state.variables["subspace"], theta)
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
-        np.savez(path, **{name: np.asarray(jax.device_get(x)) for name, x in kept.items()})
+        with replacing(path) as partial:
+            np.savez(partial, **{name: np.asarray(jax.device_get(x)) for name, x in kept.items()})

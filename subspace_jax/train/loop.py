@@ -1,10 +1,9 @@
 """The train loop: resume, step, evaluate, log, checkpoint."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from subspace_jax.train.checkpoints import Checkpoints, parse_best
+from subspace_jax.train.lock import locked
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
+from subspace_jax.train.reading import together
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, check_batch_size, make_mesh, to_device
 from subspace_jax.train.step import (
     TrainState,
@@ -28,10 +29,12 @@ from subspace_jax.train.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    run_key,
     state_shardings,
 )
 from subspace_jax.train.survival import FiniteWatch, Notice, Preempted, Timed
 from subspace_jax.train.task import Batch, Metrics, Task
+from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ def fit(
     data_timeout: float = 0.0,
     max_skipped: int = 0,
     progress: bool = True,
+    restart: bool = False,
+    change_seed: bool = False,
     on_start: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Trains up to a number of steps, going on from the last checkpoint in ``workdir`` where there is one.
@@ -119,15 +124,21 @@ def fit(
       max_skipped: Steps in a row without finite loss and gradient after which the run stops, with the last batch
         saved; looked at every so many steps.  0 never stops.
       progress: Whether to show a progress bar.
+      restart: Begin at step 0 where ``workdir`` holds a run, which is kept below it in a folder ``earlier.1`` (or the
+        next number that is free).
+      change_seed: Go on with another seed than that of the run, in its randomness and in the order of its data from
+        there on; without it, another seed is refused.
       on_start: Called with the step from which the run goes on, when nothing is left that could refuse it.
 
     Returns:
       The final state and the metrics of the last evaluation.
 
     Raises:
-      ValueError: A number is out of range, a batch can't be split over the mesh, or evaluation has no such metric.
+      ValueError: A number is out of range, a batch can't be split over the mesh, evaluation has no such metric, or
+        ``workdir`` holds a run with another seed.
       CheckpointMismatchError: ``workdir`` holds checkpoints of another model.
-      OSError: ``workdir`` can't be written, or the disk is full.
+      OSError: ``workdir`` can't be read or written, is in use by another run, or has lost its checkpoints, or the disk
+        is full.
       TimeoutError: A batch did not come in time.
       NotFiniteError: Too many steps in a row were skipped.
       Preempted: The run got SIGTERM, and its state is saved.
@@ -146,12 +157,17 @@ def fit(
     train_step = make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat)
     workdir = writable_folder(workdir)
     batches = data.train(seed)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, skip=frozen_names(task))
-    try:
+    with locked(workdir), contextlib.ExitStack() as last:
+        if restart:
+            together(lambda: jax.process_index() or set_aside(workdir), f"move what is in {workdir}")
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, skip=frozen_names(task))
+        last.callback(checkpoints.close)
         state = checkpoints.restore(abstract, shardings, data=batches)
         if state is None:
+            check_never_saved(workdir)
             state = init_state(task, tx, mesh, rules, seed=seed)
         else:
+            state = _with_seed(state, seed, shardings, workdir, change=change_seed)
             state = complete_state(task, state, shardings)
             log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
         start = int(state.step)
@@ -176,11 +192,25 @@ def fit(
                 # At once: closing below waits for the others, and JAX ends the process when it finds one dead.
                 log.error("Process %d lost another one, or failed itself; the run ends.", jax.process_index())
             raise
-    finally:
-        checkpoints.close()
-    if jax.process_index() == 0:
-        plot_curves({"run": workdir / "metrics.jsonl"}, workdir / "curves.png")
+        last.close()
+        run.mark_saved(int(result.state.step))
+        if jax.process_index() == 0:
+            plot_curves({"run": workdir / "metrics.jsonl"}, workdir / "curves.png")
     return result
+
+
+def _with_seed(state: TrainState, seed: int, shardings: TrainState, workdir: Path, *, change: bool) -> TrainState:
+    """Compares the key of a restored state with that of a seed; raises ValueError for another one."""
+    key = run_key(seed)
+    if np.array_equal(np.asarray(key), np.asarray(state.key)):
+        return state
+    if not change:
+        raise ValueError(
+            f"seed: the run in {workdir} began with another seed than {seed}; give that one, or go on with this one by "
+            "--change-seed (change_seed=True), or start anew by --restart (restart=True)"
+        )
+    log.warning("Going on with another seed than that of the run before: %d.", seed)
+    return dataclasses.replace(state, key=jax.device_put(np.asarray(key), shardings.key))
 
 
 def check_evaluation(task: Task, data: Data, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, best: str) -> None:
@@ -242,6 +272,7 @@ class _Run:
 
     def go(self, state, start, every, profile_at, rows, progress) -> FitResult:
         final: dict[str, float] = {}
+        begun = start  # step of the last checkpoint, which is whole when the next one is begun
         skipped_before = int(state.skipped)
         watch = FiniteWatch(self.max_skipped, skipped_before, self.workdir)
         with (
@@ -280,13 +311,21 @@ class _Run:
                 if every.due_to_save(step):
                     fresh = final if every.due(every.evaluate, step) else None
                     self.checkpoints.save(state, self.batches, fresh)
+                    self.mark_saved(begun)
+                    begun = step
                     if every.checkpoint == 1:  # there is no middle in which to write it
                         self.checkpoints.wait()
                 if notice.came(step) and step < every.num_steps:
                     self.checkpoints.save(state, self.batches)
                     self.checkpoints.wait()
+                    self.mark_saved(step)
                     raise Preempted(step, self.workdir)
         return FitResult(state, final or self._evaluation(state))
+
+    def mark_saved(self, step: int) -> None:
+        """Notes a checkpoint that is whole; step 0 is none."""
+        if step and jax.process_index() == 0:
+            mark_saved(self.workdir, step)
 
     def _evaluation(self, state) -> dict[str, float]:
         batches = Timed(iter(self.data.evaluate()), self.data_timeout, "evaluation data")
@@ -327,25 +366,3 @@ def evaluate(
     if not count:
         raise ValueError("evaluate: the evaluation set gave no example")
     return {name: value / count for name, value in total.items()}
-
-
-def writable_folder(path: str | Path) -> Path:
-    """Makes a folder and tries it, before work starts whose result could not be kept.
-
-    Args:
-      path: The folder.
-
-    Returns:
-      Its absolute path.
-
-    Raises:
-      OSError: It can't be made, or nothing can be written there.
-    """
-    folder = Path(path).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"workdir: can't write to {folder} ({os.strerror(error.errno or 0)})") from error
-    return folder

@@ -1,24 +1,41 @@
 """Where the numbers of a run go: a JSONL file, TensorBoard, a progress bar, and curves as a picture."""
 
 import json
+import logging
 import math
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
+
+from subspace_jax.train.survival import Lasting
+from subspace_jax.train.workdir import naming, replacing
+
+log = logging.getLogger(__name__)
+
+_FLUSH_EVERY = 30.0  # seconds
 
 
 class MetricsLog:
     """Writes rows of numbers to ``metrics.jsonl`` and to TensorBoard below ``tensorboard/``.
 
     On resume, rows after the step from which the run goes on are dropped, so that the file reads as if the run had
-    never been interrupted.  Only the first process writes.
+    never been interrupted.  A file with lines that are no rows stays, under another name.  Only the first process
+    writes.
 
     Args:
       workdir: Folder of the run.
       start_step: Step from which the run goes on.
+
+    Raises:
+      OSError: A file can't be read or written; it is named.
     """
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
@@ -26,30 +43,53 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step] if start_step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self.path)
+        rows, wrong = _parse(self.path) if start_step else ([], [])
+        if wrong:
+            names = (self.path.with_name(f"metrics.damaged{number}.jsonl") for number in ("", *range(2, 100)))
+            aside = next(name for name in names if not name.exists())
+            self.path.replace(aside)
+            log.warning("%s; the file is kept as %s, and its other rows go on.", wrong[0], aside)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step))
         self._file = self.path.open("a", buffering=1)
-        # TensorBoard drops what earlier files hold of the purge step and later ones.
         board = Path(workdir) / "tensorboard"
+        board.mkdir(exist_ok=True)
         # File names tell seconds only: the suffix keeps runs apart that were started in the same one.
-        self._board = SummaryWriter(str(board), purge_step=start_step + 1, filename_suffix=f".{start_step}")
+        self._board = EventsWriter(str(board / "events"), f".{start_step}")
+        self._board_name, self._flushed = board, time.monotonic()
+        # TensorBoard drops what earlier files hold of this step and later ones.
+        with naming(board):
+            self._board.write_event(
+                Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            )
+            self._board.flush()
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Adds a row: the numbers of one split at one step, ``null`` for what is not finite: JSON has no NaN."""
+        """Adds a row: the numbers of one split at one step, ``null`` for what is not finite: JSON has no NaN.
+
+        Raises:
+          OSError: It can't be written; the file is named.
+        """
         if not self._writes:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        with naming(self.path):
+            self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        with naming(self._board_name):
+            for name, value in values.items():
+                summary = scalar(f"{split}/{name}", value)
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self._flushed > _FLUSH_EVERY:
+                self._board.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files; raises OSError where it can't be written."""
         if self._writes:
-            self._file.close()
-            self._board.close()
+            with naming(self.path):
+                self._file.close()
+            with naming(self._board_name):
+                self._board.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | str | None]]:
@@ -60,20 +100,45 @@ def read_metrics(path: str | Path) -> list[dict[str, float | str | None]]:
 
     Returns:
       The rows; none where there is no file.
+
+    Raises:
+      ValueError: A line is no row; file and line are named.
+      OSError: It can't be read.
     """
-    rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    rows, wrong = _parse(Path(path))
+    if wrong:
+        raise ValueError(wrong[0])
     return rows
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the rows, and what is wrong with the other lines."""
+    rows, wrong = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number < len(lines) or line.endswith(b"\n"):
+                wrong.append(f"{path}:{number}: expected a row of JSON, got {line[:40]!r}")
+            continue
+        if _is_row(row):
+            rows.append(row)
+        else:
+            wrong.append(f"{path}:{number}: expected step, split and numbers by name, got {line[:80]!r}")
+    return rows, wrong
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
+        return False
+    return all(value is None or type(value) in (int, float) for name, value in row.items() if name != "split")
 
 
 def progress_bar(total: int, start: int, *, show: bool) -> tqdm:
     """A bar with steps, rate and time left; the loss goes into its postfix."""
-    return tqdm(total=total, initial=start, disable=not show or jax.process_index() != 0, unit="step", miniters=1)
+    shown = show and jax.process_index() == 0
+    return tqdm(total=total, initial=start, disable=not shown, unit="step", miniters=1, file=Lasting(sys.stderr))
 
 
 def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
@@ -106,4 +171,5 @@ def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
             axis.legend(fontsize="small")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.savefig(output, dpi=120)
+    with replacing(output) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -77,6 +77,11 @@ def new_state(
     return TrainState(zero, params, variables, tx.init(params), jax.random.key_data(run_key), zero)
 
 
+def run_key(seed: int) -> jax.Array:
+    """Returns the data of the key, uint32, that the state of a run with a seed holds from its start to its end."""
+    return jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
+
+
 def state_shardings(
     task: Task, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = DEFAULT_RULES
 ) -> tuple[TrainState, TrainState]:

@@ -7,11 +7,13 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from subspace_jax.train.workdir import replacing
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,31 @@ class Preempted(Exception):
 
 class NotFiniteError(ArithmeticError):
     """Steps in a row gave a loss or a gradient that is not finite; the message says where the last batch lies."""
+
+
+class Lasting:
+    """A stream of text that nobody may be reading any more: then what is written is dropped.
+
+    Args:
+      stream: Where the text goes, such as ``sys.stderr``, which may be a pipe to ``head``, or a file on a full disk.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, or does nothing."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or does nothing."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class Notice:
@@ -146,7 +173,8 @@ class FiniteWatch:
         count = int(skipped)
         if count - self._before >= self._limit:
             file = self._workdir / f"not_finite_{step}_{jax.process_index()}.npz"
-            np.savez(file, **{name: np.asarray(rows) for name, rows in batch.items()})
+            with replacing(file) as partial:
+                np.savez(partial, **{name: np.asarray(rows) for name, rows in batch.items()})
             raise NotFiniteError(
                 f"loss or gradient of {self._limit} steps in a row up to step {step} was not finite "
                 f"(train.max_skipped); the last batch is in {file}, and the parameters are those before these steps"
