@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from subspace_jax.train import optimizer
+from subspace_jax.train.workdir import replacing
 
 
 def default_config() -> ConfigDict:
@@ -116,9 +117,8 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
 
 def save_config(config: ConfigDict, path: str | Path) -> None:
     """Writes a config as JSON, all at once."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(path: str | Path) -> ConfigDict:

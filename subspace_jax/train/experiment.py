@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints
 from subspace_jax.train.config import differing_fields, override, read_config, save_config
-from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit, writable_folder
+from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh
 from subspace_jax.train.step import TrainState, complete_state, frozen_names, make_eval_step, state_shardings
 from subspace_jax.train.task import Task
+from subspace_jax.train.workdir import writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,14 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(config, task, data, make_optimizer(config.optim, num_steps), mesh, num_steps)
 
 
-def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> FitResult:
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    restart: bool = False,
+    change_seed: bool = False,
+) -> FitResult:
     """Trains as a config says, going on where an earlier run in ``workdir`` stopped.
 
     Args:
@@ -87,6 +95,8 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
         differs from the one of the earlier run, the differences are logged as a warning.
       workdir: Folder of the run.
       progress: Whether to show a progress bar.
+      restart: Begin at step 0 where there is a run, which is kept; see :func:`subspace_jax.train.fit`.
+      change_seed: Go on with another seed than that of the run; see there.
 
     Returns:
       The final state and the metrics of the last evaluation.
@@ -99,8 +109,12 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
     workdir = writable_folder(workdir)
     saved = workdir / "config.json"
     is_first_process = jax.process_index() == 0
-    if is_first_process and saved.is_file() and (changes := differing_fields(read_config(saved), config)):
-        log.warning("The config differs from that of the earlier run in %s: %s", workdir, "; ".join(changes))
+    if is_first_process and saved.is_file() and not restart:
+        try:
+            if changes := differing_fields(read_config(saved), config):
+                log.warning("The config differs from that of the earlier run in %s: %s", workdir, "; ".join(changes))
+        except ValueError as error:  # damaged, and written anew
+            log.warning("%s", error)
     settings, epoch = config.train, experiment.data.steps_per_epoch
     return fit(
         experiment.task,
@@ -122,6 +136,8 @@ def run(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Fi
         data_timeout=settings.get("data_timeout", 0.0),
         max_skipped=settings.get("max_skipped", 0),
         progress=progress,
+        restart=restart,
+        change_seed=change_seed,
         on_start=lambda _: save_config(config, saved) if is_first_process else None,
     )
 
