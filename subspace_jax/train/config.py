@@ -2,16 +2,20 @@
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from subspace_jax.train import optimizer
+from subspace_jax.train.fields import as_type_of, flatten, shown, type_name
 from subspace_jax.train.workdir import replacing
 
 
@@ -49,7 +53,7 @@ def default_config() -> ConfigDict:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Runs ``get_config`` of a Python file.
+    """Runs ``get_config`` of a Python file, which is code and may do whatever its user may: read it before you run it.
 
     Args:
       spec: Path of the file; ``path.py:variant`` hands ``variant`` to ``get_config``.
@@ -59,27 +63,18 @@ def load_config(spec: str) -> ConfigDict:
 
     Raises:
       FileNotFoundError: There is no such file; the message names close ones.
-      ValueError: The file has no ``get_config``, or sets an unknown field or a value of the wrong type.
+      ValueError: The file is no Python, raises, has no ``get_config`` that returns a config, or sets an unknown field
+        or a value of the wrong type; file and line are named.
     """
     path, _, variant = spec.partition(":")
     file = Path(path)
     if not file.is_file():
-        there = [str(p) for p in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(path, there, n=3, cutoff=0.4) or there
+        near = _files_near(file)
         hint = f"; there is {', '.join(near)}" if near else ""
         raise FileNotFoundError(f"--config: no file {path}{hint}")
-    module_spec = importlib.util.spec_from_file_location(f"subspace_jax_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError("it has no function get_config()")
-        takes_variant = bool(inspect.signature(module.get_config).parameters)
-        if variant and not takes_variant:
-            raise ValueError(f"its get_config takes no variant, got {variant!r}")
-        config = module.get_config(variant) if variant else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--config {spec}: {_message(error)}") from error
+    if file.suffix != ".py":
+        raise ValueError(f"--config: expected a Python file (.py) with a function get_config(), got {path}")
+    config = _run_file(spec, file, variant)
     return config.lock()
 
 
@@ -88,7 +83,8 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
 
     Args:
       config: The config; it is left as it was.
-      settings: Assignments with dotted names; values are Python literals, text needs no quotes.
+      settings: Assignments with dotted names; values are Python literals, text needs no quotes.  A field that holds a
+        tuple takes ``(4, 8)``, ``[4, 8]`` and ``4,8``.
 
     Returns:
       The changed config.
@@ -97,13 +93,13 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
       ValueError: A field is unknown (the nearest known one is named), or a value is of another type.
     """
     config = config.copy_and_resolve_references().lock()
-    known = _flatten(config)
+    known = flatten(config)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--config.{name}: expected --config.{name}=VALUE")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0) or ["--config.FIELD=VALUE"]
             inside = [key for key in known if key.startswith(f"{name}.")]
             hint = f"it is a group; set one of {', '.join(inside)}" if inside else f"did you mean {near[0]}?"
             raise ValueError(f"--config.{name}: unknown field; {hint}")
@@ -122,31 +118,28 @@ def save_config(config: ConfigDict, path: str | Path) -> None:
 
 
 def read_config(path: str | Path) -> ConfigDict:
-    """Reads what :func:`save_config` wrote; raises ValueError for a file that is no config."""
+    """Reads what :func:`save_config` wrote, tuples as such; raises ValueError for a file that is no config."""
     try:
         fields = json.loads(Path(path).read_text())
-    except ValueError as error:  # not JSON, or not even text
+    except (ValueError, RecursionError) as error:  # not JSON, not even text, or too deep
         raise ValueError(f"{path} is no config of a run: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is no config of a run: expected a JSON object, got {type(fields).__name__}")
-    return ConfigDict(fields)
+    return ConfigDict(_with_tuples(fields))
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples, and a config no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def differing_fields(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns ``"name: old -> new"`` for every field in which two configs differ, after a round trip through JSON."""
-    before, after = (_flatten(ConfigDict(json.loads(json.dumps(c.to_dict())))) for c in (old, new))
+    before, after = (flatten(ConfigDict(json.loads(json.dumps(c.to_dict())))) for c in (old, new))
     names = sorted(before.keys() | after.keys())
     return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _parse(name: str, text: str, old: Any) -> Any:
@@ -154,25 +147,57 @@ def _parse(name: str, text: str, old: Any) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what no literal is, has many names
+        value = {"true": True, "false": False}.get(text, text)
     try:
-        return _as_type_of(old, value)
+        return as_type_of(old, value)
     except TypeError:
-        expected = f"{type(old).__name__} such as {old!r}"
-        raise ValueError(f"--config.{name}: expected {expected}, got {text!r}") from None
+        raise ValueError(f"--config.{name}: expected {type_name(old)}, got {shown(text)}") from None
 
 
-def _as_type_of(old: Any, value: Any) -> Any:
-    """Returns the value, whole numbers as floats where those are asked for; raises TypeError for another type."""
-    if isinstance(old, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(old):
-        raise TypeError
-    if isinstance(old, tuple | list) and old:
-        return type(old)(_as_type_of(old[0], item) for item in value)
-    return value
+def _run_file(spec: str, file: Path, variant: str) -> Any:
+    """Runs the file, whose errors all become ValueErrors of one line with file and line."""
+    name = f"subspace_jax_config_{file.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    try:
+        loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError("it has no function get_config()")
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        if variant and not takes_variant:
+            raise ValueError(f"its get_config takes no variant, got {variant!r}")
+        config = module.get_config(variant) if variant else module.get_config()
+    # A file of somebody's own may raise anything, and may call sys.exit().
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--config {spec}: {_message(error, file)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config {spec}: get_config() returned {type(config).__name__}, expected an ml_collections.ConfigDict"
+        )
+    return config
 
 
-def _message(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+def _message(error: BaseException, file: Path) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or file}:{error.lineno or 1}: no Python: {error.msg}"
+    text = " ".join(text.split())[:1000] or type(error).__name__
+    if type(error) is ValueError:
+        return text
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f"{file}:{lines[-1]}: " if lines else ""
+    return (
+        f"{where}{text}" if isinstance(error, AttributeError | KeyError) else f"{where}{type(error).__name__}: {text}"
+    )
+
+
+def _files_near(path: Path) -> list[str]:
+    """Config files whose paths come near; in the folder of the path, or as deep below the one above that is there."""
+    depth, folder = 0, path if path.is_dir() else path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        depth, folder = depth + 1, folder.parent
+    found = sorted(map(str, itertools.islice(folder.glob("*/" * depth + "*.py"), 2000)))
+    if near := difflib.get_close_matches(str(path), found, n=3, cutoff=0.4 if depth == 0 else 0.7):
+        return near
+    return found[:10] if depth == 0 else []

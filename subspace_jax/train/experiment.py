@@ -2,9 +2,11 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import jax
@@ -13,10 +15,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints
-from subspace_jax.train.config import differing_fields, override, read_config, save_config
+from subspace_jax.train.config import default_config, differing_fields, override, read_config, save_config
+from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, shown
 from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit
 from subspace_jax.train.optimizer import make_optimizer
-from subspace_jax.train.sharding import check_batch_size, make_mesh
+from subspace_jax.train.sharding import check_batch_size, make_mesh, shard_bytes
 from subspace_jax.train.step import TrainState, complete_state, frozen_names, make_eval_step, state_shardings
 from subspace_jax.train.task import Task
 from subspace_jax.train.workdir import writable_folder
@@ -49,10 +52,13 @@ def build(config: ConfigDict) -> Experiment:
     """Makes what a config describes, and so finds what is wrong with it before anything is written.
 
     ``config.task`` names a module with a function ``build(config) -> (task, data)``; a module of the user's own
-    serves as well as those of this library.
+    serves as well as those of this library.  It is imported, and so is code: of a config that came from somebody else,
+    see :func:`restore`.
+
+    Types and ranges of fields, the optimizer and the length of its warm-up are checked before any data are read.
 
     Args:
-      config: The config of a run.
+      config: The config of a run; fields that it lacks, as one of an earlier version may, have their defaults.
 
     Returns:
       The experiment.
@@ -61,23 +67,73 @@ def build(config: ConfigDict) -> Experiment:
       ValueError: A field has a value that can't serve; the message names it.
       FileNotFoundError: The data set is not there.
     """
+    module, config = task_module(config)
     mesh = make_mesh(**config.mesh)
-    try:
-        module = importlib.import_module(config.task)
-    except (ImportError, ValueError) as error:  # a ValueError for an empty name
-        raise ValueError(f"task: can't import the module {config.task!r} ({error})") from error
-    if not hasattr(module, "build"):
-        raise ValueError(f"task: the module {config.task!r} has no function build(config)")
     task, data = module.build(config)
     check_batch_size(data.batch_size, mesh, accumulate=config.train.accumulate)
     num_steps = config.train.steps or round(config.train.epochs * data.steps_per_epoch)
-    if num_steps < 1:
+    if not 1 <= num_steps <= LARGEST_INT:
         raise ValueError(
-            f"train.steps, train.epochs: expected a run of at least 1 step, got {config.train.steps} steps, "
-            f"{config.train.epochs} epochs of {data.steps_per_epoch}"
+            f"train.steps, train.epochs: expected a run of at least 1 step and at most {LARGEST_INT}, got "
+            f"{config.train.steps} steps, {config.train.epochs} epochs of {data.steps_per_epoch}"
         )
+    tx = make_optimizer(config.optim, num_steps)
     check_evaluation(task, data, mesh, best=config.train.best)
-    return Experiment(config, task, data, make_optimizer(config.optim, num_steps), mesh, num_steps)
+    check_memory(task, tx, mesh)
+    return Experiment(config, task, data, tx, mesh, num_steps)
+
+
+def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
+    """Imports the module that a config names, and checks the fields that every run has.
+
+    Returns:
+      The module, and the config with all fields.
+
+    Raises:
+      ValueError: The module can't be imported or has no ``build``, a field is of another type than in the module's
+        ``default_config`` (of a task of the user's own: in :func:`subspace_jax.train.default_config`), or out of range.
+    """
+    name = config.get("task")
+    try:
+        if not isinstance(name, str) or not name or name.startswith("."):
+            raise ValueError("expected the dotted name of a module")
+        module = importlib.import_module(name)
+    except Exception as error:  # a module of somebody's own may raise anything
+        raise ValueError(f"task: can't import the module {shown(name)} ({_one_line(error)})") from error
+    if not hasattr(module, "build"):
+        raise ValueError(f"task: the module {name!r} has no function build(config)")
+    own = is_own_task(name) and hasattr(module, "default_config")
+    config = complete_config(config, module.default_config() if own else default_config())
+    check_run_fields(config)
+    # All but the length of the warm-up, where the data decide on the number of steps.
+    make_optimizer(config.optim, config.train.steps or config.optim.warmup_steps + 1)
+    return module, config
+
+
+def is_own_task(name: str) -> bool:
+    """Whether a module is of this library."""
+    return name.startswith("subspace_jax.")
+
+
+def check_memory(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> None:
+    """Raises a ValueError where the train state alone is larger than the memory of this host, or of its devices."""
+    abstract, shardings = state_shardings(task, tx, mesh)
+    needed, devices = shard_bytes(abstract, shardings), jax.local_devices()
+    if devices[0].platform == "cpu":
+        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host"
+        needed *= len(mesh.local_devices)
+    else:
+        there, what = (devices[0].memory_stats() or {}).get("bytes_limit", needed), "a device"
+    if needed > there:
+        raise ValueError(
+            f"model: parameters, variables and optimizer state take {needed / 2**30:.1f} GiB, {what} has "
+            f"{there / 2**30:.1f} GiB"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def run(
@@ -106,6 +162,7 @@ def run(
       OSError: ``workdir`` can't be written.
     """
     experiment = build(config)
+    config = experiment.config
     workdir = writable_folder(workdir)
     saved = workdir / "config.json"
     is_first_process = jax.process_index() == 0
@@ -132,9 +189,8 @@ def run(
         keep=settings.keep,
         best=settings.best,
         profile_at=settings.profile_at,
-        # A config of an earlier version has them not.
-        data_timeout=settings.get("data_timeout", 0.0),
-        max_skipped=settings.get("max_skipped", 0),
+        data_timeout=settings.data_timeout,
+        max_skipped=settings.max_skipped,
         progress=progress,
         restart=restart,
         change_seed=change_seed,
@@ -143,14 +199,22 @@ def run(
 
 
 def restore(
-    workdir: str | Path, *, step: int | Literal["best"] | None = None, settings: Iterable[str] = ()
+    workdir: str | Path,
+    *,
+    step: int | Literal["best"] | None = None,
+    settings: Iterable[str] = (),
+    trust_remote_code: bool = False,
 ) -> tuple[Experiment, TrainState]:
     """Reads a checkpoint of a run back, onto the mesh that its config describes; the run may be going on.
+
+    The ``task`` of the folder's ``config.json`` is a module that is imported: those of this library are, others only
+    with ``trust_remote_code``.
 
     Args:
       workdir: Folder of the run.
       step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
       settings: Changes to the config, as for :func:`subspace_jax.train.override`: another mesh, for example.
+      trust_remote_code: Whether a task that is not of this library may be imported, which runs its code.
 
     Returns:
       The experiment and the state.
@@ -162,7 +226,9 @@ def restore(
     workdir = Path(workdir).expanduser().absolute()
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"workdir: {workdir} holds no run (there is no config.json)")
-    experiment = build(override(read_config(workdir / "config.json"), settings))
+    config = override(read_config(workdir / "config.json"), settings)
+    check_trusted(config, workdir / "config.json", trust_remote_code)
+    experiment = build(config)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
     abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
@@ -183,8 +249,22 @@ def restore(
     return experiment, complete_state(experiment.task, state, shardings)
 
 
+def check_trusted(config: ConfigDict, path: Path, trust_remote_code: bool) -> None:
+    """Raises a ValueError where a config from a folder names a task that is not of this library."""
+    name = config.get("task")
+    if not trust_remote_code and not (isinstance(name, str) and is_own_task(name)):
+        raise ValueError(
+            f"task: {path} names the module {shown(name)}, which is not of subspace_jax, and importing it runs its "
+            "code; where you trust it: --trust-remote-code (trust_remote_code=True)"
+        )
+
+
 def evaluate_run(
-    workdir: str | Path, *, step: int | Literal["best"] | None = None, settings: Iterable[str] = ()
+    workdir: str | Path,
+    *,
+    step: int | Literal["best"] | None = None,
+    settings: Iterable[str] = (),
+    trust_remote_code: bool = False,
 ) -> tuple[int, dict[str, float]]:
     """Evaluates a checkpoint of a run.
 
@@ -192,6 +272,7 @@ def evaluate_run(
       workdir: Folder of the run.
       step: Step of the checkpoint, or "best" by the metric ``train.best`` of the config; the latest by default.
       settings: Changes to the config, as for :func:`subspace_jax.train.override`: another mesh, for example.
+      trust_remote_code: See :func:`restore`.
 
     Returns:
       Its step, and the metrics.
@@ -200,7 +281,7 @@ def evaluate_run(
       FileNotFoundError: There is no run, or no such checkpoint.
       ValueError: A setting is unknown or can't serve.
     """
-    experiment, state = restore(workdir, step=step, settings=settings)
+    experiment, state = restore(workdir, step=step, settings=settings, trust_remote_code=trust_remote_code)
     eval_step = make_eval_step(experiment.task, experiment.tx, experiment.mesh)
     metrics = evaluate(eval_step, state, experiment.data.evaluate(), mesh=experiment.mesh)
     return int(state.step), metrics

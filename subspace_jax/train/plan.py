@@ -1,7 +1,6 @@
 """Plans a run before it is paid for: compiles its very step for a slice that need not be there, and counts."""
 
 import dataclasses
-import importlib
 import math
 import re
 import tempfile
@@ -10,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
+from subspace_jax.train.experiment import task_module
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.plan_chips import Chip, find_topology, tpu_devices
 from subspace_jax.train.plan_cost import Collective, Cost, Temporary, module_cost
 from subspace_jax.train.plan_flops import count_products
 from subspace_jax.train.plan_roofline import Roofline, roofline
-from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh
+from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh, shard_bytes
 from subspace_jax.train.step import make_train_step, state_shardings
 from subspace_jax.train.task import Task
 
@@ -122,12 +123,13 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
       ValueError: The topology is unknown, the mesh or the batch doesn't go into it, or libtpu is not there.
     """
     chip, count = find_topology(topology)
+    module, config = task_module(config)
     sizes = mesh_sizes(config.mesh if mesh is None else mesh, topology, count)
     if chip.platform == "tpu":
         placed = make_mesh(**sizes, devices=tpu_devices(topology))
     else:
         placed = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    task, batch = _outline(config, placed)
+    task, batch = _outline(module, config, placed)
     rows = next(iter(batch.values())).shape[0]
     check_batch_size(rows, placed, accumulate=config.train.accumulate)
     # Its length is that of the schedule, which changes no shape; it has to be longer than the warm-up.
@@ -184,11 +186,9 @@ def usual_meshes(topology: str) -> list[dict[str, int]]:
     return found
 
 
-def _outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
-    try:
-        module = importlib.import_module(config.task)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"task: can't import the module {config.task!r} ({error})") from error
+def _outline(
+    module: ModuleType, config: ConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
     if hasattr(module, "outline"):
         return module.outline(config, mesh)
     task, data = module.build(config)
@@ -250,12 +250,6 @@ def plan_step(
         return _refused(str(error), state, known, time.monotonic() - began)
     seconds = time.monotonic() - began
     return _compiled(chip, compiled, text, state, known, seconds)
-
-
-def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
-    """Returns the bytes of a tree on one device."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from subspace_jax import train
 from subspace_jax.represent import classify
+from subspace_jax.train import fields
 
 
 @pytest.fixture
@@ -131,3 +132,135 @@ def test_unreadable_config_is_named(content, tmp_path):
 
 def test_default_config_can_be_written_as_json():
     assert json.loads(json.dumps(train.default_config().to_dict()))["train"]["best"] == "min:loss"
+
+
+@pytest.mark.parametrize("text", ["4,8", "(4, 8)", "[4, 8]", "4, 8,"])
+def test_tuples_are_overridden_alike_in_a_fresh_config_and_in_one_that_was_saved(config, tmp_path, text):
+    train.save_config(config, tmp_path / "config.json")
+    for base in (config, train.read_config(tmp_path / "config.json"), ConfigDict(json.loads(config.to_json()))):
+        changed = train.override(base, [f"model.dims={text}", f"data.image.scale={text}"])
+        assert tuple(changed.model.dims) == (4, 8)
+        assert tuple(changed.data.image.scale) == (4.0, 8.0)
+        assert train.differing_fields(config, changed) == [
+            "data.image.scale: [0.08, 1.0] -> [4.0, 8.0]",
+            "model.dims: [8] -> [4, 8]",
+        ]
+
+
+def test_every_shipped_config_comes_back_from_json_and_takes_the_same_settings(configs, tmp_path):
+    for file in sorted(configs.glob("*/*.py")):
+        config = train.load_config(str(file))
+        train.save_config(config, tmp_path / "config.json")
+        back = train.read_config(tmp_path / "config.json")
+        assert back.to_dict() == config.to_dict()
+        # Each field as text again: the config stays what it is, tuples and floats too.
+        settings = [f"{name}={value}" for name, value in fields.flatten(config).items()]
+        for base in (config, back):
+            assert train.override(base, settings).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data.augment=true", True),
+        ("data.name=a=b,c", "a=b,c"),
+        ("data.name=", ""),
+        ("model.features=()", ()),
+        ("model.features=[]", ()),
+        ("data.image.scale=(1, 1)", (1.0, 1.0)),
+        ("model.gamma=-2", -2.0),
+        ("optim.learning_rate=1e-3", 1e-3),
+    ],
+)
+def test_override_reads_values_as_they_are_written(config, setting, value):
+    changed = fields.flatten(train.override(config, [setting]))[setting.partition("=")[0]]
+    assert (changed, type(changed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.steps=1e-3", "train.steps=None", "data.augment=yes", "optim.learning_rate=True", "optim.b1=nan"),
+        *("model.dims=None", "model.dims=(1.5,)", "model.dims=" + "(" * 500, "train.steps={[]: 1}"),
+    ],
+    ids=lambda setting: setting[:30],
+)
+def test_override_refuses_what_is_of_another_type_in_one_line(config, setting):
+    with pytest.raises(ValueError, match=rf"^--config\.{setting.partition('=')[0]}: expected .*got[^\n]*$"):
+        train.override(config, [setting])
+
+
+def test_override_of_a_field_that_is_none_takes_any_literal():
+    assert train.override(ConfigDict({"limit": None}), ["limit=3"]).limit == 3
+    assert train.override(ConfigDict({"limit": None}), ["limit=None"]).limit is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{'a': 1\n", r"some\.py:1: no Python: '\{' was never closed"),
+        ("x = 1\ndef get_config(:\n", r"some\.py:2: no Python: invalid syntax"),
+        ("\0", r"some\.py: .*null bytes"),
+        ("import no_such_module\n", r"some\.py: .*some\.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\ny = 1 / 0\n", r"some\.py: .*some\.py:2: ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(3)\n", r"some\.py: .*some\.py:2: SystemExit: 3"),
+        ("get_config = 3\n", r"it has no function get_config\(\)"),
+        ("def get_config():\n    return None\n", r"returned NoneType, expected an ml_collections\.ConfigDict"),
+        ("def get_config():\n    return {'seed': 0}\n", r"get_config\(\) returned dict, expected"),
+        ("def get_config(a, b):\n    return a\n", r"some\.py: .*TypeError: get_config\(\) missing"),
+        ("def get_config():\n    return undefined\n", r"some\.py:2: NameError: name 'undefined'"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_config_is_named_with_its_line_in_one_line(text, message, tmp_path):
+    (tmp_path / "some.py").write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        train.load_config(str(tmp_path / "some.py"))
+    assert "\n" not in str(refused.value)
+
+
+def test_load_config_asks_for_python_and_finds_files_in_a_misspelt_folder(write, tmp_path, configs):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"expected a Python file \(\.py\).*config\.json"):
+        train.load_config(str(tmp_path / "config.json"))
+    with pytest.raises(FileNotFoundError, match=r"no file .*gcr/digits\.py; there is .*configs/gcr/digits\.py"):
+        train.load_config(str(configs).replace("configs", "confgs") + "/gcr/digits.py")
+    with pytest.raises(FileNotFoundError, match=r"no file .*gcr; there is .*configs/gcr/"):
+        train.load_config(f"{configs}/gcr")
+
+
+def test_complete_config_fills_what_an_earlier_version_did_not_write_and_refuses_other_types(config):
+    saved = json.loads(json.dumps(config.to_dict()))
+    del saved["train"]["max_skipped"]
+    saved["optim"]["learning_rate"] = 1
+    saved["own"] = 3
+    done = fields.complete_config(ConfigDict(saved), config)
+    assert done.train.max_skipped == 100
+    assert done.own == 3
+    assert (done.optim.learning_rate, type(done.optim.learning_rate)) == (1.0, float)
+    assert done.model.features == (128, 64)
+    for name, value, message in [
+        ("seed", None, "seed: expected int such as 0, got None"),
+        ("seed", True, "seed: expected int such as 0, got True"),
+        ("optim", 3, "optim: expected the fields b1, .*learning_rate, .*got 3"),
+        ("model", {"features": ["a"]}, r"model\.features: expected tuple such as \(128, 64\), got \['a'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fields.complete_config(ConfigDict({**saved, name: value}), config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed=-1", "seed: expected at least 0"),
+        ("seed=4294967296", r"seed: expected at least 0 and below 2\^32"),
+        ("train.epochs=1e400", "train.epochs: expected a finite number, got inf"),
+        ("train.steps=1000000000000000000", "train.steps: expected at most 2147483647, got 1000000000000000000"),
+        ("train.data_timeout=-1", "train.data_timeout: expected a finite number at least 0, got -1.0"),
+        ("train.max_skipped=-1", "train.max_skipped: expected at least 0, got -1"),
+        ("data.name=" + "x" * 10_001, "data.name: expected at most 10000 characters, got 10001"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_check_run_fields_names_the_field_that_is_out_of_range(config, setting, message):
+    with pytest.raises(ValueError, match=message):
+        fields.check_run_fields(train.override(config, [setting]))
