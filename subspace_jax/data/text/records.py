@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from subspace_jax.data.sources import open_records
+from subspace_jax.data.sources import default_data_dir, open_records
 
 
 class Completion(NamedTuple):
@@ -163,7 +163,15 @@ def tfds_texts(name: str, split: str, data_dir: str | None = None) -> list[Compl
       FileNotFoundError: It is not prepared.
     """
     mapping = mapping_of(name)
-    records, info = open_records(name, split, data_dir)
+    try:
+        records, info = open_records(name, split, data_dir)
+    except FileNotFoundError as error:
+        if "is not prepared under" in str(error):
+            raise
+        where = data_dir or default_data_dir()
+        raise FileNotFoundError(
+            f"the set {name!r} is not prepared under {where}, and the version of TFDS here can't prepare it"
+        ) from error
     examples = []
     for number, record in enumerate(records):
         try:
