@@ -50,10 +50,20 @@ def add_commands(commands, add: Callable) -> None:
     export = add(commands, "export", "write a checkpoint of a language model's run as a Hugging Face or PEFT folder")
     export.add_argument("--workdir", required=True, help="folder of the run")
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write; not there yet, or empty")
+    add_trust(export)
     export.add_argument("--merged", action="store_true", help="bake adapters into the weights (default: a PEFT folder)")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     which.add_argument("--best", action="store_true", help="the best checkpoint, by train.best of the config")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of commands that read the config of a run."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="import the task that the run's config.json names though it is not of this library, which runs its code",
+    )
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +99,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     config = train.override(train.load_config(args.config), overrides)
     is_peft = language.is_peft(config)
-    _, metrics = train.run(config, args.workdir, progress=not args.quiet)
+    _, metrics = train.run(
+        config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
+    )
     folder = os.path.join(os.path.abspath(args.workdir), "adapter" if is_peft else "model")
-    language.export(args.workdir, folder, merged=not is_peft)
+    # The task is that of the config that was given, which has run.
+    language.export(args.workdir, folder, merged=not is_peft, trust_remote_code=True)
     print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
     what = "adapter" if is_peft else "merged model" if config.adapter.method else "model"
     print(f"Wrote the {what} to {folder}, checkpoints, metrics.jsonl and curves.png beside it")
@@ -209,7 +222,8 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import language
 
     step = "best" if args.best else args.step
-    language.export(args.workdir, args.out, merged=args.merged, step=step, overwrite=False)
+    trust = args.trust_remote_code
+    language.export(args.workdir, args.out, merged=args.merged, step=step, overwrite=False, trust_remote_code=trust)
     print(f"Wrote the checkpoint to {os.path.abspath(args.out)}")
 
 

@@ -1,6 +1,7 @@
 """The command ``subspace-jax``, thin over the rest."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language, plan, processes, vision
+from subspace_jax.cli import language, pipes, plan, processes, vision
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -85,8 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0; 2 for input that can't serve, a full disk, or data or processes that do not come in time; 75
       after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another process was
-      lost; 130 after an interrupt from the keyboard.
+      lost; 130 after an interrupt from the keyboard; 141 where nobody reads the output any more, such as ``head``,
+      which ends no run.
     """
+    return pipes.quietly(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="subspace-jax",
         description="Subspace methods in JAX.",
@@ -107,12 +113,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--config",
             required=True,
             metavar="FILE[:VARIANT]",
-            help="Python file with get_config(); any of its fields is set by --config.FIELD=VALUE",
+            help="Python file with get_config(), which is run; any of its fields is set by --config.FIELD=VALUE",
         )
         if name == "finetune":
             run.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder to start from")
         run.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
         run.add_argument("--quiet", action="store_true", help="no progress bar")
+        if name != "intrinsic-dimension":
+            run.add_argument(
+                "--restart",
+                action="store_true",
+                help="begin at step 0 where the workdir holds a run, which is kept there in a folder earlier.N",
+            )
+            run.add_argument(
+                "--change-seed",
+                action="store_true",
+                help="go on with another seed than that of the run in the workdir, which is refused otherwise",
+            )
         processes.add_arguments(run)
     language.add_commands(commands, _command)
     vision.add_commands(commands, _command)
@@ -120,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint of a run")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
+    language.add_trust(evaluate)
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     which.add_argument(
@@ -145,6 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     try:
+        if getattr(args, "workdir", None) == "":
+            raise ValueError("--workdir: expected a folder, got an empty path")
+        if args.command in (*runs, "plan") and not args.config:
+            raise ValueError("--config: expected a Python file, got an empty path")
+        if args.command in runs and os.path.normpath(args.workdir) == os.curdir:
+            raise ValueError(f"--workdir: expected a folder of the run's own, got {args.workdir!r}, the current one")
         if args.command in runs:
             processes.start(args)
         actions = {
@@ -156,8 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             **vision.ACTIONS,
             **plan.ACTIONS,
         }
-        actions[args.command](args, overrides)
+        with pipes.lasting() if args.command in runs else contextlib.nullcontext():
+            actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and args.command not in runs:
+            raise
         print(f"subspace-jax {args.command}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -193,7 +220,9 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
     config = train.override(train.load_config(args.config), overrides)
-    _, metrics = train.run(config, args.workdir, progress=not args.quiet)
+    _, metrics = train.run(
+        config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
+    )
     print("; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"Wrote checkpoints, metrics.jsonl, tensorboard/ and curves.png to {os.path.abspath(args.workdir)}")
 
@@ -218,7 +247,12 @@ def _intrinsic_dimension(args: argparse.Namespace, overrides: list[str]) -> None
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
-    step, metrics = train.evaluate_run(args.workdir, step="best" if args.best else args.step, settings=overrides)
+    step, metrics = train.evaluate_run(
+        args.workdir,
+        step="best" if args.best else args.step,
+        settings=overrides,
+        trust_remote_code=args.trust_remote_code,
+    )
     print(f"step {step}: " + "; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 

@@ -1,0 +1,51 @@
+"""Output whose reader is gone, such as ``head``: a command ends without a traceback, and a run goes on."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+READER_GONE_EXIT = 141  # as a shell tells of SIGPIPE
+
+
+def quietly(command: Callable[[], int]) -> int:
+    """Runs a command, and ends it where nobody reads its output any more, or this can't be written.
+
+    Args:
+      command: Returns the exit status.
+
+    Returns:
+      That status; 141 where the reader is gone, 2 where the output can't be written.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_the_rest()
+        return READER_GONE_EXIT
+    except OSError as error:
+        _drop_the_rest()
+        print(f"subspace-jax: can't write the output ({error.strerror or error})", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Within it, a reader that goes away is not missed: what is written besides counts."""
+    from subspace_jax.train.survival import Lasting
+
+    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
+        yield
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_the_rest()
+
+
+def _drop_the_rest() -> None:
+    """What is still in the buffer would end the interpreter with a message."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
