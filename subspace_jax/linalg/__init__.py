@@ -13,7 +13,8 @@ from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import across, broadcast_leading, eye_like, gram, times, working_dtype
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
-from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, spectral, versine_sqrt
+from subspace_jax.linalg.scaling import binary_scale
+from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
 from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
@@ -22,6 +23,7 @@ __all__ = [
     "FDState",
     "across",
     "arcsine_ratio",
+    "binary_scale",
     "broadcast_leading",
     "canonical_signs",
     "canonical_svd",
@@ -48,6 +50,7 @@ __all__ = [
     "randomized_svd",
     "shifted_cholesky_qr3",
     "sinc_sqrt",
+    "singular",
     "spectral",
     "subspace_iteration",
     "times",

@@ -56,15 +56,65 @@ def _spectral_jvp(f, primals, tangents):
     values, vectors = _eigh(m)
     inner = times(vectors.mT, times(dm, vectors))
     a, b = jnp.broadcast_arrays(values[..., :, None], values[..., None, :])
+    outs, turned = [], []
+    for i, y in enumerate(f(values)):
+        outs.append(_compose(vectors, y))
+        slopes = _divided_difference(lambda x, i=i: f(x)[i], a, b, y[..., :, None] - y[..., None, :])
+        turned.append(times(vectors, times(slopes * inner, vectors.mT)))
+    return tuple(outs), tuple(turned)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def singular(f: Callable[[jax.Array], jax.Array], m: jax.Array) -> jax.Array:
+    """Applies a scalar function to the singular values of a square matrix: ``U f(s) V^T`` for ``M = U diag(s) V^T``.
+
+    Small singular values keep their digits, of which a function of ``M^T M`` would know half.  Where ``f(0)`` is not 0,
+    the function jumps at singular matrices.  The derivative is by divided differences of ``f``, continued as an odd
+    function; equal singular values do no harm, and it can be taken once.  It is finite at singular matrices too, where
+    there is none.
+
+    Args:
+      f: Maps singular values ``[..., k]`` to an array ``[..., k]``, elementwise and differentiable.
+      m: ``[..., k, k]``, float32 or float64.
+
+    Returns:
+      ``[..., k, k]``.
+
+    Raises:
+      ValueError: ``m`` is not square.
+      TypeError: ``m`` is neither float32 nor float64.
+    """
+    check_square("m", m)
+    u, values, v = _svd(m)
+    return times(u * f(values)[..., None, :], v.mT)
+
+
+def _svd(m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, values, vt = jnp.linalg.svd(m)
+    return polar_step(u), values, polar_step(vt.mT)
+
+
+@singular.defjvp
+def _singular_jvp(f, primals, tangents):
+    (m,), (dm,) = primals, tangents
+    u, values, v = _svd(m)
+    inner = times(u.mT, times(dm, v))
+    of_values = f(values)
+    a, b = jnp.broadcast_arrays(values[..., :, None], values[..., None, :])
+    slopes = _divided_difference(f, a, b, of_values[..., :, None] - of_values[..., None, :])
+    total = of_values[..., :, None] + of_values[..., None, :]
+    sums = total / jnp.maximum(a + b, jnp.finfo(m.dtype).eps)
+    turned = (slopes * (inner + inner.mT) + sums * (inner - inner.mT)) / 2
+    return times(u * of_values[..., None, :], v.mT), times(u, times(turned, v.mT))
+
+
+def _divided_difference(f: Callable, a: jax.Array, b: jax.Array, difference: jax.Array) -> jax.Array:
+    """``(f(a) - f(b)) / (a - b)``, and the slope where the two are near."""
     # Below this distance the difference quotient loses more to rounding than the slope at the midpoint misses.
-    near = jnp.abs(a - b) <= jnp.finfo(m.dtype).eps ** (1 / 3) * (1 + jnp.abs(a))
-    gap = jnp.where(near, 1.0, a - b)
+    near = jnp.abs(a - b) <= jnp.finfo(a.dtype).eps ** (1 / 3) * (1 + jnp.abs(a))
     middle = (a + b) / 2
-    slopes = jax.jvp(f, (middle,), (jnp.ones_like(middle),))[1]
-    quotients = [(y[..., :, None] - y[..., None, :]) / gap for y in f(values)]
-    outs = tuple(_compose(vectors, y) for y in f(values))
-    turned = [jnp.where(near, s, q) * inner for s, q in zip(slopes, quotients, strict=True)]
-    return outs, tuple(times(vectors, times(t, vectors.mT)) for t in turned)
+    slope = jax.jvp(f, (middle,), (jnp.ones_like(middle),))[1]
+    return jnp.where(near, slope, difference / jnp.where(near, 1.0, a - b))
 
 
 def cos_sqrt(x: jax.Array) -> jax.Array:

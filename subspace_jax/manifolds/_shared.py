@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg import broadcast_leading, gram, spectral, times
+from subspace_jax.manifolds._long_steps import by_length, polar_factor, q_factor
 
 RETRACTIONS = ("exp", "qr", "polar", "cayley")
 
@@ -67,7 +68,7 @@ def check_retraction(method: str) -> None:
 
 def qr_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
     """Q factor of ``S + H``; its Gram matrix ``I + H^T H`` is as well conditioned as the step is short."""
-    return linalg.cholesky_qr2(s + h)[0]
+    return by_length(lambda x: linalg.cholesky_qr2(x)[0], lambda x: linalg.polar_step(q_factor(x)[0]), h, s + h)
 
 
 def polar_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
@@ -77,8 +78,11 @@ def polar_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
         root = jnp.sqrt(1 + x)
         return (-x / (root + root * root),)
 
-    (c,) = spectral(less_one, gram(h, h))
-    return s + (h + times(s + h, c))
+    def short(s, h):
+        (c,) = spectral(less_one, gram(h, h))
+        return s + (h + times(s + h, c))
+
+    return by_length(short, lambda s, h: polar_factor(s + h), h, s, h)
 
 
 def working(
@@ -110,6 +114,11 @@ def working(
             raise ValueError(f"{name}: expected matrices [..., n, k] of one shape with 1 <= k <= n, got {shapes}")
     dtype, out = linalg.working_dtype(*named.values()), first.dtype
     return broadcast_leading(*(x.astype(dtype) for x in named.values())), lambda x: x.astype(out)
+
+
+def is_coarse(h: jax.Array) -> bool:
+    """Whether a vector was rounded so much that it is no longer tangent in float32."""
+    return jnp.finfo(jnp.asarray(h).dtype).bits < 32
 
 
 def at_time(t: ArrayLike, *arrays: jax.Array) -> list[jax.Array]:

@@ -4,11 +4,14 @@ A tangent vector at ``S`` is a matrix ``H`` of the same shape with ``S^T H = 0``
 The formulas are those of Edelman, Arias and Smith, "The Geometry of Algorithms with Orthogonality Constraints"
 (physics/9806030), and of arXiv 2308.01547, written through the ``k x k`` Gram matrix ``M = H^T H``: geodesics and
 retractions are ``S c(M) + H d(M)`` for scalar functions c and d, so no ``n x k`` singular value decomposition and no
-``n x n`` matrix occurs, and a step costs a few passes over its arguments.
+``n x n`` matrix occurs, and a step costs a few passes over its arguments.  Where a step of the batch is longer than 4
+(radians, for geodesics), a QR factorisation takes the place of M (under ``vmap``, beside it): results are orthonormal
+however long the step is.
 
 All functions broadcast over leading axes, compute in float32 or wider with full-precision products, and return the
 dtype of their first argument.  Points are float32 or float64 (TypeError otherwise), vectors of any floating-point
-dtype; shapes that don't fit raise ValueError.  They can be differentiated once, unless they say otherwise.
+dtype, and steps along coarser ones than float32 are brought into the tangent space first; shapes that don't fit raise
+ValueError.  They can be differentiated once, unless they say otherwise.
 """
 
 import jax
@@ -17,10 +20,13 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg import gram, spectral, times
+from subspace_jax.manifolds._long_steps import by_length, ended, reflected, transported, with_tangents_of
+from subspace_jax.manifolds._long_steps import geodesic as geodesic_by_qr
 from subspace_jax.manifolds._shared import (
     RETRACTIONS,
     at_time,
     check_retraction,
+    is_coarse,
     orthonormality_error,
     polar_retraction,
     qr_retraction,
@@ -106,10 +112,10 @@ def exp(s: jax.Array, h: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
       t: Time, a scalar, or one for each of the leading axes.
 
     Returns:
-      Basis of the point.
+      Basis of the point.  In float32 a step ends after 16384 radians, for its angle is not known to more than three
+      digits there (in float64 after 8e12).
     """
-    (s, h), cast = working({"s": s}, {"h": h})
-    return cast(_step(*at_time(t, s, h), "exp"))
+    return geodesic(s, h, t) if is_coarse(h) else _exp(s, h, t)
 
 
 def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
@@ -124,27 +130,27 @@ def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
       Basis of the point.
     """
     (s, x), cast = working({"s": s}, {"x": x})
-    return cast(_step(*at_time(t, s, _project(s, x)), "exp"))
+    return cast(_exp(s, _project(s, x), t))
 
 
 def log(s: jax.Array, y: jax.Array) -> jax.Array:
     """Tangent vector at ``S`` whose geodesic reaches the subspace of ``Y`` at time 1; the inverse of :func:`exp`.
 
-    With ``L = Y - S S^T Y`` it is ``L f(L^T L) Y^T S``, f(x) = arcsin(sqrt(x)) / sqrt(x (1 - x)).
+    With ``L = Y - S S^T Y`` and the singular value decomposition ``S^T Y = U diag(cos(theta)) V^T`` it is
+    ``L V diag(theta / sin(theta)) U^T``: the factors are a smooth function of the cosines, so that no digit is lost at
+    any angle.
 
     Args:
       s: Basis ``[..., n, k]``.
       y: Basis ``[..., n, k]``; the result does not depend on which basis of its subspace.
 
     Returns:
-      The tangent vector.  Undefined where a principal angle is a right angle (the cut locus); near it the relative
-      error grows like the machine precision over the squared cosine of the largest angle.
+      The tangent vector.  Where a principal angle is a right angle (the cut locus) there are two, and it is one of
+      them; near it the error grows like the machine precision over the cosine of the largest angle, as that of ``Y``
+      itself does, and the derivative like one over that cosine.  All are finite.
     """
     (s, y), cast = working({"s": s, "y": y})
-    overlap = gram(s, y)
-    rest = y - times(s, overlap)
-    (f,) = spectral(lambda x: (linalg.arcsine_ratio(x),), gram(rest, rest))
-    return cast(times(rest, times(f, overlap.mT)))
+    return cast(_log(s, y))
 
 
 def dist(s: jax.Array, y: jax.Array) -> jax.Array:
@@ -181,9 +187,8 @@ def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 
     """
     (s, h, d), cast = working({"s": s}, {"h": h, "d": d})
     s, d, h = at_time(t, s, d, h)
-    versine, sinc = spectral(lambda x: (linalg.versine_sqrt(x), linalg.sinc_sqrt(x)), gram(h, h))
-    overlap = gram(h, d)
-    return cast(d - times(h, times(versine, overlap)) - times(s, times(sinc, overlap)))
+    long = with_tangents_of(_short_transport, transported)
+    return cast(by_length(_short_transport, lambda s, h, d: long(s, _project(s, ended(h)), d), h, s, h, d))
 
 
 def projection_transport(s_new: jax.Array, d: jax.Array) -> jax.Array:
@@ -217,8 +222,9 @@ def retract(s: jax.Array, h: jax.Array, method: str = "exp") -> jax.Array:
       ValueError: ``method`` is unknown.
     """
     check_retraction(method)
+    coarse = is_coarse(h)
     (s, h), cast = working({"s": s}, {"h": h})
-    return cast(_step(s, h, method))
+    return cast(_step(s, _project(s, h) if coarse else h, method))
 
 
 def align(s: jax.Array, s_new: jax.Array) -> jax.Array:
@@ -238,24 +244,51 @@ def align(s: jax.Array, s_new: jax.Array) -> jax.Array:
     return cast(linalg.polar(gram(s, s_new)))
 
 
+def _log(s: jax.Array, y: jax.Array) -> jax.Array:
+    overlap = gram(s, y)
+    # Twice: what rounding leaves in the span of S is as large as a tiny angle.
+    rest = _project(s, y - times(s, overlap))
+    # Of c = cos(theta), theta / sin(theta) = arcsin(sqrt(x)) / sqrt(x (1 - x)) with x = (1 - c) / 2 = sin(theta / 2)^2.
+    factor = linalg.singular(lambda c: linalg.arcsine_ratio((1 - c) / 2), overlap)
+    return times(rest, factor.mT)
+
+
 def _project(s: jax.Array, x: jax.Array) -> jax.Array:
     return x - times(s, gram(s, x))
 
 
-def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
-    """Retraction of ``h``; all but "qr" are ``S c(M) + H d(M)``.
+def _exp(s: jax.Array, h: jax.Array, t: ArrayLike) -> jax.Array:
+    (s, h), cast = working({"s": s}, {"h": h})
+    return cast(_step(*at_time(t, s, h), "exp"))
 
-    What is computed is ``c - 1`` and ``d - 1``, so that a short step has small rounding errors.
-    """
+
+def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
+    """Retraction of ``h``."""
     if method == "qr":
         return qr_retraction(s, h)
     if method == "polar":
         return polar_retraction(s, h)
     if method == "cayley":
-        c, d = spectral(lambda x: (-x / 2 / (1 + x / 4), -x / 4 / (1 + x / 4)), gram(h, h))
-    else:
-        c, d = spectral(lambda x: (-x * linalg.versine_sqrt(x), linalg.sinc_sqrt(x) - 1), gram(h, h))
+        return by_length(_short_cayley, reflected, h, s, h)
+    long = with_tangents_of(_short_exp, geodesic_by_qr)
+    return by_length(_short_exp, lambda s, h: long(s, _project(s, ended(h))), h, s, h)
+
+
+# Both are S c(M) + H d(M).  What is computed is c - 1 and d - 1, so that a short step has small rounding errors.
+def _short_cayley(s: jax.Array, h: jax.Array) -> jax.Array:
+    c, d = spectral(lambda x: (-x / 2 / (1 + x / 4), -x / 4 / (1 + x / 4)), gram(h, h))
     return s + (h + times(s, c) + times(h, d))
+
+
+def _short_exp(s: jax.Array, h: jax.Array) -> jax.Array:
+    c, d = spectral(lambda x: (-x * linalg.versine_sqrt(x), linalg.sinc_sqrt(x) - 1), gram(h, h))
+    return s + (h + times(s, c) + times(h, d))
+
+
+def _short_transport(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
+    versine, sinc = spectral(lambda x: (linalg.versine_sqrt(x), linalg.sinc_sqrt(x)), gram(h, h))
+    overlap = gram(h, d)
+    return d - times(h, times(versine, overlap)) - times(s, times(sinc, overlap))
 
 
 @jax.custom_jvp
@@ -267,6 +300,6 @@ def _dist(s: jax.Array, y: jax.Array) -> jax.Array:
 def _dist_jvp(primals, tangents):
     (s, y), (ds, dy) = primals, tangents
     out = _dist(s, y)
-    slope = -jnp.sum(log(s, y) * ds + log(y, s) * dy, axis=(-2, -1))
+    slope = -jnp.sum(_log(s, y) * ds + _log(y, s) * dy, axis=(-2, -1))
     apart = out > rounding(s)
     return out, jnp.where(apart, slope / jnp.where(apart, out, 1.0), 0.0)

@@ -18,10 +18,18 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from subspace_jax.linalg import expm, eye_like, gram, times
+from subspace_jax.manifolds._long_steps import (
+    by_length,
+    cayley_turned,
+    turned,
+    with_tangents_of,
+    within_expm_range,
+)
 from subspace_jax.manifolds._shared import (
     RETRACTIONS,
     at_time,
     check_retraction,
+    is_coarse,
     orthonormality_error,
     polar_retraction,
     qr_retraction,
@@ -105,7 +113,7 @@ def exp(s: jax.Array, h: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
       t: Time, a scalar, or one for each of the leading axes.
 
     Returns:
-      The frame; NaN for steps beyond the range of :func:`subspace_jax.linalg.expm`, which are hundreds of turns.
+      The frame.  A step ends where the 1-norm of what is exponentiated reaches 1024, which is hundreds of radians.
     """
     (s, h), cast = working({"s": s}, {"h": h})
     return cast(_exp(*at_time(t, s, h)))
@@ -233,7 +241,9 @@ def retract(s: jax.Array, h: jax.Array, method: str = "exp") -> jax.Array:
       ValueError: ``method`` is unknown.
     """
     check_retraction(method)
+    coarse = is_coarse(h)
     (s, h), cast = working({"s": s}, {"h": h})
+    h = _project(s, h) if coarse else h
     return cast({"exp": _exp, "qr": qr_retraction, "polar": polar_retraction, "cayley": _cayley}[method](s, h))
 
 
@@ -249,7 +259,13 @@ def _parts(s: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _exp(s: jax.Array, h: jax.Array) -> jax.Array:
-    skew, normal = _parts(s, h)
+    def long(s, h):
+        return with_tangents_of(_short_exp, turned)(s, *within_expm_range(*_parts(s, h)))
+
+    return by_length(lambda s, h: _short_exp(s, *_parts(s, h)), long, h, s, h)
+
+
+def _short_exp(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
     normal, size = unit_normal(normal)
     eye, k = eye_like(skew), skew.shape[-1]
     turn = expm(jnp.block([[skew, -size * gram(normal, normal)], [size * eye, jnp.zeros_like(skew)]]))[..., :k]
@@ -257,7 +273,13 @@ def _exp(s: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def _cayley(s: jax.Array, h: jax.Array) -> jax.Array:
-    skew, normal = _parts(s, h)
+    def long(s, h):
+        return with_tangents_of(_short_cayley, cayley_turned)(s, *within_expm_range(*_parts(s, h)))
+
+    return by_length(lambda s, h: _short_cayley(s, *_parts(s, h)), long, h, s, h)
+
+
+def _short_cayley(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
     c = skew / 2 - gram(normal, normal) / 4
     inverse = jnp.linalg.inv(eye_like(c) - c)
     return s + times(s, 2 * times(c, inverse)) + times(normal, inverse)

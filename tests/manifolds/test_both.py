@@ -332,3 +332,47 @@ def test_wrong_input_is_refused(manifold):
         manifold.random_point(jax.random.key(0), 2, 3)
     with pytest.raises(ValueError, match="broadcast"):
         manifold.exp(jnp.stack([s, s]), jnp.stack([s, s, s]))
+
+
+def long_steps(manifold, s, lengths):
+    """Tangent vectors of some lengths: equal and unequal columns, mixed or not, a column of zeros, and rank one."""
+    n, k = s.shape
+    x, grades = gaussian(7, n, k), np.geomspace(1, 1e-6, k)
+    turn = np.linalg.qr(gaussian(8, k, k))[0]
+    kinds = [x, x * grades, (x * grades) @ turn, x * (np.arange(k) > 0), x[:, :1] * turn[0]]
+    h = [np.asarray(manifold.tangent_project(s, jnp.asarray(x, s.dtype))) for x in kinds]
+    return jnp.stack([length * (x / np.linalg.norm(x)) for x in h for length in lengths]).astype(s.dtype)
+
+
+@every_manifold
+@every_retraction
+def test_long_steps_are_orthonormal_and_have_finite_derivatives(manifold, method):
+    # In R^5 no tangent vector of four columns has full rank.
+    s = jnp.asarray(point(0, ((), 5, 4)), jnp.float32)
+    h = long_steps(manifold, s, np.float32([5.0, 1e2, 1e4, 1e8, 1e20]))
+    new, pull = jax.vjp(lambda h: compiled(manifold.retract, method=method)(s, h), h)
+    assert defect(new) < 2e-6
+    assert jnp.all(jnp.isfinite(pull(jnp.sin(new))[0]))
+    coarse = manifold.retract(s, h[3].astype(jnp.bfloat16), method)
+    assert defect(coarse) < 2e-6
+
+
+@every_manifold
+@every_retraction
+def test_long_steps_are_those_of_the_formula_and_so_are_their_derivatives(x64, manifold, method):
+    s = point(0, ((), 7, 3))
+    h, d = tangent(manifold, s, 1, 8.0), tangent(manifold, s, 2, 1.0)
+    step = compiled(manifold.retract, method=method)
+    # Below 4, another way of computing it.
+    near, far = step(s, h * (4 / 8 - 1e-9)), step(s, h * (4 / 8 + 1e-9))
+    np.testing.assert_allclose(near, far, atol=1e-7)
+    got = jax.jvp(lambda h: step(s, h), (h,), (d,))[1]
+    np.testing.assert_allclose(got, stencil(lambda e: step(s, h + e * d)), atol=1e-8)
+
+
+def test_transport_along_long_geodesics_is_an_isometry_in_single_precision():
+    s = jnp.asarray(point(0, ((), 12, 3)), jnp.float32)
+    d = tangent(grassmann, s, 5).astype(jnp.float32)
+    carried = grassmann.parallel_transport(s, long_steps(grassmann, s, np.float32([1e2])), d)
+    # Angles of 1e2 are known to 1e-5.
+    np.testing.assert_allclose(jnp.linalg.norm(carried, axis=(1, 2)), jnp.linalg.norm(d), rtol=1e-4)

@@ -127,3 +127,40 @@ def test_steps_in_single_precision_add_no_drift():
         for method in grassmann.RETRACTIONS:
             new = compiled(grassmann.retract, method=method)(s, step)
             assert np.max(grassmann.orthonormality_error(new)) < 1e-6
+
+
+def log_in_float64(s, y):
+    """Logarithm by tangents of the angles, of the subspaces that float32 bases span."""
+    s, y = (np.linalg.qr(np.asarray(x, np.float64))[0] * np.sign(np.diag(np.linalg.qr(x)[1])) for x in (s, y))
+    overlap = s.T @ y
+    u, tangents, vt = np.linalg.svd((y - s @ overlap) @ np.linalg.inv(overlap), full_matrices=False)
+    return (u * np.arctan(tangents)) @ vt
+
+
+@pytest.mark.parametrize("shape", [(2048, 8), (10, 8), (4, 4), (6, 1)])
+def test_log_and_dist_in_single_precision_are_those_in_double_between_random_points(shape):
+    # Angles near a right angle in the first, angles of 0 in the second, where n < 2 k.
+    s, y = (grassmann.random_point(jax.random.key(i), *shape, (8,)) for i in (0, 1))
+    want = np.stack([log_in_float64(*pair) for pair in zip(np.asarray(s), np.asarray(y), strict=True)])
+    np.testing.assert_allclose(compiled(grassmann.log)(s, y), want, atol=2e-6)
+    length = np.linalg.norm(want, axis=(1, 2))
+    np.testing.assert_allclose(compiled(grassmann.dist)(s, y), length, rtol=2e-6, atol=1e-6)
+    slope = jax.grad(lambda y: jnp.sum(compiled(grassmann.dist)(s, y) ** 2 / 2))(y)
+    back = np.stack([log_in_float64(*pair) for pair in zip(np.asarray(y), np.asarray(s), strict=True)])
+    np.testing.assert_allclose(slope, -back, atol=1e-5)
+
+
+def test_log_of_tiny_angles_loses_no_more_than_the_rounding_of_bases():
+    s = grassmann.random_point(jax.random.key(0), 64, 4)
+    for size in (0.0, 1e-6, 1e-4):
+        h = size * grassmann.tangent_project(s, jax.random.normal(jax.random.key(1), s.shape))
+        y = compiled(grassmann.exp)(s, h)
+        np.testing.assert_allclose(compiled(grassmann.log)(s, y), log_in_float64(s, y), atol=1e-7)
+
+
+def test_log_at_the_cut_locus_is_one_of_two_and_its_derivative_is_finite():
+    s, y = jnp.eye(4)[:, :2], jnp.eye(4)[:, 1:3]  # angles of 0 and of a right angle
+    h = grassmann.log(s, y)
+    np.testing.assert_allclose(jnp.linalg.norm(h), jnp.pi / 2, rtol=1e-6)
+    np.testing.assert_allclose(projector(grassmann.exp(s, h)), projector(y), atol=1e-6)
+    assert jnp.all(jnp.isfinite(jax.grad(lambda y: jnp.sum(jnp.sin(grassmann.log(s, y))))(y)))

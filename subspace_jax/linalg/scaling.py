@@ -1,0 +1,29 @@
+"""Powers of two that bring arrays to the size of 1, so that squares neither overflow nor underflow."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Far enough from the ends of float32 that the power, its inverse and squares of what was scaled are normal numbers.
+_LARGEST_EXPONENT = 100
+
+
+def binary_scale(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
+    """The power of two next above the largest magnitude along some axes.
+
+    Dividing by it is exact, and leaves entries of magnitude at most 1, the largest at least 1/2, between 2^-100 and
+    2^100.  It is a constant for derivatives.
+
+    Args:
+      x: Float32 or float64.
+      axis: Axes of which the largest entry is taken; None for all.
+
+    Returns:
+      The powers, with axes of size 1 where ``axis`` was (none of them for None); 1 where all entries are 0 or one is
+      not finite.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
