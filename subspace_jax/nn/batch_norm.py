@@ -24,8 +24,9 @@ def batch_norm(
     where a device sees its own rows only, ``axis_name`` says over which mesh axes to bring them together.  They are
     computed in at least float32, whatever the activations are.
 
-    Mean and variance come from one pass: ``E[d]`` and ``E[d^2] - E[d]^2`` with ``d = x - running mean``, which
-    loses digits only while the running mean is many deviations off.
+    Mean and variance come from two passes: the mean c as rounded first, then ``E[d]`` and ``E[d^2] - E[d]^2`` with
+    ``d = x - c``, where the second terms make up for the rounding of c.  No digit is lost however far from 0, or from
+    the running mean, the batch lies.  The backward pass is that of a variance in one pass.
 
     Args:
       x: ``[batch, ..., channels]``, floating point.
@@ -56,25 +57,28 @@ def batch_norm(
     def along(parameter: jax.Array) -> jax.Array:
         return parameter.astype(wide).reshape(*lead, -1)
 
-    centre, spread, statistics = mean, var, (mean, var)
+    shift, centre, spread, statistics = mean, jnp.zeros_like(mean, wide), var, (mean, var)
     if train:
         count = x.size // x.shape[-1]
         if axis_name is not None:
             count *= jax.lax.axis_size(axis_name)
         if count < 2:
             raise ValueError(f"batch_norm: expected more than one value a channel to train on, got x {x.shape}")
-        shifted = x.astype(wide) - along(jax.lax.stop_gradient(mean))
         axes = tuple(range(x.ndim - 1))
-        moments = jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
-        if axis_name is not None:
-            moments = jax.lax.pmean(moments, axis_name)
-        centre = moments[0] + jax.lax.stop_gradient(mean).astype(wide)
-        spread = jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
-        new = (centre, spread * (count / (count - 1)))
+
+        def over_batch(means):
+            return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+        # A constant for derivatives: nothing depends on what is taken off and put back.
+        shift = over_batch(jnp.mean(jax.lax.stop_gradient(x).astype(wide), axes))
+        shifted = x.astype(wide) - along(shift)
+        centre, square = over_batch(jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)]))
+        spread = jnp.maximum(square - jnp.square(centre), 0)
+        new = (shift + centre, spread * (count / (count - 1)))
         statistics = tuple(
             (momentum * old.astype(wide) + (1 - momentum) * jax.lax.stop_gradient(now)).astype(old.dtype)
             for old, now in zip((mean, var), new, strict=True)
         )
     factor = scale.astype(wide) * jax.lax.rsqrt(spread.astype(wide) + eps)
-    y = (x.astype(wide) - along(centre)) * along(factor) + along(bias)
+    y = (x.astype(wide) - along(shift) - along(centre)) * along(factor) + along(bias)
     return y.astype(x.dtype), statistics

@@ -83,3 +83,27 @@ def test_channels_that_differ_and_single_values_are_refused(parts):
         nn.batch_norm(x[..., :3], *rest)
     with pytest.raises(ValueError, match="more than one value a channel"):
         nn.batch_norm(x[:1, :1, :1], *rest, train=True)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+def test_a_batch_far_from_the_running_mean_keeps_its_variance_however_it_is_split(parts, offset):
+    x = parts[0] + np.float32(offset)
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    exact = x.astype(np.float64)
+    deviation = exact - exact.mean((0, 1, 2))
+    want = deviation / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    rows = P(("data", "fsdp"))
+    mesh = train.make_mesh(2, 4, 1)
+
+    def run(x, axis_name=None):
+        return nn.batch_norm(x, ones, zeros, zeros, ones, train=True, axis_name=axis_name)
+
+    by_hand = jax.shard_map(lambda x: run(x, ("data", "fsdp")), mesh=mesh, in_specs=rows, out_specs=(rows, (P(), P())))
+    for f, batch in ((run, x), (run, jax.device_put(x, NamedSharding(mesh, rows))), (by_hand, x)):
+        y, (_, var) = jax.jit(f)(batch)
+        np.testing.assert_allclose(y, want, atol=1e-5)
+        np.testing.assert_allclose(var, 0.9 + 0.1 * exact.var((0, 1, 2), ddof=1), rtol=1e-5)
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(run(x)[0])))(x)
+    with jax.enable_x64(True):
+        wide = jax.grad(lambda x: jnp.sum(jnp.sin(run(x)[0])))(exact)
+    np.testing.assert_allclose(slope, wide, atol=1e-5)
