@@ -51,7 +51,7 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     files = f"{folder}: tokenizer_config.json or special_tokens_map.json"
     for name in ("add_bos_token", "split_special_tokens", "add_prefix_space"):
         if settings.get(name) not in (None, True, False):
-            raise ValueError(f"{files}: {name}: expected true or false, got {settings[name]!r}")
+            raise ValueError(f"{files}: {name}: expected true or false, got {str(settings[name])[:80]!r}")
     for name in _ROLES:
         if settings.get(name) is not None:
             _content(settings[name], f"{files}: {name}")
@@ -73,6 +73,7 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
 def _added_tokens(folder: Path, decoder: Any, added: Mapping[str, Any]) -> dict[int, Any]:
     if decoder is None:
         for token, number in added.items():
+            _content(token, f"{folder / 'added_tokens.json'}")
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise ValueError(f"{folder / 'added_tokens.json'}: {token!r}: expected an id, got {number!r}")
         return {number: {"content": token} for token, number in added.items()}
@@ -86,7 +87,7 @@ def _added_tokens(folder: Path, decoder: Any, added: Mapping[str, Any]) -> dict[
 
 def _content(token: Any, where: str) -> str:
     content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str) or not content:
+    if not isinstance(content, str) or not content or any("\ud800" <= c <= "\udfff" for c in content):
         raise ValueError(f"{where}: expected a token, got {str(token)[:80]!r}")
     return content
 
@@ -107,7 +108,7 @@ def special_names(settings: Mapping[str, Any]) -> Iterator[str]:
         for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str) and content:
-                yield content
+                yield _content(content, name)
 
 
 def flags_of(token: Any) -> dict[str, bool]:

@@ -1,8 +1,9 @@
 """Tokenizers: any ``tokenizer.json``, and bytes for when there is no file."""
 
 import bisect
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,10 +85,8 @@ class FileTokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer: no file {file}")
         self._file = file
-        try:
+        with _naming(f"tokenizer: {file} is no tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"tokenizer: {file} is no tokenizer ({_one_line(error)})") from error
         known = lambda token: self._tokenizer.token_to_id(token) is not None  # noqa: E731
         settings = special_tokens.read_settings(file.parent, known)
         if (padding := self._tokenizer.padding) and known(padding["pad_token"]):
@@ -123,14 +122,14 @@ class FileTokenizer:
         known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         special = dict.fromkeys(special_tokens.special_names(settings))
         for number, token in sorted(settings["added_tokens"].items()):
-            content = token["content"]
+            content = token["content"] if isinstance(token, dict) else token
             if self._tokenizer.token_to_id(content) is None:
                 flags = {"special": content in special, **special_tokens.flags_of(token)}
                 self._tokenizer.add_tokens([tokenizers.AddedToken(content, **flags)])
                 if (got := self._tokenizer.token_to_id(content)) != number:
                     raise ValueError(
-                        f"tokenizer: the files beside {self._file} give {content!r} the id {number}, which is not the "
-                        f"next one after those of {self._file.name}, {got}"
+                        f"tokenizer: the files beside {self._file} give {content[:80]!r} the id {number}, which is not "
+                        f"the next one after those of {self._file.name}, {got}"
                     )
         for content in special:
             if self._tokenizer.token_to_id(content) is not None:
@@ -145,7 +144,7 @@ class FileTokenizer:
         number = self._tokenizer.token_to_id(token)
         if number is None:
             raise ValueError(
-                f"tokenizer: {key} {token!r} of tokenizer_config.json or special_tokens_map.json is no token of "
+                f"tokenizer: {key} {token[:80]!r} of tokenizer_config.json or special_tokens_map.json is no token of "
                 f"{self._file}"
             )
         return number
@@ -156,10 +155,8 @@ class FileTokenizer:
 
         probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
         probe.post_processor = self._tokenizer.post_processor
-        try:
+        with _naming(f"tokenizer: {self._file}: post_processor"):
             found = probe.encode("a")
-        except Exception as error:
-            raise ValueError(f"tokenizer: {self._file}: post_processor ({_one_line(error)})") from error
         at = (*found.special_tokens_mask, 0).index(0)
         front, back = found.ids[:at], found.ids[at + 1 :]
         if len(front) > 1:
@@ -170,10 +167,8 @@ class FileTokenizer:
 
     def _encode(self, text: str):
         _check_unicode(text)
-        try:
+        with _naming(f"tokenizer: {self._file} can't encode {text[:40]!r}"):
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:
-            raise ValueError(f"tokenizer: {self._file} can't encode {text[:40]!r} ({_one_line(error)})") from error
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, none added.
@@ -193,14 +188,22 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, without special ones."""
-        return self._tokenizer.decode([int(t) for t in np.asarray(tokens)], skip_special_tokens=True)
+        with _naming(f"tokenizer: {self._file} can't decode"):
+            return self._tokenizer.decode([int(t) for t in np.asarray(tokens)], skip_special_tokens=True)
 
 
 _MATCHING = ("single_word", "lstrip", "rstrip", "normalized")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Makes a ValueError of what the tokenizers library raises: plain exceptions, and panics, which are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({' '.join(str(error).split())[:200]})") from error
 
 
 def _check_unicode(text: str) -> None:

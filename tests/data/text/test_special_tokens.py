@@ -231,6 +231,7 @@ def test_a_character_begun_by_a_prompt_is_decoded_with_its_end():
         ({"special_tokens_map": "{"}, r"special_tokens_map\.json: it is no JSON"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token: expected a token, got '3'"),
         ({"tokenizer_config": {"eos_token": {"content": None}}}, "eos_token: expected a token"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "eos_token: expected a token"),
         ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token: expected true or false, got 'false'"),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder: expected tokens by their ids"),
         ({"tokenizer_config": {"added_tokens_decoder": {"7": 1}}}, "added_tokens_decoder: 7: expected a token"),
@@ -248,6 +249,16 @@ def test_two_tokens_before_a_text_are_refused(load):
     double = processors.TemplateProcessing(single="<s> <pad> $A", special_tokens=[("<s>", 1), ("<pad>", 3)])
     with pytest.raises(ValueError, match=r"expected at most one token before a text, got \[1, 3\]"):
         load(processor(double), tokenizer_config=NAMES)
+
+
+def test_a_panic_of_the_library_becomes_one_line(load, tmp_path):
+    load(processor(opening()), tokenizer_config=NAMES)
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["post_processor"]["special_tokens"] = {}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        text.load_tokenizer(tmp_path)
 
 
 def test_texts_that_have_no_tokens_are_refused(tmp_path):
