@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from subspace_jax.cli.language import add_trust
+
 EXAMPLES = {
     "features": """
         subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
@@ -48,9 +50,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch, over all devices")
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="type of a folder's activations")
     parser.add_argument("--resample", action="store_true", help="resample positions for images of another size")
-    parser.add_argument("--skip-unreadable", action="store_true", help="take the next image for one that is damaged")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that are damaged")
     parser.add_argument("--best", action="store_true", help="a run's best checkpoint (default: the latest)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_trust(parser)
 
 
 def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
@@ -68,10 +71,10 @@ def _features(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
     from subspace_jax import represent
-    from subspace_jax.represent.features import check_features_path
+    from subspace_jax.represent.features_file import check_features_path
 
     out = check_features_path(args.out)
-    split = args.split or ("" if os.path.isdir(args.data) else "train")
+    split = args.split or ("" if os.path.isdir(os.path.expanduser(args.data)) else "train")
     images = represent.open_labelled_images(args.data, split, args.data_dir, **_unreadable(args))
     found = _extract(args, _open(args), images)
     if jax.process_index() == 0:
@@ -84,7 +87,10 @@ def _probe(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import represent
 
     sets = [represent.read_features(path) for path in (args.features, args.test)]
-    reports = [represent.probe_features(*sets, **options) for options in _options(args)]
+    try:
+        reports = [represent.probe_features(*sets, **options) for options in _options(args)]
+    except ValueError as error:
+        raise ValueError(f"{args.features}, {args.test}: {error}") from error
     for report in reports:
         by_class = "" if report.class_accuracy is None else f"; mean over classes {report.class_accuracy:.4f}"
         print(f"accuracy {report.accuracy:.4f}{by_class}; {report.detail}")
@@ -143,15 +149,19 @@ def _open(args: argparse.Namespace):
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     step = "best" if args.best else None
-    return represent.open_feature_model(args.model, dtype=args.dtype, resample=args.resample, step=step)
+    options = {"dtype": args.dtype, "resample": args.resample, "trust_remote_code": args.trust_remote_code}
+    return represent.open_feature_model(args.model, step=step, **options)
 
 
 def _extract(args: argparse.Namespace, model, images):
+    import jax
+
     from subspace_jax import represent
 
     found = represent.features_of_images(model, images, batch_size=args.batch_size, progress=not args.quiet)
-    if images.unreadable:
-        print(f"{len(images.unreadable)} of {len(images)} images could not be read, others took their place:")
+    if images.unreadable and jax.process_index() == 0:
+        total = len(images) + len(images.unreadable)
+        print(f"{len(images.unreadable)} of {total} images can't be read and are left out:")
         print("\n".join(f"  {name}: {why}" for name, why in images.unreadable.items()))
     return found
 

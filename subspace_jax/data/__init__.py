@@ -17,7 +17,15 @@ from subspace_jax.data.image_augment import (
 from subspace_jax.data.image_processor import ImageProcessor
 from subspace_jax.data.images import Images, image_folder, image_set
 from subspace_jax.data.mixing import mix_images, partners
-from subspace_jax.data.pipeline import Source, Transform, eval_batches, load_arrays, steps_per_epoch, train_batches
+from subspace_jax.data.pipeline import (
+    Source,
+    Transform,
+    eval_batches,
+    eval_passes,
+    load_arrays,
+    steps_per_epoch,
+    train_batches,
+)
 from subspace_jax.data.resize import resize_uint8
 from subspace_jax.data.sources import ImageSource, default_data_dir, describe_images, image_source
 from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
@@ -38,6 +46,7 @@ __all__ = [
     "default_data_dir",
     "describe_images",
     "eval_batches",
+    "eval_passes",
     "image_folder",
     "image_set",
     "image_source",

@@ -15,7 +15,7 @@ import grain
 import jax
 import numpy as np
 
-__all__ = ["Source", "Transform", "eval_batches", "load_arrays", "steps_per_epoch", "train_batches"]
+__all__ = ["Source", "Transform", "eval_batches", "eval_passes", "load_arrays", "steps_per_epoch", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, np.random.Generator], Batch]
@@ -164,6 +164,20 @@ def eval_batches(
     return _iterate(source, batch, -(-num_examples // batch_size))
 
 
+def eval_passes(source: Source | Mapping[str, np.ndarray], eval_batch_size: int) -> Callable[[], grain.DatasetIterator]:
+    """Returns what begins a pass of :func:`eval_batches`, as :class:`subspace_jax.train.Data` takes it.
+
+    Args:
+      source: As for :func:`train_batches`.
+      eval_batch_size: Rows of a batch over all processes.
+
+    Raises:
+      ValueError: ``eval_batch_size`` can't be split over the processes; now, and not at the first evaluation.
+    """
+    _process_rows(eval_batch_size, None, None, name="eval_batch_size")
+    return functools.partial(eval_batches, source, batch_size=eval_batch_size)
+
+
 def _iterate(source: object, batch: Callable[[int], Batch], num_batches: int) -> grain.DatasetIterator:
     """Computes batches ahead, in threads."""
     # Several threads pay where files are decoded with the interpreter's lock released; on arrays they only fight for
@@ -174,14 +188,16 @@ def _iterate(source: object, batch: Callable[[int], Batch], num_batches: int) ->
     return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
 
 
-def _process_rows(batch_size: int, process_index: int | None, process_count: int | None) -> range:
+def _process_rows(
+    batch_size: int, process_index: int | None, process_count: int | None, name: str = "batch_size"
+) -> range:
     """Returns the rows of a global batch that belong to a process."""
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index: expected 0 to {process_count - 1}, got {process_index}")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size: expected a positive multiple of {process_count} processes, got {batch_size}")
+        raise ValueError(f"{name}: expected a positive multiple of {process_count} processes, got {batch_size}")
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 
@@ -219,4 +235,12 @@ def _reader(
 
 
 def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> Batch:
+    for name in examples[0]:
+        shapes = {np.shape(example[name]) for example in examples}
+        if len(shapes) > 1:
+            one, other, *_ = (list(shape) for shape in sorted(shapes))
+            raise ValueError(
+                f"source: expected {name} of one shape in a batch, got {one} and {other}; bring them to one, by "
+                "transform, or by map of images"
+            )
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}

@@ -131,6 +131,7 @@ def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tup
     try:
         builder = _builder(name, data_dir)
     except FileNotFoundError:
+        check_name(name, data_dir)
         builder = tfds.builder(name, try_gcs=False)  # its code alone
     return _labelled_images(builder.info)
 
@@ -211,7 +212,9 @@ def check_name(name: str, data_dir: str) -> None:
 
 
 def missing_folder(folder: pathlib.Path) -> str:
-    """Returns the message about a folder that is not there, with near names of those beside it."""
+    """Returns the message about a path that is no folder of images, with near names of folders beside it."""
+    if folder.is_dir():
+        return f"{folder}: expected a set of TensorFlow Datasets by name, got a folder"
     there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, there, n=3)
     what = "a file, expected a folder" if folder.exists() else "no such folder"

@@ -106,7 +106,7 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(len(rows[0]["inputs"]), sizes.batch_size),
         train=lambda seed: batches(seed=seed),
-        evaluate=functools.partial(data.eval_batches, rows[1], batch_size=sizes.eval_batch_size),
+        evaluate=data.eval_passes(rows[1], sizes.eval_batch_size),
     )
 
 
@@ -230,6 +230,7 @@ def export(
     merged: bool = False,
     step: int | Literal["best"] | None = None,
     overwrite: bool = True,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes a checkpoint of a run for Hugging Face libraries.
 
@@ -243,6 +244,7 @@ def export(
       merged: Whether adapters are baked into the weights.
       step: Step of the checkpoint, or "best"; the latest by default.
       overwrite: Whether the folder may be there; what it held is replaced once the new one is whole.
+      trust_remote_code: See :func:`subspace_jax.train.restore`.
 
     Raises:
       FileNotFoundError: There is no run or no checkpoint.
@@ -252,7 +254,7 @@ def export(
     """
     if not overwrite:
         _check_new(folder)
-    experiment, state = train.restore(workdir, step=step)
+    experiment, state = train.restore(workdir, step=step, trust_remote_code=trust_remote_code)
     task, model = experiment.task, experiment.config.model
     if isinstance(task, AdaptedLMTask) and not merged:
         shapes, params = (adapters.drop_energy_probes(tree) for tree in (task.shapes, state.params))

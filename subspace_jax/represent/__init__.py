@@ -4,16 +4,14 @@ from subspace_jax.represent.classifier import Classifier, make_classifier
 from subspace_jax.represent.classify import ClassifierTask
 from subspace_jax.represent.features import (
     FeatureModel,
-    Features,
     extract_features,
     features_of,
     features_of_images,
     make_feature_step,
     open_feature_model,
     open_labelled_images,
-    read_features,
-    save_features,
 )
+from subspace_jax.represent.features_file import Features, read_features, save_features
 from subspace_jax.represent.few_shot import FewShot, few_shot
 from subspace_jax.represent.fully_connected import FullyConnectedTask
 from subspace_jax.represent.linear_probe import (

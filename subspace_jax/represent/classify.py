@@ -3,6 +3,7 @@
 The Grassmann head is the class representation of arXiv 2308.01547 (Wang, Li, Zhang, ICCV 2023).
 """
 
+import difflib
 import functools
 import math
 import pathlib
@@ -19,6 +20,7 @@ from subspace_jax.represent.classifier import Classifier, make_classifier
 
 # An image set up to this size is decoded once and kept in memory; a larger one is read by index, step by step.
 IN_MEMORY_BYTES = 2**30
+OWN_SETS = ("union_of_subspaces", "folder")
 LOSSES = {"softmax": losses.cross_entropy, "sigmoid": losses.binary_cross_entropy}
 
 
@@ -191,7 +193,7 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
         train=lambda seed: batch(seed=seed),
-        evaluate=functools.partial(data.eval_batches, eval_set, batch_size=sizes.eval_batch_size),
+        evaluate=data.eval_passes(eval_set, sizes.eval_batch_size),
     )
 
 
@@ -210,8 +212,10 @@ def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTa
     """
     del mesh
     sizes, side = config.data, config.data.image.size
-    if sizes.name in ("union_of_subspaces", "folder"):
-        train_set, _, num_classes = _sets(config)
+    if sizes.name in OWN_SETS:
+        named = config.copy_and_resolve_references()
+        named.data.image.on_unreadable = "raise"  # else all images would be decoded to find those
+        train_set, _, num_classes = _sets(named)
         shape = _input_shape(config, train_set)
     else:
         given, num_classes = data.describe_images(sizes.name, sizes.data_dir or None)
@@ -243,16 +247,22 @@ def _task(config: ConfigDict, input_shape: tuple[int, ...], num_classes: int) ->
 
 def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapping, int]:
     """Returns training set, evaluation set and number of classes."""
-    if config.data.name == "union_of_subspaces":
+    name, folder = config.data.name, config.data.data_dir or None
+    if name == "union_of_subspaces":
         made = data.union_of_subspaces(config.seed)
         return made.train, made.test, len(made.bases)
-    folder = config.data.data_dir or None
+    if name == "folder" and not (folder and config.data.image.size):
+        raise ValueError(
+            "data.name: 'folder' needs the folder as data.data_dir, and the size of its images as data.image.size, got "
+            f"{config.data.data_dir!r} and {config.data.image.size}"
+        )
+    if name not in OWN_SETS and (near := difflib.get_close_matches(name, OWN_SETS, n=1, cutoff=0.8)):
+        raise ValueError(f"data.name: no set {name!r}; did you mean {near[0]!r}?")
+    if pathlib.Path(name).is_dir() and len(pathlib.Path(name).parts) > 1:
+        raise ValueError(f"data.name: {name!r} is a folder; give data.name=folder and data.data_dir={name}")
     if config.data.image.size:
         return _images(config.data)
-    sources = [
-        data.image_source(config.data.name, split, folder)
-        for split in (config.data.train_split, config.data.eval_split)
-    ]
+    sources = [data.image_source(name, split, folder) for split in (config.data.train_split, config.data.eval_split)]
     num_classes = sources[0].num_classes
     fits = [len(source) * math.prod(source.image_shape) * 4 <= IN_MEMORY_BYTES for source in sources]
     sets = [data.load_arrays(source) if fit else source for source, fit in zip(sources, fits, strict=True)]

@@ -1,13 +1,13 @@
-"""Features of images by a pretrained model, whole sets at a time, and the file that keeps them."""
+"""Features of images by a pretrained model, whole sets at a time."""
 
+import difflib
 import functools
 import os
 import pathlib
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +18,14 @@ from tqdm.auto import tqdm
 
 from subspace_jax import data, interop, nn, train
 from subspace_jax.represent.classify import ClassifierTask
+from subspace_jax.represent.features_file import Features
 
 PyTree = Any
 FeatureStep = Callable[[PyTree, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]
 
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 # So many batches are computed while the host reads the results of earlier ones.
 _IN_FLIGHT = 2
-
-
-class Features(NamedTuple):
-    """Features of a labelled set.
-
-    Attributes:
-      features: ``[examples, n]`` float32.
-      labels: ``[examples]`` int32.
-      class_names: Names of the labels, as many as there are classes.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -155,11 +143,13 @@ def open_feature_model(
     dtype: jax.typing.DTypeLike | None = None,
     resample: bool = False,
     step: int | Literal["best"] | None = None,
+    trust_remote_code: bool = False,
 ) -> FeatureModel:
     """Opens what makes features: a checkpoint folder of Hugging Face or timm, or the workdir of a classifier's run.
 
-    Of a folder the pooled output is taken, and images are prepared as its ``preprocessor_config.json`` (timm: its
-    ``config.json``) says; of a run the features that the head sees, and images are prepared as its evaluation did.
+    Of a folder the pooled output is taken, and images are prepared as its files say
+    (:meth:`subspace_jax.data.ImageProcessor.from_json`); of a run the features that the head sees, and images are
+    prepared as its evaluation did.
 
     Args:
       path: The folder.
@@ -167,6 +157,7 @@ def open_feature_model(
       dtype: Type of the activations of a folder's model; that of its files by default.
       resample: Whether a vision transformer resamples its positions for images of another size.
       step: Step of a run's checkpoint, or "best"; the latest by default.
+      trust_remote_code: See :func:`subspace_jax.train.restore`.
 
     Returns:
       The model.
@@ -179,7 +170,7 @@ def open_feature_model(
     path = pathlib.Path(path).expanduser()
     mesh = train.make_mesh() if mesh is None else mesh
     if (path / "checkpoints").is_dir():
-        return _of_run(path, mesh, step)
+        return _of_run(path, mesh, step, trust_remote_code)
     prepare = None
     if (path / "config.json").is_file():
         # Before the weights: what is missing shows at once.
@@ -197,10 +188,10 @@ def open_feature_model(
     return FeatureModel(make_feature_step(compute, mesh), params, prepare, mesh)
 
 
-def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None) -> FeatureModel:
+def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None, trust: bool) -> FeatureModel:
     # A single process needs no more than one device to read a checkpoint, whatever the mesh of the run was.
     alone = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
-    experiment, state = train.restore(path, step=at, settings=alone)
+    experiment, state = train.restore(path, step=at, settings=alone, trust_remote_code=trust)
     task = experiment.task
     if not isinstance(task, ClassifierTask):
         raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected one of represent.classify")
@@ -235,19 +226,30 @@ def open_labelled_images(
       split: Split of the set; of a folder the folder in it, which may be empty for the folder itself.
       data_dir: Folder of TFDS sets; the usual place by default.
       class_names: Names of the classes in the order of their labels, of a folder; all by name by default.
-      on_unreadable: "raise", or "skip" to take the next image instead; see :func:`subspace_jax.data.image_folder`.
+      on_unreadable: "raise", or "skip" to leave such images out; see :func:`subspace_jax.data.image_folder`.
 
     Returns:
       The images.
 
     Raises:
       FileNotFoundError: There is no such folder, or the set is not prepared; the message says how to.
-      ValueError: Name or split is unknown, or the set is not one of labelled images.
+      ValueError: Name or split is unknown, the set is not one of labelled images, or what look like the classes of a
+        folder are its splits.
     """
-    if os.path.isdir(name):
-        names = None if class_names is None else list(class_names)
-        return data.image_folder(pathlib.Path(name) / split, class_names=names, on_unreadable=on_unreadable)
-    return data.image_set(os.fspath(name), split, data_dir, on_unreadable=on_unreadable)
+    folder = pathlib.Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            return data.image_set(os.fspath(name), split, data_dir, on_unreadable=on_unreadable)
+        except ValueError as error:
+            near = difflib.get_close_matches(folder.name, [entry.name for entry in pathlib.Path().iterdir()])
+            if not near or not str(error).startswith("name: TFDS knows no set"):
+                raise
+            raise ValueError(f"{error}; or the folder {' or '.join(map(repr, near))}?") from error
+    names = None if class_names is None else list(class_names)
+    images = data.image_folder(folder / split, class_names=names, on_unreadable=on_unreadable)
+    if not split and images.num_classes > 1 and set(images.class_names) <= _SPLITS:
+        raise ValueError(f"split: expected one of the folders {images.class_names} in {folder}, got none")
+    return images
 
 
 def features_of_images(
@@ -275,69 +277,3 @@ def features_of_images(
         model.step, model.params, batches, mesh=model.mesh, num_batches=num_batches, progress=progress
     )
     return Features(*found, images.class_names)
-
-
-def save_features(path: str | os.PathLike, found: Features, **notes: str) -> None:
-    """Writes features as an ``.npz`` file, which appears when it is whole.
-
-    Args:
-      path: The file.
-      found: The features.
-      **notes: Where they come from, kept beside them.
-
-    Raises:
-      ValueError: The path does not end in ``.npz``.
-      OSError: It can't be written.
-    """
-    path = check_features_path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as partial:
-        try:
-            np.savez(partial, **found._replace(class_names=np.array(found.class_names, dtype=str))._asdict(), **notes)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
-    os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
-    os.replace(partial.name, path)
-
-
-def check_features_path(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a path that :func:`save_features` can write to, its folder made; to be called before the work is done.
-
-    Raises:
-      ValueError: The path does not end in ``.npz``.
-      OSError: The folder can't be written.
-    """
-    path = pathlib.Path(path).expanduser().absolute()
-    if path.suffix != ".npz":
-        raise ValueError(f"features: expected a path that ends in .npz, got {path}")
-    train.writable_folder(path.parent)
-    return path
-
-
-def read_features(path: str | os.PathLike) -> Features:
-    """Reads what :func:`save_features` wrote, or any ``.npz`` file with ``features`` and ``labels``.
-
-    Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: It lacks a field, or the fields are not ``[examples, n]`` and ``[examples]`` whole numbers from 0.
-    """
-    path = pathlib.Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"features: {path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            fields = dict(archive)
-    except Exception as error:  # a damaged archive raises half a dozen kinds
-        raise ValueError(f"features: {path} can't be read as .npz: {error}") from error
-    if missing := {"features", "labels"} - set(fields):
-        raise ValueError(f"features: {path} lacks {sorted(missing)}, it has {sorted(fields)}")
-    features, labels = fields["features"], fields["labels"]
-    if features.ndim != 2 or labels.shape != features.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"features: {path}: expected features [examples, n] and whole labels [examples], got "
-            f"{list(features.shape)} and {labels.dtype} {list(labels.shape)}"
-        )
-    if not len(labels) or labels.min() < 0:
-        raise ValueError(f"features: {path}: expected labels of at least 0, got {labels[:8].tolist()}")
-    names = tuple(str(name) for name in fields.get("class_names", range(int(labels.max()) + 1)))
-    return Features(features.astype(np.float32), labels.astype(np.int32), names)

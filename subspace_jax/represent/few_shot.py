@@ -58,15 +58,15 @@ def few_shot(
       ValueError: A class has too few examples, or shapes, labels or numbers can't serve.
     """
     features, labels, num_classes = check_examples(features, labels)
-    counts = np.bincount(labels)
+    classes, counts = np.unique(labels, return_counts=True)
     if shots < 1 or seeds < 1:
         raise ValueError(f"shots, seeds: expected at least 1, got {shots} and {seeds}")
-    if short := {int(c): int(counts[c]) for c in np.flatnonzero((counts > 0) & (counts < shots))}:
+    if short := {int(label): int(count) for label, count in zip(classes, counts, strict=True) if count < shots}:
         raise ValueError(f"shots: expected at most the examples of every class, got {shots}; class to count: {short}")
     accuracies = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
-        rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.flatnonzero(counts)])
+        rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in classes])
         # One shape for all draws, and so one program.
         probe = linear_probe(features[rows], labels[rows], num_classes=num_classes, grid=(l2,), loss=loss, mesh=mesh)
         predicted = np.argmax(probe_logits(probe, np.asarray(test_features)), axis=-1)

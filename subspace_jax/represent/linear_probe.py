@@ -6,6 +6,7 @@ The Grassmann study (arXiv 2308.01547) takes a linear SVM instead of logistic re
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,10 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import losses, train
+from subspace_jax.represent.labels import count_classes
 
 LOSSES = ("logistic", "hinge")
 DEFAULT_GRID = tuple(10.0 ** (k / 2) for k in range(-14, 3))
 
+# Entries of scores and kernel together; the fit keeps some sixty kernels.
+_LARGE = 2**24
 # Steps in a row that find nothing lower.
 _STALLED = 3
 
@@ -162,10 +166,16 @@ def linear_probe(
     features, labels, num_classes = check_examples(features, labels, num_classes)
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
-    if not len(grid) or min(grid) < 0:
-        raise ValueError(f"grid: expected one or more penalties of at least 0, got {tuple(grid)}")
+    if not len(grid) or not all(0 <= l2 < math.inf for l2 in grid):
+        raise ValueError(f"grid: expected one or more finite penalties of at least 0, got {tuple(grid)}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share in (0, 1), got {held_out}")
+    occurring = len(np.unique(labels))
+    if sum(features.shape) * num_classes > _LARGE and num_classes > 2 * occurring:
+        raise ValueError(
+            f"labels: expected examples of most of {num_classes} classes for features {list(features.shape)}, got "
+            f"{occurring}; number those that occur from 0"
+        )
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = max(float(np.sqrt(np.mean(np.square(features - mean), dtype=np.float64))), np.finfo(np.float32).tiny)
     mesh = train.make_mesh() if mesh is None else mesh
@@ -209,9 +219,8 @@ def scores_of(predicted: np.ndarray, labels: np.ndarray) -> Scores:
     if predicted.shape != labels.shape or not labels.size:
         raise ValueError(f"predicted: expected the shape of labels, not empty, got {predicted.shape}, {labels.shape}")
     right = (predicted == labels).astype(np.float64)
-    counts = np.bincount(labels)
-    shares = np.bincount(labels, right)[counts > 0] / counts[counts > 0]
-    return Scores(float(right.mean()), float(shares.mean()))
+    _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return Scores(float(right.mean()), float(np.mean(np.bincount(group, right) / counts)))
 
 
 def held_out_rows(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -249,9 +258,7 @@ def check_examples(
         )
     if not np.isfinite(features).all():
         raise ValueError("features: expected finite numbers, got some that are not")
-    num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels: expected integers in 0 to {num_classes - 1}, got {np.unique(labels)[[0, -1]]}")
+    num_classes = count_classes(labels, num_classes)
     return features, labels.astype(np.int32), num_classes
 
 

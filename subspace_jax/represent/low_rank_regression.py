@@ -87,7 +87,7 @@ def build(config: ConfigDict) -> tuple[LowRankRegressionTask, train.Data]:
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(ROWS, sizes.batch_size),
         train=lambda seed: batches(seed=seed),
-        evaluate=functools.partial(data.eval_batches, examples, batch_size=sizes.eval_batch_size),
+        evaluate=data.eval_passes(examples, sizes.eval_batch_size),
     )
 
 

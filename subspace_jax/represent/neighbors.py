@@ -43,19 +43,23 @@ def nearest_classes(
     Raises:
       ValueError: Shapes, labels or numbers can't serve.
     """
-    features, labels, num_classes = check_examples(features, labels, num_classes)
+    features, labels, _ = check_examples(features, labels, num_classes)
     queries = np.asarray(queries, np.float32)
+    if not np.isfinite(queries).all():
+        raise ValueError("queries: expected finite numbers, got some that are not")
     if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
         raise ValueError(f"queries: expected [queries, {features.shape[1]}], got shape {list(queries.shape)}")
     if not 1 <= k <= len(labels):
         raise ValueError(f"k: expected 1 to {len(labels)} neighbours, got {k}")
-    if temperature is not None and temperature <= 0:
+    if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, or None, got {temperature}")
     mesh = train.make_mesh() if mesh is None else mesh
     (placed,) = rows_on(mesh, queries)
-    options = {"k": k, "temperature": temperature, "num_classes": num_classes, "ways": mesh.size}
-    found = _vote(features, labels, placed, **options)
-    return np.asarray(found)[: len(queries)]
+    # Votes are counted for the classes that occur, however large their labels are.
+    classes, group = np.unique(labels, return_inverse=True)
+    options = {"k": k, "temperature": temperature, "num_classes": len(classes), "ways": mesh.size}
+    found = _vote(features, group.astype(np.int32), placed, **options)
+    return classes[np.asarray(found)[: len(queries)]]
 
 
 @functools.partial(jax.jit, static_argnames=("k", "temperature", "num_classes", "ways"))

@@ -67,7 +67,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
         batch_size=sizes.batch_size,
         steps_per_epoch=data.steps_per_epoch(NUM_TRAIN, sizes.batch_size),
         train=lambda seed: batches(seed=seed),
-        evaluate=functools.partial(data.eval_batches, test, batch_size=sizes.eval_batch_size),
+        evaluate=data.eval_passes(test, sizes.eval_batch_size),
     )
 
 

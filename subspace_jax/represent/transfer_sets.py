@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from subspace_jax import data, metrics
-from subspace_jax.represent.features import Features, open_labelled_images
+from subspace_jax.represent.features import open_labelled_images
+from subspace_jax.represent.features_file import Features
 from subspace_jax.represent.few_shot import few_shot
 from subspace_jax.represent.linear_probe import linear_probe, probe_logits, scores_of
 from subspace_jax.represent.neighbors import nearest_classes
@@ -86,11 +87,14 @@ def probe_features(
         accuracy, detail = found.mean, f"{shots} shots, {seeds} draws, 95 % interval +- {found.interval:.4f}"
     else:
         if method == "knn":
-            predicted = nearest_classes(x, y, test_set.features, k=neighbours, mesh=mesh)
+            classes = len(train_set.class_names)
+            predicted = nearest_classes(x, y, test_set.features, k=neighbours, num_classes=classes, mesh=mesh)
             detail = f"{neighbours} neighbours"
         else:
             grid = {} if l2 is None else {"grid": (l2,)}
-            probe = linear_probe(x, y, loss="hinge" if method == "svm" else "logistic", mesh=mesh, **grid)
+            classes = len(train_set.class_names)
+            loss = "hinge" if method == "svm" else "logistic"
+            probe = linear_probe(x, y, num_classes=classes, loss=loss, mesh=mesh, **grid)
             predicted = np.argmax(probe_logits(probe, test_set.features), axis=-1)
             detail = f"penalty {probe.l2:.3g}"
             if probe.validation:
@@ -120,11 +124,12 @@ def open_transfer_set(
       Training and test images.
 
     Raises:
-      FileNotFoundError: The set is not prepared; the message says how to.
+      FileNotFoundError: There is no such folder, or the set is not prepared; the message says how to.
       ValueError: TFDS knows no such set, or it is not one of labelled images.
     """
-    if os.path.isdir(name):
-        test = next((f for f in _TEST_FOLDERS if (pathlib.Path(name) / f).is_dir()), _TEST_FOLDERS[0])
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        test = next((part for part in _TEST_FOLDERS if (folder / part).is_dir()), _TEST_FOLDERS[0])
         train_images = open_labelled_images(name, "train", on_unreadable=on_unreadable)
         names = train_images.class_names
         return train_images, open_labelled_images(name, test, class_names=names, on_unreadable=on_unreadable)

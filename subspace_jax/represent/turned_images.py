@@ -76,7 +76,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
         batch_size=config.data.batch_size,
         steps_per_epoch=data.steps_per_epoch(NUM_TRAIN, config.data.batch_size),
         train=lambda seed: batches(seed=seed),
-        evaluate=functools.partial(data.eval_batches, test, batch_size=config.data.eval_batch_size),
+        evaluate=data.eval_passes(test, config.data.eval_batch_size),
     )
 
 

@@ -1,0 +1,151 @@
+"""The ``.npz`` file that keeps features, and the like of it from elsewhere."""
+
+import difflib
+import math
+import os
+import pathlib
+import tempfile
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from subspace_jax import train
+from subspace_jax.represent.labels import count_classes
+
+# What an array may take, or else what its compressed form may stand for.
+_UNCHECKED_BYTES = 2**28
+_LARGEST_RATIO = 100
+
+
+class Features(NamedTuple):
+    """Features of a labelled set.
+
+    Attributes:
+      features: ``[examples, n]`` float32.
+      labels: ``[examples]`` int32.
+      class_names: Names of the labels, as many as there are classes.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def save_features(path: str | os.PathLike, found: Features, **notes: str) -> None:
+    """Writes features as an ``.npz`` file, which appears when it is whole.
+
+    Args:
+      path: The file.
+      found: The features.
+      **notes: Where they come from, kept beside them.
+
+    Raises:
+      ValueError: The path does not end in ``.npz``.
+      OSError: It can't be written.
+    """
+    path = check_features_path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as partial:
+        try:
+            np.savez(partial, **found._replace(class_names=np.array(found.class_names, dtype=str))._asdict(), **notes)
+        except BaseException as error:
+            os.unlink(partial.name)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"features: can't write {path}: {error.strerror}") from error
+            raise
+    os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
+    os.replace(partial.name, path)
+
+
+def check_features_path(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a path that :func:`save_features` can write to, its folder made; to be called before the work is done.
+
+    Raises:
+      ValueError: The path does not end in ``.npz``, or is a folder.
+      OSError: The folder can't be written.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if path.suffix != ".npz" or path.is_dir():
+        raise ValueError(f"features: expected the path of a file that ends in .npz, got {path}")
+    train.writable_folder(path.parent)
+    return path
+
+
+def read_features(path: str | os.PathLike) -> Features:
+    """Reads what :func:`save_features` wrote, or any ``.npz`` file with ``features`` and ``labels``.
+
+    Types, shapes and sizes are checked before an array is read; pickled objects are never loaded.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is damaged or lacks a field; or the fields are not finite numbers ``[examples, n]``, and integers
+        ``[examples]`` from 0, below the number of ``class_names`` where there are any.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        there = [file.name for file in path.parent.glob("*.npz")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise FileNotFoundError(f"features: {path}: no such file{hint}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive)
+    except _FieldError as error:
+        raise ValueError(f"features: {path}: {error}") from error
+    except Exception as error:  # a damaged archive raises half a dozen kinds
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"features: {path}: can't be read as .npz: {why}") from error
+
+
+class _FieldError(ValueError):
+    pass
+
+
+def _read(archive: zipfile.ZipFile) -> Features:
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if len(set(names)) < len(names):
+        raise _FieldError(f"has a field twice: {sorted(names)}")
+    if missing := {"features", "labels"} - set(names):
+        raise _FieldError(f"lacks {sorted(missing)}, it has {sorted(names)}")
+    shapes = {name: _header(archive, name) for name in ("features", "labels", "class_names") if name in names}
+    (rows, dtype), (examples, label_type) = shapes["features"], shapes["labels"]
+    if len(rows) != 2 or 0 in rows or dtype.kind not in "fiu":
+        raise _FieldError(f"expected numbers [examples, n] as features, got {dtype} {list(rows)}")
+    if examples != rows[:1] or label_type.kind not in "iu":
+        raise _FieldError(f"expected integers [{rows[0]}] as labels, got {label_type} {list(examples)}")
+    named = shapes.get("class_names")
+    if named is not None and (len(named[0]) != 1 or named[1].kind not in "USiu"):
+        raise _FieldError(f"expected texts [classes] as class_names, got {named[1]} {list(named[0])}")
+    labels = _array(archive, "labels")
+    try:
+        num_classes = count_classes(labels, None if named is None else named[0][0])
+    except ValueError as error:
+        raise _FieldError(str(error)) from error
+    with np.errstate(over="ignore"):
+        features = _array(archive, "features").astype(np.float32)
+    if not np.isfinite(features).all():
+        raise _FieldError("expected finite features in the range of float32, got some that are not")
+    texts = range(num_classes) if named is None else _array(archive, "class_names").tolist()
+    decoded = (text.decode() if isinstance(text, bytes) else str(text) for text in texts)
+    return Features(features, labels.astype(np.int32), tuple(decoded))
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads shape and type of an array, and checks that the archive has as many bytes as they say."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+        left = info.file_size - file.tell()
+    if dtype.hasobject:
+        raise _FieldError(f"{name} holds pickled objects, which are not loaded")
+    if not dtype.itemsize or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
+        raise _FieldError(f"{name} is said to be {dtype} {list(shape)}, but has {left} bytes")
+    if left > max(_UNCHECKED_BYTES, _LARGEST_RATIO * info.compress_size):
+        raise _FieldError(f"{name} would take {left} bytes, of which {info.compress_size} are stored")
+    return shape, dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
