@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,10 +115,10 @@ def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, A
     except ImportError as error:
         raise ImportError('Parquet files need pyarrow: pip install "subspace-jax[text]"') from error
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
             there = table.schema_arrow.names
             if absent := [name for name in names if name not in there]:
-                raise ValueError(f"{file}: no field {absent[0]!r}; there are {sorted(there)}")
+                raise ValueError(f"{file}: no field {absent[0]!r}; there are {_shown(there)}")
             number = 0
             for batch in table.iter_batches(columns=names):
                 for row in batch.to_pylist():
@@ -131,11 +131,16 @@ def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, A
 
 def _field(row: Mapping[str, Any], name: str, place: str) -> str:
     if name not in row:
-        raise ValueError(f"{place}: no field {name!r}; there are {sorted(row)}")
+        raise ValueError(f"{place}: no field {name!r}; there are {_shown(row)}")
     if not isinstance(row[name], str):
         raise ValueError(f"{place}: field {name!r}: expected text, got {type(row[name]).__name__}")
     _check_unicode(row[name], f"{place}: field {name!r}: expected Unicode text")
     return row[name]
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = str(sorted(names))
+    return names if len(names) < 200 else f"{names[:200]} ..."
 
 
 def _check_unicode(text: str, expected: str) -> None:

@@ -97,6 +97,18 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         text.read_texts(tmp_path / "some.parquet")
 
 
+def test_a_changed_byte_in_a_parquet_file_with_checksums_is_found(tmp_path):
+    file, table = tmp_path / "some.parquet", pyarrow.table({"text": [f"text {i}" for i in range(99)]})
+    pyarrow.parquet.write_table(
+        table, file, write_page_checksum=True, use_dictionary=False, compression="none", column_encoding="PLAIN"
+    )
+    whole = file.read_bytes()
+    at = whole.index(b"text 50")
+    file.write_bytes(whole[:at] + b"T" + whole[at + 1 :])
+    with pytest.raises(ValueError, match=r"some\.parquet: it is no Parquet file, or a damaged one .*CRC"):
+        text.read_texts(file)
+
+
 LABELS = {"sentence1": None, "sentence2": None, "idx": None, "label": SimpleNamespace(names=["no", "yes"])}
 
 
