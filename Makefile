@@ -6,7 +6,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo tiny-lm test test-all lint docs bench clean
+.PHONY: demo tiny-lm test test-all test-peers lint docs bench clean
 
 demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
@@ -24,6 +24,10 @@ test: $(VENV)/.test  ## everything that is quick
 
 test-all: $(VENV)/.test  ## the slow rest too
 	$(PYTEST)
+
+test-peers: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
+test-peers: $(VENV)/.test $(VENV)/.bench  ## round trips with the PEFT and transformers of the benchmarks' environment
+	$(PYTEST) tests/peers
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

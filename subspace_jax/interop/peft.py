@@ -23,6 +23,7 @@ from subspace_jax.interop.peft_layout import (
     TiedTablesError,
     at,
     full_shape,
+    is_tied,
     layout,
     make_fields,
     specs_of,
@@ -94,12 +95,15 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool 
         check_fields(fields)
         meant = written_out(fields, config, tensors)
     try:
-        return PeftAdapter(*_read(folder, meant, config, tensors), fields, config)
+        trainable, settings = _read(folder, meant, config, tensors)
     except TiedTablesError:
         if not untie:
             raise
-    config = config.replace(tied=False)
-    return PeftAdapter(*_read(folder, meant, config, tensors), meant, config)
+        config = config.replace(tied=False)
+        trainable, settings = _read(folder, meant, config, tensors)
+    if fields.get("ensure_weight_tying") and not is_tied(config):
+        meant = {**meant, "ensure_weight_tying": False}
+    return PeftAdapter(trainable, settings, meant, config)
 
 
 @contextlib.contextmanager

@@ -59,16 +59,23 @@ def version_of(config: Config, tensors: Iterable[str]) -> str:
 
 
 def written_out(fields: Mapping[str, Any], config: Config, tensors: Iterable[str] = ()) -> Mapping[str, Any]:
-    """The fields, with the modules that ``ensure_weight_tying`` adds.
+    """The fields, with the tables that PEFT reads without being told.
 
-    PEFT adds them where the model is tied; of one that is no longer, the file tells whether they are in it.
+    Those are what ``ensure_weight_tying`` adds, of a model that is no longer tied if the file has both, and tensors
+    of the names of the model's own table and head, which PEFT puts into the model itself.
     """
-    if not fields.get("ensure_weight_tying") or not isinstance(config, CausalLMConfig):
-        return fields
-    if not config.tied and not any(name.startswith(f"{_HEAD}.") for name in tensors):
+    if not isinstance(config, CausalLMConfig):
         return fields
     table = next(m for m, p in module_places(config).items() if p.path == ("embed",))
-    return tied_fields(fields, table, _HEAD)
+    has_both = all(any(name.startswith(f"{m}.") for name in tensors) for m in (table, _HEAD))
+    if fields.get("ensure_weight_tying") and (config.tied or has_both):
+        fields = tied_fields(fields, table, _HEAD)
+    saved = saved_modules(fields, (table, _HEAD))
+    loose = [m for m in (table, _HEAD) if m not in saved and f"{m}.weight" in tensors]
+    # One of them alone would change both tables of a tied model, for these are one tensor there.
+    if loose and (not config.tied or len(saved) + len(loose) == 2):
+        fields = {**fields, "modules_to_save": [*(fields.get("modules_to_save") or ()), *loose]}
+    return fields
 
 
 def layout(

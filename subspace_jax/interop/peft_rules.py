@@ -89,7 +89,7 @@ def ranks_and_alphas(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[
 
 def tied_fields(fields: Mapping[str, Any], table: str, head: str) -> dict[str, Any]:
     """Writes out what ``ensure_weight_tying`` adds: both the table and the head, where either one is named."""
-    fields = {**fields, "ensure_weight_tying": False}
+    fields = dict(fields)
     saved, targets = fields.get("modules_to_save") or [], fields.get("target_modules") or []
     if any(name.split(".")[-1] in _TABLES for name in saved):
         return {**fields, "modules_to_save": [*saved, table, head]}
