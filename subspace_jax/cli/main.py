@@ -162,6 +162,8 @@ def _main(argv: Sequence[str] | None) -> int:
         os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
+    # The threads of Orbax tell of each error with its traceback; it is raised and told in one line as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if getattr(args, "workdir", None) == "":
             raise ValueError("--workdir: expected a folder, got an empty path")

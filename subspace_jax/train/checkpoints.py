@@ -244,8 +244,9 @@ class Checkpoints:
             if not (folder / "data").is_dir():
                 raise DamagedError(f"{folder / 'data'} is not there")
             position = self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())
-            # One batch a step: the position of this library's iterators is the step.
-            if isinstance(position, Mapping) and position.get("next_index", step) != step:
+            index = position.get("next_index", step) if isinstance(position, Mapping) else step
+            # Each step takes one element at least; where there are digests, a position is what was saved.
+            if known is None and (type(index) is not int or index < step):
                 raise DamagedError(f"{folder / 'data'} holds the position {position}")
             return state, position
 
