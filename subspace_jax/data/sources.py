@@ -46,12 +46,14 @@ class ImageSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = range(len(self))[index]
-        return self._example(self._records[index], index)
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """Reads several examples at once, which is faster than one at a time."""
-        records = self._records.__getitems__(indices)
+        try:
+            records = self._records.__getitems__(indices)
+        except RuntimeError as error:  # of array_record
+            raise OSError(f"{self.name} {self.split}: can't read records: {' '.join(str(error).split())}") from error
         return [self._example(record, index) for record, index in zip(records, indices, strict=True)]
 
     def __repr__(self) -> str:
@@ -132,7 +134,10 @@ def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tup
         builder = _builder(name, data_dir)
     except FileNotFoundError:
         check_name(name, data_dir)
-        builder = tfds.builder(name, try_gcs=False)  # its code alone
+        try:
+            builder = tfds.builder(name, try_gcs=False)  # its code alone
+        except Exception as error:  # TFDS has several, and asserts
+            raise ValueError(f"name: TFDS has no {name!r}: {str(error).splitlines()[0]}") from error
     return _labelled_images(builder.info)
 
 
@@ -172,14 +177,23 @@ def _builder(name: str, data_dir: str) -> Any:
     """Finds a prepared set by its files alone: asking its code instead may go to the network."""
     import tensorflow_datasets as tfds
 
+    base = re.split("[/:]", name)[0]
+    there = pathlib.Path(data_dir) / base
     if name == "digits":
         from subspace_jax.data.digits import prepare_digits
 
-        return tfds.builder_from_directory(prepare_digits(data_dir))
+        there = prepare_digits(data_dir)
     try:
+        if name == "digits":
+            return tfds.builder_from_directory(there)
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         pass
+    except Exception as error:  # what TFDS says of damaged files, and of names that it can't take apart
+        if base.isidentifier() and there.is_dir():
+            raise ValueError(f"name: the set in {there} is damaged: {' '.join(str(error).split())}") from error
+        check_name(name, data_dir)
+        raise ValueError(f"name: {name!r} is no name of a set, such as 'cifar10' or 'set/config:1.0.0'") from error
     check_name(name, data_dir)
     raise FileNotFoundError(
         f"the set {name!r} is not prepared under {data_dir}. On a machine with network, run\n"
@@ -237,10 +251,11 @@ def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
         held = " ".join(str(info.features).split())
         raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {held}")
     shape = tuple(features[0].shape)
-    if features[0].np_dtype != np.uint8 or shape[-1] not in (1, 3, None):
+    dtype = np.dtype(features[0].np_dtype)
+    if dtype != np.uint8 or shape[-1] not in (1, 3, None):
         raise ValueError(
-            f"name: expected images of one or three 8-bit channels, but those of {info.name!r} are "
-            f"{features[0].np_dtype.__name__} {list(shape)}"
+            f"name: expected images of one or three 8-bit channels, but those of {info.name!r} are {dtype} "
+            f"{list(shape)}"
         )
     return shape, features[1].num_classes
 

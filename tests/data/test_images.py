@@ -1,5 +1,7 @@
 """Image folders and sets of varying size: decoding, classes, damaged files, batches."""
 
+import errno
+import io
 import itertools
 import logging
 
@@ -30,6 +32,38 @@ class Flowers(TinyRgb):
     def _generate_examples(self, count):
         for i in range(3):
             yield i, {"image": Image.fromarray(picture(i)), "label": i % 2}
+
+
+class Stored(Flowers):
+    """Files as they are: one with an orientation, one with a palette and a transparent entry."""
+
+    def _generate_examples(self, count):
+        exif = Image.Exif()
+        exif[274] = 6
+        palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+        palette.putpalette([9, 9, 9, 200, 10, 20] + [0] * 762)
+        for i, (image, options) in enumerate(((Image.fromarray(picture(0)), {"exif": exif}), (palette, {}))):
+            file = io.BytesIO()
+            image.save(file, "PNG", **options, **({"transparency": 0} if i else {}))
+            yield i, {"image": io.BytesIO(file.getvalue()), "label": i}
+
+
+class Deep(Flowers):
+    """16-bit images."""
+
+    def _info(self):
+        info = {
+            "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(info), supervised_keys=("image", "label")
+        )
+
+    def _generate_examples(self, count):
+        file = io.BytesIO()
+        Image.new("I;16", (2, 2), 40000).save(file, "PNG")
+        yield 0, {"image": io.BytesIO(file.getvalue()), "label": 0}
 
 
 def picture(seed):
@@ -134,6 +168,96 @@ def test_sets_of_varying_size_are_read(tmp_path, tfds_dir):
     np.testing.assert_array_equal(data.image_set("tiny_rgb", "test", tfds_dir)[3]["inputs"], tiny_pixels(7)[0][3])
     digits = data.image_set("digits", "train", tfds_dir)[0]["inputs"]
     assert (digits.shape, digits.max()) == ((8, 8, 3), 255)
+
+
+def test_sets_hold_files_that_are_decoded_as_any_other_and_8_bits(tmp_path):
+    for builder in (Stored, Deep):
+        builder(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    images = data.image_set("stored", "train", tmp_path)
+    np.testing.assert_array_equal(images[0]["inputs"], np.rot90(picture(0), -1))
+    np.testing.assert_array_equal(images[1]["inputs"], [[[255] * 3, [200, 10, 20]]])
+    for read in (data.image_set, data.image_source):
+        with pytest.raises(ValueError, match=r"one or three 8-bit channels, but .*'deep' are uint16"):
+            read("deep", "train", tmp_path)
+
+
+@pytest.fixture
+def partly_damaged(tmp_path):
+    """Two classes with twelve images each, of one colour that tells which; 3, 11 and 23 are damaged."""
+    for i in range(24):
+        folder = tmp_path / "ab"[i // 12]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 5), (10 * i, 0, 0)).save(folder / f"{i:02}.png")
+        if i in (3, 11, 23):
+            (folder / f"{i:02}.png").write_bytes((folder / f"{i:02}.png").read_bytes()[:50])
+    return tmp_path
+
+
+def test_images_that_are_left_out_leave_every_other_once_with_its_label(partly_damaged):
+    images = data.image_folder(partly_damaged, on_unreadable="skip").map(data.EvalImage(4, as_bytes=True))
+    readable = [i for i in range(24) if i not in (3, 11, 23)]
+    assert (len(images), len(images.unreadable), images.num_classes) == (21, 3, 2)
+    assert [int(example["inputs"][0, 0, 0]) // 10 for example in images] == readable
+
+    def seen(batches):
+        rows = [(batch["inputs"][:, 0, 0, 0] // 10, batch["labels"], batch.get("mask")) for batch in batches]
+        which, labels, mask = (None if x[0] is None else np.concatenate(x) for x in zip(*rows, strict=True))
+        kept = slice(None) if mask is None else mask > 0
+        np.testing.assert_array_equal(labels[kept], which[kept] // 12)
+        return which[kept].tolist()
+
+    assert seen(data.eval_batches(images, batch_size=8)) == readable
+    shares = [seen(data.eval_batches(images, batch_size=8, process_index=i, process_count=2)) for i in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == readable
+    epoch = seen(data.train_batches(images, batch_size=7, seed=0, num_epochs=1))
+    assert sorted(epoch) == readable
+    assert epoch != readable
+
+
+def test_an_error_of_the_system_is_no_fault_of_an_image(folder, monkeypatch):
+    def failing(source):
+        raise OSError(errno.EIO, "Input/output error", source)
+
+    monkeypatch.setattr("subspace_jax.data.images.decode_image", failing)
+    with pytest.raises(OSError, match=r"a.png: Input/output error"):
+        data.image_folder(folder, on_unreadable="skip")
+    with pytest.raises(OSError, match=r"a.png: Input/output error"):
+        data.image_folder(folder)[0]
+
+
+def test_what_systems_and_archives_leave_behind_is_no_image_and_no_class(folder):
+    for name in (".hidden", "__MACOSX", "@eaDir"):
+        (folder / name).mkdir()
+        (folder / name / "x.png").write_bytes(b"")
+    (folder / "cat" / ".cache").mkdir()
+    for name in ("._a.png", ".DS_Store", "Thumbs.db", ".cache/x.png"):
+        (folder / "cat" / name).write_bytes(b"")
+    images = data.image_folder(folder)
+    assert (len(images), images.class_names, images.check()) == (6, ("cat", "dog", "emu"), {})
+
+
+def test_links_are_followed_and_loops_end(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.fromarray(picture(9)).save(elsewhere / "z.jfif", "JPEG")
+    (folder / "cat" / "more" / "back").symlink_to(folder / "cat", target_is_directory=True)
+    (folder / "cat" / "zoo").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "dog" / "gone.png").symlink_to(elsewhere / "none.png")
+    assert len(data.image_folder(folder)) == 8
+    images = data.image_folder(folder, on_unreadable="skip")
+    assert (len(images), list(images.unreadable)) == (7, [str(folder / "dog" / "gone.png")])
+
+
+def test_what_is_wrong_with_an_image_is_said_with_its_file(folder, monkeypatch):
+    Image.new("RGB", (60, 1)).save(folder / "cat" / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"cat/a.png: image of 60 x 1, resized: 780 x 13 pixels"):
+        data.image_folder(folder).map(data.EvalImage(12))[0]
+    with pytest.raises(ValueError, match=r"inputs of one shape in a batch, got \[1, 60, 3\] and \[23, 29, 3\]"):
+        next(data.eval_batches(data.image_folder(folder), batch_size=2))
+    with pytest.raises(FileNotFoundError, match=r"cot: no such folder of images; did you mean 'cat'"):
+        data.image_folder(folder / "cot")
+    with pytest.raises(FileNotFoundError, match=r"notes.txt: a file, expected a folder of images"):
+        data.image_folder(folder / "cat" / "notes.txt")
 
 
 def test_batches_of_a_folder_depend_on_seed_and_step_alone_and_resume(folder):

@@ -248,3 +248,10 @@ def test_threads_that_read_ahead_change_neither_order_nor_resumption(numbered, m
     second = make()
     second.set_state(first.get_state())
     assert_same(take(second, 8), straight[stop:])
+
+
+def test_eval_passes_call_the_size_by_its_name_before_a_pass_begins(numbered):
+    passes = data.eval_passes(numbered(5), 4)
+    assert [batch["mask"].sum() for begin in range(2) for batch in passes()] == [4, 1, 4, 1]
+    with pytest.raises(ValueError, match="eval_batch_size: expected a positive multiple of 1 processes, got 0"):
+        data.eval_passes(numbered(5), 0)

@@ -87,6 +87,33 @@ def test_unknown_set_gives_near_misses(tmp_path):
         data.image_source("digit", "train", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["photos/train", "./photos", "~/photos", "/none/photos", "photos.npz", "photos.zip"])
+def test_names_that_look_like_paths_are_missing_folders(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"photos.*: no such folder of images"):
+        data.image_source(name, "train", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"photos.*: no such folder of images"):
+        data.describe_images(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x:y:z", "ünï", "cifar10:9.9.9", "digits:2.0.0", "cifar10/foo"])
+def test_names_that_tfds_can_not_take_are_refused_in_one_line(name, tmp_path):
+    with pytest.raises(ValueError, match=r"name: TFDS (knows|has) no") as caught:
+        data.describe_images(name, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "tiny_rgb-train.array_record-00000-of-00001"])
+def test_damaged_files_of_a_set_are_named(name, tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir / "tiny_rgb", tmp_path / "tiny_rgb")
+    file = tmp_path / "tiny_rgb" / "1.0.0" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(
+        (ValueError, OSError), match=r"tiny_rgb is damaged: |tiny_rgb train: can't read records: "
+    ) as caught:
+        data.load_arrays(data.image_source("tiny_rgb", "train", tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("split", ["valid", "train[:x]", "train[5:", "", "valid[:10%]"])
 def test_unknown_split_lists_the_splits(tfds_dir, split):
     with pytest.raises(ValueError, match=r"split: .*\['test', 'train'\] and slices"):
