@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from subspace_jax.cli import language, pipes, plan, processes, vision
+from subspace_jax.cli import language, output, plan, processes, vision
 
 _PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       lost; 130 after an interrupt from the keyboard; 141 where nobody reads the output any more, such as ``head``,
       which ends no run.
     """
-    return pipes.quietly(lambda: _main(argv))
+    return output.quietly(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -162,8 +162,7 @@ def _main(argv: Sequence[str] | None) -> int:
         os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
-    # The threads of Orbax tell of each error with its traceback; it is raised and told in one line as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    output.silence_threads()
     try:
         if getattr(args, "workdir", None) == "":
             raise ValueError("--workdir: expected a folder, got an empty path")
@@ -182,7 +181,7 @@ def _main(argv: Sequence[str] | None) -> int:
             **vision.ACTIONS,
             **plan.ACTIONS,
         }
-        with pipes.lasting() if args.command in runs else contextlib.nullcontext():
+        with output.lasting() if args.command in runs else contextlib.nullcontext():
             actions[args.command](args, overrides)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and args.command not in runs:

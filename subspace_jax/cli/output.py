@@ -1,8 +1,10 @@
-"""Output whose reader is gone, such as ``head``: a command ends without a traceback, and a run goes on."""
+"""What a command prints: no tracebacks, and nothing that ends a run where its reader is gone, such as ``head``."""
 
 import contextlib
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 READER_GONE_EXIT = 141  # as a shell tells of SIGPIPE
@@ -43,6 +45,19 @@ def lasting() -> Iterator[None]:
         sys.stdout.flush()
     except OSError:
         _drop_the_rest()
+
+
+def silence_threads() -> None:
+    """Drops what the threads of Orbax tell of errors, with their tracebacks: they are raised as well."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.excepthook
+
+    def hook(*error) -> None:
+        if threading.current_thread() is threading.main_thread():
+            before(*error)
+
+    sys.excepthook = hook
 
 
 def _drop_the_rest() -> None:
