@@ -96,7 +96,7 @@ def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
         fused_qkv=True,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
         layer_scale=any(name in shapes for name in ("blocks.0.ls1.gamma", "blocks.0.gamma_1")),
-        patch_bias="patch_embed.proj.bias" in shapes,
+        patch_bias="norm_pre.weight" not in shapes,
         **tokens,
         class_position=positioned,
         pre_norm="norm_pre.weight" in shapes,
