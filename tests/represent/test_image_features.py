@@ -100,6 +100,37 @@ def test_features_are_computed_measured_and_compared_by_commands(folder, tmp_pat
     assert "none of cifar10, cifar100, food101" in capsys.readouterr().err
 
 
+def test_commands_leave_out_damaged_images_and_say_how_many(folder, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(folder / "photos" / "train", photos)
+    for name in ("blue/5.png", "red/0.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    (photos / "green" / "._0.png").write_bytes(b"Mac OS X")
+    out = str(tmp_path / "f.npz")
+    arguments = ["features", "--model", str(folder / "model"), "--data", str(photos), "--out", out, "--quiet"]
+    assert main(arguments) == 2
+    assert "blue/5.png: can't be read as an image" in capsys.readouterr().err
+    assert main([*arguments, "--skip-unreadable"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 18 images can't be read and are left out" in printed
+    assert "Wrote 16 features of width 32, 3 classes" in printed
+    found = represent.read_features(out)
+    assert found.labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
+    assert len(np.unique(found.features, axis=0)) == 16
+
+
+def test_names_of_data_that_are_not_there_have_near_ones(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"TFDS knows no set 'photo'.*or the folder 'photos'"):
+        represent.open_labelled_images("photo", "train", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"photos/vall: no such folder of images; did you mean 'val'"):
+        represent.open_labelled_images("photos", "vall", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none/photos: no such folder of images"):
+        represent.open_transfer_set("none/photos", tmp_path)
+    with pytest.raises(ValueError, match=r"split: expected one of the folders \('train', 'val'\) in photos"):
+        represent.open_labelled_images("photos", "")
+
+
 def test_features_of_a_run_are_those_that_its_head_sees(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path / "sets")
