@@ -33,7 +33,7 @@ def docstrings(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "trai
     Raises:
       ValueError: A package is not installed or has no sources, or the split is unknown.
     """
-    return _texts(tuple(packages), split, _docstrings_of)
+    return _texts(packages, split, _docstrings_of)
 
 
 def function_summaries(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "train") -> list[Completion]:
@@ -52,13 +52,15 @@ def function_summaries(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str
     Raises:
       ValueError: A package is not installed or has no sources, or the split is unknown.
     """
-    return _texts(tuple(packages), split, _summaries_of)
+    return _texts(packages, split, _summaries_of)
 
 
-def _texts(packages: tuple[str, ...], split: str, of_file: Callable) -> list:
+def _texts(packages: Sequence[str], split: str, of_file: Callable) -> list:
+    if isinstance(packages, str):
+        raise ValueError(f"packages: expected names in a list, got {packages!r}")
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
-    return list(_both_splits(packages, of_file)[split])
+    return list(_both_splits(tuple(packages), of_file)[split])
 
 
 @functools.cache
@@ -83,7 +85,7 @@ def _root(package: str) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
+    except Exception:  # a package above it is imported, which may raise anything
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"packages: {package!r} is no installed package with sources")
@@ -110,6 +112,6 @@ def _summaries_of(file: Path) -> Iterator[Completion]:
 def _nodes(file: Path) -> Iterator[ast.AST]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):  # templates and files of other versions
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):  # templates, files of other versions, tests
         return
     yield from ast.walk(tree)

@@ -24,6 +24,8 @@ def test_the_same_packages_give_the_same_texts(corpus):
 def test_unknown_packages_and_splits_are_refused():
     with pytest.raises(ValueError, match="'no_such_package' is no installed package"):
         text.docstrings(["no_such_package"])
+    with pytest.raises(ValueError, match="expected names in a list, got 'json'"):
+        text.docstrings("json")
     with pytest.raises(ValueError, match="expected 'train' or 'validation', got 'test'"):
         text.docstrings(["json"], "test")
 
