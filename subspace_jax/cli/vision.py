@@ -162,7 +162,9 @@ def _extract(args: argparse.Namespace, model, images):
     if images.unreadable and jax.process_index() == 0:
         total = len(images) + len(images.unreadable)
         print(f"{len(images.unreadable)} of {total} images can't be read and are left out:")
-        print("\n".join(f"  {name}: {why}" for name, why in images.unreadable.items()))
+        for name, why in images.unreadable.items():
+            # Names of files may hold bytes that are no UTF-8.
+            print(f"  {name}: {why}".encode(errors="backslashreplace").decode())
     return found
 
 

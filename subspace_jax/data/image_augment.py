@@ -350,6 +350,7 @@ class EvalImage:
         _check_output(self.size, self.method, self.mean, self.std)
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop: expected a share in (0, 1], got {self.crop}")
+        check_pixels(int(self.size / self.crop), int(self.size / self.crop), "size / crop")
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Changes uint8 ``[height, width, 3]`` to ``[size, size, 3]``, float32 or uint8."""

@@ -43,11 +43,13 @@ _PROCESSORS = {
 # Of a model whose files name no processor, as in transformers' table.
 _OF_MODELS = {
     "clip": "CLIP",
+    "clip_vision_model": "CLIP",
     "convnext": "ConvNext",
     "deit": "DeiT",
     "dinov2": "Bit",
     "resnet": "ConvNext",
     "siglip": "Siglip",
+    "siglip_vision_model": "Siglip",
     "swin": "ViT",
     "vit": "ViT",
 }

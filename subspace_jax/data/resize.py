@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 
+from subspace_jax.data.decode import check_pixels
+
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 _BITS = 22
 
@@ -27,13 +29,14 @@ def resize_uint8(
       ``[*size]`` or ``[*size, channels]`` uint8.
 
     Raises:
-      ValueError: A side is not positive, or method or backend is unknown.
+      ValueError: A side is not positive, there are too many pixels, or method or backend is unknown.
       TypeError: The image is not uint8.
     """
     if image.dtype != np.uint8:
         raise TypeError(f"image: expected uint8, got {image.dtype}")
     if image.ndim not in (2, 3) or min(*image.shape[:2], *size) < 1:
         raise ValueError(f"image: expected [height, width, channels] to {tuple(size)}, got shape {image.shape}")
+    check_pixels(*size, what="size")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     if backend not in ("numpy", "pillow"):
