@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+_AXES = ("data", "fsdp", "sequence", "tensor")
+
 
 def add_command(commands, add: Callable) -> None:
     """Adds ``plan``."""
@@ -108,15 +110,15 @@ def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> li
 
 def parse_mesh(text: str) -> dict[str, int]:
     """Reads ``fsdp=8,tensor=2``; raises ValueError for another form."""
+    # Late: a module of the command imports nothing of JAX.
+    from subspace_jax.train.fields import nearest
+
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if (
-            name not in ("data", "fsdp", "sequence", "tensor")
-            or not equals
-            or not size.lstrip("-").isdecimal()
-            or name in sizes
-        ):
+        if equals and name not in _AXES:
+            raise ValueError(f"--mesh: expected axes among {_AXES}, got {name!r}{nearest(name, _AXES)}")
+        if not equals or not size.removeprefix("-").isdecimal() or name in sizes:
             raise ValueError(f"--mesh: expected a form such as data=2,fsdp=8,tensor=2, got {text!r}")
         sizes[name] = int(size)
     return sizes

@@ -175,6 +175,11 @@ def eval_passes(source: Source | Mapping[str, np.ndarray], eval_batch_size: int)
       ValueError: ``eval_batch_size`` can't be split over the processes; now, and not at the first evaluation.
     """
     _process_rows(eval_batch_size, None, None, name="eval_batch_size")
+    # All beyond the source is padding, which takes as much memory and time as examples.
+    examples = len(next(iter(source.values()), ())) if isinstance(source, Mapping) else len(source)
+    most = max(4096, 2 * examples)
+    if eval_batch_size > most:
+        raise ValueError(f"eval_batch_size: expected at most {most} rows for so few examples, got {eval_batch_size}")
     return functools.partial(eval_batches, source, batch_size=eval_batch_size)
 
 

@@ -20,11 +20,14 @@ from subspace_jax import adapters, data, interop, nn, train
 from subspace_jax.data import text
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
+from subspace_jax.train.fields import check_choice, nearest
 
 log = logging.getLogger(__name__)
 
 PyTree = Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+REMATS = ("none", "dots", "full")
 SIZES = {
     "tiny": nn.CausalLMConfig.tiny,
     "gpt2": nn.CausalLMConfig.gpt2,
@@ -93,7 +96,7 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
     """
     model, tokenizer = model_of(config)
     sizes = config.data
-    if sizes.length > model.max_length:
+    if not 1 <= sizes.length <= model.max_length:
         raise ValueError(f"data.length: {sizes.length} places in a row, the model has {model.max_length}")
     rows = [
         text.pack_rows(texts_of(config, split), tokenizer, sizes.length, longer=sizes.longer)
@@ -123,7 +126,7 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTas
     """
     model, _ = model_of(config)
     shape = (config.data.batch_size, config.data.length)
-    if shape[1] > model.max_length:
+    if not 1 <= shape[1] <= model.max_length:
         raise ValueError(f"data.length: {shape[1]} places in a row, the model has {model.max_length}")
     names = ("inputs", "labels", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
@@ -137,6 +140,10 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str 
     if config.data.length % shares:
         raise ValueError(f"data.length: {config.data.length} places of a row don't split over mesh.sequence={shares}")
     fields = config.model
+    if fields.loss_chunk < 0:
+        raise ValueError(f"model.loss_chunk: expected at least 0, got {fields.loss_chunk}")
+    check_choice("model.dtype", fields.dtype, DTYPES)
+    check_choice("model.remat", fields.remat, REMATS)
     options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
     options["folder"] = folder
     settings = _settings(config, model)
@@ -177,7 +184,7 @@ def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
         # An architecture keeps its own number of rows; the smallest one is made to measure.
         model = SIZES[size](**({"vocab_size": tokenizer.vocab_size} if size == "tiny" else {}), **tokens)
     else:
-        raise ValueError(f"model.size: expected one of {sorted(SIZES)}, got {size!r}")
+        raise ValueError(f"model.size: expected one of {sorted(SIZES)}, got {size!r}{nearest(size, SIZES)}")
     text.check_vocabulary(tokenizer, model.vocab_size)
     return model, tokenizer
 

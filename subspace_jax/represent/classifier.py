@@ -8,6 +8,7 @@ from flax import nnx
 
 from subspace_jax import nn
 from subspace_jax.represent.vision_backbones import VISION_BACKBONES, VisionBackbone
+from subspace_jax.train.fields import nearest
 
 HEADS = ("softmax", "cosine", "grassmann")
 BACKBONES = ("mlp", "convnet", *VISION_BACKBONES)
@@ -84,7 +85,7 @@ def make_classifier(
     elif backbone in VISION_BACKBONES:
         body = VisionBackbone(backbone, input_shape, drop_path=drop_path, dtype=dtype, rngs=rngs)
     else:
-        raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}")
+        raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}{nearest(backbone, BACKBONES)}")
     if head == "softmax":
         top = nn.SoftmaxHead(body.out_features, num_classes, rngs=rngs)
     elif head == "cosine":

@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 
 from subspace_jax import data, losses, train
 from subspace_jax.represent.classifier import Classifier, make_classifier
+from subspace_jax.train.fields import check_choice
 
 # An image set up to this size is decoded once and kept in memory; a larger one is read by index, step by step.
 IN_MEMORY_BYTES = 2**30
+LARGEST_SIDE = 4096
 OWN_SETS = ("union_of_subspaces", "folder")
 LOSSES = {"softmax": losses.cross_entropy, "sigmoid": losses.binary_cross_entropy}
 
@@ -178,14 +180,15 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
       ValueError: A name is unknown, or a size can't serve.
       FileNotFoundError: The data set is not prepared; the message says how to.
     """
-    train_set, eval_set, num_classes = _sets(config)
     sizes = config.data
+    transform = _transform(sizes)
+    train_set, eval_set, num_classes = _sets(config)
     batch = functools.partial(
         data.train_batches,
         train_set,
         batch_size=sizes.batch_size,
         repeats=sizes.repeats,
-        transform=_transform(sizes),
+        transform=transform,
     )
     task = _task(config, _input_shape(config, train_set), num_classes)
     batch(seed=config.seed)  # what is wrong with batch size or seed shows now
@@ -212,6 +215,7 @@ def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTa
     """
     del mesh
     sizes, side = config.data, config.data.image.size
+    _transform(sizes)
     if sizes.name in OWN_SETS:
         named = config.copy_and_resolve_references()
         named.data.image.on_unreadable = "raise"  # else all images would be decoded to find those
@@ -287,10 +291,19 @@ def _images(config: ConfigDict) -> tuple[data.Images, data.Images, int]:
 
 
 def _transform(config: ConfigDict) -> data.Transform | None:
-    if not config.image.size:
+    image = config.image
+    for name in ("size", "eval_size"):
+        if not 0 <= image[name] <= LARGEST_SIDE:
+            raise ValueError(f"data.image.{name}: expected a side of 0 to {LARGEST_SIDE}, got {image[name]}")
+    check_choice("data.image.on_unreadable", image.on_unreadable, ("raise", "skip"))
+    if not image.size:
         return data.random_crop_flip if config.augment else None
-    fields = {k: v for k, v in config.image.items() if k not in ("eval_size", "eval_crop", "on_unreadable")}
-    return data.TrainImage(**fields, as_bytes=True)
+    fields = {k: v for k, v in image.items() if k not in ("eval_size", "eval_crop", "on_unreadable")}
+    try:
+        data.EvalImage(image.eval_size or image.size, crop=image.eval_crop, method=image.method)
+        return data.TrainImage(**fields, as_bytes=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"data.image.{error}") from error
 
 
 def _input_shape(config: ConfigDict, source: data.Source | Mapping) -> tuple[int, ...]:

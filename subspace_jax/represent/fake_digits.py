@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
 from subspace_jax import data, nn, train
-from subspace_jax.represent.transfer import TransferTask, train_whole
+from subspace_jax.represent.transfer import TransferTask, check_pretraining, train_whole
 
 KINDS = ("blur", "pca", "sampling", "dct", "mixture")
 ATTENTION = ("q", "k", "v", "out")
@@ -56,6 +56,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
     """
     if config.data.fake not in KINDS:
         raise ValueError(f"data.fake: expected one of {KINDS}, got {config.data.fake!r}")
+    check_pretraining(config.pretrain)
     settings = train.adapter_settings(config.adapter, ATTENTION)
     digits = load_digits()
     order = np.random.default_rng(config.seed).permutation(len(digits.target))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 
 from subspace_jax import data, nn, train
-from subspace_jax.represent.transfer import TransferTask, train_whole
+from subspace_jax.represent.transfer import TransferTask, check_pretraining, train_whole
 
 WIDTHS = (64, 128, 128, 10)
 HIDDEN = ("layer1", "layer2")
@@ -44,6 +44,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
     Raises:
       ValueError: A field can't serve.
     """
+    check_pretraining(config.pretrain)
     settings = train.adapter_settings(config.adapter, HIDDEN)
     images, labels = digits(config.seed)
     upright, turned = (x.reshape(-1, 64) for x in (images, np.rot90(images, axes=(1, 2))))

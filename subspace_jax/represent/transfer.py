@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from subspace_jax import adapters, losses
 from subspace_jax.adapters.rules import path_of
+from subspace_jax.train.fields import check_at_least
 
 PyTree = Any
 Apply = Callable[[PyTree, jax.Array], jax.Array]
+
+_MOST_EPOCHS = 10_000
 
 
 class TransferTask:
@@ -148,7 +152,18 @@ def train_whole(
 
         return jax.lax.scan(step, (params, tx.init(params)), rows)[0][0]
 
-    return run(params, jnp.asarray(inputs), jnp.asarray(labels))
+    trained = run(params, jnp.asarray(inputs), jnp.asarray(labels))
+    if not all(np.isfinite(x).all() for x in jax.device_get(jax.tree.leaves(trained))):
+        raise ValueError(f"pretrain.learning_rate: parameters are not finite any more at {learning_rate}")
+    return trained
+
+
+def check_pretraining(fields: ConfigDict) -> None:
+    """Raises a ValueError where the fields ``pretrain`` can't serve; the orders of all epochs are one array."""
+    check_at_least("pretrain.learning_rate", fields.learning_rate, 0)
+    check_at_least("pretrain.epochs", fields.epochs, 0)
+    if fields.epochs > _MOST_EPOCHS:
+        raise ValueError(f"pretrain.epochs: expected at most {_MOST_EPOCHS}, got {fields.epochs}")
 
 
 def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from subspace_jax import data, nn, train
 from subspace_jax.represent import rotated_digits
 from subspace_jax.represent.rotated_digits import NUM_TRAIN, digits
-from subspace_jax.represent.transfer import TransferTask, train_whole
+from subspace_jax.represent.transfer import TransferTask, check_pretraining, train_whole
 
 SIDE = 32  # of the images, each pixel four by four
 
@@ -52,6 +52,7 @@ def build(config: ConfigDict) -> tuple[TransferTask, train.Data]:
     name = config.model.name
     if name not in CONFIGS:
         raise ValueError(f"model.name: expected one of {tuple(CONFIGS)}, got {name!r}")
+    check_pretraining(config.pretrain)
     settings = train.adapter_settings(config.adapter, _TARGETS[name])
     images, labels = digits(config.seed)
     images = (2 * images - 1).repeat(SIDE // 8, axis=1).repeat(SIDE // 8, axis=2)[..., None]

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from subspace_jax import adapters
+from subspace_jax.train.fields import check_choice
 
 METHODS = ("lora", "rslora", "dora", "flora", "svfit", "effort")
 BASE_DTYPES = ("float32", "bfloat16", "int8")
@@ -64,8 +65,7 @@ def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[s
         _check_method(config.method)
     elif config.rules:
         raise ValueError(f"adapter.rules: {config.rules!r} without adapter.method; expected one of {METHODS} there")
-    if config.base_dtype not in BASE_DTYPES:
-        raise ValueError(f"adapter.base_dtype: expected one of {BASE_DTYPES}, got {config.base_dtype!r}")
+    check_choice("adapter.base_dtype", config.base_dtype, BASE_DTYPES)
     if config.rank < 0 or config.alpha < 0:
         raise ValueError(f"adapter.rank, adapter.alpha: expected at least 0, got {config.rank} and {config.alpha}")
     settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.full)}
@@ -98,8 +98,7 @@ def adapter_recipe(method: str) -> dict[str, Any]:
 
 
 def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"adapter.method: expected one of {METHODS}, got {method!r}")
+    check_choice("adapter.method", method, METHODS)
 
 
 def _setting(config: ConfigDict, ranks: tuple[int, ...], alpha: float) -> Any:

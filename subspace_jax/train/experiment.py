@@ -14,13 +14,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from subspace_jax.train.checkpoints import Checkpoints
+from subspace_jax.train.checkpoints import Checkpoints, parse_best
 from subspace_jax.train.config import default_config, differing_fields, override, read_config, save_config
-from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, shown
+from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, nearest, shown
 from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import check_batch_size, make_mesh, shard_bytes
-from subspace_jax.train.step import TrainState, complete_state, frozen_names, make_eval_step, state_shardings
+from subspace_jax.train.step import (
+    REMAT_POLICIES,
+    TrainState,
+    complete_state,
+    frozen_names,
+    make_eval_step,
+    state_shardings,
+)
 from subspace_jax.train.task import Task
 from subspace_jax.train.workdir import writable_folder
 
@@ -105,6 +112,10 @@ def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
     own = is_own_task(name) and hasattr(module, "default_config")
     config = complete_config(config, module.default_config() if own else default_config())
     check_run_fields(config)
+    parse_best(config.train.best)
+    if config.train.remat not in REMAT_POLICIES:
+        known, got = sorted(REMAT_POLICIES), config.train.remat
+        raise ValueError(f"train.remat: expected one of {known}, got {shown(got)}{nearest(got, known)}")
     # All but the length of the warm-up, where the data decide on the number of steps.
     make_optimizer(config.optim, config.train.steps or config.optim.warmup_steps + 1)
     return module, config

@@ -13,6 +13,7 @@ LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # A path or a list of rules; longer is no field but a file.
 _LONGEST_TEXT = 10_000
+_LARGEST_BATCH = 2**20
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,7 +137,11 @@ def check_run_fields(config: ConfigDict) -> None:
             raise ValueError(f"{name}: expected at most {LARGEST_INT}, got {shown(value)}")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed: expected at least 0 and below 2^32, got {shown(config.seed)}")
+    for name in ("batch_size", "eval_batch_size"):
+        if config.get("data", {}).get(name, 0) > _LARGEST_BATCH:
+            raise ValueError(f"data.{name}: expected at most {_LARGEST_BATCH} rows, got {config.data[name]}")
     fields = config.train
+    check_at_least("train.epochs", fields.epochs, 0)
     if fields.steps < 0 or (fields.steps == 0 and not fields.epochs > 0):
         raise ValueError(
             f"train.steps, train.epochs: expected a run of at least 1 step, got {fields.steps} steps, "

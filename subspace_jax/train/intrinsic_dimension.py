@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from subspace_jax import metrics as measures
 from subspace_jax import optim
 from subspace_jax.metrics import intrinsic_dimension as searching
-from subspace_jax.optim.random_subspace import Select
+from subspace_jax.optim.random_subspace import METHODS, SCOPES, Select
 from subspace_jax.train.config import differing_fields, read_config, save_config
 from subspace_jax.train.experiment import build
+from subspace_jax.train.fields import check_at_least, check_choice, complete_config
 from subspace_jax.train.lock import locked
 from subspace_jax.train.loop import Data, fit
 from subspace_jax.train.optimizer import make_optimizer
@@ -220,7 +221,10 @@ def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = 
     """
     if "intrinsic" not in config:
         raise ValueError("config: expected the fields `intrinsic` of train.default_intrinsic(), there are none")
-    experiment, fields = build(config), config.intrinsic.to_dict()
+    own = complete_config(ConfigDict({"intrinsic": config.intrinsic}), ConfigDict({"intrinsic": default_intrinsic()}))
+    fields = own.intrinsic.to_dict()
+    _check_fields(fields)
+    experiment = build(config)
     baseline, rate = fields.pop("baseline"), fields.pop("full_learning_rate")
     folder = writable_folder(workdir)
     saved = folder / "config.json"
@@ -247,6 +251,20 @@ def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = 
         progress=progress,
         **fields,
     )
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Finds what is wrong with the fields before any data are read."""
+    for name in ("baseline", "full_learning_rate"):
+        check_at_least(f"intrinsic.{name}", fields[name], 0)
+    check_at_least("intrinsic.repeats", fields["repeats"], 1)
+    if not fields["dims"] or min(fields["dims"]) < 1:
+        raise ValueError(f"intrinsic.dims: expected dimensions of at least 1, got {fields['dims']}")
+    if not 0 < fields["fraction"] <= 1:
+        raise ValueError(f"intrinsic.fraction: expected a number in (0, 1], got {fields['fraction']}")
+    check_choice("intrinsic.search", fields["search"], SEARCHES)
+    check_choice("intrinsic.method", fields["method"], METHODS)
+    check_choice("intrinsic.scope", fields["scope"], SCOPES)
 
 
 def plot_intrinsic_dimension(result: IntrinsicDimension, output: str | Path, *, metric: str = "score") -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from subspace_jax.train.checkpoints import Checkpoints, parse_best
+from subspace_jax.train.fields import nearest
 from subspace_jax.train.lock import locked
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
 from subspace_jax.train.reading import together
@@ -235,7 +236,8 @@ def check_evaluation(task: Task, data: Data, mesh: Mesh, rules: Rules = DEFAULT_
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
     metrics = jax.eval_shape(task.evaluate, params, variables, shapes).keys() - {"count"}
     if parse_best(best)[1] not in metrics:
-        raise ValueError(f"best: evaluation gives {sorted(metrics)}, got {best!r}")
+        near = nearest(parse_best(best)[1], metrics)
+        raise ValueError(f"best: evaluation gives {sorted(metrics)}, got {best!r}{near}")
 
 
 class _Every(NamedTuple):

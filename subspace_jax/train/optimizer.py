@@ -11,6 +11,10 @@ from ml_collections import ConfigDict
 
 from subspace_jax import optim
 from subspace_jax.adapters.energies import PROBES
+from subspace_jax.optim._projected import METHODS, SIDES
+from subspace_jax.optim.adaprelora import STATISTICS
+from subspace_jax.optim.narrow import DTYPES
+from subspace_jax.optim.projection import MOMENTS
 from subspace_jax.train.fields import check_at_least, check_choice, check_share, flatten
 
 PyTree = Any
@@ -196,6 +200,11 @@ def check_optimizer(config: ConfigDict) -> None:
     check_choice("optim.name", config.name, (*EUCLIDEAN, *LOW_RANK, *LORA))
     check_choice("optim.grassmann.name", config.grassmann.name, GRASSMANN)
     check_choice("optim.decay", config.decay, DECAYS)
+    check_choice("optim.low_rank: method", config.low_rank.method, METHODS)
+    check_choice("optim.low_rank: side", config.low_rank.side, SIDES)
+    check_choice("optim.low_rank: moments", config.low_rank.moments, MOMENTS)
+    check_choice("optim.low_rank.state_dtype", config.low_rank.state_dtype, ("float32", *DTYPES))
+    check_choice("optim.lora: stats", config.lora.stats, STATISTICS)
     fields = flatten(config)
     for name in _AT_LEAST_0:
         check_at_least(f"optim.{name}", fields[name], 0)

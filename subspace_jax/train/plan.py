@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.train.experiment import task_module
+from subspace_jax.train.fields import nearest
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.plan_chips import Chip, find_topology, tpu_devices
 from subspace_jax.train.plan_cost import Collective, Cost, Temporary, module_cost
@@ -154,7 +155,7 @@ def mesh_sizes(sizes: Mapping[str, int], topology: str, count: int) -> dict[str,
     """
     filled = {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}
     if unknown := sorted(set(sizes) - set(filled)):
-        raise ValueError(f"mesh: expected axes among {tuple(filled)}, got {unknown}")
+        raise ValueError(f"mesh: expected axes among {tuple(filled)}, got {unknown}{nearest(unknown[0], filled)}")
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh: sizes are positive, or -1 for what is left; got {dict(sizes)}")
     filled |= dict(sizes)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import jax
 
+from subspace_jax.train.fields import nearest, shown
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -80,12 +82,12 @@ def find_topology(topology: str) -> tuple[Chip, int]:
     name, _, sides = topology.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
-        raise ValueError(f"topology: no chip {name!r} in {topology!r}; {_known()}")
+        raise ValueError(f"topology: no chip {name!r} in {topology!r}{nearest(name, CHIPS)}; {_known()}")
     if chip.slices and sides in chip.slices:
         return chip, math.prod(int(side) for side in sides.split("x"))
-    if not chip.slices and sides.isdecimal() and int(sides) > 0:
+    if not chip.slices and sides.isdecimal() and len(sides) < 8 and int(sides) > 0:
         return chip, int(sides)
-    raise ValueError(f"topology: {name} has no slice {sides!r}; {_known()}")
+    raise ValueError(f"topology: {name} has no slice {shown(sides)}{nearest(sides, chip.slices)}; {_known()}")
 
 
 def _known() -> str:
