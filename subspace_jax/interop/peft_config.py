@@ -9,7 +9,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 # Each changes the forward pass or stores arrays of its own, and none is implemented.
 _REFUSED = (
     "use_qalora",
