@@ -31,7 +31,7 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     Returns:
       The fields of the first, completed by the others: ``special_tokens_map.json`` names tokens for folders of older
       versions of transformers (those that list no ``added_tokens_decoder``) and is second to the config elsewhere;
-      ``added_tokens`` is ``{id: token}``, and ``add_prefix_space`` is there for the classes alone that obey it.
+      ``added_tokens`` is ``{id: token}``, and ``family`` the class by which transformers reads the folder, or None.
 
     Raises:
       ValueError: A file is no JSON object, or one of these fields is of the wrong type; file and field are named.
@@ -44,17 +44,14 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     settings = {**config, **named} if decoder is None else {**named, **config}
     family = _class_of(folder, settings)
     settings = {name: token for name, token in _DEFAULT_NAMES.get(family, {}).items() if known(token)} | settings
-    if family in _CLASSES.values():
-        settings.setdefault("add_prefix_space", None)
-    else:
-        settings.pop("add_prefix_space", None)
     files = f"{folder}: tokenizer_config.json or special_tokens_map.json"
-    for name in ("add_bos_token", "split_special_tokens", "add_prefix_space"):
+    for name in ("add_bos_token", "split_special_tokens", "add_prefix_space", "legacy"):
         if settings.get(name) not in (None, True, False):
             raise ValueError(f"{files}: {name}: expected true or false, got {str(settings[name])[:80]!r}")
     for name in _ROLES:
         if settings.get(name) is not None:
             _content(settings[name], f"{files}: {name}")
+    settings["family"] = family
     settings["added_tokens"] = _added_tokens(folder, decoder, added)
     return settings
 
@@ -67,6 +64,8 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
     name = settings.get("tokenizer_class")
     if model_type == "qwen2" or (model_type == "gpt2" and name is None):
         return _CLASSES[model_type]
+    if model_type == "mistral":
+        return None
     return name.removesuffix("Fast") if isinstance(name, str) else None
 
 

@@ -95,10 +95,7 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
             self._tokenizer.model.dropout = None
-        if "add_prefix_space" in settings and isinstance(
-            self._tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel
-        ):
-            self._tokenizer.pre_tokenizer.add_prefix_space = bool(settings["add_prefix_space"])
+        _space_as_its_class(self._tokenizer, settings)
         self._add_tokens(settings)
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         bos, eos, pad = (self._named(settings, name) for name in ("bos_token", "eos_token", "pad_token"))
@@ -192,6 +189,30 @@ class FileTokenizer:
             return self._tokenizer.decode([int(t) for t in np.asarray(tokens)], skip_special_tokens=True)
 
 
+def _space_as_its_class(tokenizer, settings: dict[str, Any]) -> None:
+    """Sets what transformers' own classes for GPT-2, Qwen2 and Llama make of spaces, whatever tokenizer.json says.
+
+    ``add_prefix_space`` counts there, and ``legacy``, by which Llama's puts a space after each special token as well.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    family, prefix = settings["family"], settings.get("add_prefix_space")
+    parts = f"{tokenizer.normalizer} {tokenizer.pre_tokenizer} {tokenizer.decoder} {tokenizer.post_processor}"
+    if family in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+            tokenizer.pre_tokenizer.add_prefix_space = bool(prefix)
+    elif family == "LlamaTokenizer" and _SPACE in parts and "ByteLevel" not in parts:
+        prefix = prefix is None or prefix
+        scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+
+
+_SPACE = "▁"
 _MATCHING = ("single_word", "lstrip", "rstrip", "normalized")
 
 

@@ -184,6 +184,27 @@ def sentencepiece(request, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {" yes": [0, 20], "Q</s>yes": [23, 30, 20]}),  # as tokenizer.json has it
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {" yes": [20], "Q</s>yes": [23, 30, 21], "yes ": [20, 0]}),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, {" yes": [20], "Q</s>yes": [23, 30, 20]}),
+        ({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}, {"yes": [21], " yes": [20]}),
+    ],
+)
+def test_spaces_are_those_of_llamas_class(tmp_path, config, expected):
+    tokenizer = tokenizers.Tokenizer(models.BPE({**SPACES, "</s>": 30}, MERGES, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens([tokenizers.AddedToken("</s>", normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = text.load_tokenizer(tmp_path)
+    assert {sample: tokenizer.encode(sample) for sample in expected} == expected
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')  # which transformers reads by no such class
+    assert text.load_tokenizer(tmp_path).encode(" yes") == [0, 20]
+
+
+@pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
         ("Q:", "yes", ([23, 1], [21])),
