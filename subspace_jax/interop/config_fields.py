@@ -205,6 +205,25 @@ def timm_image_size(fields: Fields) -> tuple[int, int] | None:
     return pair({"input_size": size[1:]}, "input_size", None)
 
 
+def check_timm_sizes(fields: Fields, mlp: tuple[int, int] | None = None, **found: Any) -> None:
+    """Refuses sizes in a ``config.json`` of timm, its ``model_args`` above all, that are not those of the tensors.
+
+    Args:
+      fields: The fields.
+      mlp: Width of the perceptrons and of the model, for ``mlp_ratio``.
+      **found: What the tensors show, by timm's names.
+    """
+    given = group(fields, "model_args")
+    named = [(name, given[name]) for name in found if name in given]
+    for name, value in [*named, ("num_classes", fields.get("num_classes", found["num_classes"]))]:
+        expected = found[name]
+        same = value == expected or value == list(expected if isinstance(expected, tuple) else [expected] * 2)
+        if not same or isinstance(value, bool) != isinstance(expected, bool):
+            raise ValueError(f"{name}: expected {expected}, which the tensors have, got {shown(value)}")
+    if mlp is not None and abs(number(given, "mlp_ratio", mlp[0] / mlp[1]) * mlp[1] - mlp[0]) >= 1:
+        raise ValueError(f"mlp_ratio: expected {mlp[0]} / {mlp[1]}, which the tensors have, got {given['mlp_ratio']}")
+
+
 def dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
     """Returns the shape of a tensor that a config is read off: so many axes, none of them empty."""
     shape = shapes[name]

@@ -9,7 +9,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from subspace_jax.interop.config_fields import MAX_LAYERS, dims, flag, group, integer, integers, num_labels, word
+from subspace_jax.interop.config_fields import (
+    MAX_LAYERS,
+    check_timm_sizes,
+    dims,
+    flag,
+    group,
+    integer,
+    integers,
+    num_labels,
+    word,
+)
 from subspace_jax.interop.names import Place, TensorName
 from subspace_jax.nn.resnet import resnet_specs
 from subspace_jax.nn.resnet_config import ResNetConfig
@@ -129,10 +139,11 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
             f"architecture: {name!r} is not supported; expected names such as 'resnet50', 'resnet101d' or "
             "'resnext50_32x4d'"
         )
-    arguments = {**group(fields, "model_args"), **{k: fields[k] for k in ("global_pool",) if k in fields}}
+    arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _HARMLESS):
         raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
-    word(arguments, "global_pool", "avg", ("avg",))
+    for named in (fields, arguments):
+        word(named, "global_pool", "avg", ("avg",))
     blocks: dict[int, int] = {}
     for key in shapes:
         if found := re.fullmatch(r"layer(\d+)\.(\d+)\.conv1\.weight", key):
@@ -148,7 +159,7 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
             f"architecture {name!r}: the tensors are not those of a ResNet; expected {needed[:4]} and more"
         )
     inner = tuple(dims(shapes, f"layer{s}.0.conv2.weight", 4)[0] for s in stages)
-    return ResNetConfig(
+    config = ResNetConfig(
         depths=tuple(blocks[s] for s in stages),
         widths=tuple(dims(shapes, f"layer{s}.0.{last}.weight", 4)[0] for s in stages),
         inner_widths=inner,
@@ -161,6 +172,18 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         convention="timm",
         architecture=name,
     )
+    planes = tuple(width // (4 if bottleneck else 1) for width in config.widths)
+    check_timm_sizes(
+        fields,
+        layers=config.depths,
+        channels=planes,
+        cardinality=config.groups,
+        base_width=64 * inner[0] // planes[0] // config.groups if planes[0] else 0,
+        num_classes=config.num_classes,
+        in_chans=config.channels,
+        **({"stem_width": config.stem[1], "avg_down": config.average_shortcut} if len(stem) == 3 else {}),
+    )
+    return config
 
 
 def config_to_timm(config: ResNetConfig) -> dict[str, Any]:

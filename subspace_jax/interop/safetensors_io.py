@@ -148,6 +148,8 @@ def write_safetensors(
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in shapes.items():
+        if name == "__metadata__":
+            raise ValueError(f"{name}: this name is the format's own; expected another one for a tensor")
         if np.dtype(dtype) not in _NAMES:
             raise ValueError(f"{name}: type {np.dtype(dtype)} can't be stored; expected one of {sorted(DTYPES)}")
         end = offset + math.prod(shape) * np.dtype(dtype).itemsize

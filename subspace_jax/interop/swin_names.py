@@ -7,6 +7,7 @@ from typing import Any
 
 from subspace_jax.interop.config_fields import (
     MAX_LAYERS,
+    check_timm_sizes,
     dims,
     flag,
     group,
@@ -163,7 +164,8 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _TIMM_HARMLESS):
         raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
-    word({**arguments, **fields}, "global_pool", "avg", ("avg",))
+    for named in (fields, arguments):
+        word(named, "global_pool", "avg", ("avg",))
     depths: dict[int, int] = {}
     for key in shapes:
         if found := re.fullmatch(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table", key):
@@ -178,7 +180,7 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     tables = [dims(shapes, name, 2) for name in first]
     width, channels, patch, _ = dims(shapes, "patch_embed.proj.weight", 4)
     heads = [key for key in ("head.fc.weight", "head.weight") if key in shapes]
-    return SwinConfig(
+    config = SwinConfig(
         image_size=timm_image_size(fields) or (224, 224),
         patch_size=patch,
         embed_dim=width,
@@ -192,6 +194,19 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         convention="timm",
         architecture=name,
     )
+    check_timm_sizes(
+        fields,
+        (round(config.mlp_ratio * width), width),
+        patch_size=patch,
+        embed_dim=width,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=config.window,
+        qkv_bias=config.qkv_bias,
+        num_classes=config.num_classes,
+        in_chans=channels,
+    )
+    return config
 
 
 def config_to_timm(config: SwinConfig) -> dict[str, Any]:

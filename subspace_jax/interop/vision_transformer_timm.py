@@ -4,7 +4,17 @@ import math
 import re
 from typing import Any
 
-from subspace_jax.interop.config_fields import Fields, Shapes, dims, group, integer, timm_image_size, word
+from subspace_jax.interop.config_fields import (
+    Fields,
+    Shapes,
+    check_timm_sizes,
+    dims,
+    group,
+    integer,
+    shown,
+    timm_image_size,
+    word,
+)
 from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
 
 _SIZE = "tiny|small|medium|base|large|huge|giant|gigantic|so400m|giantopt"
@@ -81,7 +91,7 @@ def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
     if pool == "token" and tokens["distillation_token"]:
         pool = "distilled"
     activation = "quick_gelu" if "quickgelu" in architecture else "gelu"
-    return VisionTransformerConfig(
+    config = VisionTransformerConfig(
         family=family,
         image_size=_image_size(fields, rows, patch),
         patch_size=patch,
@@ -107,6 +117,19 @@ def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
         antialias_positions=True,
         architecture=architecture,
     )
+    check_timm_sizes(
+        fields,
+        (config.mlp_size, width),
+        embed_dim=width,
+        depth=config.num_layers,
+        patch_size=patch,
+        in_chans=channels,
+        num_classes=config.num_classes,
+        class_token=config.class_token,
+        pre_norm=config.pre_norm,
+        qkv_bias=config.qkv_bias,
+    )
+    return config
 
 
 def config_to_timm(config: VisionTransformerConfig) -> dict[str, Any]:
@@ -151,11 +174,12 @@ def _architecture(config: VisionTransformerConfig) -> str:
 
 
 def _image_size(fields: Fields, rows: int, patch: int) -> tuple[int, int]:
-    """A square where the number of positions is one, otherwise what the fields say."""
-    side = math.isqrt(max(rows, 0))
+    """What the fields say where it fits the positions, otherwise a square."""
+    size, side = timm_image_size(fields), math.isqrt(max(rows, 0))
+    if size is not None and (size[0] // patch) * (size[1] // patch) == rows:
+        return size
+    if "img_size" in group(fields, "model_args"):
+        raise ValueError(f"img_size: the tensors have {rows} positions of patches of {patch}, got {shown(size)}")
     if side * side == rows and side:
         return side * patch, side * patch
-    size = timm_image_size(fields)
-    if size is None or (size[0] // patch) * (size[1] // patch) != rows:
-        raise ValueError(f"pos_embed: {rows} positions are no square, and config.json names no image size that fits")
-    return size
+    raise ValueError(f"pos_embed: {rows} positions are no square, and config.json names no image size that fits")

@@ -166,6 +166,13 @@ def test_a_size_that_the_weights_have_not_is_refused_by_read_config_at_once(copi
         ("swin_timm", {"model_args": {"img_size": "a"}}, "img_size: expected a positive integer, got 'a'"),
         ("swin_timm", {"model_args": {}, "pretrained_cfg": {"input_size": 3}}, "input_size: expected channels"),
         ("resnet_timm", {"model_args": [1]}, r"model_args: expected an object, got \[1\]"),
+        ("vit_timm", {"num_classes": 9}, "num_classes: expected 7, which the tensors have, got 9"),
+        ("vit_timm", {"model_args": {"embed_dim": 64}}, "embed_dim: expected 32, which the tensors have, got 64"),
+        ("vit_timm", {"model_args": {"mlp_ratio": 3}}, "mlp_ratio: expected 128 / 32, which the tensors have, got 3"),
+        ("vit_timm", {"model_args": {"img_size": [64, 64]}}, "img_size: the tensors have 16 positions of patches of 8"),
+        ("swin_timm", {"model_args": {"depths": [2, 4]}}, r"depths: expected \(2, 2\), which .* got \[2, 4\]"),
+        ("swin_timm", {"model_args": {"global_pool": "max"}}, "global_pool: 'max' is not supported"),
+        ("resnet_timm", {"model_args": {"channels": [4] * 4}}, "channels: expected .* which the tensors have"),
         ("vit", {"transformers_weights": "other.safetensors"}, "transformers_weights: files of other names"),
     ],
 )
@@ -173,6 +180,13 @@ def test_load_vision_names_the_field_and_the_file(tmp_path, name, changes, messa
     folder = copy(name, tmp_path / "copy", **changes)
     with pytest.raises(ValueError, match=f"{folder}.*{message}"):
         interop.load_vision(folder)
+
+
+def test_an_image_size_that_fits_comes_before_a_square_in_load_vision(tmp_path):
+    folder = copy("vit_timm", tmp_path / "copy", model_args={"img_size": [16, 64], "num_heads": 4})
+    config, params = interop.load_vision(folder)
+    assert config.image_size == (16, 64)
+    assert params["position"]["embedding"].shape == (17, 32)
 
 
 def test_a_tensor_of_other_axes_is_refused_where_a_config_is_read_off_it(tmp_path):

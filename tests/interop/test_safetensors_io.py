@@ -68,6 +68,8 @@ def test_shapes_that_were_not_announced_and_types_without_a_name_are_refused(tmp
         interop.write_safetensors(tmp_path / "t", {"a": ((2,), np.float32)}, [np.ones(3, np.float32)])
     with pytest.raises(ValueError, match="a: type complex64 can't be stored"):
         interop.write_safetensors(tmp_path / "t", {"a": ((2,), np.complex64)}, [])
+    with pytest.raises(ValueError, match="__metadata__: this name is the format's own"):
+        interop.write_safetensors(tmp_path / "t", {"__metadata__": ((2,), np.float32)}, [])
 
 
 def _file(tmp_path, header, body=b"\0" * 16):
