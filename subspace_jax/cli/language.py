@@ -1,8 +1,11 @@
 """The commands for language models."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 def add_commands(commands, add: Callable) -> None:
@@ -45,7 +48,12 @@ def add_commands(commands, add: Callable) -> None:
     merge = add(commands, "merge", "bake a PEFT adapter into a model, and write it as a Hugging Face folder")
     merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT folder, LoRA or DoRA")
-    merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; not there yet, or empty")
+    merge.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to write, with tokenizer, generation config and templates of the model; not there yet, or empty",
+    )
 
     export = add(commands, "export", "write a checkpoint of a language model's run as a Hugging Face or PEFT folder")
     export.add_argument("--workdir", required=True, help="folder of the run")
@@ -115,7 +123,10 @@ def _open(args: argparse.Namespace):
 
     config = language.default_config().unlock()
     config.model.folder, config.model.tokenizer = args.model, args.tokenizer or _own_tokenizer(args.model)
-    return config, *language.model_of(config)
+    model, tokenizer = language.model_of(config)
+    if config.model.tokenizer == "bytes" and not args.tokenizer and tokenizer.eos_id not in model.eos_tokens:
+        log.warning("%s has no tokenizer: texts are read as bytes, by which it does not seem to be trained", args.model)
+    return config, model, tokenizer
 
 
 def _own_tokenizer(folder: str) -> str:
@@ -156,6 +167,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
             f"--prompt and --max-new-tokens: {len(prompt)} tokens and max_new_tokens = {args.max_new_tokens} exceed "
             f"the model's {model.max_length} positions"
         )
+    if beyond := [token for token in model.eos_tokens if token >= model.vocab_size]:
+        log.warning("no text ends with the tokens %s, of which the model has no row", beyond)
     model, params = language.load_adapted(args.model, args.adapter)
     new = nn.generate(
         model,

@@ -191,6 +191,23 @@ def test_what_generate_can_t_do_is_refused_before_weights_are_read(model, capsys
     assert message in capsys.readouterr().err
 
 
+def test_ends_that_the_model_can_t_write_are_warned_of(model, capsys, caplog, generation_config):
+    generation_config({"eos_token_id": [2, 50256]})
+    assert len(generated(model, capsys, "--max-new-tokens", "2")) == 2
+    assert "no text ends with the tokens [50256]" in caplog.text
+
+
+def test_a_model_without_a_tokenizer_is_warned_of(tmp_path, capsys, caplog):
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "mlp_size": 8}
+    for end, warned in ((2, True), (258, False)):
+        config = nn.CausalLMConfig.tiny(259, **sizes, max_length=32, eos_tokens=(end,))
+        interop.save_causal_lm(tmp_path / str(end), config, nn.causal_lm_init(jax.random.key(0), config))
+        caplog.clear()
+        # Refused after the tokenizer is known, so that nothing is compiled.
+        assert main(["generate", "--model", str(tmp_path / str(end)), "--prompt", "a" * 40]) == 2
+        assert ("texts are read as bytes" in caplog.text) == warned
+
+
 def test_a_tokenizer_of_another_kind_is_not_taken_for_bytes(model, capsys):
     (model / "tokenizer.json").rename(model / "aside")
     try:
