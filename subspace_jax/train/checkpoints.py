@@ -164,7 +164,9 @@ class Checkpoints:
                 first_line(cause),
             )
         if found:
-            raise FileNotFoundError(f"none of the checkpoints {found} in {self.directory} can be read") from cause
+            raise FileNotFoundError(
+                f"none of the checkpoints {found} in {self.directory} can be read ({first_line(cause)})"
+            ) from cause
         return None
 
     def remove_after(self, step: int) -> None:
@@ -281,7 +283,7 @@ class Checkpoints:
 
         try:
             return retried(read)
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             log.warning(
                 "Can't tell the metrics of the checkpoint of step %d in %s (%s).", step, folder, first_line(error)
             )

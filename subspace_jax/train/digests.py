@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -66,7 +67,7 @@ def write(folder: Path) -> None:
         known |= {f"state/{name}": value for name, value in json.loads(part.read_text()).items()}
         part.unlink()
     known |= _digests(folder, [name for name in _names(folder) if name not in known and name not in _LATE])
-    _write(folder / _NAME, known)
+    _write(folder / _NAME, {"sha256": known, "of_these": _of_these(known)})
 
 
 def read(folder: Path) -> dict[str, str] | None:
@@ -76,11 +77,12 @@ def read(folder: Path) -> dict[str, str] | None:
         return None
     try:
         found = json.loads(file.read_bytes())
-    except ValueError as error:  # no JSON, or not even text
+    except (ValueError, RecursionError) as error:  # no JSON, or not even text
         raise DamagedError(f"{file} is no JSON: {error}") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(value, str) for value in found.values()):
-        raise DamagedError(f"{file}: expected digests by file name")
-    return found
+    known = found.get("sha256") if isinstance(found, dict) else None
+    if not isinstance(known, dict) or found.get("of_these") != _of_these(known):
+        raise DamagedError(f"{file} holds other digests than were written")
+    return known
 
 
 def check(folder: Path, known: Mapping[str, str], names: Iterable[str] | None = None) -> None:
@@ -103,6 +105,10 @@ def check(folder: Path, known: Mapping[str, str], names: Iterable[str] | None = 
             raise DamagedError(f"{folder / name} holds other bytes than were written")
 
 
+def _of_these(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -116,7 +122,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _write(file: Path, digests: Mapping[str, str]) -> None:
+def _write(file: Path, digests: Mapping[str, Any]) -> None:
     with file.open("w") as stream:
         json.dump(digests, stream, indent=1)
         stream.flush()

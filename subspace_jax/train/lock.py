@@ -22,11 +22,13 @@ from typing import Any
 import jax
 
 from subspace_jax.train.reading import on_every_process
+from subspace_jax.train.workdir import naming
 
 log = logging.getLogger(__name__)
 
 _NAME = "run.lock"
 _BEAT = 10.0  # seconds between two touches
+_ENDING = 3.0  # seconds that a process which was killed may take to be gone
 _SILENT = 35.0  # seconds without a touch after which the process of another machine counts as gone
 _held: set[Path] = set()
 _guard = threading.Lock()
@@ -80,23 +82,29 @@ def _held_here(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
+    deadline = time.monotonic() + _ENDING
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if not _lock(descriptor) or _lives(path, descriptor):
-                raise BlockingIOError(_refusal(path, descriptor))
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(_refusal(path, descriptor))
+                os.close(descriptor)
+                time.sleep(0.1)
+                continue
             there = os.stat(path)
             if (there.st_dev, there.st_ino) == (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
-                os.fsync(descriptor)
+                with naming(path):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+                    os.fsync(descriptor)
                 return descriptor
         except FileNotFoundError:  # the run before ended just now, and took its file along
             pass
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)
+        os.close(descriptor)  # of a file that is gone by now
 
 
 def _lock(descriptor: int) -> bool:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -170,6 +172,146 @@ def test_all_damaged_is_an_error_and_nothing_is_deleted(states, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"checkpoint of step 2 in .* is damaged"):
         checkpoints.restore(*expected(), step=2)
     assert checkpoints.steps() == [1, 2]
+
+
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# Orbax writes these after the digests; nothing is read from them.
+LATE = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+@pytest.fixture
+def two(states, tmp_path):
+    """A folder with checkpoints of steps 1 and 2."""
+    save(tmp_path, states, {1: {"loss": 1.0}, 2: {"loss": 0.5}}).close()
+    return tmp_path
+
+
+def test_restore_notices_a_flipped_bit_in_any_file_of_a_checkpoint(states, two, caplog):
+    files, rng = files_of(two / "2"), np.random.default_rng(0)
+    assert len([path for path in files if path.parent.name == "d"]) > 3
+    for path in files:
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        checkpoints = train.Checkpoints(two, read_only=True)
+        caplog.clear()
+        expected_step = 2 if path.name in LATE and path.parent == two / "2" else 1
+        assert_same_bits(checkpoints.restore(*expected()), states[expected_step])
+        assert ("is damaged" in caplog.text) == (expected_step == 1)
+        if expected_step == 1:
+            with pytest.raises(FileNotFoundError, match=r"checkpoint of step 2 in .* is damaged"):
+                checkpoints.restore(*expected(), step=2)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["state/_METADATA", "metrics/metrics", "data/metadata", "digests.json"])
+@pytest.mark.parametrize(
+    "content", ["", "null", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}', "[" * 5000]
+)
+def test_restore_passes_over_a_checkpoint_with_other_json(name, content, two, states, caplog):
+    _, data = regression()
+    checkpoints, batches = train.Checkpoints(two), data.train(0)
+    checkpoints.save(states[3], batches, {"loss": 0.1})
+    checkpoints.close()
+    (two / "3" / name).write_text(content)
+    checkpoints = train.Checkpoints(two)
+    assert checkpoints.best_step() == (3 if name in ("state/_METADATA", "data/metadata") else 2)
+    assert_same_bits(checkpoints.restore(*expected()), states[2])
+    assert str(two / "3" / name) in caplog.text
+
+
+def test_restore_tells_whole_checkpoints_that_changed_places(two):
+    (two / "2").rename(two / "3")
+    (two / "1").rename(two / "2")
+    with pytest.raises(FileNotFoundError, match=r"step 3 in .* is damaged \(it holds the state of step 2"):
+        train.Checkpoints(two, read_only=True).restore(*expected(), step=3)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("where", ["arrays", "digests"])
+def test_restore_tries_a_read_that_failed_again_and_then_stops(where, number, two, states, monkeypatch):
+    owner, name = (
+        (train.checkpoints.ocp.StandardCheckpointHandler, "restore")
+        if where == "arrays"
+        else (train.digests.hashlib, "file_digest")
+    )
+    read, failures = getattr(owner, name), []
+
+    def flaky(*args, **kwargs):
+        if len(failures) < flaky.times:
+            failures.append(1)
+            raise OSError(number, os.strerror(number))
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, flaky)
+    monkeypatch.setattr(train.reading, "_PAUSES", (0.0, 0.0))
+    before = {path: path.stat().st_mtime_ns for path in files_of(two)}
+    flaky.times = 1
+    assert_same_bits(train.Checkpoints(two).restore(*expected()), states[2])
+    assert failures
+    flaky.times = 1000
+    with pytest.raises(OSError, match=f"can't read the checkpoint of step 2 in .*{os.strerror(number)}"):
+        train.Checkpoints(two).restore(*expected())
+    assert {path: path.stat().st_mtime_ns for path in files_of(two)} == before
+
+
+def test_remove_after_renames_what_is_damaged(two, states, caplog):
+    for number in range(2):
+        content = sorted(path.read_bytes() for path in files_of(two / "2"))
+        checkpoints = train.Checkpoints(two, keep=3)
+        checkpoints.remove_after(1)
+        aside = two / ("2.damaged" if number == 0 else "2.damaged.2")
+        assert str(aside) in caplog.text
+        assert sorted(path.read_bytes() for path in files_of(aside)) == content
+        assert checkpoints.steps() == [1]
+        checkpoints.save(states[2])
+        checkpoints.close()
+    assert train.Checkpoints(two, read_only=True).steps() == [1, 2]
+
+
+def test_a_checkpoint_without_digests_is_read_and_its_damage_found_by_the_readers(two, states, caplog):
+    for step in "12":
+        (two / step / "digests.json").unlink()
+    with caplog.at_level("INFO", "subspace_jax"):
+        assert_same_bits(train.Checkpoints(two, read_only=True).restore(*expected()), states[2])
+    assert "has no digests" in caplog.text
+    truncate_arrays(two / "2")
+    assert_same_bits(train.Checkpoints(two, read_only=True).restore(*expected()), states[1])
+
+
+@pytest.mark.parametrize("position", ["null", "3", '{"next_index": null}', '{"next_index": 1}', '{"next_index": "2"}'])
+def test_restore_passes_over_a_position_that_is_none_where_there_are_no_digests(position, states, tmp_path):
+    _, data = regression()
+    batches, checkpoints = data.train(0), train.Checkpoints(tmp_path)
+    for step in (1, 2):
+        next(batches)
+        checkpoints.save(states[step], batches)
+    checkpoints.close()
+    for step in "12":
+        (tmp_path / step / "digests.json").unlink()
+    (tmp_path / "2" / "data" / "metadata").write_text(position)
+    other = data.train(0)
+    assert_same_bits(train.Checkpoints(tmp_path).restore(*expected(), data=other), states[1])
+    assert other.get_state() == {"next_index": 1}
+
+
+def test_restore_says_where_an_iterator_does_not_take_the_position(states, tmp_path):
+    class Other:
+        def get_state(self):
+            return {"next_index": 1}
+
+        def set_state(self, state):
+            raise KeyError("shard")
+
+    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints.save(states[1], Other())
+    checkpoints.close()
+    with pytest.raises(ValueError, match=r"data: the iterator does not take the position in .*1/data \('shard'\)"):
+        train.Checkpoints(tmp_path).restore(*expected(), data=Other())
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(states, tmp_path):
