@@ -18,6 +18,7 @@ from subspace_jax.interop.config_fields import (
     integer,
     integers,
     num_labels,
+    shown,
     word,
 )
 from subspace_jax.interop.names import Place, TensorName
@@ -141,7 +142,7 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         )
     arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _HARMLESS):
-        raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
+        raise ValueError(f"model_args: {shown(unknown)} may change what the model computes, and are not supported")
     for named in (fields, arguments):
         word(named, "global_pool", "avg", ("avg",))
     blocks: dict[int, int] = {}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,9 @@ def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[
             with safe_open(file, framework="numpy") as opened:
                 metadata = opened.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a safetensors file, or cut off: {error}") from error
+            # Names out of the file stand in its message as they are.
+            told = " ".join(str(error).split())[:300]
+            raise ValueError(f"{file}: not a safetensors file, or cut off: {told}") from error
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length)
     try:
@@ -205,7 +208,8 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
             f"{folder}: has only pickled weights ({', '.join(pickled[:8])}), which are refused because reading them "
             "may run any code; convert them to safetensors"
         )
-    raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+    raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{f', but {some(others)}' if others else ''}")
 
 
 def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredTensor]:
@@ -214,7 +218,7 @@ def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredT
         raise ValueError(f"{index}: expected JSON with a weight_map, an object, got {shown(weight_map)}")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or not {"/", "\\"}.isdisjoint(shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\]{1,200}\.safetensors", shard):
             raise ValueError(f"{index}: a shard is a .safetensors file beside the index, got {shown(shard)}")
         if shard not in shards:
             if not (folder / shard).exists():

@@ -16,6 +16,7 @@ from subspace_jax.interop.config_fields import (
     num_labels,
     number,
     pair,
+    shown,
     square,
     timm_image_size,
     word,
@@ -163,7 +164,7 @@ def config_from_timm(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         )
     arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _TIMM_HARMLESS):
-        raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
+        raise ValueError(f"model_args: {shown(unknown)} may change what the model computes, and are not supported")
     for named in (fields, arguments):
         word(named, "global_pool", "avg", ("avg",))
     depths: dict[int, int] = {}

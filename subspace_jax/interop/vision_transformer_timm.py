@@ -79,7 +79,7 @@ def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
         raise ValueError(f"architecture {architecture!r}: the tensors {missing} are missing")
     arguments = group(fields, "model_args")
     if unknown := sorted(arguments.keys() - _HARMLESS):
-        raise ValueError(f"model_args: {unknown} may change what the model computes, and are not supported")
+        raise ValueError(f"model_args: {shown(unknown)} may change what the model computes, and are not supported")
     given = {**fields, **arguments}
     kind = found["kind"] or ""
     width, channels, patch, _ = dims(shapes, "patch_embed.proj.weight", 4)
