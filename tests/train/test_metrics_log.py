@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import optax
+import pytest
 from tensorboardX.proto import event_pb2
 
 from subspace_jax import train
@@ -49,6 +52,71 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     train.MetricsLog(tmp_path, start_step=5).close()
     assert path.read_text() == '{"step": 1, "split": "train", "loss": 0.5}\n'
     assert train.read_metrics(tmp_path / "none.jsonl") == []
+
+
+BAD_LINES = [
+    b"garbage",
+    b"\xff\x00",
+    b"null",
+    b"[1]",
+    b'{"step": "3", "split": "train"}',
+    b'{"step": null, "split": "train", "loss": 1}',
+    b'{"step": 3, "split": 1}',
+    b'{"step": 3, "split": "train", "loss": "low"}',
+]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_line_that_is_no_row_is_named_and_kept_while_the_other_rows_go_on(bad, tmp_path, caplog):
+    path, row = tmp_path / "metrics.jsonl", b'{"step": 1, "split": "train", "loss": null}\n'
+    content = row + bad + b"\n" + row
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}:2: expected"):
+        train.read_metrics(path)
+    for name in ("metrics.damaged.jsonl", "metrics.damaged2.jsonl"):
+        path.write_bytes(content)
+        train.MetricsLog(tmp_path, start_step=1).close()
+        assert f"{path}:2: expected" in caplog.text
+        assert path.read_bytes() == 2 * row
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_what_stands_in_the_place_of_the_files_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    for start_step in (0, 1):
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            train.MetricsLog(tmp_path, start_step=start_step)
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(OSError, match="tensorboard"):
+        train.MetricsLog(tmp_path)
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    log = train.MetricsLog(tmp_path)
+    log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match=r"can't write .*metrics.jsonl \(No space left on device\)"):
+        log.write(1, "train", {"loss": 1.0})
+    with pytest.raises(OSError, match=r"can't write .*metrics.jsonl"):
+        log.close()
+    log = train.MetricsLog(tmp_path)
+    log._board._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    log.write(1, "train", {"loss": 1.0})
+    with pytest.raises(OSError, match=r"can't write .*tensorboard \(No space left on device\)"):
+        log.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_file_that_is_not_whole_takes_no_place(number, tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with (
+        pytest.raises(OSError, match=rf"can't write {path} \({os.strerror(number)}\)"),
+        train.replacing(path) as partial,
+    ):
+        partial.write_text("half")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("curves.png", "before")]
 
 
 def test_what_is_not_finite_is_null_in_strict_json(tmp_path):

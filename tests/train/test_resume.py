@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from subspace_jax.represent import classify
 from subspace_jax.train import loop
 
 from .common import (
+    Breaking,
     Interrupted,
     Regression,
     arrays,
@@ -105,6 +107,67 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(fit, tmp_path):
     parts = fit(task, tx, data, num_steps=9, workdir=tmp_path / "parts")
     whole = fit(task, tx, data, num_steps=9, workdir=tmp_path / "whole")
     assert_same_bits(parts.state, whole.state)
+
+
+def test_another_seed_is_refused_unless_it_is_asked_for(fit, tmp_path):
+    task, data = regression()
+    begun = fit(task, a_tx(), data, num_steps=5, workdir=tmp_path, seed=3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"seed: the run in .* began with another seed than 4; .*--change-seed"):
+        fit(task, a_tx(), data, num_steps=9, workdir=tmp_path, seed=4)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    changed = fit(task, a_tx(), data, num_steps=9, workdir=tmp_path, seed=4, change_seed=True)
+    key = train.init_state(task, a_tx(), train.make_mesh(), seed=4).key
+    assert_same_bits(changed.state.key, key)
+    assert not np.array_equal(np.asarray(begun.state.key), np.asarray(key))
+    # From here on it is a run with that seed.
+    assert int(fit(task, a_tx(), data, num_steps=10, workdir=tmp_path, seed=4).state.step) == 10
+
+
+@pytest.mark.parametrize("lose", ["the folder", "what is in it"])
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_where_it_is_asked_to(lose, fit, tmp_path):
+    task, data = regression()
+    fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    if lose != "the folder":
+        (tmp_path / "checkpoints").mkdir()
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileNotFoundError, match=r"workdir: the checkpoints of the run in .* are gone; .*--restart"):
+        fit(task, a_tx(), data, num_steps=9, workdir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+    restarted = fit(task, a_tx(), data, num_steps=9, workdir=tmp_path, restart=True)
+    assert_same_bits(restarted.state, fit(task, a_tx(), data, num_steps=9, workdir=tmp_path / "other").state)
+    assert (tmp_path / "earlier.1" / "metrics.jsonl").read_text() == rows
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(fit, tmp_path):
+    task, data = regression()
+    with pytest.raises(Interrupted):
+        fit(task, a_tx(), breaking(data, 3), num_steps=5, workdir=tmp_path, checkpoint_every=0)
+    assert train.read_metrics(tmp_path / "metrics.jsonl")
+    assert int(fit(task, a_tx(), data, num_steps=5, workdir=tmp_path).state.step) == 5
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fit, tmp_path):
+    task, data = regression()
+    refused = []
+
+    def beside():
+        with pytest.raises(OSError, match="is in use by another run") as error:
+            fit(task, a_tx(), data, num_steps=5, workdir=tmp_path, seed=1)
+        refused.append(error)
+
+    class Beside(Breaking):
+        def __next__(self):
+            if self._batches.get_state()["next_index"] == self._at:
+                beside()
+            return next(self._batches)
+
+    watched = train.Data(data.batch_size, data.steps_per_epoch, lambda seed: Beside(data.train(seed), 3), data.evaluate)
+    result = fit(task, a_tx(), watched, num_steps=5, workdir=tmp_path)
+    assert len(refused) == 1
+    assert_same_bits(result.state, fit(task, a_tx(), data, num_steps=5, workdir=tmp_path / "alone").state)
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_class_subspaces_resume_on_another_mesh(fit, tmp_path):

@@ -1,5 +1,6 @@
 """What a run meets: a notice to leave, data that hangs, numbers that are not finite, a full disk, others that miss."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -157,6 +158,41 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run, monkeypatch, tmp_pat
     monkeypatch.undo()
     monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
     assert int(go(data).state.step) == NUM_STEPS
+
+
+def gone():
+    """A stream whose reader is gone, as that of ``| head``."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", buffering=1)
+
+
+def test_a_run_goes_on_where_nobody_reads_its_progress(run, monkeypatch):
+    go, data = run
+    with contextlib.suppress(BrokenPipeError), gone() as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        assert int(go(data, progress=True).state.step) == NUM_STEPS
+
+
+def test_the_command_ends_quietly_where_nobody_reads_its_output(monkeypatch, configs, tmp_path, capfd):
+    monkeypatch.setattr(train, "run", lambda *a, **k: (None, {"loss": 1.0}))
+    for arguments, status in (
+        (["info"], 141),
+        (["train", "--config", f"{configs}/gcr/synthetic.py:k2", "--workdir", str(tmp_path)], 0),
+    ):
+        stream = gone()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", stream)
+            assert main(arguments) == status
+        stream.close()  # raises nothing: what is left goes nowhere
+        assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_command_names_output_that_can_not_be_written(monkeypatch, capfd):
+    with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        assert main(["info"]) == 2
+    assert capfd.readouterr().err == "subspace-jax: can't write the output (No space left on device)\n"
 
 
 def test_times_and_counts_below_zero_are_refused(run):
