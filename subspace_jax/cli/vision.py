@@ -87,8 +87,9 @@ def _probe(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import represent
 
     sets = [represent.read_features(path) for path in (args.features, args.test)]
+    chosen = _options(args)
     try:
-        reports = [represent.probe_features(*sets, **options) for options in _options(args)]
+        reports = [represent.probe_features(*sets, **options) for options in chosen]
     except ValueError as error:
         raise ValueError(f"{args.features}, {args.test}: {error}") from error
     for report in reports:

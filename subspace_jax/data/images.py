@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from subspace_jax.data.decode import decode_image
-from subspace_jax.data.sources import missing_folder, open_labelled_records
+from subspace_jax.data.sources import checked_label, missing_folder, open_labelled_records
 
 __all__ = ["Images", "image_folder", "image_set"]
 
@@ -161,7 +161,7 @@ class Images:
         if name not in self.unreadable:
             self.unreadable[name] = f"{type(error).__name__}: {why}"
             _log.warning("%s: %s; %d so far in %s", name, why, len(self.unreadable), self.name)
-        return ValueError(f"{name}: {why}; on_unreadable='skip' leaves such images out")
+        return ValueError(f"{name}: {why}; on_unreadable='skip' (--skip-unreadable) leaves such images out")
 
 
 def image_folder(
@@ -256,14 +256,14 @@ def image_set(
     """
     records, info = open_labelled_records(name, split, data_dir)
     image, label = info.supervised_keys
-    largest = 16 if info.name == "digits" else 255
+    largest, num_classes = 16 if info.name == "digits" else 255, info.features[label].num_classes
 
     def read(index: int) -> tuple[np.ndarray, int]:
         record = records[index]
         pixels = decode_image(record[image])
         if largest != 255:
             pixels = np.round(pixels * (255 / largest)).astype(np.uint8)
-        return pixels, int(record[label])
+        return pixels, checked_label(record[label], num_classes)
 
     def describe(index: int) -> str:
         return f"{info.name} {split} record {index}"

@@ -62,6 +62,7 @@ class ImageSource:
     def _example(self, record: dict[str, Any], index: int) -> dict[str, np.ndarray]:
         try:
             rgb = decode_image(record[self._image])
+            label = checked_label(record[self._label], self.num_classes)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name} {self.split} record {index}: {error}") from error
         pixels = rgb[..., : self.image_shape[-1]]
@@ -70,10 +71,18 @@ class ImageSource:
                 f"{self.name} {self.split} record {index}: expected an image {list(self.image_shape)}, got "
                 f"{list(rgb.shape)}"
             )
-        return {
-            "inputs": pixels.astype(np.float32) * self._scale + self._shift,
-            "labels": np.int32(record[self._label]),
-        }
+        return {"inputs": pixels.astype(np.float32) * self._scale + self._shift, "labels": label}
+
+
+def checked_label(label: Any, num_classes: int) -> np.int32:
+    """Returns a label as int32.
+
+    Raises:
+      ValueError: There is no such class; sets without labels for a split hold -1 there.
+    """
+    if not 0 <= label < num_classes:
+        raise ValueError(f"label {label}, expected 0 to {num_classes - 1}")
+    return np.int32(label)
 
 
 def image_source(

@@ -236,15 +236,18 @@ def open_labelled_images(
       ValueError: Name or split is unknown, the set is not one of labelled images, or what look like the classes of a
         folder are its splits.
     """
+    if not os.fspath(name):
+        raise ValueError("name: expected a set of TensorFlow Datasets or a folder, got ''")
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
         try:
             return data.image_set(os.fspath(name), split, data_dir, on_unreadable=on_unreadable)
         except ValueError as error:
-            near = difflib.get_close_matches(folder.name, [entry.name for entry in pathlib.Path().iterdir()])
-            if not near or not str(error).startswith("name: TFDS knows no set"):
+            if not str(error).startswith("name: TFDS knows no set"):
                 raise
-            raise ValueError(f"{error}; or the folder {' or '.join(map(repr, near))}?") from error
+            near = difflib.get_close_matches(folder.name, [entry.name for entry in pathlib.Path().iterdir()])
+            hint = f"or the folder {' or '.join(map(repr, near))}?" if near else "and there is no such folder"
+            raise ValueError(f"{error}; {hint}") from error
     names = None if class_names is None else list(class_names)
     images = data.image_folder(folder / split, class_names=names, on_unreadable=on_unreadable)
     if not split and images.num_classes > 1 and set(images.class_names) <= _SPLITS:
