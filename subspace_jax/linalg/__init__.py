@@ -11,7 +11,15 @@ from subspace_jax.linalg.frequent_directions import (
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
-from subspace_jax.linalg.products import across, broadcast_leading, eye_like, gram, times, working_dtype
+from subspace_jax.linalg.products import (
+    across,
+    broadcast_leading,
+    eye_like,
+    gram,
+    nan_for_infinite,
+    times,
+    working_dtype,
+)
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.scaling import binary_scale
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
@@ -39,6 +47,7 @@ __all__ = [
     "gram",
     "hadamard_matrix",
     "hosvd",
+    "nan_for_infinite",
     "orthonormal_columns",
     "orthonormality_error",
     "polar",

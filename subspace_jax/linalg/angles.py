@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_same_space
-from subspace_jax.linalg.products import broadcast_leading, gram, times, working_dtype
+from subspace_jax.linalg.products import broadcast_leading, gram, nan_for_infinite, times, working_dtype
 
 
 def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
     overlap = gram(a, b)
     residual = b - times(a, overlap)
     residual = residual - times(a, gram(a, residual))
-    cosines = jnp.linalg.svd(overlap, compute_uv=False)
+    cosines = jnp.linalg.svd(nan_for_infinite(overlap), compute_uv=False)
     sines = jnp.linalg.svd(jnp.linalg.qr(residual, mode="r"), compute_uv=False)[..., ::-1]
     return jnp.arctan2(sines, cosines)
 

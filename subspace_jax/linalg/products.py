@@ -50,6 +50,11 @@ def times(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.matmul(x, m, precision=jax.lax.Precision.HIGHEST)
 
 
+def nan_for_infinite(x: jax.Array) -> jax.Array:
+    """Returns ``x`` with NaN for entries that are infinite, on which LAPACK's SVD does not end."""
+    return jnp.where(jnp.isfinite(x), x, jnp.nan)
+
+
 def eye_like(m: jax.Array) -> jax.Array:
     """Returns identity matrices of the shape and dtype of ``m [..., k, k]``."""
     return jnp.broadcast_to(jnp.eye(m.shape[-1], dtype=m.dtype), m.shape)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_square
 from subspace_jax.linalg.polar import polar_step
-from subspace_jax.linalg.products import times
+from subspace_jax.linalg.products import nan_for_infinite, times
 
 _SERIES_BELOW = 0.01
 
@@ -90,7 +90,7 @@ def singular(f: Callable[[jax.Array], jax.Array], m: jax.Array) -> jax.Array:
 
 
 def _svd(m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, values, vt = jnp.linalg.svd(m)
+    u, values, vt = jnp.linalg.svd(nan_for_infinite(m))
     return polar_step(u), values, polar_step(vt.mT)
 
 

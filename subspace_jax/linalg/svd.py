@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_matrix
-from subspace_jax.linalg.products import across, broadcast_leading, gram, times
+from subspace_jax.linalg.products import across, broadcast_leading, gram, nan_for_infinite, times
 from subspace_jax.linalg.qr import positive_qr
 
 
@@ -34,14 +34,14 @@ def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       x: ``[..., m, n]``, float32 or float64.
 
     Returns:
-      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``.
+      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``; NaN where ``x`` is not finite.
 
     Raises:
       ValueError: ``x`` is no matrix.
       TypeError: ``x`` is neither float32 nor float64.
     """
     check_matrix("x", x)
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(nan_for_infinite(x), full_matrices=False)
     signs = canonical_signs(u)
     return u * signs[..., None, :], s, vt * signs[..., :, None]
 
@@ -128,7 +128,7 @@ def _iterate(x: jax.Array, right: jax.Array, steps: int) -> jax.Array:
 
 
 def _from_range(x: jax.Array, q: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, vt = jnp.linalg.svd(gram(q, x), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(nan_for_infinite(gram(q, x)), full_matrices=False)
     u = times(q, u[..., :rank])
     signs = canonical_signs(u)
     return u * signs[..., None, :], s[..., :rank], vt[..., :rank, :] * signs[..., :, None]

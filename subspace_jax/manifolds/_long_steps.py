@@ -11,7 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import binary_scale, expm, eye_like, gram, polar_step, positive_qr, singular, times
+from subspace_jax.linalg import (
+    binary_scale,
+    expm,
+    eye_like,
+    gram,
+    nan_for_infinite,
+    polar_step,
+    positive_qr,
+    singular,
+    times,
+)
 
 # Radians.  Below, errors of Gram matrices are some roundings.
 _SHORT = 4.0
@@ -79,7 +89,7 @@ def transported(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
 
 def _singular_vectors(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, r, scale = q_factor(h)
-    u, values, vt = jnp.linalg.svd(r)
+    u, values, vt = jnp.linalg.svd(nan_for_infinite(r))
     return times(q, polar_step(u)), values * scale[..., 0], polar_step(vt.mT)
 
 

@@ -128,3 +128,12 @@ def test_subspace_iteration_broadcasts_and_keeps_a_fixed_point(x64):
 def test_wrong_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call(jax.random.key(0), jnp.ones((5, 3)))
+
+
+def test_what_is_infinite_gives_nan_and_ends():
+    """LAPACK's decomposition of an infinite entry does not come back."""
+    for bad in (jnp.inf, -jnp.inf, jnp.nan):
+        x = jnp.ones((5, 3)).at[1, 2].set(bad)
+        for made in (linalg.canonical_svd(x), linalg.randomized_svd(jax.random.key(0), x, 2)):
+            assert all(bool(jnp.all(jnp.isnan(y))) for y in made)
+        assert jnp.all(jnp.isnan(linalg.principal_angles(x, jnp.eye(5, 2))))
