@@ -117,9 +117,9 @@ def config_from_hf(fields: Fields) -> VisionTransformerConfig:
     if family in ("vit", "deit"):
         made["qkv_bias"] = flag(own, "qkv_bias", True)
         made["pooler_activation"] = activation_from_hf(own, "pooler_act", "tanh")
+        pooler = None if own.get("pooler_output_size") is None else integer(own, "pooler_output_size")
         if not labelled:
-            pooler = own.get("pooler_output_size")
-            made["pooler_size"] = made["width"] if pooler is None else integer(own, "pooler_output_size")
+            made["pooler_size"] = pooler or made["width"]
         if family == "deit":
             made |= {"distillation_token": True, "distilled_head": architecture.endswith("WithTeacher")}
     elif family == "clip":

@@ -52,7 +52,15 @@ ALL = [
     *cases(interop.config_from_hf, {**LLAMA, "rope_parameters": ROPE}, {"rope_theta": ROPES}, "rope_parameters"),
     *cases(VISION, VIT, {"hidden_size num_hidden_layers num_attention_heads intermediate_size num_channels": SIZES}),
     *cases(VISION, VIT, {"image_size patch_size": PAIRS, "layer_norm_eps": NUMBERS, "hidden_act pooler_act": WORDS}),
-    *cases(VISION, VIT, {"qkv_bias": FLAGS, "architectures": ("abc", 3, [1], [None], {"a": 1})}),
+    *cases(
+        VISION,
+        VIT,
+        {
+            "qkv_bias": FLAGS,
+            "pooler_output_size": ("3", 0, 1.5, [], True),
+            "architectures": ("abc", 3, [1], [None], {"a": 1}),
+        },
+    ),
     *cases(VISION, VIT, {"id2label": ("abc", 3, [1], True), "num_labels": (-1, 1.5, None, "a", [], 2**40)}),
     *cases(
         VISION,
