@@ -4,7 +4,6 @@ import difflib
 import math
 import os
 import pathlib
-import tempfile
 import zipfile
 from typing import NamedTuple
 
@@ -45,16 +44,8 @@ def save_features(path: str | os.PathLike, found: Features, **notes: str) -> Non
       OSError: It can't be written.
     """
     path = check_features_path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as partial:
-        try:
-            np.savez(partial, **found._replace(class_names=np.array(found.class_names, dtype=str))._asdict(), **notes)
-        except BaseException as error:
-            os.unlink(partial.name)
-            if isinstance(error, OSError):
-                raise OSError(error.errno, f"features: can't write {path}: {error.strerror}") from error
-            raise
-    os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
-    os.replace(partial.name, path)
+    with train.replacing(path) as partial:
+        np.savez(partial, **found._replace(class_names=np.array(found.class_names, dtype=str))._asdict(), **notes)
 
 
 def check_features_path(path: str | os.PathLike) -> pathlib.Path:

@@ -73,6 +73,21 @@ def test_a_killed_measurement_goes_on(problem, tmp_path):
     assert optim.decompress(kept, task.init(jax.random.key(0))[0])["layer0"]["kernel"].shape == (8, 8)
 
 
+@pytest.mark.parametrize(
+    ("line", "content"),
+    [(1, '{"setting'), (1, "null"), (2, "garbage"), (2, '{"dim": 5, "seed": 0, "score": null}'), (2, '{"dim": 5}')],
+)
+def test_a_table_with_a_line_that_is_no_row_is_refused_and_left_alone(line, content, problem, tmp_path):
+    table = tmp_path / "table.jsonl"
+    lines = ['{"settings": {}}', '{"dim": 5, "seed": 0, "score": 0.5}', '{"dim": 6, "seed": 0, "score": 0.5}']
+    lines[line - 1] = content
+    table.write_text("".join(f"{text}\n" for text in lines))
+    before = table.read_text()
+    with pytest.raises(ValueError, match=rf"workdir: {table}:{line}: expected"):
+        measure(problem, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"table.jsonl": before}
+
+
 def measure_rows(workdir):
     return [json.loads(line) for line in (workdir / "table.jsonl").read_text().splitlines()][1:]
 
