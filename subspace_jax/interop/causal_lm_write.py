@@ -1,6 +1,7 @@
 """Checkpoint folders written all or nothing, and causal language models to those of Hugging Face."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -208,8 +209,10 @@ def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[
             if old.exists():
                 old.rename(folder)
             raise
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # which name no file
+            raise OSError(error.errno, f"can't write {folder} ({error.strerror})") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 
