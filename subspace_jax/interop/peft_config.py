@@ -1,11 +1,12 @@
 """The fields of PEFT's ``adapter_config.json``: read, and refused where they ask for more than LoRA or DoRA."""
 
-import json
 import logging
 import pathlib
 import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+from subspace_jax.interop.config_fields import read_json
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
         if (folder / "checkpoints").is_dir():
             raise ValueError(f"{folder}: this is a run without an adapter for PEFT; expected the folder of an adapter")
         raise FileNotFoundError(f"{folder}: has no {CONFIG}; expected the folder of a PEFT adapter")
-    try:
-        fields = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    fields = read_json(file)
     known = {"peft_type", *_EXPECTED, *_REFUSED, *_WITHOUT_EFFECT}
     if unknown := {name: value for name, value in fields.items() if name not in known and value}:
         log.warning("%s: these fields are set, unknown, and have no effect: %s", file, sorted(unknown))
