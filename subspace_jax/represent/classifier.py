@@ -8,7 +8,7 @@ from flax import nnx
 
 from subspace_jax import nn
 from subspace_jax.represent.vision_backbones import VISION_BACKBONES, VisionBackbone
-from subspace_jax.train.fields import nearest
+from subspace_jax.train.fields import check_choice
 
 HEADS = ("softmax", "cosine", "grassmann")
 BACKBONES = ("mlp", "convnet", *VISION_BACKBONES)
@@ -67,8 +67,9 @@ def make_classifier(
       ValueError: A name is unknown, a width is below 1, a "convnet" is given inputs that are not images, or the head
         refuses its sizes.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype: expected one of {DTYPES}, got {dtype!r}")
+    check_choice("model.dtype", dtype, DTYPES)
+    check_choice("model.backbone", backbone, BACKBONES)
+    check_choice("model.head", head, HEADS)
     if any(width < 1 for width in features):
         raise ValueError(f"model.features: expected widths of at least 1, got {tuple(features)}")
     if backbone != "mlp" and len(input_shape) != 3:
@@ -82,16 +83,12 @@ def make_classifier(
         body = nn.MLP(math.prod(input_shape), features, dtype=dtype, rngs=rngs)
     elif backbone == "convnet":
         body = nn.ConvNet(input_shape[-1], features, dtype=dtype, rngs=rngs)
-    elif backbone in VISION_BACKBONES:
-        body = VisionBackbone(backbone, input_shape, drop_path=drop_path, dtype=dtype, rngs=rngs)
     else:
-        raise ValueError(f"model.backbone: expected one of {BACKBONES}, got {backbone!r}{nearest(backbone, BACKBONES)}")
+        body = VisionBackbone(backbone, input_shape, drop_path=drop_path, dtype=dtype, rngs=rngs)
     if head == "softmax":
         top = nn.SoftmaxHead(body.out_features, num_classes, rngs=rngs)
     elif head == "cosine":
         top = nn.CosineHead(body.out_features, num_classes, gamma=gamma, rngs=rngs)
-    elif head == "grassmann":
-        top = nn.GrassmannHead(body.out_features, num_classes, dims=dims, gamma=gamma, rngs=rngs)
     else:
-        raise ValueError(f"model.head: expected one of {HEADS}, got {head!r}")
+        top = nn.GrassmannHead(body.out_features, num_classes, dims=dims, gamma=gamma, rngs=rngs)
     return Classifier(body, top)

@@ -98,8 +98,8 @@ def fit(
     A run that gets SIGTERM ends its step, saves and raises :class:`Preempted`; with several processes all of them do so
     after the same step.
 
-    Written below ``workdir``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png`` and, when asked
-    for, ``profile/``.
+    Written below ``workdir``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png``,
+    ``newest_checkpoint.json``, while it runs ``run.lock``, and, when asked for, ``profile/``.
 
     Args:
       task: The method.
@@ -122,8 +122,8 @@ def fit(
       profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that goes on
         from that step or a later one.
       data_timeout: Seconds that the data may let the run wait for a batch; 0 waits for ever.
-      max_skipped: Steps in a row without finite loss and gradient after which the run stops, with the last batch
-        saved; looked at every so many steps.  0 never stops.
+      max_skipped: Skipped steps in a row (see :func:`subspace_jax.train.make_train_step`) after which the run stops,
+        with the last batch saved; looked at every so many steps.  0 never stops.
       progress: Whether to show a progress bar.
       restart: Begin at step 0 where ``workdir`` holds a run, which is kept below it in a folder ``earlier.1`` (or the
         next number that is free).
@@ -301,7 +301,7 @@ class _Run:
                     bar.set_postfix(loss=f"{values['loss']:.4g}")
                     if values["skipped"] > skipped_before:
                         log.warning(
-                            "Up to step %d, %d steps were skipped: their loss or gradient was not finite.",
+                            "Up to step %d, %d steps were skipped: a result of theirs was not finite.",
                             step,
                             values["skipped"],
                         )

@@ -176,7 +176,7 @@ class FiniteWatch:
             with replacing(file) as partial:
                 np.savez(partial, **{name: np.asarray(rows) for name, rows in batch.items()})
             raise NotFiniteError(
-                f"loss or gradient of {self._limit} steps in a row up to step {step} was not finite "
+                f"loss, gradient or update of {self._limit} steps in a row up to step {step} was not finite "
                 f"(train.max_skipped); the last batch is in {file}, and the parameters are those before these steps"
             )
         self._before = count

@@ -105,6 +105,14 @@ def test_help_shows_examples(command, capsys):
         (["--config.train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
         (["--config.optim.name=adagrad"], "optim.name: expected one of"),
         (["--config.task=no.such.module"], "task: can't import the module 'no.such.module'"),
+        (["--config.optim.b2=-1"], "optim.b2: expected a number in [0, 1), got -1.0"),
+        (["--config.optim.warmup_steps=6"], "optim.warmup_steps: expected 0 to 5 for a run of 6, got 6"),
+        (["--config.train.steps=1000000000000"], "train.steps: expected at most 2147483647, got 1000000000000"),
+        (["--config.train.best=max:acuracy"], "got 'max:acuracy'; did you mean 'accuracy'?"),
+        (["--config.model.backbone=resnet50e"], "got 'resnet50e'; did you mean 'resnet50"),
+        (["--config.model.features=1000000000,"], "model: parameters, variables and optimizer state take"),
+        (["--config.data.eval_batch_size=1000000"], "eval_batch_size: expected at most"),
+        (["--config.data.image.size=1000000000"], "data.image.size: expected a side of 0 to 4096, got 1000000000"),
     ],
 )
 def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, arguments, message):
@@ -131,6 +139,32 @@ def test_unwritable_workdir_is_named(train, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run") == 2
     assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workdir", ["", ".", "./"])
+def test_a_workdir_that_is_no_folder_of_its_own_is_refused(train, workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(workdir) == 2
+    assert "--workdir: expected a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_workdir_or_config_is_refused(capsys, tmp_path):
+    for command in (["eval", "--workdir", ""], ["train", "--config", "", "--workdir", str(tmp_path / "run")]):
+        assert main(command) == 2
+        assert "got an empty path" in capsys.readouterr().err
+
+
+def test_mesh_and_topology_of_a_plan_come_with_the_nearest_name(configs, capsys):
+    config = ["plan", "--config", f"{configs}/gcr/digits.py"]
+    for more, message in [
+        (["--topology", "v5e:2x4", "--mesh", "fsdb=8"], "got 'fsdb'; did you mean 'fsdp'?"),
+        (["--topology", "v5f:2x4"], "no chip 'v5f' in 'v5f:2x4'; did you mean 'v5"),
+        (["--topology", "v5e:4x5"], "has no slice '4x5'; did you mean '4x"),
+        (["--topology", "h100:100000000000"], "has no slice '100000000000'"),
+    ]:
+        assert main([*config, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_eval_of_a_folder_without_run_is_refused(tmp_path, capsys):
