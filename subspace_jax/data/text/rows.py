@@ -114,7 +114,8 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
       float32 ``[rows]``; see :func:`subspace_jax.metrics.choice_accuracy`.
 
     Raises:
-      ValueError: There is no question, one does not fit into a row, has no options, or no right one.
+      ValueError: There is no question, one does not fit into a row, has no options, or no right one, or an option has
+        no token whose likelihood could be taken.
     """
     texts, places = [], []
     for number, choice in enumerate(examples):
@@ -124,6 +125,10 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
         for i, option in enumerate(choice.options):
             texts.append(Completion(prompt, choice.prompt[len(prompt) :] + option))
             places.append((number, i, i == choice.label))
+    for text, (number, i, _) in zip(texts, places, strict=True):
+        # Rows with nothing to learn would be left out, and the others be taken for their neighbours.
+        if tokenizer.eos_id is None and not encode(text, tokenizer)[1][1:].any():
+            raise ValueError(f"question {number}: option {i} has no token after the first one of the text")
     rows = pad_rows(texts, tokenizer, length)
     question, option, right = (np.array(column) for column in zip(*places, strict=True))
     return rows | {

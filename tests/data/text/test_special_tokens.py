@@ -229,6 +229,12 @@ def test_options_are_encoded_with_their_question_and_compared_from_the_same_prom
     assert rows["labels"][:, :4].tolist() == [[1, 20, 0, 0], [1, 0, 6, 8]]
 
 
+def test_options_without_a_token_of_their_own_are_refused(sentencepiece):
+    for prompt, options in (("Q:", ("yes", "")), ("", ("yes", "yes no"))):
+        with pytest.raises(ValueError, match=r"question 0: option \d has no token after the first one"):
+            text.choice_rows([text.Choice(prompt, options, 0)], sentencepiece, 8)
+
+
 def test_a_decoded_continuation_keeps_its_space(sentencepiece):
     prompt = sentencepiece.encode("Q:")
     assert sentencepiece.decode([20]) == "yes"
