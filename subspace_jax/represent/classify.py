@@ -145,7 +145,7 @@ def default_config() -> ConfigDict:
                 "deviation": 0.5,
                 "jitter": (0.0, 0.0, 0.0, 0.0),
                 "erase": 0.0,
-                "on_unreadable": "skip",
+                "on_unreadable": "raise",
             },
         }
     )
