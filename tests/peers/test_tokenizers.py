@@ -99,7 +99,7 @@ def settings(classes, largest, rng):
     if rng.random() < 0.3:
         files["added_tokens.json"] = {"<new>": largest + 1}
     files.setdefault("tokenizer_config.json", config)
-    # An object of that kind says nothing of its class to transformers.
+    # A class that is not named is left out, as in older folders.
     if files["tokenizer_config.json"]["tokenizer_class"] is None:
         del files["tokenizer_config.json"]["tokenizer_class"]
     return files
