@@ -69,7 +69,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         print(train.plan_text(plans[0]))
     if args.json:
         found = [plan.as_dict() for plan in plans]
-        Path(args.json).write_text(json.dumps(found if args.sweep or len(meshes) > 1 else found[0], indent=2) + "\n")
+        with train.replacing(args.json) as partial:
+            partial.write_text(json.dumps(found if args.sweep or len(meshes) > 1 else found[0], indent=2) + "\n")
         print(f"Wrote the numbers to {os.path.abspath(args.json)}")
 
 

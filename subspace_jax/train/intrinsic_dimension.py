@@ -292,7 +292,7 @@ def plot_intrinsic_dimension(result: IntrinsicDimension, output: str | Path, *, 
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     with replacing(output) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=120)
 
 
 class _Table:

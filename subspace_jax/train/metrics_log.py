@@ -172,4 +172,4 @@ def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     with replacing(output) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=120)

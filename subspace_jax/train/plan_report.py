@@ -7,6 +7,7 @@ from pathlib import Path
 from subspace_jax.train.plan import Plan
 from subspace_jax.train.plan_chips import find_topology
 from subspace_jax.train.plan_roofline import ASSUMPTIONS
+from subspace_jax.train.workdir import replacing
 
 
 def plan_text(plan: Plan) -> str:
@@ -146,7 +147,8 @@ def plot_sweep(plans: Sequence[Plan], output: str | Path) -> None:
     memory.set(xscale="log", xlabel="chips", ylabel="GiB of a chip")
     memory.legend(fontsize="small")
     speed.set(xlabel="chips", ylabel="rows/s, by the chip's rates")
-    figure.savefig(output, dpi=120)
+    with replacing(output) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def advice(plan: Plan) -> list[str]:

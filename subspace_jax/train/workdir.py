@@ -54,7 +54,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a file to write that takes another's place when it is whole and on disk; else it is removed.
 
     Args:
-      path: The file whose place it takes.
+      path: The file whose place it takes; a link, or what is no file (``/dev/stdout``), is given as it is.
 
     Raises:
       OSError: It can't be written; ``path`` is named, and is as it was.
@@ -62,6 +62,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     with naming(path):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            yield path
+            return
         try:
             yield partial
             with partial.open("rb") as file:

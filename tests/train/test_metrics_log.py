@@ -119,6 +119,17 @@ def test_a_file_that_is_not_whole_takes_no_place(number, tmp_path, monkeypatch):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("curves.png", "before")]
 
 
+def test_replacing_writes_through_links_and_to_what_is_no_file(tmp_path):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    with train.replacing(tmp_path / "link") as partial:
+        partial.write_text("after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+    with train.replacing("/dev/null") as partial:
+        partial.write_text("nowhere")
+
+
 def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
     log = train.MetricsLog(tmp_path)
     log.write(1, "train", {"loss": math.nan, "grad_norm": math.inf, "skipped": 1.0})
