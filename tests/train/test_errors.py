@@ -124,3 +124,44 @@ def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
     for options, message in (({"remat": "all"}, "remat: expected one of"), ({"accumulate": 0}, "accumulate: expected")):
         with pytest.raises(ValueError, match=message):
             train.make_train_step(task, optax.sgd(0.1), train.make_mesh(), **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "message"),
+    [
+        ("adapters/rotated_digits.py", "pretrain.epochs=1000000000", "pretrain.epochs: expected at most 10000"),
+        ("adapters/turned_images.py", "pretrain.learning_rate=1e300", "pretrain.learning_rate: expected a finite"),
+        ("adapters/rotated_digits.py", "adapter.method=lara", "adapter.method: expected .*; did you mean 'lora'"),
+        ("gcr/imagenet_resnet.py", "data.image.size=-1", "data.image.size: expected a side of 0 to 4096, got -1"),
+        ("gcr/imagenet_resnet.py", "data.image.flip=2", "data.image.flip: expected a probability, got 2.0"),
+        ("gcr/imagenet_resnet.py", "data.image.on_unreadable=no", "data.image.on_unreadable: expected one of"),
+        ("gcr/imagenet_resnet.py", "optim.warmup_steps=-1", "optim.warmup_steps: expected at least 0, got -1"),
+        ("gcr/imagenet_resnet.py", "data.batch_size=1000000000", "data.batch_size: expected at most 1048576 rows"),
+        ("gcr/imagenet_resnet.py", "train.remat=al", "train.remat: expected one of"),
+        ("gcr/imagenet_resnet.py", "train.epochs=-3", "train.epochs: expected a finite number at least 0, got -3.0"),
+        ("lm/large.py", "optim.low_rank.side=lefty", "optim.low_rank: side: expected one of .*; did you mean 'left'"),
+        ("lm/tiny.py", "model.size=tiniy", "model.size: expected one of .*; did you mean 'tiny'"),
+    ],
+)  # fmt: skip
+def test_build_refuses_a_field_before_it_reads_data(configs, file, setting, message):
+    # The sets of most of these configs are not there, which would be said of a run that got so far.
+    with pytest.raises(ValueError, match=message):
+        train.build(train.override(train.load_config(f"{configs}/{file}"), [setting]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("fraction=0", r"intrinsic.fraction: expected a number in \(0, 1\], got 0.0"),
+        ("dims=()", "intrinsic.dims: expected dimensions of at least 1, got "),
+        ("dims=-5,", "intrinsic.dims: expected dimensions of at least 1, got "),
+        ("repeats=0", "intrinsic.repeats: expected at least 1, got 0"),
+        ("method=fastfod", "intrinsic.method: expected one of .*; did you mean 'fastfood'"),
+        ("full_learning_rate=-1", "intrinsic.full_learning_rate: expected a finite number at least 0"),
+    ],
+)
+def test_measure_config_refuses_its_fields_before_it_reads_data(configs, setting, message, tmp_path):
+    config = train.override(train.load_config(f"{configs}/optim/intrinsic_mnist.py"), [f"intrinsic.{setting}"])
+    with pytest.raises(ValueError, match=message):
+        train.measure_config(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
