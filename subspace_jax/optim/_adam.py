@@ -1,5 +1,6 @@
 """Adam as the projection methods have it, and the last step that all of them share."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
+from subspace_jax.optim import _checks
 
 PyTree = Any
 
@@ -35,9 +37,31 @@ class DescentState(NamedTuple):
 def moments(r, mu, nu, b1, b2, eps):
     """New moments and ``N = mu / (sqrt(nu) + eps)``, which is not bias-corrected, eps outside the root."""
     b1, b2, eps = (jnp.asarray(x).astype(mu.dtype) for x in (b1, b2, eps))
+    r = squarable(r)
     mu = b1 * mu + (1 - b1) * r
     nu = b2 * nu + (1 - b2) * jnp.square(r)
     return mu, nu, mu / (jnp.sqrt(nu) + eps)
+
+
+def squarable(x: jax.Array) -> jax.Array:
+    """Entries that are brought down to those whose squares are numbers.
+
+    A second moment that is infinite once stays so, and every later step is zero.  What isn't finite itself is to be
+    seen, and stays.
+    """
+    largest = float(jnp.finfo(x.dtype).max) ** 0.5
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+
+
+def bounded(*gradients: jax.Array) -> list[jax.Array]:
+    """Gradients ``[..., m, n]`` over one number for each matrix, so that no entry is above 1e9 (1e76 in float64).
+
+    Products of four of them are numbers then.  An infinite entry becomes NaN.
+    """
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True) for g in gradients])
+    limit = 0.25 * float(jnp.finfo(linalg.working_dtype(largest)).max) ** 0.25
+    share = limit / jnp.maximum(largest.astype(linalg.working_dtype(largest)), limit)
+    return [g * share.astype(g.dtype) for g in gradients]
 
 
 def correction(count, b1, b2, dtype):
@@ -53,15 +77,17 @@ def scale_by_plain_adam(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike) -> optax.G
     """
 
     def init(params):
+        _checks.check_real(params)
+
         def zeros():
             return jax.tree.map(lambda x: jnp.zeros_like(x, linalg.working_dtype(x)), params)
 
         return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        leaves, structure = jax.tree.flatten(grads)
+        leaves, structure = jax.tree.flatten(updates)
         columns = (structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu))
         steps = [moments(r.astype(mu.dtype), mu, nu, b1, b2, eps) for r, mu, nu in zip(leaves, *columns, strict=True)]
         updates = [correction(count, b1, b2, n.dtype) * n for _, _, n in steps]
@@ -78,6 +104,8 @@ def descend(
 
     Else ``W <- W (1 - lr wd) - lr D``.
     """
+    _checks.check_rate("learning_rate", learning_rate)
+    _checks.check_number("weight_decay", weight_decay, 0)
     # A number that is an array is not looked at: that would wait for the device.
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
 
@@ -86,11 +114,8 @@ def descend(
         return DescentState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
-        if decays and params is None:
-            raise ValueError(
-                "params: got None, expected the current parameters, which weight decay needs; "
-                "call update(gradients, state, params)"
-            )
+        if decays:
+            _checks.require_params(params, "the current parameters, which weight decay needs")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def leaf(d, w=None):

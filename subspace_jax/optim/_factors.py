@@ -4,6 +4,7 @@ A pair is ``a [..., in, r]`` and ``b [..., r, out]`` of an update ``s a b``; lea
 sees both factors tall, ``a`` and ``b^T``, so that what holds of one holds of the other.
 """
 
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,12 +15,15 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _projected
+from subspace_jax.optim import _adam, _checks, _projected
 
 PyTree = Any
 PairRule = Callable[[str], tuple[str, str] | None]
 ScaleRule = Callable[[str], float | tuple[float, ...]]
 Energies = Mapping[str, tuple[jax.Array, jax.Array]]
+
+# Of float32, in which steps are computed.
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 ROLES = ("a", "b", "row_energy", "column_energy")
 _NAMES = {"lora_a": "a", "lora_b": "b"} | {role: role for role in ROLES}
@@ -68,16 +72,17 @@ def adapter_pairs(path: str) -> tuple[str, str] | None:
 
 
 def find_pairs(tree: PyTree, rule: PairRule) -> tuple[list[Pair], Any]:
-    """The pairs of a tree, and its structure.
+    """The pairs of a tree that have entries, and its structure.
 
     Raises:
-      TypeError: A factor is not of floating point.
+      TypeError: A factor is not of floating point, or another leaf is complex.
       ValueError: A factor has no partner, or two; the two don't fit together; there is none in a tree that has leaves.
     """
+    _checks.check_real(tree)
     entries, structure = jax.tree_util.tree_flatten_with_path(tree)
     members: dict[str, dict[str, int]] = {}
     for i, (path, _) in enumerate(entries):
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        path = _checks.path_name(path)
         match = rule(path)
         if match is None:
             continue
@@ -88,7 +93,7 @@ def find_pairs(tree: PyTree, rule: PairRule) -> tuple[list[Pair], Any]:
             raise ValueError(f"params: two leaves are {role!r} of the pair {name!r}; the second is {path}")
         members[name][role] = i
     if entries and not members:
-        some = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in entries[:5]]
+        some = [_checks.path_name(path) for path, _ in entries[:5]]
         raise ValueError(f"params: found no pairs of factors among {some}; name them by the argument pairs")
     pairs = []
     for name, at in members.items():
@@ -100,7 +105,9 @@ def find_pairs(tree: PyTree, rule: PairRule) -> tuple[list[Pair], Any]:
             raise ValueError(f"params: {name or 'the tree'} has one energy probe, expected both or none")
         pair = Pair(name, at["a"], at["b"], (at["row_energy"], at["column_energy"]) if "row_energy" in at else None)
         _check_shapes(pair, [x for _, x in entries])
-        pairs.append(pair)
+        # Of a weight without entries there is nothing to be learnt.
+        if all(math.prod(jnp.shape(entries[i][1])) for i in (pair.a, pair.b)):
+            pairs.append(pair)
     return pairs, structure
 
 
@@ -133,27 +140,33 @@ def on_factors(
     fallback: optax.GradientTransformation | None,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     with_energies: bool = False,
+    unused: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """A transform of pairs, and another one for all other leaves.
 
     Args:
       kind: State, a NamedTuple of ``count``, trees like the parameters, and ``fallback``.
-      start: ``start(a, b)`` returns what each tree has at the places of ``a`` and of ``b`` before the first step.  At
-        ``b``, what has as many axes as ``b`` is kept transposed, like ``b`` itself, so that it is sharded alike.
+      start: ``start(a, b)``, of factors in the working dtype of the pair, returns what each tree has at the places of
+        ``a`` and of ``b`` before the first step, None for nothing.  At ``b``, what has as many axes as ``b`` is kept
+        transposed, like ``b`` itself, so that it is sharded alike.
       step: ``step(t, factors, slots) -> directions, slots`` for all pairs at step t, from 1; slots are as of ``start``,
         and tall.
       pairs: Rule ``pairs(path)`` that gives the name of the pair and the role of a leaf, None for other leaves.
       fallback: For other leaves; Adam by default.
       scale: Scale of the update, a number, a tuple over stacked layers, or a rule of the pair's name.
       with_energies: Whether each pair must have energies.
+      unused: Fields of the state that are None: what they are for is switched off.
 
     Returns:
       The transform.
     """
     rule = adapter_pairs if pairs is None else pairs
     fallback = _adam.scale_by_plain_adam(0.9, 0.999, 1e-8) if fallback is None else fallback
+    _checks.check_transform("fallback", fallback)
+    _checks.check_rule("pairs", pairs)
     fallback = optax.with_extra_args_support(fallback)
     check_scale(scale)
+    used = [field not in unused for field in kind._fields[1:-1]]
 
     def others(found, leaves, structure):
         ours = {i for pair in found for i in (pair.a, pair.b, *(pair.probes or ()))}
@@ -162,22 +175,28 @@ def on_factors(
     def init(params):
         found, structure = find_pairs(params, rule)
         leaves = jax.tree.leaves(params)
-        columns = [[None] * len(leaves) for _ in kind._fields[1:-1]]
+        columns = [[_projected.absent(x) for x in leaves] for _ in used]
         for pair in found:
-            for column, (at_a, at_b) in zip(columns, start(leaves[pair.a], leaves[pair.b]), strict=True):
-                column[pair.a], column[pair.b] = at_a, at_b
+            factors = [leaves[i] for i in (pair.a, pair.b)]
+            dtype = linalg.working_dtype(*factors)
+            made = start(*(x.astype(dtype) for x in factors))
+            for column, slots in zip(columns, made, strict=True):
+                for i, slot in zip((pair.a, pair.b), slots, strict=True):
+                    column[i] = column[i] if slot is None else slot
         rest = fallback.init(others(found, leaves, structure))
-        return kind(jnp.zeros((), jnp.int32), *map(structure.unflatten, columns), rest)
+        return kind(jnp.zeros((), jnp.int32), *trees(structure, columns), rest)
 
-    def update(grads, state, params=None, *, energies: Energies | None = None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "params: got None, expected the current factors, from which a step is computed; call "
-                "update(gradients, state, params)"
-            )
-        found, structure = find_pairs(grads, rule)
-        leaves, weights = jax.tree.leaves(grads), structure.flatten_up_to(params)
-        columns = [structure.flatten_up_to(tree) for tree in state[1:-1]]
+    def trees(structure, columns):
+        return [structure.unflatten(column) if keep else None for column, keep in zip(columns, used, strict=True)]
+
+    def update(updates, state, params=None, *, energies: Energies | None = None, **extra_args):
+        _checks.require_params(params, "the current factors, from which a step is computed")
+        found, structure = find_pairs(updates, rule)
+        leaves, weights = jax.tree.leaves(updates), structure.flatten_up_to(params)
+        columns = [
+            structure.flatten_up_to(tree) if keep else [None] * len(leaves)
+            for tree, keep in zip(state[1:-1], used, strict=True)
+        ]
         seen = []
         for pair in found:
             both = None
@@ -190,7 +209,7 @@ def on_factors(
         def run(count, seen):
             factors, olds = [], []
             for pair, (w, g, slots, both) in zip(found, seen, strict=True):
-                dtype = linalg.working_dtype(*w, *g)
+                dtype = linalg.working_dtype(*w)
                 a, b, ga, gb = (x.astype(dtype) for x in (*w, *g))
                 s = scale_of(scale, pair.name, a.shape[:-2], dtype)
                 both = None if both is None else tuple(e.astype(dtype) for e in both)
@@ -209,17 +228,17 @@ def on_factors(
         made = _projected.automatic(run, (count, seen), specs) if found else []
         known = others(found, weights, structure)
         rest, after = fallback.update(others(found, leaves, structure), state.fallback, known, **extra_args)
-        updates = [
+        out = [
             x if isinstance(x, optax.MaskedNode) else x.astype(g.dtype)
             for x, g in zip(structure.flatten_up_to(rest), leaves, strict=True)
         ]
         for pair, ((da, db), slots) in zip(found, made, strict=True):
-            updates[pair.a], updates[pair.b] = da, db
+            out[pair.a], out[pair.b] = da, db
             for i in pair.probes or ():
-                updates[i] = jnp.zeros_like(leaves[i])
+                out[i] = jnp.zeros_like(leaves[i])
             for column, (at_a, at_b) in zip(columns, slots, strict=True):
                 column[pair.a], column[pair.b] = at_a, at_b
-        return structure.unflatten(updates), kind(count, *map(structure.unflatten, columns), after)
+        return structure.unflatten(out), kind(count, *trees(structure, columns), after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -258,6 +277,23 @@ def inverse(m: jax.Array) -> jax.Array:
     return linalg.gram(half, half)
 
 
+def damped_inverse(m: jax.Array, ridge: jax.Array) -> jax.Array:
+    """The inverse of ``m + ridge I`` for a Gram matrix m, with as large a ridge as rounding asks for at least.
+
+    A Gram matrix of dependent columns, or of more columns than rows, has eigenvalues of zero, which rounding makes
+    negative.  Where m is zero and the ridge too, the identity.
+    """
+    least = 16 * jnp.finfo(m.dtype).eps * m.shape[-1] * trace_mean(m)
+    ridge = jnp.maximum(ridge, least)
+    return inverse(ridged(m, jnp.where(ridge == 0, 1, ridge)))
+
+
+def bounded(f: Factors) -> Factors:
+    """The pair with gradients that :func:`._adam.bounded` has made small enough, for methods that ignore their size."""
+    grad_a, grad_b = _adam.bounded(f.grad_a, f.grad_b)
+    return f._replace(grad_a=grad_a, grad_b=grad_b)
+
+
 def trace_mean(m: jax.Array) -> jax.Array:
     """``tr(m) / r``, as ``[..., 1, 1]``."""
     return jnp.mean(jnp.diagonal(m, axis1=-2, axis2=-1), axis=-1)[..., None, None]
@@ -270,9 +306,9 @@ def ridged(m: jax.Array, ridge: jax.Array) -> jax.Array:
 
 def check_scale(scale: Any) -> None:
     """Raises ValueError for a scale that is not positive; zeros in a tuple belong to layers without a rank."""
-    if isinstance(scale, numbers.Real) and not scale > 0:
+    if isinstance(scale, numbers.Real) and not 0 < scale <= _LARGEST:
         raise ValueError(f"scale: expected a positive number, got {scale!r}")
-    if isinstance(scale, tuple) and not all(isinstance(s, numbers.Real) and s >= 0 for s in scale):
+    if isinstance(scale, tuple) and not all(isinstance(s, numbers.Real) and 0 <= s <= _LARGEST for s in scale):
         raise ValueError(f"scale: expected positive numbers, got {scale!r}")
 
 
@@ -284,12 +320,3 @@ def scale_of(scale: Any, name: str, lead: tuple[int, ...], dtype: jnp.dtype) -> 
     if given.shape not in ((), lead):
         raise ValueError(f"scale: expected a number, or one for each of the layers {lead} of {name}, got {value!r}")
     return jnp.where(given == 0, 1, given)[..., None, None] if given.ndim else given
-
-
-def check_number(name: str, value: Any, low: float, high: float = float("inf"), closed: bool = True) -> None:
-    """Raises ValueError unless a Python number is in the range; arrays, which would have to be waited for, pass."""
-    if not isinstance(value, numbers.Real):
-        return
-    if not (low <= value < high if closed else low < value < high):
-        least = "at least" if closed else "above"
-        raise ValueError(f"{name}: expected a number {least} {low} and below {high}, got {value!r}")

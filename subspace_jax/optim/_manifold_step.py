@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.manifolds import grassmann
+from subspace_jax.optim import _checks
 
 PyTree = Any
 
@@ -29,17 +30,8 @@ def check_options(transport: str, retraction: str, reorth_every: ArrayLike | Non
     if retraction not in grassmann.RETRACTIONS:
         raise ValueError(f"retraction: expected one of {grassmann.RETRACTIONS}, got {retraction!r}")
     # Arrays, which optax.inject_hyperparams makes of numbers, are not looked at: that would wait for the device.
-    if isinstance(reorth_every, int | float | np.number) and (reorth_every < 1 or reorth_every % 1 != 0):
+    if isinstance(reorth_every, int | float | np.number) and not (reorth_every >= 1 and reorth_every % 1 == 0):
         raise ValueError(f"reorth_every: expected a whole number of at least 1, or None for never, got {reorth_every}")
-
-
-def check_params_given(params: PyTree) -> None:
-    """Raises ValueError where ``update`` was called without parameters."""
-    if params is None:
-        raise ValueError(
-            "params: got None, expected the current bases, from which a step on a manifold starts; "
-            "call update(gradients, state, params)"
-        )
 
 
 def check_bases(params: PyTree) -> None:
@@ -49,7 +41,7 @@ def check_bases(params: PyTree) -> None:
     spread over several: there only shapes and dtypes are checked.
     """
     for path, s in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        name = _checks.path_name(path) or "params"
         dtype, shape = jnp.result_type(s), jnp.shape(s)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{name}: expected floating-point bases, got {dtype}")
@@ -79,6 +71,8 @@ def zero_per_subspace(params: PyTree) -> PyTree:
 
 def scaled(learning_rate: optax.ScalarOrSchedule, factor: ArrayLike) -> optax.ScalarOrSchedule:
     """A learning rate or schedule, multiplied by a factor."""
+    _checks.check_rate("learning_rate", learning_rate)
+    _checks.check_number("lr_factor", factor, 0)
     if callable(learning_rate):
         return lambda count: learning_rate(count) * factor
     return learning_rate * factor
@@ -129,6 +123,9 @@ def step_leaves(
 
     results = []
     for s, place, grad, *rest in zip(bases, places, *columns, strict=True):
+        if s.size == 0:
+            results.append([grad.astype(s.dtype), *rest])
+            continue
         dtype = linalg.working_dtype(s)
         numbers = {name: jnp.asarray(x).astype(dtype) for name, x in scalars.items()}
         update, *rest = leaf(due, numbers, place, grad.astype(dtype), s.astype(dtype), *rest)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -22,8 +23,7 @@ class Moments:
         entries, self._outside = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
         self._at = [i for i, (_, x) in enumerate(entries) if is_moment(x)]
         self._structure = structure
-        paths = [entries[i][0] for i in self._at]
-        self.names = [str(getattr(p[-1], "name", getattr(p[-1], "key", ""))) if p else "" for p in paths]
+        self.names = [jax.tree_util.keystr(entries[i][0]) for i in self._at]
 
     def take(self, state: optax.OptState) -> list[PyTree]:
         """The moments of a state."""
@@ -52,3 +52,52 @@ def check_moments(low: PyTree, state: optax.OptState, structure: Any) -> None:
                 f"be reset, rotated or stepped leafwise, got {jnp.shape(x)} at {jax.tree_util.keystr(path)}; "
                 "use moments='keep' and leafwise=False"
             )
+
+
+def second_moments(inner: optax.GradientTransformation, low: PyTree, state: optax.OptState, structure: Any) -> list:
+    """For each moment of a state whether it is a second one: found out by steps on small gradients and their negatives.
+
+    Fields of Optax's states are no guide: Adan has first moments in ``v`` and second ones in ``n``.  What a step makes
+    of ``-g`` has the other sign in a first moment, and is the same and not negative in a second one.
+
+    Raises:
+      ValueError: A moment is neither, or the inner transform can't be run on gradients of other sizes.
+    """
+    kind, dtypes = jax.tree.structure(low), [(x.ndim, x.dtype) for x in jax.tree.leaves(low)]
+
+    def ends():
+        # Sizes that no other array of a state is likely to have.
+        shapes = [jax.ShapeDtypeStruct((2, 3, 5, 7)[:ndim], dtype) for ndim, dtype in dtypes]
+        small = kind.unflatten(shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), small)
+        start = inner.init(zeros)
+        found = Moments(small, start, kind)
+        for sign in (1, -1):
+            after = start
+            for seed in range(2):
+                rng = np.random.default_rng(seed)
+                grads = [jnp.asarray(sign * rng.standard_normal(x.shape), x.dtype) for x in shapes]
+                _, after = inner.update(kind.unflatten(grads), after, zeros)
+            yield [[np.asarray(x, np.float64) for x in leaves] for leaves in found.of(after)]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            plus, minus = ends()
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"inner: its moments can't be told apart, which moments='rotate' needs: {error}") from error
+    names = Moments(low, state, structure).names
+    if len(names) != len(plus):
+        raise ValueError(f"inner: moments='rotate' needs moments that don't depend on sizes, got {', '.join(names)}")
+    return [_is_second(*args) for args in zip(names, plus, minus, strict=True)]
+
+
+def _is_second(name, plus, minus):
+    pairs = list(zip(plus, minus, strict=True))
+    if all(np.allclose(x, -y, rtol=1e-3, atol=1e-9) for x, y in pairs):
+        return False
+    if all(np.allclose(x, y, rtol=1e-3, atol=1e-9) and np.all(x >= 0) for x, y in pairs):
+        return True
+    raise ValueError(
+        f"inner: {name} of its state is neither a first nor a second moment and can't be rotated; "
+        "use moments='keep' or 'reset'"
+    )

@@ -7,7 +7,6 @@ right, in the working dtype, with the sharding that the axes ``m``, ``n`` and ``
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg
+from subspace_jax.optim import _checks
 
 PyTree = Any
 RankRule = Callable[[str, tuple[int, ...]], int | None]
@@ -56,6 +56,11 @@ class Basis(NamedTuple):
     right: jax.Array | None = None
 
 
+def bases_of(sides: Basis) -> PyTree:
+    """The basis of each leaf, from two trees of arrays as states have them."""
+    return jax.tree.map(lambda *pair: Basis(*(x if x.ndim > 1 else None for x in pair)), *sides)
+
+
 class LeafPlan(NamedTuple):
     """How one leaf is projected: everything static.
 
@@ -82,37 +87,10 @@ class LeafPlan(NamedTuple):
         return (*batch, self.rank if self.side != "right" else m, self.rank if self.side != "left" else n)
 
 
-def static_int(name: str, value: Any, minimum: int) -> int:
-    """The value as an int.
-
-    Raises:
-      TypeError: It is an array, traced or not, or no whole number.
-      ValueError: It is below the minimum.
-    """
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"{name}: expected a Python integer, which fixes shapes and branches when the step is compiled, got "
-            f"{type(value).__name__}; under optax.inject_hyperparams name it in static_args"
-        )
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}")
-    return number
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def check_rank(rank: int | RankRule) -> None:
+def check_rank(rank: int | RankRule, name: str = "rank") -> None:
     """Raises unless ``rank`` is a rule or a positive Python integer."""
     if not callable(rank):
-        static_int("rank", rank, 1)
+        _checks.static_int(name, rank, 1)
 
 
 def plans_for(
@@ -127,18 +105,19 @@ def plans_for(
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     plans = []
     for i, (path, x) in enumerate(leaves):
-        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(x)
+        name, shape = _checks.path_name(path), jnp.shape(x)
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         wanted = rank
         if callable(rank):
             wanted = rank(name, shape)
         elif len(shape) < 2 or not floating:
             wanted = None
-        if wanted is None:
+        # A leaf without entries has no subspace.
+        if wanted is None or math.prod(shape) == 0:
             plans.append(None)
             continue
         label = f"rank of {name or 'the leaf'}" if callable(rank) else "rank"
-        wanted = static_int(label, wanted, 1)
+        wanted = _checks.static_int(label, wanted, 1)
         if len(shape) < 2 or not floating:
             raise ValueError(
                 f"{name or 'params'}: expected a floating-point kernel [..., m, n] where the rule gives a rank, got "
@@ -341,6 +320,42 @@ def matrix_specs(plan: LeafPlan, x: jax.Array) -> tuple[Basis, P]:
     right = None if plan.side == "left" else P(*batch, columns, None)
     low = P(*batch, rows if plan.side == "right" else None, columns if plan.side == "left" else None)
     return Basis(left, right), low
+
+
+def absent(x: jax.Array) -> jax.Array:
+    """What a tree of a state has for a leaf ``x`` of which it keeps nothing: ``[1]``, as in ``optax.adafactor``.
+
+    So all trees have one array for each leaf, which ``flax.nnx.Optimizer`` and ``optax.tree.map_params`` expect.
+    """
+    return jnp.zeros(1, linalg.working_dtype(x))
+
+
+def no_bases(structure: Any, leaves: list[jax.Array]) -> Basis:
+    """Sides of a state in which no leaf has a basis."""
+    return Basis(*(structure.unflatten([absent(x) for x in leaves]) for _ in range(2)))
+
+
+def bases_in(sides: Basis, plans: list[LeafPlan | None], structure: Any) -> list[Basis]:
+    """For each leaf the basis that the sides of a state hold."""
+    pairs = zip(*map(structure.flatten_up_to, sides), strict=True)
+    return [
+        Basis()
+        if plan is None
+        else Basis(None if plan.side == "right" else left, None if plan.side == "left" else right)
+        for plan, (left, right) in zip(plans, pairs, strict=True)
+    ]
+
+
+def put_bases(sides: Basis, bases: list[Basis], structure: Any) -> Basis:
+    """The sides of a state with these bases."""
+    olds = [structure.flatten_up_to(tree) for tree in sides]
+    news = zip(*bases, strict=True) if bases else ([], [])
+    return Basis(
+        *(
+            structure.unflatten([x if y is None else y for x, y in zip(old, new, strict=True)])
+            for old, new in zip(olds, news, strict=True)
+        )
+    )
 
 
 def zero_state(plan: LeafPlan, x: jax.Array) -> tuple[Basis, jax.Array]:

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _factors, _projected
+from subspace_jax.optim import _adam, _checks, _factors
 from subspace_jax.optim._factors import Factors, PairRule, ScaleRule
 
 PyTree = Any
@@ -21,7 +21,8 @@ class AdaPreLoRAState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      momentum: Averages of the factors' gradients, like the factors; None without momentum.
+      momentum: Averages of the factors' gradients, like the factors; None without momentum.  Here and below ``[1]`` for
+        other leaves.
       energy: Averages of mean squares of the weight's gradient: of its rows ``[..., in]`` in the place of ``a``, of
         its columns ``[..., out]`` in that of ``b``.
       previous: The factors of the last step, if momenta are transported.
@@ -159,12 +160,15 @@ def scale_by_adaprelora(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_adaprelora(stats="projected"), optax.scale_by_learning_rate(1e-3))
     """
-    _projected.check_choice("stats", stats, STATISTICS)
-    for name, value in (("b1", b1), ("b2", b2)):
-        _factors.check_number(name, value, 0, 1)
+    _checks.check_choice("stats", stats, STATISTICS)
+    if b1 is not None:
+        _checks.check_number("b1", b1, 0, 1)
+    _checks.check_number("b2", b2, 0, 1)
     for name, value in (("damping_rel", damping_rel), ("damping_abs", damping_abs), ("eps_rel", eps_rel)):
-        _factors.check_number(name, value, 0)
-    _factors.check_number("clip_rms", clip_rms, 0, closed=False)
+        _checks.check_number(name, value, 0)
+    if clip_rms is not None:
+        _checks.check_number("clip_rms", clip_rms, 0, closed=False)
+    unused = [name for name, used in (("momentum", b1 is not None), ("previous", transport)) if not used]
 
     def start(a, b):
         momentum = (None, None) if b1 is None else (_factors.zeros(a), _factors.zeros(b))
@@ -176,6 +180,7 @@ def scale_by_adaprelora(
         return [directions for directions, _ in both], [new for _, new in both]
 
     def pair(t, f, slots):
+        f = _factors.bounded(f)
         momentum, energy, previous = slots
         dtype = f.a.dtype
         t, beta = t.astype(dtype), jnp.asarray(b2).astype(dtype)
@@ -211,6 +216,7 @@ def scale_by_adaprelora(
         fallback=fallback,
         scale=scale,
         with_energies=stats == "full",
+        unused=tuple(unused),
     )
 
 
@@ -234,9 +240,11 @@ def _sum_factors(f):
 def _projected_factors(f):
     """The tangent part of G, ``P_b G + G P_a - P_b G P_a``, as a product of 2 r columns."""
     gram_a, gram_b = linalg.gram(f.a, f.a), linalg.gram(f.b, f.b)
-    over_b = _factors.inverse(_factors.ridged(gram_b, 1e-6 * _factors.trace_mean(gram_b) + 1e-30))
-    # Where a factor is all zeros there is nothing to project on; the floor only keeps its inverse finite.
-    over_a = _factors.inverse(_factors.ridged(gram_a, 1e-6 * _factors.trace_mean(gram_a) + 1e-30))
+    # Where a factor is all zeros there is nothing to project on.
+    over_b, over_a = (
+        jnp.where(size == 0, 0, _factors.damped_inverse(m, 1e-6 * size))
+        for m, size in ((m, _factors.trace_mean(m)) for m in (gram_b, gram_a))
+    )
     along = linalg.times(f.grad_a, over_b) / f.scale
     along = along - linalg.times(f.a, linalg.times(over_a, linalg.gram(f.a, along)))
     across = linalg.times(f.grad_b, over_a) / f.scale
@@ -248,10 +256,11 @@ def preconditioner(
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Weights of rows and columns whose product is the root of Adafactor's second moment.
 
-    Also returns whether there was any gradient yet: where there was none, weights are ones.
+    Also returns whether there was any gradient yet: where there was none, weights are ones.  What is not a number is
+    taken for a gradient, so that it is seen in the step.
     """
     mean_rows, mean_columns = (jnp.mean(e, axis=-1, keepdims=True) for e in (rows, columns))
-    alive = (mean_rows > 0) & (mean_columns > 0)
+    alive = (mean_rows != 0) & (mean_columns != 0)
     rows, columns = (
         jnp.where(alive, e + eps_rel * mean, 1) for e, mean in ((rows, mean_rows), (columns, mean_columns))
     )
@@ -282,7 +291,7 @@ def factor_step(
     def over(x, weights):
         m = linalg.gram(x, weights[..., None] * x)
         floor = absolute * jnp.mean(weights, axis=-1)[..., None, None]
-        return _factors.inverse(_factors.ridged(m, relative * _factors.trace_mean(m) + floor))
+        return _factors.damped_inverse(m, relative * _factors.trace_mean(m) + floor)
 
     def side(g, x, weights, own, other):
         inside = linalg.times(x, linalg.times(own, linalg.gram(x, g)))
@@ -296,8 +305,7 @@ def _transported(momentum, old, new):
     """Moves the average of gradients ``s G b`` from an old partner b to a new one."""
     m = linalg.gram(old, old)
     # As small as rounding lets it be: a larger ridge would shorten the momentum a little at every step.
-    ridge = 8 * jnp.finfo(m.dtype).eps * _factors.trace_mean(m) + 1e-30
-    turn = linalg.times(_factors.inverse(_factors.ridged(m, ridge)), linalg.gram(old, new))
+    turn = linalg.times(_factors.damped_inverse(m, jnp.zeros_like(_factors.trace_mean(m))), linalg.gram(old, new))
     return linalg.times(momentum, turn)
 
 

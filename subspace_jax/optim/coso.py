@@ -1,5 +1,6 @@
 """CoSO: Adam in subspaces of the gradients that stay orthogonal to what earlier tasks used (arXiv 2505.11816)."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg.frequent_directions import SVD_METHODS, left_singular, merge_directions
-from subspace_jax.optim import _adam, _projected
+from subspace_jax.optim import _adam, _checks, _projected
 from subspace_jax.optim._projected import RankRule
 
 PyTree = Any
@@ -22,7 +23,7 @@ class CoSOState(NamedTuple):
     """State of :func:`coso`; trees like the parameters, float32 (float64 for float64 parameters).
 
     For a kernel ``[..., m, n]``, ``d`` is ``m`` on the input side and ``n`` on the output side; all but the moments
-    are None where a leaf is not projected.
+    are ``[1]`` where a leaf is not projected.
 
     Attributes:
       count: Steps taken in this task, int32 scalar.
@@ -101,12 +102,14 @@ def coso(
       >>> updates, state = tx.update(jax.random.normal(jax.random.key(0), (8, 6)), state)
       >>> state = optim.coso_end_task(state, threshold=0.98)
     """
-    _projected.check_rank(proj_rank)
-    sketch_rank = _projected.static_int("sketch_rank", sketch_rank, 1)
-    update_every = _projected.static_int("update_every", update_every, 1)
-    max_history = None if max_history is None else _projected.static_int("max_history", max_history, 1)
-    _projected.check_choice("side", side, ("input", "output"))
-    _projected.check_choice("method", method, SVD_METHODS)
+    _projected.check_rank(proj_rank, "proj_rank")
+    sketch_rank = _checks.static_int("sketch_rank", sketch_rank, 1)
+    update_every = _checks.static_int("update_every", update_every, 1)
+    max_history = None if max_history is None else _checks.static_int("max_history", max_history, 1)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("decay", decay, 0)
+    _checks.check_choice("side", side, ("input", "output"))
+    _checks.check_choice("method", method, SVD_METHODS)
     if not callable(proj_rank) and sketch_rank < proj_rank:
         raise ValueError(f"sketch_rank: expected at least proj_rank, {proj_rank}, got {sketch_rank}")
     plan_side = "left" if side == "input" else "right"
@@ -123,12 +126,14 @@ def coso(
         return plans, structure
 
     def init(params):
+        _checks.check_real(params)
         plans, structure = plans_for(params)
         rows = []
         for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
             if plan is None:
                 zeros = jnp.zeros_like(x, linalg.working_dtype(x))
-                rows.append((None, zeros, jnp.zeros_like(zeros), *[None] * 5))
+                proj, *rest = (_projected.absent(x) for _ in range(6))
+                rows.append((proj, zeros, jnp.zeros_like(zeros), *rest))
                 continue
             d = plan.shape[-2 if side == "input" else -1]
             size = d - plan.rank if max_history is None else min(max_history, d - plan.rank)
@@ -146,7 +151,7 @@ def coso(
         return CoSOState(jnp.zeros((), jnp.int32), *trees)
 
     def leaf(g, count, proj, mu, nu, sketch, sigma, basis, history, history_dim):
-        g = g.astype(proj.dtype)
+        (g,) = _adam.bounded(g.astype(proj.dtype))
         g = g - linalg.times(history, linalg.gram(history, g))
 
         def renew():
@@ -160,15 +165,16 @@ def coso(
         d = _adam.correction(count + 1, b1, b2, n.dtype) * linalg.times(proj, n)
         return d, (proj, mu, nu, *state, history, history_dim)
 
-    def update(grads, state, params=None):
-        plans, structure = plans_for(grads)
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        plans, structure = plans_for(updates)
         rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
         results = []
-        for plan, g, old in zip(plans, jax.tree.leaves(grads), rows, strict=True):
+        for plan, g, old in zip(plans, jax.tree.leaves(updates), rows, strict=True):
             if plan is None:
                 mu, nu, n = _adam.moments(g.astype(old[1].dtype), *old[1:3], b1, b2, eps)
                 d = _adam.correction(state.count + 1, b1, b2, n.dtype) * n
-                results.append((d.astype(g.dtype), None, mu, nu, *[None] * 5))
+                results.append((d.astype(g.dtype), old[0], mu, nu, *old[3:]))
                 continue
 
             def run(g, count, old, plan=plan):
@@ -187,7 +193,7 @@ def coso(
         updates, after = descent.update(trees[0], _adam.DescentState(state.count), params)
         return updates, CoSOState(after.count, *trees[1:])
 
-    return optax.GradientTransformationExtraArgs(init, lambda g, s, p=None, **extra_args: update(g, s, p))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 0) -> PyTree:
@@ -209,9 +215,9 @@ def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 
         new directions and is at hand to be looked at.
       TypeError: ``min_directions`` is no Python integer, or the state holds no ``CoSOState``.
     """
-    if isinstance(threshold, int | float) and not 0 < threshold <= 1:
+    if isinstance(threshold, numbers.Real) and not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share above 0 and up to 1, got {threshold}")
-    min_directions = _projected.static_int("min_directions", min_directions, 0)
+    min_directions = _checks.static_int("min_directions", min_directions, 0)
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_coso) if _is_coso(x)]
     if not found:
         raise TypeError(f"state: expected a CoSOState or a tree that holds one, got {type(state).__name__}")
@@ -229,9 +235,9 @@ def _end_task(state, threshold, min_directions):
     columns = [structure.flatten_up_to(tree) for tree in (state.sigma, state.basis, state.history, state.history_dim)]
     histories, dims = [], []
     for sigma, basis, history, dim in zip(*columns, strict=True):
-        if history is None:
-            histories.append(None)
-            dims.append(None)
+        if history.ndim < 2:  # not projected
+            histories.append(history)
+            dims.append(dim)
             continue
         new, wanted = _projected.automatic(
             lambda *args: _append(*args, threshold, min_directions),

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _projected
+from subspace_jax.optim import _adam, _checks, _projected
 from subspace_jax.optim._projected import AxesRule, Basis, RankRule
 
 PyTree = Any
@@ -22,17 +22,24 @@ class ScaledGradientState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      bases: ``Basis`` of each projected leaf for Fira; both None for APOLLO, which draws its projections anew.
+      sides: Left and right bases, two trees like the parameters, ``[1]`` where a leaf has none of that side; None for
+        APOLLO, which draws its projections anew.
       mu: First moments of projected gradients; of gradients where leaves are not projected.
       nu: Second moments.
-      norm: The norm that the limiter compares with, ``[...]`` for each stack, None where there is none to limit.
+      norm: The norm that the limiter compares with, ``[...]`` for each stack, ``[1]`` where a leaf is not projected;
+        None without a limiter.
     """
 
     count: jax.Array
-    bases: PyTree
+    sides: Basis | None
     mu: PyTree
     nu: PyTree
     norm: PyTree
+
+    @property
+    def bases(self) -> PyTree:
+        """Tree like the parameters, of :class:`Basis`: None for a side on which a leaf isn't projected."""
+        return None if self.sides is None else _projected.bases_of(self.sides)
 
 
 def fira(
@@ -84,8 +91,9 @@ def fira(
       >>> tx = optim.fira(1e-2, rank=2)
       >>> state = tx.init({"kernel": jax.numpy.ones((8, 4))})
     """
-    _projected.check_choice("method", method, _projected.METHODS)
-    rounds = _projected.static_int("rounds", rounds, 1)
+    _checks.check_choice("method", method, _projected.METHODS)
+    _checks.check_number("scale", scale, 0)
+    rounds = _checks.static_int("rounds", rounds, 1)
 
     def renewed(plan, g, basis, turns, count):
         def refresh(key, g, basis):
@@ -165,7 +173,7 @@ def apollo(
       >>> state[0].mu["kernel"].shape
       (8, 2)
     """
-    _projected.check_choice("scaling", scaling, ("channel", "tensor"))
+    _checks.check_choice("scaling", scaling, ("channel", "tensor"))
     project = _random_projection(seed)
     return _apollo(
         project,
@@ -261,7 +269,8 @@ def _apollo(
     seed=0,
 ):
     """:func:`apollo` with a given projection."""
-    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
+    refresh_every = _checks.static_int("refresh_every", refresh_every, 1)
+    _checks.check_number("scale", scale, 0)
 
     def step(plan, g, basis, mu, nu, norm, turns, count, at):
         del basis
@@ -322,28 +331,35 @@ def _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, 
     leaf, come from ``renewed(plan, g, basis, turns, count)``; without it there are none.
     """
     _projected.check_rank(rank)
-    _projected.static_int("seed", seed, 0)
-    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_rule("axes", axes)
+    _checks.static_int("seed", seed, 0)
+    refresh_every = _checks.static_int("refresh_every", refresh_every, 1)
 
     def init(params):
+        _checks.check_real(params)
         plans, structure = _projected.plans_for(params, rank, "std", axes)
-        columns = []
-        for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
+        leaves, columns = jax.tree.leaves(params), []
+        for plan, x in zip(plans, leaves, strict=True):
             if plan is None:
                 zeros = jnp.zeros_like(x, linalg.working_dtype(x))
-                columns.append((Basis(), zeros, jnp.zeros_like(zeros), None))
+                columns.append((Basis(), zeros, jnp.zeros_like(zeros), _projected.absent(x)))
                 continue
             basis, low = _projected.zero_state(plan, x)
-            norm = _projected.zero_per_matrix(plan, x) if limiter else None
-            columns.append((basis if renewed else Basis(), low, jnp.zeros_like(low), norm))
-        trees = [structure.unflatten([row[i] for row in columns]) for i in range(4)]
-        return ScaledGradientState(jnp.zeros((), jnp.int32), *trees)
+            columns.append((basis, low, jnp.zeros_like(low), _projected.zero_per_matrix(plan, x)))
+        bases, *trees = ([row[i] for row in columns] for i in range(4))
+        mu, nu, norm = map(structure.unflatten, trees)
+        sides = _projected.put_bases(_projected.no_bases(structure, leaves), bases, structure) if renewed else None
+        return ScaledGradientState(jnp.zeros((), jnp.int32), sides, mu, nu, norm if limiter else None)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        plans, structure = _projected.plans_for(grads, rank, "std", axes)
-        leaves, count = jax.tree.leaves(grads), state.count
-        rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
+        plans, structure = _projected.plans_for(updates, rank, "std", axes)
+        leaves, count = jax.tree.leaves(updates), state.count
+        bases = _projected.bases_in(state.sides, plans, structure) if renewed else [Basis()] * len(leaves)
+        kept = (state.mu, state.nu, *([state.norm] if limiter else []))
+        columns = [structure.flatten_up_to(tree) for tree in kept]
+        rows = zip(bases, *columns, *([] if limiter else [[None] * len(leaves)]), strict=True)
         turns = _projected.turns_of(plans, refresh_every, staggered)
         next_count, results = optax.safe_increment(count), []
 
@@ -361,7 +377,7 @@ def _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, 
                     basis = renewed(plan, x, basis, turns, count)
 
                 def one(at, basis, own):
-                    d, *new = step(plan, own[0], basis, *own[1:], turns, count, at)
+                    d, *new = step(plan, *_adam.bounded(own[0]), basis, *own[1:], turns, count, at)
                     return ((_adam.correction(count + 1, b1, b2, d.dtype) * d).astype(g.dtype), *new)
 
                 # What Fira makes of a gradient is of its size, in float32: one layer of a stack at a time.
@@ -373,7 +389,9 @@ def _scaled_gradients(step, rank, refresh_every, staggered, axes, seed, b1, b2, 
             d, new = _projected.automatic(run, (g, old, count), specs)
             results.append((d, *new))
 
-        trees = [structure.unflatten([row[i] for row in results]) for i in range(5)]
-        return trees[0], ScaledGradientState(next_count, *trees[1:])
+        d, bases, *trees = ([row[i] for row in results] for i in range(5))
+        mu, nu, norm = map(structure.unflatten, trees)
+        sides = _projected.put_bases(state.sides, bases, structure) if renewed else None
+        return structure.unflatten(d), ScaledGradientState(next_count, sides, mu, nu, norm if limiter else None)
 
     return optax.GradientTransformation(init, update)

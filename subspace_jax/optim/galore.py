@@ -3,7 +3,7 @@
 import optax
 from jax.typing import ArrayLike
 
-from subspace_jax.optim import _adam
+from subspace_jax.optim import _adam, _checks
 from subspace_jax.optim._projected import AxesRule, RankRule
 from subspace_jax.optim.projection import low_rank_projection
 
@@ -131,6 +131,9 @@ def scale_by_galore(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_galore(rank=4), optax.add_decayed_weights(0.1), optax.scale(-1e-2))
     """
+    _checks.check_moments(b1, b2, eps)
+    if inner is not None:
+        _checks.check_transform("inner", inner)
     return low_rank_projection(
         _adam.scale_by_plain_adam(b1, b2, eps) if inner is None else inner,
         rank,

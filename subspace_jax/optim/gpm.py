@@ -1,5 +1,6 @@
 """Gradients without the part in given subspaces, and Gradient Projection Memory, which fills them (ICLR 2021)."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _projected
+from subspace_jax.optim import _checks, _projected
 
 PyTree = Any
 BasisRule = Callable[[str, tuple[int, ...]], "jax.Array | GPMBasis | None"]
@@ -27,7 +28,7 @@ class GPMBasis(NamedTuple):
     dim: jax.Array
 
 
-def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
+def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformationExtraArgs:
     """Takes the part in a subspace out of the gradients of kernels: ``G - M (M^T G)``.
 
     Put it before an optimizer without weight decay, and nothing after it that mixes rows: with steps of ``sgd``
@@ -43,6 +44,7 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
 
     Raises:
       ValueError: ``update`` raises it where a basis doesn't fit a kernel, or the trees differ.
+      TypeError: ``update`` raises it for a complex kernel.
 
     Examples:
       >>> import jax, optax
@@ -51,11 +53,14 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
       >>> tx = optax.chain(optim.project_out({"kernel": old, "bias": None}), optax.sgd(0.1))
     """
 
-    def update(grads, state, params=None):
-        paths, structure = jax.tree_util.tree_flatten_with_path(grads)
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        paths, structure = jax.tree_util.tree_flatten_with_path(updates)
         if params is not None and jax.tree.structure(params) != structure:
-            raise ValueError(f"grads: expected the structure of params, {jax.tree.structure(params)}, got {structure}")
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+            raise ValueError(
+                f"updates: expected the structure of params, {jax.tree.structure(params)}, got {structure}"
+            )
+        names = [_checks.path_name(path) for path, _ in paths]
         if callable(bases):
             found = [bases(name, g.shape) for name, (_, g) in zip(names, paths, strict=True)]
         else:
@@ -64,12 +69,12 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformation:
         results = [g if m is None else _without(name, g, m) for name, (_, g), m in rows]
         return structure.unflatten(results), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def gradient_projection_memory(
     learning_rate: optax.ScalarOrSchedule, bases: PyTree | BasisRule
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD that leaves a network's answers to earlier tasks alone (Saha, Garg, Roy, ICLR 2021).
 
     Bases are those of the inputs of each layer in earlier tasks; :func:`gpm_update` makes them.
@@ -90,6 +95,7 @@ def gradient_projection_memory(
       >>> memory = optim.gpm_update(None, jax.random.normal(jax.random.key(0), (8, 30)), 0.95)
       >>> tx = optim.gradient_projection_memory(0.1, {"kernel": memory})
     """
+    _checks.check_rate("learning_rate", learning_rate)
     return optax.chain(project_out(bases), optax.scale_by_learning_rate(learning_rate))
 
 
@@ -111,7 +117,7 @@ def gpm_update(memory: GPMBasis | None, activations: jax.Array, threshold: Array
       ValueError: ``threshold`` is outside (0, 1], or the shapes don't fit.
       TypeError: ``activations`` is neither float32 nor float64.
     """
-    if isinstance(threshold, int | float) and not 0 < threshold <= 1:
+    if isinstance(threshold, numbers.Real) and not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share above 0 and up to 1, got {threshold}")
     d = activations.shape[-2] if activations.ndim > 1 else None
     if memory is not None and memory.basis.shape != (*activations.shape[:-1], d):
@@ -144,6 +150,8 @@ def _without(name, g, m):
     m = m.basis if isinstance(m, GPMBasis) else m
     if g.ndim < 2 or m.ndim < 2 or m.shape[-2] != g.shape[-2]:
         raise ValueError(f"bases: expected [..., d, k] for the kernel {name} of shape {g.shape}, got {m.shape}")
+    if jnp.issubdtype(g.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: expected a real kernel, got {g.dtype}")
     dtype = linalg.working_dtype(g)
     m, x = m.astype(dtype), g.astype(dtype)
     out = _projected.automatic(

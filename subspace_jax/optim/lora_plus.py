@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _factors
+from subspace_jax.optim import _adam, _checks, _factors
 from subspace_jax.optim._factors import PairRule
 
 
@@ -63,8 +63,16 @@ def lora_plus(
       >>> round(float(updates["q"]["b"][0, 0] / updates["q"]["a"][0, 0]))
       16
     """
-    _factors.check_number("ratio", ratio, 0, closed=False)
+    _checks.check_number("ratio", ratio, 0, closed=False)
+    _checks.check_rule("pairs", pairs)
     rule = _factors.adapter_pairs if pairs is None else pairs
+    _checks.check_rate("learning_rate", learning_rate)
+    if embedding_rate is not None:
+        _checks.check_rate("embedding_rate", embedding_rate, 0)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    if inner is not None:
+        _checks.check_transform("inner", inner)
     # A number that is an array is not looked at: that would wait for the device.
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
     inner = optax.with_extra_args_support(_adam.scale_by_plain_adam(b1, b2, eps) if inner is None else inner)
@@ -73,15 +81,12 @@ def lora_plus(
         _factors.find_pairs(params, rule)
         return LoRAPlusState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(grads, state, params=None, **extra_args):
-        if decays and params is None:
-            raise ValueError(
-                "params: got None, expected the current parameters, which weight decay needs; "
-                "call update(gradients, state, params)"
-            )
-        found, structure = _factors.find_pairs(grads, rule)
-        leaves = jax.tree.leaves(grads)
-        ascents, after = inner.update(grads, state.inner, params, **extra_args)
+    def update(updates, state, params=None, **extra_args):
+        if decays:
+            _checks.require_params(params, "the current parameters, which weight decay needs")
+        found, structure = _factors.find_pairs(updates, rule)
+        leaves = jax.tree.leaves(updates)
+        ascents, after = inner.update(updates, state.inner, params, **extra_args)
         weights = structure.flatten_up_to(params) if decays else [None] * len(leaves)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         table_rate = embedding_rate(state.count) if callable(embedding_rate) else embedding_rate
@@ -127,7 +132,8 @@ def scale_by_lora_plus(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optax.scale_by_adam(), optim.scale_by_lora_plus(20.0), optax.scale_by_learning_rate(1e-4))
     """
-    _factors.check_number("ratio", ratio, 0, closed=False)
+    _checks.check_number("ratio", ratio, 0, closed=False)
+    _checks.check_rule("pairs", pairs)
     rule = _factors.adapter_pairs if pairs is None else pairs
 
     def init(params):

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _factors, _projected
+from subspace_jax.optim import _adam, _checks, _factors, _projected
 from subspace_jax.optim._factors import Factors, PairRule, ScaleRule
 
 PyTree = Any
@@ -22,7 +22,8 @@ class LoRAProState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      mu: First moments of the weight's equivalent gradient, ``[..., in, out]``, in the place of ``a``; None for "sgd".
+      mu: First moments of the weight's equivalent gradient, ``[..., in, out]``, in the place of ``a`` (``[1]`` in that
+        of ``b``); None for "sgd".
       nu: Second moments.
       fallback: State for other leaves.
     """
@@ -61,7 +62,8 @@ def lora_pro(
       b1: Decay of Adam's first moment.
       b2: Decay of Adam's second moment.
       eps: Added to the root of the corrected second moment.
-      delta: Added to the diagonals of the r x r matrices that are inverted.
+      delta: Added to the diagonals of the r x r matrices that are inverted; at least what rounding asks for, ``16 eps``
+        of their trace, so that factors of any rank are stepped.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
       fallback: See :func:`adaprelora`.
@@ -121,11 +123,9 @@ def scale_by_lora_pro(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_lora_pro(method="sgd"), optax.trace(0.9), optax.scale_by_learning_rate(0.1))
     """
-    _projected.check_choice("method", method, METHODS)
-    for name, value in (("b1", b1), ("b2", b2)):
-        _factors.check_number(name, value, 0, 1)
-    for name, value in (("eps", eps), ("delta", delta)):
-        _factors.check_number(name, value, 0)
+    _checks.check_choice("method", method, METHODS)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("delta", delta, 0)
 
     def start(a, b):
         if method == "sgd":
@@ -135,21 +135,23 @@ def scale_by_lora_pro(
     def pair(t, f, slots):
         if method == "sgd":
             return adjusted(f, delta), slots
-        (mu, _), (nu, _) = slots
+        (mu, at_b), (nu, _) = slots
+        f = _factors.bounded(f)
         da, db = nearest(f, delta)
-        g = f.scale * (linalg.times(da, f.b.mT) + linalg.times(f.a, db.mT))
+        g = _adam.squarable(f.scale * (linalg.times(da, f.b.mT) + linalg.times(f.a, db.mT)))
         first, second, small = (jnp.asarray(x).astype(g.dtype) for x in (b1, b2, eps))
         t = t.astype(g.dtype)
         mu, nu = first * mu + (1 - first) * g, second * nu + (1 - second) * jnp.square(g)
         wanted = mu / (1 - first**t) / (jnp.sqrt(nu / (1 - second**t)) + small)
         grads = {"grad_a": f.scale * linalg.times(wanted, f.b), "grad_b": f.scale * linalg.gram(wanted, f.a)}
-        return adjusted(f._replace(**grads), delta), ((mu, None), (nu, None))
+        return adjusted(f._replace(**grads), delta), ((mu, at_b), (nu, at_b))
 
     def step(t, factors, slots):
         made = [pair(t, *args) for args in zip(factors, slots, strict=True)]
         return [directions for directions, _ in made], [new for _, new in made]
 
-    return _factors.on_factors(LoRAProState, start, step, pairs=pairs, fallback=fallback, scale=scale)
+    shared = {"pairs": pairs, "fallback": fallback, "scale": scale}
+    return _factors.on_factors(LoRAProState, start, step, unused=("mu", "nu") if method == "sgd" else (), **shared)
 
 
 def _zeros_of_the_weight(a, b):
@@ -187,10 +189,12 @@ def gauge(f: Factors, da: jax.Array) -> jax.Array:
     (values_b, vectors_b), (values_a, vectors_a) = (jnp.linalg.eigh(linalg.gram(x, x)) for x in (f.b, f.a))
     inside = linalg.times(linalg.gram(vectors_b, -linalg.gram(da, f.a)), vectors_a)
     sums = jnp.maximum(values_b, 0)[..., :, None] + jnp.maximum(values_a, 0)[..., None, :]
-    inside = jnp.where(sums > 0, inside / jnp.where(sums > 0, sums, 1), 0)
+    # Of dependent columns there are pairs of eigenvalues that are zero but for rounding.
+    least = jnp.finfo(sums.dtype).eps * sums.shape[-1] * jnp.max(sums, axis=(-2, -1), keepdims=True)
+    inside = jnp.where(sums <= least, 0, inside / jnp.where(sums == 0, 1, sums))
     return linalg.times(linalg.times(vectors_b, inside), vectors_a.mT)
 
 
 def _over(x, delta):
     m = linalg.gram(x, x)
-    return _factors.inverse(_factors.ridged(m, jnp.asarray(delta).astype(m.dtype)))
+    return _factors.damped_inverse(m, jnp.asarray(delta).astype(m.dtype))

@@ -1,5 +1,6 @@
 """LoRA-RITE: an adaptive optimizer whose steps do not depend on how an update is factored (arXiv 2410.20625)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _factors, _projected
+from subspace_jax.optim import _adam, _checks, _factors, _projected
 from subspace_jax.optim._factors import PairRule
 
 PyTree = Any
@@ -41,7 +42,7 @@ def lora_rite(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-6,
     clip_norm: ArrayLike | None = 1.0,
-    skip_rms: ArrayLike | None = 1.0,
+    skip_rms: ArrayLike | None = None,
     escape: bool = False,
     update_cap: ArrayLike | None = None,
     balance: bool = False,
@@ -65,7 +66,8 @@ def lora_rite(
       eps: Added to the root of the eigenvalues of the second moment.
       clip_norm: Cap on the common norm of the unmagnified gradients of all factors, None for none.
       skip_rms: A factor whose unmagnified gradient, before the cap, has a larger root mean square is taken for one
-        without gradient; None for none.
+        without gradient; None, the default, for none.  It is in units of the loss: the authors' code has 1, for means
+        over tokens.  A loss that is summed over a batch may be above it at every step, and then nothing moves.
       escape: Whether what a second moment loses by rotations is added to it.
       update_cap: Cap on the root mean square of a first moment where it is used, None for none.
       balance: Whether both factors are brought to one norm after every step.
@@ -111,7 +113,7 @@ def scale_by_lora_rite(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-6,
     clip_norm: ArrayLike | None = 1.0,
-    skip_rms: ArrayLike | None = 1.0,
+    skip_rms: ArrayLike | None = None,
     escape: bool = False,
     update_cap: ArrayLike | None = None,
     pairs: PairRule | None = None,
@@ -142,11 +144,10 @@ def scale_by_lora_rite(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_lora_rite(escape=True), optax.scale_by_learning_rate(1e-3))
     """
-    for name, value in (("b1", b1), ("b2", b2)):
-        _factors.check_number(name, value, 0, 1)
-    _factors.check_number("eps", eps, 0)
+    _checks.check_moments(b1, b2, eps)
     for name, value in (("clip_norm", clip_norm), ("skip_rms", skip_rms), ("update_cap", update_cap)):
-        _factors.check_number(name, value, 0, closed=False)
+        if value is not None:
+            _checks.check_number(name, value, 0, closed=False)
 
     def start(a, b):
         rank = a.shape[-1]
@@ -165,7 +166,7 @@ def scale_by_lora_rite(
     def step(t, factors, slots):
         # Both factors of all pairs in one list: own gradient, QR factors of the partner, old slots.
         sides = []
-        for f, (momentum, second, lost, basis) in zip(factors, slots, strict=True):
+        for f, (momentum, second, lost, basis) in zip(map(_factors.bounded, factors), slots, strict=True):
             (qa, ra), (qb, rb) = linalg.positive_qr(f.a), linalg.positive_qr(f.b)
             sides.append(_side(f.grad_a, qb, rb, momentum[0], second[0], lost[0], basis[1]))
             sides.append(_side(f.grad_b, qa, ra, momentum[1], second[1], lost[1], basis[0]))
@@ -179,7 +180,8 @@ def scale_by_lora_rite(
             news.append(((ma, mb), (va, vb), (ea, eb), (sides[i + 1].new, sides[i].new)))
         return directions, news
 
-    return _factors.on_factors(LoRARITEState, start, step, pairs=pairs, fallback=fallback)
+    unused = () if escape else ("escaped",)
+    return _factors.on_factors(LoRARITEState, start, step, pairs=pairs, fallback=fallback, unused=unused)
 
 
 class _Side(NamedTuple):
@@ -203,9 +205,15 @@ def _limited(free, clip_norm, skip_rms):
     """Drops what is too large, and brings the rest to a common norm that is not."""
     out = free
     if clip_norm is not None and free:
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(u)) for u in free))
-        cap = jnp.asarray(clip_norm).astype(norm.dtype)
-        out = [u * jnp.where(norm > cap, cap / jnp.where(norm > 0, norm, 1), 1) for u in out]
+        # Pairs may be of several dtypes; over the largest entry, no square is too large or too small.
+        wide = linalg.working_dtype(*free)
+        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(u)).astype(wide) for u in free])
+        largest = jnp.where(largest > 0, largest, 1)
+        squares = [jnp.sum(jnp.square(u.astype(wide) / largest)) for u in free]
+        norm = largest * jnp.sqrt(sum(squares))
+        cap = jnp.asarray(clip_norm).astype(wide)
+        share = jnp.where(norm > cap, cap / jnp.where(norm > 0, norm, 1), 1)
+        out = [u * share.astype(u.dtype) for u in free]
     if skip_rms is not None:
         sizes = [jnp.sqrt(jnp.mean(jnp.square(u), axis=(-2, -1), keepdims=True)) for u in free]
         limits = [jnp.asarray(skip_rms).astype(size.dtype) for size in sizes]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax.optim import _projected
+from subspace_jax.optim import _checks, _projected
 from subspace_jax.optim._projected import Basis
 
 PyTree = Any
@@ -29,7 +29,9 @@ class NarrowState(NamedTuple):
     Attributes:
       count: Steps taken, int32 scalar.
       values: The inner state, with narrow arrays.
-      scales: A tree like it: for int8 arrays the largest magnitude of each row, ``[..., 1]`` of float32, else None.
+      scales: A tree like it: for int8 arrays the largest magnitude of each row, ``[..., 1]`` of float32, and for
+        bfloat16 ones a scalar of float32; a scalar of bool for arrays that are as the inner transform has them, None
+        for bases.
     """
 
     count: jax.Array
@@ -55,6 +57,7 @@ def narrow_state(inner: optax.GradientTransformation, dtype: str) -> optax.Gradi
 
     Raises:
       ValueError: ``dtype`` is unknown.
+      TypeError: ``inner`` is no transform.
 
     Examples:
       >>> import jax
@@ -65,7 +68,8 @@ def narrow_state(inner: optax.GradientTransformation, dtype: str) -> optax.Gradi
       >>> moments.mu["kernel"].shape, str(moments.mu["kernel"].dtype), str(state.values[0].bases["kernel"].right.dtype)
       ((64, 16), 'int8', 'float32')
     """
-    _projected.check_choice("dtype", dtype, DTYPES)
+    _checks.check_choice("dtype", dtype, DTYPES)
+    _checks.check_transform("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def narrowed(state, count):
@@ -92,13 +96,16 @@ def _is_basis(x):
 
 
 def _narrow(x, dtype, key):
-    """The array in its narrow form, and scales or None."""
-    if _is_basis(x) or jnp.ndim(x) == 0 or x.dtype != jnp.float32:
+    """The array in its narrow form, and what it takes to widen it again, of float32; or as it is, and a bool."""
+    as_it_is = jnp.zeros((), jnp.bool)
+    if _is_basis(x):
         return x, None
+    if jnp.ndim(x) == 0 or x.dtype != jnp.float32:
+        return x, as_it_is
     if dtype == "bfloat16":
-        return _projected.automatic(_to_bfloat16, (x, key), lambda: _projected.spec_of(x)), None
+        return _projected.automatic(_to_bfloat16, (x, key), lambda: _projected.spec_of(x)), jnp.zeros((), jnp.float32)
     if x.shape[-1] < _SHORTEST_ROW:
-        return x, None
+        return x, as_it_is
 
     def specs():
         spec = _projected.spec_of(x)
@@ -108,10 +115,12 @@ def _narrow(x, dtype, key):
 
 
 def _widen(x, scale):
-    if scale is not None:
-        ratio = jnp.square(jnp.square(x.astype(jnp.float32) / _LEVELS))
-        return jnp.sign(x).astype(jnp.float32) * scale * ratio
-    return x.astype(jnp.float32) if not _is_basis(x) and x.dtype == jnp.bfloat16 else x
+    if scale is None or scale.dtype == jnp.bool:
+        return x
+    if x.dtype == jnp.bfloat16:
+        return x.astype(jnp.float32)
+    ratio = jnp.square(jnp.square(x.astype(jnp.float32) / _LEVELS))
+    return jnp.sign(x).astype(jnp.float32) * scale * ratio
 
 
 def _to_bfloat16(x, key):
@@ -128,7 +137,7 @@ def _to_int8(x, key):
     size = size / jnp.where(scale > 0, scale, 1)
     below = jnp.clip(jnp.floor(_LEVELS * jnp.sqrt(jnp.sqrt(size))), 0, _LEVELS - 1)
     low, high = ((level / _LEVELS) ** 4 for level in (below, below + 1))
-    level = below + (jax.random.uniform(key, x.shape) < (size - low) / (high - low)).astype(x.dtype)
+    level = below + (jax.random.uniform(key, x.shape, x.dtype) < (size - low) / (high - low)).astype(x.dtype)
     # What is not zero is not rounded to zero: first moments are divided by the roots of second ones.
     level = jnp.where(size > 0, jnp.maximum(level, 1), 0)
     return (jnp.sign(x) * level).astype(jnp.int8), scale

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _projected
+from subspace_jax.optim import _adam, _checks, _projected
 from subspace_jax.optim._projected import Basis, RankRule
 
 PyTree = Any
@@ -23,19 +23,25 @@ class OnlineSubspaceState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      bases: ``Basis`` of each projected leaf, no longer quite orthonormal.
+      sides: Left and right bases, two trees like the parameters, no longer quite orthonormal; ``[1]`` where a leaf has
+        none of that side.
       mu: First moments of projected gradients; of gradients where leaves are not projected.
       nu: Second moments.
-      tracker_mu: First moments of the PCA's gradients, like the bases; None for the tracker "sgd".
+      tracker_mu: First moments of the PCA's gradients, like ``sides``; None for the tracker "sgd".
       tracker_nu: Second moments.
     """
 
     count: jax.Array
-    bases: PyTree
+    sides: Basis
     mu: PyTree
     nu: PyTree
-    tracker_mu: PyTree
-    tracker_nu: PyTree
+    tracker_mu: Basis | None
+    tracker_nu: Basis | None
+
+    @property
+    def bases(self) -> PyTree:
+        """Tree like the parameters, of :class:`Basis`: None for a side on which a leaf isn't projected."""
+        return _projected.bases_of(self.sides)
 
 
 def online_subspace_descent(
@@ -83,22 +89,32 @@ def online_subspace_descent(
       >>> state = tx.init({"kernel": jax.numpy.ones((8, 4))})
     """
     _projected.check_rank(rank)
-    period = _projected.static_int("period", period, 1)
-    _projected.check_choice("tracker", tracker, _TRACKERS)
+    period = _checks.static_int("period", period, 1)
+    _checks.check_choice("tracker", tracker, _TRACKERS)
+    _checks.check_number("scale", scale, 0)
+    _checks.check_rate("relative_rate", relative_rate, 0)
+    _checks.check_moments(b1, b2, eps)
     descent = _adam.descend(learning_rate, weight_decay)
 
     def init(params):
+        _checks.check_real(params)
         plans, structure = _projected.plans_for(params, rank, "std")
-        rows = []
-        for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
+        leaves, rows = jax.tree.leaves(params), []
+        for plan, x in zip(plans, leaves, strict=True):
             if plan is None:
                 basis, low = Basis(), jnp.zeros_like(x, linalg.working_dtype(x))
             else:
                 basis, low = _projected.zero_state(plan, x)
-            moments = basis if tracker == "adamw" else Basis()
-            rows.append((basis, low, *(jax.tree.map(jnp.zeros_like, y) for y in (low, moments, moments))))
-        trees = [structure.unflatten([row[i] for row in rows]) for i in range(5)]
-        return OnlineSubspaceState(jnp.zeros((), jnp.int32), *trees)
+            rows.append((basis, low))
+        bases, lows = ([row[i] for row in rows] for i in range(2))
+        # Each of arrays of its own, which a step may donate.
+        kept = [
+            _projected.put_bases(_projected.no_bases(structure, leaves), jax.tree.map(jnp.zeros_like, bases), structure)
+            for _ in range(3 if tracker == "adamw" else 1)
+        ]
+        mu, nu = (structure.unflatten([jnp.zeros_like(x) for x in lows]) for _ in range(2))
+        trackers = kept[1:] if tracker == "adamw" else (None, None)
+        return OnlineSubspaceState(jnp.zeros((), jnp.int32), kept[0], mu, nu, *trackers)
 
     def leaf(plan, g, count, basis, mu, nu, first, second):
         wide = plan.side == "left"
@@ -138,15 +154,20 @@ def online_subspace_descent(
         first, second = (Basis(**{side: jnp.where(taken, new, 0)}) for new in (m, v))
         return p * (1 - rate * _DECAY) - rate * step, first, second
 
-    def update(grads, state, params=None):
-        plans, structure = _projected.plans_for(grads, rank, "std")
-        rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        plans, structure = _projected.plans_for(updates, rank, "std")
+        leaves, nothing = jax.tree.leaves(updates), [Basis()] * len(plans)
+        bases, first, second = (
+            nothing if sides is None else _projected.bases_in(sides, plans, structure)
+            for sides in (state.sides, state.tracker_mu, state.tracker_nu)
+        )
+        moments = (structure.flatten_up_to(tree) for tree in (state.mu, state.nu))
         results = []
-        for plan, g, old in zip(plans, jax.tree.leaves(grads), rows, strict=True):
+        for plan, g, *old in zip(plans, leaves, bases, *moments, first, second, strict=True):
 
             def run(g, count, old, plan=plan):
                 if plan is None:
-                    d, new = None, old
                     mu, nu, d = _adam.moments(g.astype(old[1].dtype), *old[1:3], b1, b2, eps)
                     new = (old[0], mu, nu, *old[3:])
                 else:
@@ -155,11 +176,15 @@ def online_subspace_descent(
                 d = _adam.correction(count + 1, b1, b2, d.dtype) * d
                 return d.astype(g.dtype), tuple(new)
 
-            specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(old))  # noqa: E731
-            d, new = _projected.automatic(run, (g, state.count, old), specs)
+            specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(tuple(old)))  # noqa: E731
+            d, new = _projected.automatic(run, (g, state.count, tuple(old)), specs)
             results.append((d, *new))
-        trees = [structure.unflatten([row[i] for row in results]) for i in range(6)]
-        updates, after = descent.update(trees[0], _adam.DescentState(state.count), params)
-        return updates, OnlineSubspaceState(after.count, *trees[1:])
+        d, bases, mu, nu, first, second = ([row[i] for row in results] for i in range(6))
+        d, after = descent.update(structure.unflatten(d), _adam.DescentState(state.count), params)
+        sides, first, second = (
+            None if old is None else _projected.put_bases(old, new, structure)
+            for old, new in ((state.sides, bases), (state.tracker_mu, first), (state.tracker_nu, second))
+        )
+        return d, OnlineSubspaceState(after.count, sides, *map(structure.unflatten, (mu, nu)), first, second)
 
-    return optax.GradientTransformationExtraArgs(init, lambda g, s, p=None, **extra_args: update(g, s, p))
+    return optax.GradientTransformationExtraArgs(init, update)

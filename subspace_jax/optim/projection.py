@@ -12,14 +12,13 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _projected
-from subspace_jax.optim._moments import Moments, check_moments
+from subspace_jax.optim import _checks, _projected
+from subspace_jax.optim._moments import Moments, check_moments, second_moments
 from subspace_jax.optim._projected import AxesRule, Basis, LeafPlan, RankRule
 
 PyTree = Any
 
 MOMENTS = ("keep", "reset", "rotate")
-_SECOND = ("nu", "nu_max", "v", "sum_of_squares")
 
 
 class LowRankProjectionState(NamedTuple):
@@ -27,16 +26,21 @@ class LowRankProjectionState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      bases: Tree like the parameters, of ``Basis(left [..., m, r], right [..., n, r])``, float32 (float64 for float64
-        parameters); both None where a leaf isn't projected, one of them where it is projected on one side.
+      sides: Left and right bases, two trees like the parameters, ``[..., m, r]`` and ``[..., n, r]``, float32 (float64
+        for float64 parameters); ``[1]`` where a leaf has no basis of that side.
       inner: State of the inner transform, for leaves of the projected shapes.
       fallback: State of the fallback, None without one.
     """
 
     count: jax.Array
-    bases: PyTree
+    sides: Basis
     inner: optax.OptState
     fallback: optax.OptState
+
+    @property
+    def bases(self) -> PyTree:
+        """Tree like the parameters, of :class:`Basis`: None for a side on which a leaf isn't projected."""
+        return _projected.bases_of(self.sides)
 
 
 def low_rank_projection(
@@ -76,8 +80,9 @@ def low_rank_projection(
         "subspace_iteration" (from the basis before, products and QR only), or "random" (Haar, whatever the gradient).
       rounds: Products with ``G G^T`` in a subspace iteration; the first one, without a basis before, makes more.
       moments: At a refresh the inner moments "keep" their numbers, "reset" to what ``inner.init`` gives, or "rotate"
-        into the new coordinates: by the cosines between old and new basis, fields named nu, nu_max, v and
-        sum_of_squares by the squared cosines.  Step counters stay, whatever is chosen.
+        into the new coordinates: by the cosines between old and new basis, second moments by the squared cosines.
+        What changes its sign with the gradient is a first moment, what never gets negative a second one; a transform
+        of other moments is refused.  Step counters stay, whatever is chosen.
       staggered: Leaves take turns over ``refresh_every`` steps, and so do the slices of a leaf along its first batch
         axis, which had better not be sharded; else all are renewed at once.  The first step renews all in any case.
       scale: Factor on updates of projected leaves.
@@ -93,11 +98,12 @@ def low_rank_projection(
       The transform.  Updates have the dtypes of the gradients; R and all state are float32, or float64 for float64.
 
     Raises:
-      TypeError: ``rank``, ``refresh_every``, ``rounds`` or ``seed`` is traced or not a whole number.
+      TypeError: ``rank``, ``refresh_every``, ``rounds`` or ``seed`` is traced or not a whole number, or ``inner`` or
+        ``fallback`` is no transform.
       ValueError: An option is unknown or out of range.  ``init`` raises it for an inner transform that
         fails on projected gradients, returns other shapes, or changes those of its state; and, where moments are
         reset or rotated or steps are leafwise, for one whose state has arrays that are no moments of projected
-        gradients.
+        gradients, or moments that can't be rotated.
 
     Examples:
       >>> import jax, optax
@@ -109,12 +115,16 @@ def low_rank_projection(
       ((3, 4, 2), (3, 8, 2))
     """
     _projected.check_rank(rank)
-    _projected.check_choice("side", side, _projected.SIDES)
-    _projected.check_choice("method", method, _projected.METHODS)
-    _projected.check_choice("moments", moments, MOMENTS)
-    refresh_every = _projected.static_int("refresh_every", refresh_every, 1)
-    rounds = _projected.static_int("rounds", rounds, 1)
-    seed = _projected.static_int("seed", seed, 0)
+    _checks.check_choice("side", side, _projected.SIDES)
+    _checks.check_choice("method", method, _projected.METHODS)
+    _checks.check_choice("moments", moments, MOMENTS)
+    refresh_every = _checks.static_int("refresh_every", refresh_every, 1)
+    rounds = _checks.static_int("rounds", rounds, 1)
+    seed = _checks.static_int("seed", seed, 0)
+    _checks.check_number("scale", scale, 0)
+    _checks.check_rule("axes", axes)
+    for name, value in (("inner", inner), *([] if fallback is None else [("fallback", fallback)])):
+        _checks.check_transform(name, value)
     inner = optax.with_extra_args_support(inner)
     fallback = None if fallback is None else optax.with_extra_args_support(fallback)
 
@@ -135,24 +145,29 @@ def low_rank_projection(
                 low = low if fallback is None else optax.MaskedNode()
             bases.append(basis)
             lows.append(low)
+        sides = _projected.put_bases(_projected.no_bases(structure, leaves), bases, structure)
         low = structure.unflatten(lows)
         inner_state = inner.init(low)
         _check_inner(inner, low, inner_state)
         if moments != "keep" or leafwise:
             check_moments(low, inner_state, structure)
+        if moments == "rotate":
+            second_moments(inner, low, inner_state, structure)
         rest = None if fallback is None else fallback.init(others(plans, leaves, structure))
-        return LowRankProjectionState(jnp.zeros((), jnp.int32), structure.unflatten(bases), inner_state, rest)
+        return LowRankProjectionState(jnp.zeros((), jnp.int32), sides, inner_state, rest)
 
-    def update(grads, state, params=None, **extra_args):
-        plans, structure = _projected.plans_for(grads, rank, side, axes)
-        leaves, bases = jax.tree.leaves(grads), structure.flatten_up_to(state.bases)
+    def update(updates, state, params=None, **extra_args):
+        plans, structure = _projected.plans_for(updates, rank, side, axes)
+        leaves, bases = jax.tree.leaves(updates), _projected.bases_in(state.sides, plans, structure)
         like = [_low_like(plan, g, fallback) for plan, g in zip(plans, leaves, strict=True)]
-        found = Moments(structure.unflatten(like), state.inner, structure)
+        like = structure.unflatten(like)
+        found = Moments(like, state.inner, structure)
         known = [None] * len(leaves) if params is None else structure.flatten_up_to(params)
         slots = found.of(state.inner) if moments != "keep" or leafwise else []
-        seconds, fresh = [name in _SECOND for name in found.names], []
+        seconds = second_moments(inner, like, state.inner, structure) if moments == "rotate" else []
+        fresh = []
         if moments == "reset":
-            start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure.unflatten(like)))
+            start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
             fresh = found.of(start)
         stacks = [leafwise and plan is not None and len(plan.shape) > 2 for plan in plans]
         hole, done, moved = optax.MaskedNode(), {}, {}
@@ -205,9 +220,8 @@ def low_rank_projection(
             else:
                 updates[i] = done[i] if stacks[i] else _back_leaf(plan, g, bases[i], updates[i])
         count = optax.safe_increment(state.count)
-        return structure.unflatten(updates), LowRankProjectionState(
-            count, structure.unflatten(bases), inner_state, rest
-        )
+        sides = _projected.put_bases(state.sides, bases, structure)
+        return structure.unflatten(updates), LowRankProjectionState(count, sides, inner_state, rest)
 
     def renewed(plan, turns, g, basis, own, seconds, resets, count):
         """Bases and moments after a refresh, of those slices of ``g [..., m, n]`` that have one."""
@@ -298,8 +312,12 @@ def _check_inner(inner, low, state) -> None:
         updates, after = jax.eval_shape(inner.update, low, state, low)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"inner: its update fails on projected gradients: {error}") from error
-    kinds = [jax.tree.map(lambda x: jnp.shape(x), tree) for tree in (low, updates, state, after)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"inner: expected updates like the projected gradients, {kinds[0]}, got {kinds[1]}")
-    if kinds[2] != kinds[3]:
-        raise ValueError(f"inner: expected a state that keeps its shapes, {kinds[2]}, got {kinds[3]} after a step")
+    for what, old, new in (
+        ("updates like the projected gradients", low, updates),
+        ("a state that keeps its shapes over a step", state, after),
+    ):
+        shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"inner: expected {what}, {shapes[0]}, got {shapes[1]}")
+        if jax.tree.structure(old) != jax.tree.structure(new):
+            raise ValueError(f"inner: expected {what}, {jax.tree.structure(old)}, got {jax.tree.structure(new)}")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_jax.kernels.grassmann_step.api import move, tangent_part
-from subspace_jax.optim import _manifold_step
+from subspace_jax.optim import _checks, _manifold_step
 
 PyTree = Any
 
@@ -112,6 +112,8 @@ def scale_by_riemannian_adam(
       >>> tx = optax.chain(optax.clip_by_global_norm(5.0), optim.scale_by_riemannian_adam(1e-2))
     """
     _manifold_step.check_options(transport, retraction, reorth_every)
+    _checks.check_rate("step_size", step_size)
+    _checks.check_moments(b1, b2, eps)
 
     def init(params):
         _manifold_step.check_bases(params)
@@ -133,15 +135,15 @@ def scale_by_riemannian_adam(
         update, m = move(s, m, size=size, due=due, sharding=sharding, **how)
         return update, m, nu
 
-    def update(grads, state, params=None, *, shardings=None, **extra_args):
+    def update(updates, state, params=None, *, shardings=None, **extra_args):
         del extra_args
-        _manifold_step.check_params_given(params)
+        _checks.require_params(params, "the current bases, from which a step on a manifold starts")
         count = optax.safe_increment(state.count)
         size = _manifold_step.value_at(step_size, state.count)
         scalars = {"step_size": size, "b1": b1, "b2": b2, "eps": eps, "t": count}
         due = _manifold_step.is_due(reorth_every, state.count)
         updates, m, nu = _manifold_step.step_leaves(
-            leaf, due, scalars, shardings, grads, params, state.momentum, state.nu
+            leaf, due, scalars, shardings, updates, params, state.momentum, state.nu
         )
         return updates, RiemannianAdamState(count, m, nu)
 

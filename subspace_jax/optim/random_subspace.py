@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.optim import _projected
+from subspace_jax.optim import _checks, _projected
 from subspace_jax.optim import _random_projections as projections
 
 PyTree = Any
@@ -246,7 +246,7 @@ def projection_matrix(subspace: RandomSubspace) -> jax.Array:
 def _choose(params: PyTree, select: Select | None) -> tuple[bool, ...]:
     chosen = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _checks.path_name(path)
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         chosen.append(floating if select is None else bool(select(name, leaf)))
         if chosen[-1] and not floating:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_jax.kernels.grassmann_step.api import move
-from subspace_jax.optim import _manifold_step
+from subspace_jax.optim import _checks, _manifold_step
 
 PyTree = Any
 
@@ -129,6 +129,10 @@ def scale_by_riemannian_sgd(
       >>> tx = optax.chain(optax.clip_by_global_norm(5.0), optim.scale_by_riemannian_sgd(0.1, transport="parallel"))
     """
     _manifold_step.check_options(transport, retraction, reorth_every)
+    _checks.check_rate("step_size", step_size)
+    if momentum is not None:
+        _checks.check_number("momentum", momentum, 0, 1)
+    _checks.check_number("dampening", dampening, 0, 1)
 
     def init(params):
         _manifold_step.check_bases(params)
@@ -143,14 +147,14 @@ def scale_by_riemannian_sgd(
         update, carried = move(s, grad, m, size=scalars["step_size"], due=due, sharding=sharding, **how, **rates)
         return update, None if m is None else carried
 
-    def update(grads, state, params=None, *, shardings=None, **extra_args):
+    def update(updates, state, params=None, *, shardings=None, **extra_args):
         del extra_args
-        _manifold_step.check_params_given(params)
+        _checks.require_params(params, "the current bases, from which a step on a manifold starts")
         scalars = {"step_size": _manifold_step.value_at(step_size, state.count)}
         if momentum is not None:
             scalars |= {"momentum": momentum, "weight": jnp.where(state.count == 0, 1.0, 1.0 - dampening)}
         due = _manifold_step.is_due(reorth_every, state.count)
-        updates, buffer = _manifold_step.step_leaves(leaf, due, scalars, shardings, grads, params, state.momentum)
+        updates, buffer = _manifold_step.step_leaves(leaf, due, scalars, shardings, updates, params, state.momentum)
         return updates, RiemannianSGDState(optax.safe_increment(state.count), buffer)
 
     return optax.GradientTransformationExtraArgs(init, update)

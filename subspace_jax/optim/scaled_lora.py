@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _adam, _factors
+from subspace_jax.optim import _adam, _checks, _factors
 from subspace_jax.optim._factors import PairRule
 
 PyTree = Any
@@ -52,7 +52,8 @@ def scaled_gd_lora(
 
     Args:
       learning_rate: Number, or schedule of the step.
-      reg: Added to the diagonal of the r x r matrices.
+      reg: Added to the diagonal of the r x r matrices; at least what rounding asks for, ``16 eps`` of their trace, so
+        that factors of any rank are stepped.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
       fallback: See :func:`adaprelora`.
@@ -100,7 +101,7 @@ def scale_by_scaled_gd_lora(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_scaled_gd_lora(), optax.trace(0.9), optax.scale_by_learning_rate(0.1))
     """
-    _factors.check_number("reg", reg, 0)
+    _checks.check_number("reg", reg, 0)
 
     def step(t, factors, slots):
         del t
@@ -131,7 +132,8 @@ def scaled_adamw_lora(
       b1: Decay of the first moment of the scaled gradients.
       b2: Decay of the second moment.
       eps: Added to the root of the raw second moment.
-      reg: Added to the diagonal of the r x r matrices.
+      reg: Added to the diagonal of the r x r matrices; at least what rounding asks for, ``16 eps`` of their trace, so
+        that factors of any rank are stepped.
       weight_decay: Decoupled, for all leaves.
       bias_correction: Whether steps are multiplied by ``sqrt(1 - b2^t) / (1 - b1^t)``.
       gauss_seidel: Whether ``b`` is preconditioned by the new ``a``, as in the authors' code; else by the old one.
@@ -205,15 +207,14 @@ def scale_by_scaled_adamw_lora(
 
 def _scale_by_adam(moved, *, b1, b2, eps, reg, bias_correction, pairs, fallback):
     """Adam on scaled gradients; ``moved(t, a, direction)`` is the new ``a`` that ``b`` is scaled by, if not the old."""
-    for name, value in (("b1", b1), ("b2", b2)):
-        _factors.check_number(name, value, 0, 1)
-    for name, value in (("eps", eps), ("reg", reg)):
-        _factors.check_number(name, value, 0)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("reg", reg, 0)
 
     def start(a, b):
         return tuple((_factors.zeros(a), _factors.zeros(b)) for _ in range(2))
 
     def pair(t, f, slots):
+        f = _factors.bounded(f)
         (mu_a, mu_b), (nu_a, nu_b) = slots
         factor = _adam.correction(t, b1, b2, f.a.dtype) if bias_correction else 1
         mu_a, nu_a, da = _adam.moments(_scaled(f.grad_a, f.b, reg), mu_a, nu_a, b1, b2, eps)
@@ -232,4 +233,4 @@ def _scale_by_adam(moved, *, b1, b2, eps, reg, bias_correction, pairs, fallback)
 def _scaled(g, partner, reg):
     """``g (x^T x + reg I)^-1`` for a tall gradient and a tall partner x."""
     m = linalg.gram(partner, partner)
-    return linalg.times(g, _factors.inverse(_factors.ridged(m, jnp.asarray(reg).astype(m.dtype))))
+    return linalg.times(g, _factors.damped_inverse(m, jnp.asarray(reg).astype(m.dtype)))

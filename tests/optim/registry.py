@@ -98,11 +98,11 @@ def stacks_of_large_kernels() -> PyTree:
 
 
 def rank_but_for_embeddings(path: str, shape: tuple[int, ...]) -> int | None:
-    return None if "embedding" in path else 3
+    return None if "embedding" in path or len(shape) < 2 else 3
 
 
 def axis_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | None:
-    return None if "embedding" in path else jnp.eye(shape[-2], 2)
+    return None if "embedding" in path or len(shape) < 2 else jnp.eye(shape[-2], 2)
 
 
 @functools.cache
@@ -121,16 +121,16 @@ def with_energies(tx):
     """Gives a transform energies for all pairs, of gradients that it makes up of the factors' own."""
 
     def energies(tree):
-        if isinstance(tree, dict) and tree.keys() == {"a", "b"}:
+        if isinstance(tree, Mapping) and tree.keys() == {"a", "b"}:
             return {"": tuple(jnp.sum(jnp.square(tree[name]), axis=axis) for name, axis in (("a", -1), ("b", -2)))}
-        children = tree.items() if isinstance(tree, dict) else ()
+        children = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, tuple) else ()
         found = {(name, path): e for name, child in children for path, e in energies(child).items()}
         return {f"{name}/{path}".rstrip("/"): e for (name, path), e in found.items()}
 
-    def update(grads, state, params=None):
-        return tx.update(grads, state, params, energies=energies(grads))
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, energies=energies(updates), **extra_args)
 
-    return optax.GradientTransformation(tx.init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def adaprelora_with_energies(learning_rate, b1=0.9, damping_rel=1e-2, weight_decay=0.1):

@@ -6,6 +6,7 @@ compilation or compile by themselves.
 
 import functools
 import inspect
+import itertools
 import typing
 
 import jax
@@ -14,12 +15,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import optim
 
-from .registry import ENTRIES
+from .registry import ENTRIES, orthonormal
 
 NUM_STEPS = 3
 
@@ -248,16 +250,170 @@ def test_multi_steps_averages_gradients(entry):
     assert_close((got, after.inner_opt_state), plain_run(entry)[1])
 
 
+class Holder(nnx.Module):
+    """A tree of dicts and tuples of arrays as parameters of Flax."""
+
+    def __init__(self, tree):
+        self.tree = self._held(tree)
+
+    def _held(self, tree):
+        if isinstance(tree, dict):
+            return nnx.Dict({name: self._held(x) for name, x in tree.items()})
+        return nnx.List([self._held(x) for x in tree]) if isinstance(tree, tuple) else nnx.Param(tree)
+
+
+def held(model):
+    """The parameters of a :class:`Holder` in the order of the tree."""
+    return jax.tree.leaves(nnx.pure(nnx.state(model, nnx.Param)))
+
+
+def fill(model, leaves):
+    state = nnx.state(model, nnx.Param)
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
 @every_method
-def test_apply_if_finite_skips_steps_that_are_not(entry):
-    tx = optax.apply_if_finite(compiled(entry)[0], max_consecutive_errors=3)
-    step, params = quick_jit(stepper(entry, tx)), entry.params()
-    state, grads = tx.init(params), entry.gradients(params, 0)
-    bad = jax.tree.map(lambda g: g.at[0, 0].set(jnp.nan), grads)
-    skipped, after = step(bad, state, params)
-    assert_equal((skipped, after.inner_state), (params, state.inner_state))
-    got, after = step(grads, after, skipped)
-    assert_close((got, after.inner_state), plain_run(entry)[1])
+def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
+    """In one program: ``flax.nnx.Optimizer`` asks for states whose trees are like its own."""
+    tx, params = optax.apply_if_finite(compiled(entry)[0], max_consecutive_errors=3), entry.params()
+    model = Holder(params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = jax.tree.map(avals, nnx.pure(nnx.state(optimizer)))
+
+    @nnx.jit
+    def step(model, optimizer, grads):
+        optimizer.update(model, grads, **entry.extra_args())
+
+    for i, (expected, _) in enumerate(plain_run(entry)):
+        assert_close(held(model), jax.tree.leaves(expected))
+        if i == NUM_STEPS:
+            break
+        grads = jax.tree.leaves(entry.gradients(expected, i))
+        if i == 1:
+            skipped = nnx.pure(nnx.state(optimizer.opt_state)).inner_state
+            step(model, optimizer, fill(model, [g.at[(0,) * g.ndim].set(jnp.nan) for g in grads]))
+            assert_close(held(model), jax.tree.leaves(expected))
+            assert_equal(nnx.pure(nnx.state(optimizer.opt_state)).inner_state, skipped)
+        step(model, optimizer, fill(model, grads))
+    assert jax.tree.map(avals, nnx.pure(nnx.state(optimizer))) == before
+
+
+@every_transform
+def test_flax_finds_the_state_it_began_with(entry):
+    tx, params = compiled(entry)[0], entry.params()
+
+    def twice():
+        model = Holder(params)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        start = avals(nnx.pure(nnx.state(optimizer)))
+        for _ in range(2):
+            optimizer.update(model, nnx.state(model, nnx.Param), **entry.extra_args())
+            assert avals(nnx.pure(nnx.state(optimizer))) == start
+        return nnx.state(model)
+
+    assert [x.shape for x in jax.tree.leaves(nnx.eval_shape(twice))] == [x.shape for x in jax.tree.leaves(params)]
+
+
+@every_transform
+def test_tree_map_params_finds_what_belongs_to_parameters(entry):
+    tx, params = compiled(entry)[0], entry.params()
+    state = jax.eval_shape(tx.init, params)
+    names = jax.tree_util.tree_map_with_path(lambda path, x: jax.tree_util.keystr(path), params)
+    assert avals(optax.tree.map_params(tx, lambda x: x, state)) == avals(state)
+    # Optax's own way around what optax.masked and optax.partition hide.
+    hidden = {"is_leaf": lambda x: isinstance(x, optax.MaskedNode)}
+    named = optax.tree.map_params(tx, lambda x, name: name, state, names, transform_non_params=lambda x: None, **hidden)
+    found = jax.tree.leaves(named)
+    assert set(found) <= set(jax.tree.leaves(names))
+    # What is mapped is all but counters.
+    arrays = sum(x.ndim > 0 for x in jax.tree.leaves(state))
+    assert len(found) >= arrays
+
+
+@every_transform
+def test_arguments_go_by_the_names_of_optax(entry):
+    params = entry.params()
+    tx = entry.factory(**{entry.rate: 0.1}, **entry.kwargs)  # as it comes, without optax.with_extra_args_support
+
+    def step(grads, state, params):
+        named = tx.update(updates=grads, state=state, params=params, **entry.extra_args())
+        assert avals(named) == avals(tx.update(grads, state, params, **entry.extra_args(), nobody_asks_for=1))
+        return named
+
+    state = jax.eval_shape(tx.init, params)
+    assert avals(jax.eval_shape(step, params, state, params)[1]) == avals(state)
+
+
+@every_transform
+def test_other_dtypes_keep_theirs(entry, x64):
+    """Updates have the dtype of the parameters, in trees of several too, and states theirs from the first step on."""
+    tx = entry.make()
+    for dtypes in ([jnp.float16], [jnp.bfloat16], [jnp.float64, jnp.float32], [jnp.bfloat16, jnp.float64]):
+        kinds = itertools.cycle(dtypes)
+        params = jax.tree.map(lambda x, kinds=kinds: jax.ShapeDtypeStruct(x.shape, next(kinds)), entry.params())
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(lambda g, s, p: tx.update(g, s, p, **entry.extra_args()), params, state, params)
+        assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+        assert avals(after) == avals(state)
+
+
+@every_transform
+def test_odd_leaves_go_along(entry):
+    """Leaves without entries, of one entry, of one axis or four, None, and what optax.masked hides."""
+    tx, ours = compiled(entry)[0], entry.params()
+    odd = {"none": None, "hidden": optax.MaskedNode()}
+    if entry.check is not orthonormal:
+        shapes = {"wide": (0, 4), "tall": (4, 0), "flat": (0,), "number": (), "vector": (3,)}
+        if entry.public != "coso":  # has no sketch of so small sides
+            shapes |= {"one": (1, 1), "stacked": (2, 1, 3, 2)}
+        odd |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    else:
+        odd |= {"empty": jax.ShapeDtypeStruct((0, 4, 2), jnp.float32), "one": jax.ShapeDtypeStruct((1, 1), jnp.float32)}
+    if entry.public == "with_geometry":
+        odd["bases"] = jax.ShapeDtypeStruct((0, 4, 2), jnp.float32)
+    for tree in ({"ours": ours, **odd}, {}, {"none": None}, (ours, [None])):
+        state = jax.eval_shape(tx.init, tree)
+        updates, after = jax.eval_shape(lambda g, s: tx.update(g, s, g, **entry.extra_args()), tree, state)
+        assert avals(updates) == avals(tree)
+        assert avals(after) == avals(state)
+
+
+@every_transform
+def test_what_is_not_finite_is_seen_in_the_step(entry):
+    """Else it stays in the state, and no wrapper can tell."""
+    step = compiled(entry)[1]
+    for params, state in plain_run(entry)[:2]:
+        leaves, structure = jax.tree.flatten(entry.gradients(params, 1))
+        for bad, i in itertools.product((jnp.nan, jnp.inf), range(len(leaves))):
+            spoilt = [g.at[(0,) * g.ndim].set(bad) if i == j else g for j, g in enumerate(leaves)]
+            after, _ = step(structure.unflatten(spoilt), state, params)
+            assert not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(after)), (bad, i)
+
+
+@every_transform
+def test_gradients_of_any_size_give_steps_that_are_finite(entry):
+    step, (start, fresh) = compiled(entry)[1], plain_run(entry)[0]
+    # What is squared by the caller, or is turned by 1e19 radians, is no number any more.
+    largest = 1e8 if entry.public == "adaprelora" or entry.check is orthonormal or "head" in start else 1e20
+    for size in (0.0, 1e-20, largest):
+        params, state = start, fresh
+        for i in range(NUM_STEPS):
+            grads = jax.tree.map(lambda g, size=size: size * g, entry.gradients(params, i))
+            params, state = step(grads, state, params)
+            assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((params, state))), size
+            # The next gradient is taken at the start: parameters of 1e19 are another matter.
+            params = start
+
+
+@every_code
+def test_steps_from_zero_are_finite(entry):
+    params, state = plain_run(entry)[0]
+    if entry.check is orthonormal or "head" in params:
+        pytest.skip("bases are not zero")
+    params = jax.tree.map(jnp.zeros_like, params)
+    for i in range(NUM_STEPS):
+        params, state = compiled(entry)[1](entry.gradients(params, i), state, params)
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((params, state)))
 
 
 @every_method
@@ -268,11 +424,14 @@ def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
     # is little enough to see what else differs.
     wide = entry.public == "low_rank_projection"
     params, tx = entry.params(), entry.make()
+    # Under Explicit axes a wrapper's branches must agree on shardings, too.
+    explicit = axis_type == AxisType.Explicit
+    wrapped = optax.apply_if_finite(tx, 3) if explicit else tx
     whole = isinstance(entry.layout, P)
     layout = jax.tree.map(lambda _: entry.layout, params) if whole else entry.layout
     # JAX takes a spec with its trailing Nones for another one than that without, and would compile twice.  Under Auto
     # axes a tree of specs has them where results have them.
-    if whole or axis_type == AxisType.Explicit:
+    if whole or explicit:
         layout = jax.tree.map(lambda p, spec: P(*spec, *[None] * (p.ndim - len(spec))), params, layout)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout)
     by_shape = {p.shape: s for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)}
@@ -283,13 +442,14 @@ def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
         expected = run(entry, quick_jit(stepper(entry, tx)), tx.init(params), params) if wide else plain_run(entry)
         with jax.set_mesh(mesh):
             params = jax.device_put(params, shardings)
-            step = quick_jit(stepper(entry, tx), donate_argnums=(1, 2))
-            after = params, tx.init(params)
+            step = quick_jit(stepper(entry, wrapped), donate_argnums=(1, 2))
+            after = params, wrapped.init(params)
             for i, before in enumerate(expected):
                 for x in jax.tree.leaves(after):
                     assert x.shape not in by_shape or x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
-                assert_close(after, before, tolerance=1e-10 if wide else 1e-5)
                 params, state = after
+                seen = params, state.inner_state if explicit else state
+                assert_close(seen, before, tolerance=1e-10 if wide else 1e-5)
                 grads = jax.device_put(entry.gradients(params, i), shardings)
                 after = step(grads, state, params)
     assert step._cache_size() == 1

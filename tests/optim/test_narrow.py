@@ -22,9 +22,12 @@ def test_bytes_are_those_of_the_formula():
     params = {"kernel": jnp.zeros((3, 64, 32)), "bias": jnp.zeros(32)}
     options = {"rank": lambda path, shape: 16 if path == "kernel" else None}
     basis, numbers, rows, counters = 4 * 3 * 32 * 16, 2 * (3 * 64 * 16 + 32), 2 * (3 * 64 + 1), 4 * 4
-    for dtype, moments in (("bfloat16", 2 * numbers), ("int8", numbers + 4 * rows)):
+    # One number for a basis that a leaf doesn't have; a mark for each of the three inner counters, and in bfloat16 for
+    # each of the four moments.
+    absent, marks = 4 * 3, 3
+    for dtype, moments in (("bfloat16", 2 * numbers + 4 * 4), ("int8", numbers + 4 * rows)):
         state = jax.eval_shape(optim.narrow_state(optim.galore(0.1, **options), dtype).init, params)
-        assert bytes_of(state) == basis + moments + counters, dtype
+        assert bytes_of(state) == basis + absent + moments + marks + counters, dtype
 
 
 @pytest.mark.parametrize("dtype", narrow.DTYPES)
@@ -109,3 +112,19 @@ def test_rotated_moments_stay_possible():
 def test_an_unknown_type_is_named():
     with pytest.raises(ValueError, match=r"dtype: .*'int4'"):
         optim.narrow_state(optax.adam(0.1), "int4")
+
+
+@pytest.mark.parametrize("dtype", narrow.DTYPES)
+def test_what_the_inner_transform_keeps_in_16_bits_stays_so(dtype):
+    """Adam's moments of bfloat16 parameters, beside those of float32 ones."""
+    params = {"half": jnp.ones((4, 32), jnp.bfloat16), "single": jnp.ones((4, 32))}
+    tx = optim.narrow_state(optax.adam(0.1), dtype)
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies floats by int32
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params)
+        expected, _ = jax.jit(optax.adam(0.1).update)(params, optax.adam(0.1).init(params), params)
+    kinds = jax.tree.map(lambda x: x.dtype, (state, updates))
+    assert jax.tree.map(lambda x: x.dtype, (after, params)) == kinds
+    assert state.values[0].mu["half"].dtype == jnp.bfloat16
+    assert state.values[0].mu["single"].dtype == dtype
+    np.testing.assert_array_equal(np.float32(updates["half"]), np.float32(expected["half"]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from subspace_jax import linalg, optim
 from subspace_jax.optim.projection import MOMENTS
@@ -199,8 +200,10 @@ def test_state_is_what_the_paper_counts_to_the_byte():
     params = {"kernel": jnp.zeros((3, 40, 24)), "bias": jnp.zeros(24)}
     state = jax.eval_shape(optim.galore(0.1, rank=4).init, params)
     counters = 3 * 4
+    # One number for the side that the kernel has no basis of, and for both of the bias.
+    absent = 4 * 3
     # The shorter side's basis, two moments of the longer side, and two full moments of the bias.
-    assert bytes_of(state) == 4 * (3 * (24 * 4 + 2 * 40 * 4) + 2 * 24) + counters
+    assert bytes_of(state) == 4 * (3 * (24 * 4 + 2 * 40 * 4) + 2 * 24) + absent + counters
 
 
 def test_ranks_and_sides_are_chosen_leaf_by_leaf():
@@ -350,7 +353,8 @@ def test_online_pca_turns_the_basis_towards_the_gradients_of_now():
     first, later = low_rank(12, 20, 3), low_rank(12, 20, 3, seed=5)
     tx = optim.online_subspace_descent(0.1, rank=3, period=10)
     step, state = jax.jit(tx.update), tx.init(first)
-    assert bytes_of(state) == 4 * (3 * 12 * 3 + 2 * 20 * 3) + 4
+    # One number for each side without a basis, and the counter.
+    assert bytes_of(state) == 4 * (3 * 12 * 3 + 2 * 20 * 3) + 4 * 3 + 4
 
     def missed(state):
         p = jnp.linalg.qr(state.bases.left)[0]
@@ -363,3 +367,42 @@ def test_online_pca_turns_the_basis_towards_the_gradients_of_now():
     assert missed(state) < 0.5 * before
     with pytest.raises(ValueError, match="tracker"):
         optim.online_subspace_descent(0.1, tracker="adam")
+
+
+@pytest.mark.parametrize("name", ["adan", "amsgrad", "belief", "lion"])
+def test_second_moments_are_known_by_what_they_do(name):
+    """Adan has first moments in a field ``v``, and second ones in ``n``, which must not get negative by a rotation."""
+    tx = optim.low_rank_projection(getattr(optax, f"scale_by_{name}")(), 2, moments="rotate", refresh_every=1)
+    step = jax.jit(tx.update)
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies floats by int32
+        state = tx.init(gaussian((8, 6)))
+        for seed in range(4):
+            updates, state = step(gaussian((8, 6), seed), state)
+    assert jnp.all(jnp.isfinite(updates))
+    for second in {"adan": ("n",), "amsgrad": ("nu", "nu_max"), "belief": ("nu",), "lion": ()}[name]:
+        assert jnp.all(getattr(state.inner, second) >= 0)
+    first = {"adan": "v"}.get(name, "mu")
+    assert jnp.any(getattr(state.inner, first) < 0)
+
+
+def test_moments_that_cannot_be_rotated_are_refused():
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda m, g: 0.9 * m + jnp.maximum(g, 0.0) - 0.1, state, updates)
+
+    strange = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    with pytest.raises(ValueError, match=r"inner: .* neither a first nor a second moment.*'keep' or 'reset'"):
+        optim.low_rank_projection(strange, 2, moments="rotate").init(jnp.zeros((8, 6)))
+    optim.low_rank_projection(strange, 2, moments="reset").init(jnp.zeros((8, 6)))
+
+
+def test_a_rule_of_ranks_sees_the_same_paths_in_a_tree_of_flax():
+    seen = set()
+
+    def rank(path, shape):
+        seen.add(path)
+        return 2 if path.endswith("kernel") else None
+
+    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    state = jax.eval_shape(optim.galore(0.1, rank).init, nnx.state(model, nnx.Param))
+    assert seen == {"kernel", "bias"}
+    assert {x.shape for x in jax.tree.leaves(state[0].sides.right)} == {(4, 2), (1,)}
