@@ -167,6 +167,45 @@ def test_a_tied_table_of_tokens_is_adapted_by_its_rule_and_leaves_as_merged_weig
     assert after < before
 
 
+def test_an_adapter_of_the_head_alone_unties_the_model_in_every_command(folder, tmp_path, capsys):
+    untied, params = nn.untie_causal_lm(MODEL, interop.load_causal_lm(folder / "model")[1])
+    settings = {"attn/qkv": adapters.LoRA(2, 4.0), "head/kernel": adapters.Full()}
+    trainable = adapters.init(jax.random.key(1), params, settings)
+    trainable["head"]["kernel"]["full"] *= 0.5
+    adapter = tmp_path / "run" / "adapter"
+    interop.save_peft_adapter(adapter, untied, trainable, settings)
+    arguments = ["--model", str(folder / "model"), "--adapter", str(adapter)]
+    assert main(["merge", *arguments, "--out", str(tmp_path / "merged")]) == 0
+    config, merged = interop.load_causal_lm(tmp_path / "merged")
+    assert not config.tied
+    same(merged, {**params, "head": {"kernel": trainable["head"]["kernel"]["full"]}})
+    capsys.readouterr()
+    data = ("--data", folder / "eval.txt")
+    plain, adapted = (perplexity(capsys, "--model", folder / "model", *more, *data) for more in ((), arguments[2:]))
+    assert plain != adapted
+    # Printed with three decimals.
+    assert perplexity(capsys, "--model", tmp_path / "merged", *data) == pytest.approx(adapted, abs=2e-3)
+    prompt = ["--prompt", "3 and", "--max-new-tokens", "3"]
+    assert main(["generate", *arguments, *prompt]) == 0
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert main(["generate", "--model", str(folder / "model"), "--adapter", str(adapter.parent), *prompt]) == 2
+    assert f"this is a run; its adapter is {adapter}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tied_table_that_trains_as_a_whole_is_exported_in_both_places(folder, tmp_path):
+    settings = ["adapter.method=lora", "adapter.rules=attn/qkv=2", "adapter.full=embed/embedding"]
+    assert finetune(folder, tmp_path / "run", *settings) == 0
+    fields = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert fields["modules_to_save"] == ["transformer.wte", "lm_head"]
+    arguments = ["--model", str(folder / "model"), "--adapter", str(tmp_path / "run" / "adapter")]
+    assert main(["merge", *arguments, "--out", str(tmp_path / "merged")]) == 0
+    assert main(["export", "--workdir", str(tmp_path / "run"), "--merged", "--out", str(tmp_path / "exported")]) == 0
+    (config, merged), (again, exported) = (interop.load_causal_lm(tmp_path / name) for name in ("merged", "exported"))
+    assert config == again == MODEL
+    same(merged, exported)
+
+
 def test_adaprelora_takes_the_energies_of_whole_weights_and_exports_factors_alone(folder, tmp_path):
     settings = ["adapter.method=lora", "adapter.rank=2", "optim.clip_norm=1.0"]
     settings += ["optim.name=adaprelora", "optim.lora.stats=full", "optim.learning_rate=1e-2"]
