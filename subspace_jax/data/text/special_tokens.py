@@ -51,6 +51,9 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     for name in _ROLES:
         if settings.get(name) is not None:
             _content(settings[name], f"{files}: {name}")
+    for name in _LISTS:
+        for token in _listed(settings, name):
+            _content(token, f"{files}: {name}")
     settings["family"] = family
     settings["added_tokens"] = _added_tokens(folder, decoder, added)
     return settings
@@ -103,11 +106,15 @@ def special_names(settings: Mapping[str, Any]) -> Iterator[str]:
         if (token := role_of(settings, name)) is not None:
             yield token
     for name in _LISTS:
-        tokens = settings.get(name) or ()
-        for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and content:
-                yield _content(content, name)
+        yield from (_content(token, name) for token in _listed(settings, name))
+
+
+def _listed(settings: Mapping[str, Any], name: str) -> Iterator[Any]:
+    tokens = settings.get(name) or ()
+    for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and content:  # others are no tokens to transformers either
+            yield token
 
 
 def flags_of(token: Any) -> dict[str, bool]:

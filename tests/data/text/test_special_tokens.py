@@ -258,6 +258,10 @@ def test_a_character_begun_by_a_prompt_is_decoded_with_its_end():
         ({"special_tokens_map": "{"}, r"special_tokens_map\.json: it is no JSON"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token: expected a token, got '3'"),
         ({"tokenizer_config": {"eos_token": {"content": None}}}, "eos_token: expected a token"),
+        (
+            {"tokenizer_config": {"additional_special_tokens": ["\ud800"]}},
+            r"tokenizer_config\.json or .*: additional_special_tokens: expected a token",
+        ),
         ({"tokenizer_config": {"eos_token": "\ud800"}}, "eos_token: expected a token"),
         ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token: expected true or false, got 'false'"),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder: expected tokens by their ids"),
