@@ -21,7 +21,7 @@ from subspace_jax.linalg.products import (
     working_dtype,
 )
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
-from subspace_jax.linalg.scaling import binary_scale
+from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
 from subspace_jax.linalg.tucker import hosvd, tucker_product
@@ -64,6 +64,7 @@ __all__ = [
     "subspace_iteration",
     "times",
     "tucker_product",
+    "unit_vectors",
     "versine_sinc_sqrt",
     "versine_sqrt",
     "working_dtype",

@@ -1,4 +1,4 @@
-"""Powers of two that bring arrays to the size of 1, so that squares neither overflow nor underflow."""
+"""Arrays brought to the size of 1, so that their squares neither overflow nor underflow."""
 
 from collections.abc import Sequence
 
@@ -26,4 +26,19 @@ def binary_scale(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.A
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None))
     usable = (largest > 0) & jnp.isfinite(largest)
     exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
-    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
+    exponent = jnp.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return jnp.ldexp(jnp.ones_like(largest), exponent).astype(x.dtype)
+
+
+def unit_vectors(x: jax.Array) -> jax.Array:
+    """Divides vectors by their lengths, whatever these are.
+
+    Args:
+      x: ``[..., n]``, float32 or float64.
+
+    Returns:
+      ``[..., n]``; a vector of zeros stays as it is, and its gradient is 0.
+    """
+    x = x / binary_scale(x, -1)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return jnp.where(square > 0, x / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

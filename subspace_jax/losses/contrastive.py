@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import working_dtype
+from subspace_jax.linalg import unit_vectors, working_dtype
 from subspace_jax.losses.classification import cross_entropy
 
 
@@ -17,7 +17,7 @@ def clip_loss(
     devices.  Outside, the arrays are the whole batch, and may be sharded all the same.
 
     Args:
-      image: ``[batch, features]``, brought to length 1 here.
+      image: ``[batch, features]``, brought to length 1 here; zeros stay zeros.
       text: ``[batch, features]``, pair by pair with ``image``.
       logit_scale: ``[]``, the logarithm of the factor of the cosines.
       axis_name: Mesh axis, or axes, over which the batch is split.
@@ -53,7 +53,7 @@ def siglip_loss(
     backward pass too (section 3.3 of the paper).  The loss of the whole batch is the mean over devices.
 
     Args:
-      image: ``[batch, features]``, brought to length 1 here.
+      image: ``[batch, features]``, brought to length 1 here; zeros stay zeros.
       text: ``[batch, features]``, pair by pair with ``image``.
       logit_scale: ``[]``, the logarithm of the factor of the cosines.
       logit_bias: ``[]``, added to them.
@@ -92,5 +92,5 @@ def _prepare(name: str, image: jax.Array, text: jax.Array, logit_scale: jax.Arra
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(f"{name}: expected image and text [batch, features] alike, got {image.shape}, {text.shape}")
     dtype = working_dtype(image)
-    image, text = (x.astype(dtype) / jnp.linalg.norm(x.astype(dtype), axis=1, keepdims=True) for x in (image, text))
+    image, text = (unit_vectors(x.astype(dtype)) for x in (image, text))
     return image, text, jnp.exp(jnp.asarray(logit_scale).astype(dtype))

@@ -7,7 +7,7 @@ Both measures are those of the transfer tables of arXiv 2308.01547; class separa
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import working_dtype
+from subspace_jax.linalg import binary_scale, unit_vectors, working_dtype
 
 _ROWS_AT_A_TIME = 256
 
@@ -77,9 +77,10 @@ def _centred_unit(features: jax.Array, labels: jax.Array) -> jax.Array:
             f"features, labels: expected [examples, n] and [examples], got {features.shape} and {labels.shape}"
         )
     features = features.astype(working_dtype(features))
+    # Divided, so that sums stay in range, and centred twice: of features far from 0 the mean is rounded.
+    features = features / binary_scale(features)
     centred = features - jnp.mean(features, axis=0, keepdims=True)
-    length = jnp.linalg.norm(centred, axis=-1, keepdims=True)
-    return centred / jnp.maximum(length, jnp.finfo(centred.dtype).tiny)
+    return unit_vectors(centred - jnp.mean(centred, axis=0, keepdims=True))
 
 
 def _classes(labels: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from subspace_jax.linalg import working_dtype
+from subspace_jax.linalg import unit_vectors, working_dtype
 from subspace_jax.nn.linear import linear
 from subspace_jax.nn.param_specs import ParamSpec, draw_params, spec_axes, spec_shapes
 from subspace_jax.nn.text_tower import TextTowerConfig, text_tower_apply, text_tower_specs
@@ -156,9 +156,8 @@ def similarity(config: DualTowerConfig, params: PyTree, image: jax.Array, text: 
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Brings vectors to length 1, in float32 or wider and without an epsilon."""
-    x = x.astype(working_dtype(x))
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    """Brings vectors to length 1, in float32 or wider and without an epsilon; zeros stay zeros."""
+    return unit_vectors(x.astype(working_dtype(x)))
 
 
 def _project(projection: PyTree | None, pooled: jax.Array, normalize: bool) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from subspace_jax import train
+from subspace_jax import linalg, train
 from subspace_jax.represent.linear_probe import check_examples, rows_on
 
 _QUERIES_AT_A_TIME = 128
@@ -64,7 +64,7 @@ def nearest_classes(
 
 @functools.partial(jax.jit, static_argnames=("k", "temperature", "num_classes", "ways"))
 def _vote(features, labels, queries, *, k, temperature, num_classes, ways):
-    features, queries = _unit(features), _unit(queries)
+    features, queries = linalg.unit_vectors(features), linalg.unit_vectors(queries)
 
     def one(query):
         cosines, nearest = jax.lax.top_k(jnp.matmul(features, query, precision=jax.lax.Precision.HIGHEST), k)
@@ -74,7 +74,3 @@ def _vote(features, labels, queries, *, k, temperature, num_classes, ways):
     # Each device goes through its own rows; a loop over all of them would keep all but one waiting.
     shares = queries.reshape(ways, -1, queries.shape[-1])
     return jax.vmap(lambda own: jax.lax.map(one, own, batch_size=_QUERIES_AT_A_TIME))(shares).reshape(-1)
-
-
-def _unit(x):
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)

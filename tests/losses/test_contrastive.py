@@ -77,3 +77,16 @@ def test_pairs_that_do_not_match_are_refused(pairs):
         losses.clip_loss(pairs[0], pairs[1][:3], jnp.float32(0))
     with pytest.raises(ValueError, match="siglip_loss: expected image and text"):
         losses.siglip_loss(pairs[0][0], pairs[1][0], jnp.float32(0), jnp.float32(0))
+
+
+def test_features_of_zeros_and_of_any_size_give_finite_losses_and_gradients():
+    size = jnp.asarray([0.0, 1e-20, 1.0, 1e20], jnp.float32)[:, None]
+    image = size * jax.random.normal(jax.random.key(0), (4, 3))
+    text = jax.random.normal(jax.random.key(1), (4, 3))
+    for loss in (losses.clip_loss, lambda *args: losses.siglip_loss(*args, jnp.zeros(()))):
+        value, grads = jax.value_and_grad(lambda *args, loss=loss: jnp.sum(loss(*args)), (0, 1))(
+            image, text, jnp.ones(())
+        )
+        assert all(jnp.all(jnp.isfinite(x)) for x in (value, *grads))
+        unit = loss(jnp.where(size > 0, image / jnp.where(size > 0, size, 1), 0), text, jnp.ones(()))
+        np.testing.assert_allclose(value, jnp.sum(unit), rtol=1e-6)

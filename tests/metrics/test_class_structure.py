@@ -1,6 +1,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,3 +69,14 @@ def test_float64_features_are_measured_in_float64(x64):
 def test_shapes_that_do_not_fit_are_refused(measure, features, labels):
     with pytest.raises(ValueError, match=r"features, labels: expected \[examples, n\]"):
         measure(np.ones(features, np.float32), np.zeros(labels, np.int32))
+
+
+def test_features_far_from_zero_or_of_any_size_have_the_same_structure():
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 3, 40), jnp.int32)
+    x = (rng.integers(-64, 64, (40, 5)) / 64 + np.eye(5)[np.asarray(labels)]).astype(np.float32)
+    for measure in (metrics.intra_class_variability, metrics.class_separation_r2):
+        want = measure(jnp.asarray(x), labels)
+        # Multiples of 1/64 beside 1e5 are float32 numbers still.
+        for moved in (x + np.float32(1e5), x * np.float32(2.0**70), x * np.float32(2.0**-70)):
+            np.testing.assert_allclose(measure(jnp.asarray(moved), labels), want, rtol=1e-5)
