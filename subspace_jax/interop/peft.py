@@ -49,12 +49,15 @@ class PeftAdapter:
       settings: Path of each weight to its setting.
       fields: Those of ``adapter_config.json``, to be written again.
       config: That of the model whose parameters the paths are of.
+      copies: What the folder holds of the model itself: path of an adapted table or head to the tensor of its base,
+        ``[out, in]``, which PEFT puts in the place of the model's.
     """
 
     trainable: PyTree
     settings: Mapping[str, Any]
     fields: Mapping[str, Any]
     config: Config
+    copies: Mapping[str, StoredTensor]
 
 
 def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool = False) -> PeftAdapter:
@@ -63,8 +66,9 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool 
     Paths of ViT, DeiT, DINOv2 and Swin may be those of transformers 5 or of 4 (PEFT itself takes only those of the
     version that it runs on).  An adapter of a residual network is for both its trees, as ``load_vision`` gives them.
     A head under ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or gives another rank,
-    are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has them.  A stored
-    copy of an adapted embedding is passed over.  Fields that are set and unknown are logged.
+    are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has them.  Fields that
+    are set and unknown are logged.  A stored copy of an adapted embedding is not compared with the model's, see
+    ``copies`` of the result.
 
     PEFT adapts or saves the embedding and the head of a tied model one without the other.  Where both are saved with
     equal numbers, they are one table here, too; otherwise the adapter is of the model that
@@ -95,15 +99,15 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool 
         check_fields(fields)
         meant = written_out(fields, config, tensors)
     try:
-        trainable, settings = _read(folder, meant, config, tensors)
+        trainable, settings, copies = _read(folder, meant, config, tensors)
     except TiedTablesError:
         if not untie:
             raise
         config = config.replace(tied=False)
-        trainable, settings = _read(folder, meant, config, tensors)
+        trainable, settings, copies = _read(folder, meant, config, tensors)
     if fields.get("ensure_weight_tying") and not is_tied(config):
         meant = {**meant, "ensure_weight_tying": False}
-    return PeftAdapter(trainable, settings, meant, config)
+    return PeftAdapter(trainable, settings, meant, config, copies)
 
 
 @contextlib.contextmanager
@@ -116,8 +120,8 @@ def _naming(file: pathlib.Path) -> Iterator[None]:
 
 def _read(
     folder: pathlib.Path, fields: Mapping[str, Any], config: Config, stored: Mapping[str, StoredTensor]
-) -> tuple[PyTree, dict[str, Any]]:
-    """The arrays, all of whose shapes are looked at before the first one is made, and their settings."""
+) -> tuple[PyTree, dict[str, Any], dict[str, StoredTensor]]:
+    """The arrays, all of whose shapes are looked at before the first one is made, their settings, and copies."""
     with _naming(folder / CONFIG):
         settings, names = layout(fields, config, version_of(config, stored))
     file, specs, left = folder / TENSORS, specs_of(config), dict(stored)
@@ -134,6 +138,9 @@ def _read(
                 if not jnp.issubdtype(tensor.dtype, jnp.floating):
                     raise ValueError(f"{file}: {_PREFIX}{full}: expected floating point, got {tensor.dtype}")
                 found.setdefault((path, name), []).append((tensor, order, layer))
+    alone = [(module, path) for path, modules in names.items() for module, layer in modules.items() if layer is None]
+    path_of = {f"{module}.base_layer.weight": path for module, path in alone}
+    copies = {path_of[name]: tensor for name, tensor in left.items() if name in path_of}
     left = [n for n in left if not n.endswith(".base_layer.weight") and not without_effect(n.split(".lora_")[0])]
     if left:
         raise ValueError(f"{file}: tensors that no target has: {[_PREFIX + name for name in sorted(left)][:5]}")
@@ -143,7 +150,7 @@ def _read(
         if value is None:
             raise TiedTablesError(f"{file}: {path} and the head differ: {UNTIE}")
         insert(trainable, f"{path}/{name}", jnp.asarray(value))
-    return trainable, settings
+    return trainable, settings, copies
 
 
 def _array(parts: list[tuple[StoredTensor, tuple[int, ...], int | None]], shape: tuple[int, ...]) -> np.ndarray | None:

@@ -320,9 +320,24 @@ def load_adapted(
         return config, params
     if config.tied and not found.config.tied:
         config, params = nn.untie_causal_lm(config, params)
+    for path, copy in found.copies.items():
+        _check_copy(path, copy, params)
     merged = adapters.merge(params, found.trainable, found.settings)
     # What trains as a whole is float32 in an adapter's folder.
     return config, jax.tree.map(lambda x, w: jax.device_put(x.astype(w.dtype), w.sharding), merged, params)
+
+
+def _check_copy(path: str, copy: interop.StoredTensor, params: PyTree) -> None:
+    """Raises where an adapter brings a table along that is not the model's, but for the rounding of its type."""
+    for part in path.split("/"):
+        params = params[part]
+    own = params if path.endswith("/embedding") else params.T
+    stored = jnp.asarray(copy.read(), jnp.float32)
+    if stored.shape != own.shape or not jnp.max(jnp.abs(stored - own)) <= 0.01 * jnp.max(jnp.abs(own)):
+        raise ValueError(
+            f"{copy.file}: {copy.name}: differs from the model's {path}, and PEFT takes it in its place; expected the "
+            "adapter's own model, with that table"
+        )
 
 
 def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> None:

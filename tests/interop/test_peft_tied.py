@@ -69,9 +69,8 @@ def one_of_two(family):
     yield save(name), {f"{table}.weight": new, "lm_head.weight": other}, lambda w: (new, other)
     embedding = {f"{table}.lora_embedding_A": b.T.copy(), f"{table}.lora_embedding_B": a.T.copy()}
     head = {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
-    stored = {f"{table}.base_layer.weight": new}
     # Whole names: they are adapted although they have no layer.
-    yield target(table), {**embedding, **stored}, lambda w: (w + changed, w)
+    yield target(table), embedding, lambda w: (w + changed, w)
     yield target("lm_head"), head, lambda w: (w, w + changed)
     yield target(table, "lm_head"), embedding | head, lambda w: (w + changed, w + changed)
     if family != "gpt2":
@@ -108,6 +107,23 @@ def test_load_adapted_unties_a_model_whose_tables_an_adapter_changes_apart(famil
         # The very adapter, for somebody who has untied the model.
         again = interop.load_peft_adapter(folder, CONFIGS[family].replace(tied=False))
         assert again.settings == interop.load_peft_adapter(folder, CONFIGS[family], untie=True).settings
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_load_adapted_refuses_a_stored_base_that_is_not_the_model_s(name, tmp_path):
+    table, a, b = model("qwen2", tmp_path / "model"), drawn(5, 2, 8), drawn(6, 20, 2)
+    if name == "lm_head":
+        factors = {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
+    else:
+        factors = {f"{name}.lora_embedding_A": b.T.copy(), f"{name}.lora_embedding_B": a.T.copy()}
+    fields = {"target_modules": ["q_proj", name]}
+    for i, stored in enumerate((table, table.astype(np.float16))):
+        folder = write(tmp_path / f"{i}", "qwen2", fields, factors | {f"{name}.base_layer.weight": stored})
+        language.load_adapted(tmp_path / "model", folder)
+    other = np.where(np.arange(20)[:, None] == 19, table + 1, table)
+    folder = write(tmp_path / "other", "qwen2", fields, factors | {f"{name}.base_layer.weight": other})
+    with pytest.raises(ValueError, match=rf"{name}\.base_layer\.weight: differs from the model's"):
+        language.load_adapted(tmp_path / "model", folder)
 
 
 def test_merge_adapter_writes_an_untied_model(tmp_path):
