@@ -272,6 +272,11 @@ def fill(model, leaves):
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
+def inner_state(optimizer):
+    """What is in the wrapper's state; Flax leaves out a state without arrays."""
+    return nnx.pure(nnx.state(optimizer.opt_state)).get("inner_state", {})
+
+
 @every_method
 def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
     """In one program: ``flax.nnx.Optimizer`` asks for states whose trees are like its own."""
@@ -290,10 +295,10 @@ def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
             break
         grads = jax.tree.leaves(entry.gradients(expected, i))
         if i == 1:
-            skipped = nnx.pure(nnx.state(optimizer.opt_state)).inner_state
+            skipped = inner_state(optimizer)
             step(model, optimizer, fill(model, [g.at[(0,) * g.ndim].set(jnp.nan) for g in grads]))
             assert_close(held(model), jax.tree.leaves(expected))
-            assert_equal(nnx.pure(nnx.state(optimizer.opt_state)).inner_state, skipped)
+            assert_equal(inner_state(optimizer), skipped)
         step(model, optimizer, fill(model, grads))
     assert jax.tree.map(avals, nnx.pure(nnx.state(optimizer))) == before
 

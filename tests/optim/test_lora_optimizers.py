@@ -24,7 +24,7 @@ STATES = {
     "scaled_adamw_lora": (lambda: optim.scaled_adamw_lora(0.1), 2 * FACTORS),
     "lora_rite": (lambda: optim.lora_rite(0.1), 2 * FACTORS + 2 * LAYERS * RANK**2),
     "lora_rite escape": (lambda: optim.lora_rite(0.1, escape=True), 2 * FACTORS + 2 * LAYERS * (RANK**2 + 1)),
-    "lora_pro": (lambda: optim.lora_pro(0.1), 2 * LAYERS * IN * OUT),
+    "lora_pro": (lambda: optim.lora_pro(0.1), 2 * (LAYERS * IN * OUT + 1)),  # and one number at the other factor
     "lora_pro sgd": (lambda: optim.lora_pro(0.1, method="sgd"), 0),
 }
 
