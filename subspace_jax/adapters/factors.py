@@ -115,7 +115,7 @@ def column_norm(w: jax.Array | Int8Weight, a: jax.Array, b: jax.Array, scale: ja
 def gain(magnitude: jax.Array, norm: jax.Array, detach_norm: bool, dtype: jnp.dtype) -> jax.Array:
     """``magnitude / norm``, the norm bounded below as the type of the weight asks."""
     norm = jax.lax.stop_gradient(norm) if detach_norm else norm
-    return magnitude.astype(norm.dtype) / jnp.maximum(norm, 1e-6 if dtype == jnp.bfloat16 else 1e-12)
+    return magnitude.astype(norm.dtype) / jnp.maximum(norm, kernels.least_norm(dtype))
 
 
 def _quantized_norm(w, a, b, scale):

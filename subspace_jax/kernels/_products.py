@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from subspace_jax.kernels._shards import over_shards, vary_alike
 
@@ -11,8 +10,8 @@ from subspace_jax.kernels._shards import over_shards, vary_alike
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x w`` for ``x [..., in]`` and ``w [in, out]``, in the dtype of ``x``.
 
-    bfloat16 takes one pass of the matrix unit; float32 keeps full precision.  Over Explicit mesh axes, where JAX would
-    ask how to place sums over a split axis, such sums are made over the devices, in the derivatives too.
+    16-bit types take one pass of the matrix unit; float32 keeps full precision.  Over Explicit mesh axes, where JAX
+    would ask how to place sums over a split axis, such sums are made over the devices, in the derivatives too.
     """
     return _product(*vary_alike(x, w.astype(x.dtype)))
 
@@ -50,7 +49,7 @@ def _contract(axes):
 
 def _dot(x, y, *, axes):
     left, right = (tuple(axis % z.ndim for axis in side) for side, z in zip(axes, (x, y), strict=True))
-    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    precision = None if x.dtype.itemsize == 2 else jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(x, y, ((left, right), ((), ())), precision=precision)
 
 

@@ -236,3 +236,24 @@ def test_bad_input_is_named(change, error, message):
     args = {"w": jnp.ones((4, 5)), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 5)), "scale": 0.5} | change
     with pytest.raises(error, match=message):
         functools.partial(norm, **args)()
+
+
+@pytest.mark.parametrize("with_energy", [False, True])
+def test_norms_and_gradients_of_any_size_are_those_of_float64(x64, with_energy):
+    # Columns of each size side by side, and a column of zeros.
+    size = np.array([1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 0.0])
+    gaussian = np.random.default_rng(0).standard_normal
+    w, a, b = gaussian((6, 8)) * size, gaussian((6, 2)), gaussian((2, 8)) * size
+    want = np.linalg.norm(w + 0.5 * a @ b, axis=0)
+    narrow = [jnp.asarray(x, jnp.float32) for x in (w, a, b)]
+    energy = kernels.column_energy(narrow[0]) if with_energy else None
+
+    def norm(*args):
+        return kernels.dora_weight_norm(*args, np.float32(0.5), energy=energy)
+
+    np.testing.assert_allclose(norm(*narrow), want, rtol=2e-6)
+    weights = jnp.asarray(gaussian(8) / np.where(size > 0, size, 1), jnp.float32)
+    got = jax.grad(lambda *args: jnp.sum(weights * norm(*args)), (0, 1, 2))(*narrow)
+    unit = np.divide(w + 0.5 * a @ b, want, out=np.zeros_like(w), where=want > 0) * np.asarray(weights, np.float64)
+    for g, exact in zip(got, (unit, 0.5 * unit @ b.T, 0.5 * a.T @ unit), strict=True):
+        assert np.all(np.abs(np.asarray(g, np.float64) - exact) <= 1e-5 * np.abs(exact).max(axis=0))

@@ -403,3 +403,18 @@ def test_bad_arguments_of_the_loss_are_refused(change, kind, message):
     arguments = {"x": jnp.ones((2, 4)), "bases": jnp.ones((3, 4, 2)), "labels": jnp.zeros(2, int), **change}
     with pytest.raises(kind, match=message):
         grassmann_cross_entropy(**arguments)
+
+
+def test_lengths_and_gradients_of_features_of_any_size_are_those_of_float64(x64):
+    size = np.array([1e-25, 1e-20, 1.0, 1e20, 1e25])[:, None]
+    rng = np.random.default_rng(0)
+    x, bases, weights = rng.normal(size=(5, 6)) * size, rng.normal(size=(3, 6, 2)), rng.normal(size=(5, 3))
+    z = np.einsum("bn,cnk->bck", x, bases)
+    want = np.linalg.norm(z, axis=-1)
+    x32, bases32, weights32 = (jnp.asarray(y, jnp.float32) for y in (x, bases, weights))
+    np.testing.assert_allclose(grassmann_logits(x32, bases32, 1.0), want, rtol=1e-5)
+    dx, dbases = jax.grad(lambda *args: jnp.sum(weights32 * grassmann_logits(*args, 1.0)), (0, 1))(x32, bases32)
+    unit = (weights / want)[..., None] * z
+    np.testing.assert_allclose(dx, np.einsum("bck,cnk->bn", unit, bases), rtol=1e-4, atol=1e-5)
+    exact = np.einsum("bck,bn->cnk", unit, x)
+    np.testing.assert_allclose(dbases, exact, atol=1e-5 * np.abs(exact).max())

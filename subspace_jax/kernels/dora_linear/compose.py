@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from subspace_jax import linalg
 from subspace_jax.kernels._dispatch import check_implementation
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float64)
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 _NO_KERNEL = "it has no kernel, because XLA makes one pass of it too"
 
 
@@ -33,7 +33,7 @@ def dora_compose(
     Source: arXiv 2603.22276.
 
     Args:
-      base: Output of the frozen layer, without bias, ``[..., out]``, float32, bfloat16 or float64.
+      base: Output of the frozen layer, without bias, ``[..., out]``, float32, bfloat16, float16 or float64.
       lora: ``(x a) b``, of the same shape and dtype.
       g: Magnitude over norm, ``[out]``, float32 or float64; keep it so, for in bfloat16 the difference from 1 is lost.
       scale: Scalar s, which may be traced; it has no derivative.
@@ -52,7 +52,9 @@ def dora_compose(
     if g.shape != base.shape[-1:]:
         raise ValueError(f"g: expected one number for each output, {base.shape[-1:]}, got {g.shape}")
     if base.dtype not in _FLOATS or lora.dtype != base.dtype:
-        raise TypeError(f"base, lora: expected both float32, bfloat16 or float64, got {base.dtype} and {lora.dtype}")
+        raise TypeError(
+            f"base, lora: expected both float32, bfloat16, float16 or float64, got {base.dtype} and {lora.dtype}"
+        )
     if g.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"g: expected float32 or float64, got {g.dtype}")
     if jnp.shape(scale) != ():

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from subspace_jax.kernels._products import product
 from subspace_jax.kernels.dora_linear.compose import compose
 from subspace_jax.kernels.dora_weight_norm import dora_weight_norm
-from subspace_jax.kernels.dora_weight_norm.api import check_factors
+from subspace_jax.kernels.dora_weight_norm.api import check_factors, least_norm
 
 
 def dora_linear(
@@ -30,7 +30,8 @@ def dora_linear(
 
     The norm is that of the adapted weight's columns, from :func:`dora_weight_norm`, and neither pass makes an array of
     the size of W.  Where ``magnitude`` is that norm, ``g = magnitude / norm`` is exactly 1 and a zero ``b`` leaves the
-    output of the layer as it is.  The norm is bounded below by 1e-12, by 1e-6 for bfloat16 weights.
+    output of the layer as it is.  The norm is bounded below by 1e-12, by 1e-6 for 16-bit weights:
+    columns shorter than that do not get their magnitudes.
 
     Costs beside ``x W``: the norm, ``2 r in out`` FLOPs in each call, whatever the number of tokens; ``2 r (in + out)``
     for each token; one pass over ``[tokens, out]``.  Where nothing trains, keep the norm, and apply the merged weight.
@@ -39,7 +40,7 @@ def dora_linear(
     Source: arXiv 2402.09353 (equations 5, 6 and section 4.3), arXiv 2603.22276; order and dropout as in PEFT.
 
     Args:
-      x: Activations ``[..., in]``, float32, bfloat16 or float64.
+      x: Activations ``[..., in]``, float32, bfloat16, float16 or float64.
       w: ``[in, out]``, rounded to the dtype of ``x`` where it meets it.
       a: ``[in, r]``.
       b: ``[r, out]``.
@@ -67,8 +68,8 @@ def dora_linear(
             continue
         if given.ndim < 1 or given.shape[-1] != w.shape[0]:
             raise ValueError(f"{name}: expected [..., {w.shape[0]}] for w {w.shape}, got {given.shape}")
-        if given.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
-            raise TypeError(f"{name}: expected float32, bfloat16 or float64, got {given.dtype}")
+        if given.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {given.dtype}")
     if dropped is not None and (dropped.shape, dropped.dtype) != (x.shape, x.dtype):
         raise ValueError(f"dropped: expected {x.dtype}{x.shape} like x, got {dropped.dtype}{dropped.shape}")
     for name, given in (("magnitude", magnitude), ("bias", bias)):
@@ -83,7 +84,7 @@ def dora_linear(
 @functools.partial(jax.jit, static_argnums=9)
 def _linear(x, w, a, b, magnitude, norm, scale, bias, dropped, detach_norm):
     norm = jax.lax.stop_gradient(norm) if detach_norm else norm
-    g = magnitude.astype(norm.dtype) / jnp.maximum(norm, 1e-6 if w.dtype == jnp.bfloat16 else 1e-12)
+    g = magnitude.astype(norm.dtype) / jnp.maximum(norm, least_norm(w.dtype))
     base = product(x, w)
     if dropped is None:
         y = compose(base, product(product(x, a), b), g, scale, 0.0)

@@ -14,7 +14,8 @@ from subspace_jax.kernels.dora_weight_norm import xla
 from subspace_jax.kernels.dora_weight_norm.chunks import check_budget
 
 _NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs reads the weight once and writes norms only"
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float64)
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+_FACTORS = (jnp.float32, jnp.bfloat16, jnp.float64)
 
 
 def dora_weight_norm(
@@ -38,6 +39,9 @@ def dora_weight_norm(
     instead).  TPUs compute every column so, in one pass over W, with the adapted weight in registers only; ``energy``
     and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of rows at a time.
 
+    Columns whose squares are out of the range of float32 are brought to the size of 1 and computed once more, from
+    ``W + s a b`` (so is a column of zeros); on TPUs they are not, and norms hold between 1e-17 and 1e19.
+
     For in x out weights and rank r: ``2 r (in out + r in + r out)`` FLOPs; on TPUs ``2 r in out``.  ``W, a, b`` are
     read once (on GPUs W is read twice without ``energy``), and ``a^T W``, ``4 r out`` bytes, is the largest
     temporary: 12.6 MB at 8192 x 8192, r = 384; there is none on TPUs.  bfloat16 is never copied as float32 on GPUs; on
@@ -53,9 +57,9 @@ def dora_weight_norm(
     Source: arXiv 2603.22276 (factored norm), arXiv 2402.09353 (DoRA).
 
     Args:
-      w: Weights ``[..., in, out]``, float32, bfloat16 or float64.
-      a: ``[..., in, r]``, any of these dtypes.
-      b: ``[..., r, out]``, any of these dtypes.
+      w: Weights ``[..., in, out]``, float32, bfloat16, float16 or float64.
+      a: ``[..., in, r]``, float32, bfloat16 or float64.
+      b: ``[..., r, out]``, float32, bfloat16 or float64.
       scale: Scalar s, which may be traced.
       energy: ``[..., out]``, from :func:`column_energy`: W is frozen while an adapter trains, and so is this.
       budget_bytes: Bytes for copies in float32, from 16 MiB: W is then worked on in chunks of rows, by
@@ -91,13 +95,18 @@ def column_energy(w: jax.Array) -> jax.Array:
     """Squared norms of the columns of a weight: once, for a weight that stays as it is.
 
     Args:
-      w: ``[..., in, out]``, float32, bfloat16 or float64.
+      w: ``[..., in, out]``, float32, bfloat16, float16 or float64.
 
     Returns:
-      ``[..., out]``, float32, or float64 if ``w`` is.
+      ``[..., out]``, float32, or float64 if ``w`` is; 0 or infinite for norms that are not between 1e-19 and 1e19.
     """
     _check_weight("w", w)
     return xla.column_energy(w)
+
+
+def least_norm(dtype: jnp.dtype) -> float:
+    """The norm below which magnitudes are divided by this instead, by the type of the weight."""
+    return 1e-6 if jnp.dtype(dtype).itemsize == 2 else 1e-12
 
 
 def check_factors(w: jax.Array, a: jax.Array, b: jax.Array, scale: ArrayLike) -> None:
@@ -109,7 +118,7 @@ def check_factors(w: jax.Array, a: jax.Array, b: jax.Array, scale: ArrayLike) ->
     if b.shape != (*lead, a.shape[-1], columns):
         raise ValueError(f"b: expected {(*lead, a.shape[-1], columns)} for w {w.shape} and a {a.shape}, got {b.shape}")
     for name, x in (("a", a), ("b", b)):
-        if x.dtype not in _FLOATS:
+        if x.dtype not in _FACTORS:
             raise TypeError(f"{name}: expected float32, bfloat16 or float64, got {x.dtype}")
     if jnp.shape(scale) != ():
         raise ValueError(f"scale: expected a scalar, got shape {jnp.shape(scale)}")
@@ -119,7 +128,7 @@ def _check_weight(name: str, w: jax.Array) -> None:
     if w.ndim < 2 or 0 in w.shape:
         raise ValueError(f"{name}: expected weights [..., in, out] without empty axes, got shape {w.shape}")
     if w.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float64, got {w.dtype}")
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {w.dtype}")
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -136,10 +145,9 @@ def _norms(w, a, b, scale, energy, budget):
     args = (w, a, b, scale) if energy is None else (w, a, b, scale, energy)
 
     def run(*args, i):
-        return xla.squares(*args, budget=budget, axes=i)
+        return xla.norms(*args, budget=budget, axes=i)
 
-    total = over_shards(run, rule, together=("r",), inside=("i",))(*args)
-    return jnp.sqrt(jnp.maximum(total, 0))
+    return over_shards(run, rule, together=("r",), inside=("i",))(*args)
 
 
 def _leading(w) -> str:
@@ -155,11 +163,11 @@ def _backward(budget, kept, weights):
     del budget
     w, a, b, scale, energy, norm = kept
     lead = _leading(w)
-    rule = f"{lead} i o, {lead} i r, {lead} r o, , {lead} o -> {lead} i o, {lead} i r, {lead} r o"
+    rule = f"{lead} i o, {lead} i r, {lead} r o, , {lead} o, {lead} o -> {lead} i o, {lead} i r, {lead} r o"
     # A column of zeros has no direction in which its norm grows.
-    by_length = jnp.where(norm > 0, weights / jnp.where(norm > 0, norm, 1), 0)
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
     run = over_shards(xla.gradients, rule, together=("r",))
-    dw, da, db = map(placed_like, run(w, a, b, scale, by_length), (w, a, b))
+    dw, da, db = map(placed_like, run(w, a, b, scale, inverse, weights), (w, a, b))
     return dw, da, db, jnp.zeros_like(scale), None if energy is None else jnp.zeros_like(energy)
 
 

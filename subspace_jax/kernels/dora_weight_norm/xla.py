@@ -19,6 +19,45 @@ _CANCELS = 1e-4
 _PLAIN_BYTES = 8 << 20  # of rows of the adapted weight that are there at a time in that case
 
 
+def norms(w, a, b, scale, energy=None, *, budget, axes):
+    """Norms ``[..., out]`` of the columns of ``W + s a b``.
+
+    Where a sum of squares is out of the range of the type, columns are computed once more, brought to the size of 1;
+    not on TPUs, where columns that are split over Auto mesh axes would need a collective to tell.
+    """
+    total = squares(w, a, b, scale, energy, budget=budget, axes=axes)
+    again = functools.partial(_again, axes=axes)
+    return jax.lax.platform_dependent(total, w, a, b, scale, tpu=lambda total, *_: _root(total), default=again)
+
+
+def _root(total):
+    return jnp.sqrt(jnp.maximum(total, 0))
+
+
+def _again(total, w, a, b, scale, *, axes):
+    info = jnp.finfo(total.dtype)
+    in_range = (total > info.tiny / info.eps**2) & (total < info.max)
+
+    def anew(total):
+        return jnp.where(in_range, _root(total), _scaled_norms(w, a, b, scale, axes))
+
+    return jax.lax.cond(jnp.all(in_range), _root, anew, total)
+
+
+def _scaled_norms(w, a, b, scale, axes):
+    """The formula as it stands, of columns that are divided by their largest entry first."""
+    wide = scale.dtype
+
+    def parts(f, join):
+        return _in_parts(lambda w, a: f(w.astype(wide) + scale * _dot(a, b).astype(wide)), w, a, join, wide)
+
+    largest = parts(lambda v: jnp.max(jnp.abs(v), axis=-2), jnp.maximum)
+    largest = jax.lax.pmax(largest, axes) if axes else largest
+    size = linalg.binary_scale(largest[..., None], -1)[..., 0]
+    total = parts(lambda v: jnp.sum(jnp.square(v / size[..., None, :]), axis=-2), jnp.add)
+    return size * jnp.sqrt(jax.lax.psum(total, axes) if axes else total)
+
+
 def squares(w, a, b, scale, energy=None, *, budget, axes):
     """Squared norms ``[..., out]`` of the columns of ``W + s a b``.
 
@@ -103,39 +142,48 @@ def _sums_in_chunks(w, a, with_energy, budget):
 
 def _plain_in_parts(w, a, b, scale):
     """The formula as it stands, with a few rows of the adapted weight there at a time."""
+    return _in_parts(lambda w, a: plain_squares(w, a, b, scale), w, a, jnp.add, scale.dtype)
+
+
+def _in_parts(f, w, a, join, dtype):
+    """Joins ``f`` of some rows of w and a, ``[..., out]`` not below 0, over all rows."""
     *lead, rows, columns = w.shape
-    wanted = max(1, w.size * scale.dtype.itemsize // _PLAIN_BYTES)
+    wanted = max(1, w.size * dtype.itemsize // _PLAIN_BYTES)
     # Every so many-th row belongs to one part: if rows are split over devices, each works on its own.
     parts = max(n for n in range(1, min(wanted, 64) + 1) if rows % n == 0)
     w, a = (x.reshape(*lead, rows // parts, parts, x.shape[-1]) for x in (w, a))
 
     def add(i, total):
         wide, tall = (jax.lax.dynamic_index_in_dim(x, i, axis=-2, keepdims=False) for x in (w, a))
-        return total + plain_squares(wide, tall, b, scale)
+        return join(total, f(wide, tall))
 
-    total, _ = vary_alike(jnp.zeros((*lead, columns), scale.dtype), w)
+    total, _ = vary_alike(jnp.zeros((*lead, columns), dtype), w)
     return jax.lax.fori_loop(0, parts, add, total)
 
 
-def gradients(w, a, b, scale, weights):
-    """Gradients of ``sum_j weights_j ||v_j||^2 / 2`` for ``W, a, b``, where v_j are the columns of ``V = W + s a b``.
+def gradients(w, a, b, scale, inverse, weights):
+    """Gradients of ``sum_j weights_j n_j`` for ``W, a, b``, where n are the norms of the columns of ``V = W + s a b``.
 
-    ``da = s V k b^T`` and ``db = s a^T V k`` with ``k = diag(weights)``, without V; ``dW = V k`` is V's size, and made
-    only where it is asked for.
+    ``da = s V k b^T`` and ``db = s a^T V k`` with ``k = diag(weights / n)``, without V; ``dW = V k`` is V's size, and
+    made only where it is asked for.  What has the size of a column is divided by its norm, ``inverse = 1 / n``, before
+    weights, which may be large, are multiplied with it.
     """
     dtype = linalg.working_dtype(w, a, b)
     wide = b.astype(dtype)
-    turned = wide * weights[..., None, :]
-    dw = (w.astype(dtype) + scale * _dot(a, wide)) * weights[..., None, :]
-    # Factors in the dtype of W, so that a bfloat16 weight is not copied as float32.
-    da = _dot(w, turned.astype(w.dtype).mT) + scale * _dot(a.astype(dtype), _dot(wide, turned.mT))
-    db = (_dot(a.mT, w) + scale * _dot(_dot(a.mT, a), wide)) * weights[..., None, :]
+    inverse, weights = inverse[..., None, :], weights[..., None, :]
+    turned = wide * inverse * weights
+    dw = (w.astype(dtype) + scale * _dot(a, wide)) * inverse * weights
+    # Factors in the dtype of W, so that a bfloat16 weight is not copied as float32; float16 has no room for them.
+    da = _dot(w, turned.astype(w.dtype if w.dtype == jnp.bfloat16 else dtype).mT) + scale * _dot(
+        a.astype(dtype), _dot(wide, turned.mT)
+    )
+    db = (_dot(a.mT, w) + scale * _dot(_dot(a.mT, a), wide)) * inverse * weights
     return dw.astype(w.dtype), (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)
 
 
 def _dot(x, y):
-    """``x y``: bfloat16 factors as they are with float32 sums, others in the full precision of their type."""
-    if x.dtype == y.dtype == jnp.bfloat16:
+    """``x y``: 16-bit factors as they are with float32 sums, others in the full precision of their type."""
+    if x.dtype == y.dtype and x.dtype.itemsize == 2:
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
     dtype = linalg.working_dtype(x, y)
     return jnp.matmul(x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST)

@@ -46,7 +46,8 @@ def grassmann_logits(
     Args:
       x: Features ``[..., n]``, floating point.  Its dtype decides how products are made: in bfloat16 both factors are
         rounded to bfloat16 and sums are float32; otherwise full precision of float32, or of float64.
-      bases: ``[classes, n, k]``, floating point.  They need not be orthonormal.
+      bases: ``[classes, n, k]``, floating point.  They need not be orthonormal, but of a size whose square float32
+        holds, 1e-15 to 1e15.  Features may be of any size.
       gamma: Scale of the logits, a scalar that may be traced and differentiated.
       implementation: None or "xla".
       block: Classes that are worked on at a time; None for a value by batch and k.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.kernels._shards import vary_alike
-from subspace_jax.linalg import working_dtype
+from subspace_jax.linalg import binary_scale, working_dtype
 
 # Bytes of the products, and of the bases, that are there at a time: of both there are a few, which stay within the
 # memory of a TPU's core and the cache of a GPU.
@@ -27,7 +27,7 @@ _TILE = 8  # rows of a tile of a TPU's layout
 
 def norms(x, bases, *, block):
     """Lengths ``[..., classes]`` of ``S_c^T x``, for ``x [..., n]`` and ``bases [classes, n, k]``."""
-    features, wide = _features(x)
+    features, size, wide = _features(x)
     classes = _Classes(bases, features.shape[0], block)
 
     def add(out, start, width):
@@ -36,7 +36,7 @@ def norms(x, bases, *, block):
 
     out = jnp.zeros((*classes.split, features.shape[0]), wide)
     out = classes.loop(add, vary_alike(features, out)[1])
-    return out.reshape(classes.count, -1).T.reshape(*x.shape[:-1], classes.count)
+    return (out.reshape(classes.count, -1).T * size).reshape(*x.shape[:-1], classes.count)
 
 
 def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
@@ -45,10 +45,12 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
     They are summed over the mesh axes that split the classes and the rows of ``x``; those of bases group by group, for
     a sum of all at once would need a second place of their size.
     """
-    features, wide = _features(x)
+    features, size, wide = _features(x)
     batch = features.shape[0]
     classes = _Classes(bases, batch, block)
-    norms, weights = (a.reshape(batch, -1).T.reshape(*classes.split, batch) for a in (norms, weights.astype(wide)))
+    # With x = size features: norms of features, and weights of which the products with features are gradients of bases.
+    norms, weights = norms.reshape(batch, -1) / size, weights.astype(wide).reshape(batch, -1) * size
+    norms, weights = (a.T.reshape(*classes.split, batch) for a in (norms, weights))
 
     def add(sums, start, width):
         dx, dbases = sums
@@ -65,12 +67,15 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
     sums = jnp.zeros(features.shape, wide), jnp.zeros(classes.bases.shape, wide)
     dx, dbases = classes.loop(add, tuple(vary_alike(features, *sums)[1:]))
     dx = jax.lax.psum(dx, class_axes) if class_axes else dx
-    return dx.reshape(x.shape).astype(x.dtype), dbases.reshape(bases.shape).astype(bases.dtype)
+    return (dx / size).reshape(x.shape).astype(x.dtype), dbases.reshape(bases.shape).astype(bases.dtype)
 
 
 def _features(x):
+    """Features ``[batch, n]`` divided by powers of two ``[batch, 1]``, so that their squares are in range."""
     wide = working_dtype(x)
-    return x.reshape(-1, x.shape[-1]).astype(wide), wide
+    x = x.reshape(-1, x.shape[-1]).astype(wide)
+    size = binary_scale(x, -1)
+    return x / size, size, wide
 
 
 def _round(x, dtype):

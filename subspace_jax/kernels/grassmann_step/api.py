@@ -34,14 +34,14 @@ def grassmann_step(
 
     With ``D = decay M + weight G`` and ``H = D - S (S^T D)``, the new basis is that at the end of the geodesic from S
     along ``-learning_rate H``, or its retraction, re-orthonormalised.  All of it is ``S X + D Y`` for k x k matrices
-    that follow from ``S^T D``, ``H^T H`` and ``S^T S``: no singular value decomposition, and no eigenvalues for "exp"
-    (below 64 radians).  :func:`subspace_jax.optim.riemannian_sgd` is this as an Optax transform.
+    that follow from ``S^T D``, ``H^T H`` and ``S^T S``: no singular value decomposition, and no eigenvalues for "exp".
+    A step ends after 64 radians (a length of 64 for other retractions), and where any is longer than 4, bases are made
+    orthonormal once more.  :func:`subspace_jax.optim.riemannian_sgd` is this as an Optax transform.
 
     For C bases of k columns in R^n: about ``12 C n k^2`` FLOPs (``16 C n k^2`` with a transport), and ``20 C n k``
     bytes of arguments and results in float32, which is also what a TPU moves: a kernel does the whole step on the chip,
     for float32, "exp", up to 16 columns and bases of up to 3 MiB.  Elsewhere D and H are written and read as well.
-    Donate bases and momentum to the ``jit`` around the step, or they are copied.  On TPUs a step of "exp" ends after 64
-    radians.
+    Donate bases and momentum to the ``jit`` around the step, or they are copied.
 
     Sharded over Explicit mesh axes, classes need no collective; a split n costs sums of three k x k matrices for each
     class.  k is gathered.  Under Auto axes the compiler does the same with the reference.  Works under ``vmap``.

@@ -19,6 +19,9 @@ from jax.typing import ArrayLike
 from subspace_jax import linalg
 from subspace_jax.linalg import eye_like, times
 
+# Radians: beyond the first, bases are made orthonormal once more; a step ends after the second.
+SHORT, LONGEST = 4.0, 64.0
+
 
 class Algebra(NamedTuple):
     """Operations on square matrices, wherever an array has their axes.

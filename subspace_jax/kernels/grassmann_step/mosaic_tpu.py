@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from subspace_jax.kernels._shards import result
 from subspace_jax.kernels.grassmann_step import lanes
-from subspace_jax.kernels.grassmann_step.coefficients import combinations
+from subspace_jax.kernels.grassmann_step.coefficients import LONGEST, SHORT, combinations
 
 # Of one array: with double buffers of five there are ten on the chip, within 64 MiB, the least of v5e, v5p and v6e.
 _BLOCK_BYTES = 3 << 20
@@ -123,10 +123,9 @@ def _body(numbers, sizes, *refs, classes, transport, difference, with_momentum):
     # The last group has lanes without a class.
     used = jax.lax.broadcasted_iota(jnp.int32, (k, k, group), 2) < classes - pl.program_id(0) * group
     overlap, square, drift = (jnp.where(used, small[i], 0.0) for i in range(3))
-    longest = 2.0**lanes.MAX_DOUBLINGS
     size = sizes[...]
-    length = size * jnp.sqrt(lanes.norm(square))
-    size = size * (longest / jnp.maximum(length, longest))
+    length = jnp.abs(size) * jnp.sqrt(lanes.norm(square))
+    size = size * (LONGEST / jnp.maximum(length, LONGEST))
     update, carried = combinations(overlap, square, numbers[0, 2] * drift, size, transport, "exp", algebra=lanes.LANES)
     moving = [update] if carried is None else [update, carried]
     for i, m in enumerate(m for combination in moving for m in combination):
@@ -148,3 +147,19 @@ def _body(numbers, sizes, *refs, classes, transport, difference, with_momentum):
         return 0
 
     jax.lax.fori_loop(0, group, combine, 0)
+
+    def newton(c, _):
+        """One step towards the nearest orthonormal basis, as in the reference."""
+        s = ins[0][c]
+        new = s + outs[0][c] if difference else outs[0][c]
+        row, fixed = jax.lax.broadcasted_iota(jnp.int32, (k, 1), 0), new
+        for i in range(k):
+            error = jnp.sum(new * new[i : i + 1], axis=1, keepdims=True) - jnp.where(row == i, 1.0, 0.0)
+            fixed = fixed - 0.5 * error * new[i : i + 1]
+        outs[0][c] = fixed - s if difference else fixed
+        return 0
+
+    @pl.when(jnp.max(length) > SHORT)
+    def _():
+        for _ in range(2):
+            jax.lax.fori_loop(0, group, newton, 0)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.kernels.grassmann_step.coefficients import BOUNDED, combinations
+from subspace_jax.kernels.grassmann_step.coefficients import BOUNDED, LONGEST, SHORT, combinations
 from subspace_jax.kernels.grassmann_step.gram import defect, tall_gram
-from subspace_jax.linalg import times
+from subspace_jax.linalg import eye_like, times
 
 
 def tangent_part(s: jax.Array, x: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -42,27 +42,29 @@ def step(s, grads, momentum, rates, size, due, *, transport, retraction, axes: S
     square = summed(tall_gram(h, h))
     none = jnp.zeros_like(square)
     drift = none if due is None else jax.lax.cond(due, lambda s: _drift(s, axes), lambda s: none, s)
-    whole = functools.partial(combinations, transport=transport, retraction=retraction)
-    if retraction == "exp":
-        # TPUs end a step after 64 radians in the kernel too.
-        update, carried = jax.lax.platform_dependent(overlap, square, drift, size, tpu=_ending(whole), default=whole)
-    else:
-        update, carried = whole(overlap, square, drift, size)
+    size, length = _ended(square, size)
+    update, carried = combinations(overlap, square, drift, size, transport, retraction, BOUNDED)
     moved = _combine(s, update.of_s) + _combine(d, update.of_d)
     if carried is not None:
         d = _combine(s, carried.of_s) + _combine(d, carried.of_d)
+    # What k x k matrices know of the new columns is less, by the square of the length.
+    moved = jax.lax.cond(jnp.any(length > SHORT), lambda: _orthonormal(s + moved, summed) - s, lambda: moved)
     return moved if difference else s + moved, d
 
 
-def _ending(whole):
-    """A step that is no longer than 64 radians, for which no eigenvalues are needed."""
+def _ended(square, size):
+    """The size of a step that is no longer than 64 radians, and its length ``[..., 1, 1]``."""
+    norm = jnp.sqrt(jnp.max(jnp.sum(jnp.abs(square), axis=-1), axis=-1)[..., None, None])
+    length = jnp.abs(size) * norm
+    return size * (LONGEST / jnp.maximum(length, LONGEST)), length
 
-    def ending(overlap, square, drift, size):
-        norm = jnp.max(jnp.sum(jnp.abs(square), axis=-1), axis=-1)[..., None, None]
-        size = size * (64.0 / jnp.maximum(jnp.abs(size) * jnp.sqrt(norm), 64.0))
-        return whole(overlap, square, drift, size, algebra=BOUNDED)
 
-    return ending
+def _orthonormal(s, summed):
+    """Two Newton steps towards the nearest orthonormal bases."""
+    for _ in range(2):
+        square = summed(tall_gram(s, s))
+        s = _combine(s, 1.5 * eye_like(square) - 0.5 * square)
+    return s
 
 
 def _drift(s: jax.Array, axes: Sequence[str]) -> jax.Array:

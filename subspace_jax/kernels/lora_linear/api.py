@@ -11,7 +11,7 @@ from subspace_jax.kernels._shards import over_shards, vary_alike
 from subspace_jax.kernels.lora_linear import xla
 
 _NO_KERNEL = "it has no kernel, because XLA joins the two products on TPUs"
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float64)
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 def lora_linear(
@@ -43,8 +43,8 @@ def lora_linear(
     Source: arXiv 2106.09685; ``s = alpha / r``, or ``alpha / sqrt(r)`` (arXiv 2312.03732).
 
     Args:
-      x: Activations ``[..., in]``, float32, bfloat16 or float64.  Their dtype decides how products are made: bfloat16
-        takes one pass of the matrix unit and sums in float32, others keep full precision.
+      x: Activations ``[..., in]``, float32, bfloat16, float16 or float64.  Their dtype decides how products are made:
+        16-bit types take one pass of the matrix unit and sum in float32, others keep full precision.
       w: ``[in, out]``, or ``[*lead, in, out]`` for several weights; x is then ``[*lead, ..., in]``, and so for a, b.
         Weights and factors are rounded to the dtype of x on the way in.
       a: ``[in, r]``.
@@ -84,7 +84,7 @@ def _check(x, w, a, b, scale):
         raise ValueError(f"b: expected {(*lead, a.shape[-1], columns)} for w {w.shape} and a {a.shape}, got {b.shape}")
     for name, array in (("x", x), ("w", w), ("a", a), ("b", b)):
         if array.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float64, got {array.dtype}")
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {array.dtype}")
     if jnp.shape(scale) != ():
         raise ValueError(f"scale: expected a scalar, got shape {jnp.shape(scale)}")
 

@@ -54,11 +54,11 @@ def low_rank(x, a, scale):
 
 
 def dot(x, y, left, right):
-    """A product, float32 for bfloat16."""
+    """A product, float32 for 16-bit types."""
     return _dot_general(x, y, ((left % x.ndim,), (right,)))
 
 
 def _dot_general(x, y, contracted):
-    if x.dtype == jnp.bfloat16:
+    if x.dtype.itemsize == 2:
         return jax.lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=jnp.float32)
     return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=jax.lax.Precision.HIGHEST)

@@ -49,6 +49,9 @@ def projected_adam_step(
     The update lies in the span of P to the rounding of W.  Where G is bfloat16, R is a product of bfloat16 numbers
     with float32 sums, and where W is bfloat16, P N is; other products have full float32 precision.
 
+    Moments hold squares, as those of Adam do: where an entry of R is above 1e19 in float32, nu is infinite from then on
+    and N is 0; below 1e-19 nu is 0, and N is mu over ``eps``.
+
     Memory and time, for m x n weights and rank r: W, G and P are read once, mu and nu are read and written once, W is
     written once: ``m n (2 |W| + |G|) + 4 m r + 16 r n`` bytes, and 4 m n r FLOPs.  R, N and the update are written
     nowhere on TPUs (XLA alone reads mu and nu twice, and on v6e copies W to and fro for the left side); on GPUs, and

@@ -36,14 +36,16 @@ def weight_grad_energy(
     summed over the devices that split the other.  Works under ``vmap``.  Results are constants for derivatives.
 
     Args:
-      x: Inputs of the layer ``[..., tokens, in]``, float32, bfloat16 or float64; leading axes are those of the weight.
+      x: Inputs of the layer ``[..., tokens, in]``, float32, bfloat16, float16 or float64; leading axes are those of the
+        weight.
       dy: Gradient of its outputs ``[..., tokens, out]``, of the same dtype.
       axis_name: Within ``shard_map``, the mesh axes that split tokens.
       implementation: None or "xla".
       block: Rows of G that are worked on at a time; None for a value by shape, or all on TPUs.
 
     Returns:
-      ``[..., in]`` and ``[..., out]``, float32, or float64 if the arguments are.
+      ``[..., in]`` and ``[..., out]``, float32, or float64 if the arguments are.  They are squares: float32 holds those
+      of gradients whose entries lie between 1e-19 and 1e19, and those of smaller ones are 0.
 
     Raises:
       ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
@@ -68,8 +70,8 @@ def _check(x, dy, block):
     if dy.ndim != x.ndim or dy.shape[:-1] != x.shape[:-1] or not dy.shape[-1]:
         wanted = ", ".join(map(str, (*x.shape[:-1], "out")))
         raise ValueError(f"dy: expected [{wanted}] for x {x.shape}, got shape {dy.shape}")
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
-        raise TypeError(f"x: expected float32, bfloat16 or float64, got {x.dtype}")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if dy.dtype != x.dtype:
         raise TypeError(f"dy: expected the dtype of x, {x.dtype}, got {dy.dtype}")
     if block is not None and (not isinstance(block, int) or block < 1):

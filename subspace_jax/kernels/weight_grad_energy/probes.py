@@ -27,8 +27,8 @@ def energy_probes(
     Source: arXiv 2605.08734.
 
     Args:
-      x: Inputs ``[..., in]``, float32, bfloat16 or float64.  Where probes have leading axes, those of a stack of
-        weights, x and y begin with them.
+      x: Inputs ``[..., in]``, float32, bfloat16, float16 or float64.  Where probes have leading axes, those of a stack
+        of weights, x and y begin with them.
       y: Outputs ``[..., out]``, of the same dtype.
       rows: Probe ``[..., in]``, zeros by habit, float32 or float64.
       columns: Probe ``[..., out]``.

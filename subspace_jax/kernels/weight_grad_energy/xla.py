@@ -57,6 +57,6 @@ def in_parts(x, d, *, axes, block):
 
 def _dot(x, d):
     dims = (((0,), (0,)), ((), ()))
-    if x.dtype == jnp.bfloat16:
+    if x.dtype.itemsize == 2:
         return jax.lax.dot_general(x, d, dims, preferred_element_type=jnp.float32)
     return jax.lax.dot_general(x, d, dims, precision=jax.lax.Precision.HIGHEST)
