@@ -15,6 +15,7 @@ _DEFAULT_NAMES = {
     "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
 }
 _CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}
 # Those that open a text by themselves where tokenizer.json has no post-processor.
@@ -42,7 +43,9 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     )
     decoder = config.get("added_tokens_decoder")
     settings = {**config, **named} if decoder is None else {**named, **config}
-    family = _class_of(folder, settings)
+    model = read_json_object(file) if (file := folder / "config.json").is_file() else {}
+    settings["tokenizer_class"] = settings.get("tokenizer_class") or model.get("tokenizer_class")
+    family = _class_of(model.get("model_type"), settings["tokenizer_class"])
     settings = {name: token for name, token in _DEFAULT_NAMES.get(family, {}).items() if known(token)} | settings
     files = f"{folder}: tokenizer_config.json or special_tokens_map.json"
     for name in ("add_bos_token", "split_special_tokens", "add_prefix_space", "legacy"):
@@ -59,12 +62,8 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
     return settings
 
 
-def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Names the class by which transformers reads a folder: the one in its config, else that of the model's family."""
-    model_type = None
-    if (folder / "config.json").is_file():
-        model_type = read_json_object(folder / "config.json").get("model_type")
-    name = settings.get("tokenizer_class")
+def _class_of(model_type: Any, name: Any) -> str | None:
+    """Names the class by which transformers reads a folder: the one that is named, else that of the model's family."""
     if model_type == "qwen2" or (model_type == "gpt2" and name is None):
         return _CLASSES[model_type]
     if model_type == "mistral":

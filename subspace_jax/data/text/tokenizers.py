@@ -192,7 +192,8 @@ class FileTokenizer:
 def _space_as_its_class(tokenizer, settings: dict[str, Any]) -> None:
     """Sets what transformers' own classes for GPT-2, Qwen2 and Llama make of spaces, whatever tokenizer.json says.
 
-    ``add_prefix_space`` counts there, and ``legacy``, by which Llama's puts a space after each special token as well.
+    ``add_prefix_space`` counts there, and ``legacy``, by which Llama's, but not Code Llama's, puts a space after each
+    special token as well.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -201,12 +202,12 @@ def _space_as_its_class(tokenizer, settings: dict[str, Any]) -> None:
     if family in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
             tokenizer.pre_tokenizer.add_prefix_space = bool(prefix)
-    elif family == "LlamaTokenizer" and _SPACE in parts and "ByteLevel" not in parts:
-        prefix = prefix is None or prefix
-        scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
+    elif family in ("LlamaTokenizer", "CodeLlamaTokenizer") and _SPACE in parts and "ByteLevel" not in parts:
+        prefix, everywhere = prefix is None or prefix, family == "LlamaTokenizer" and settings.get("legacy")
+        scheme = "never" if not prefix else "always" if everywhere else "first"
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        strip = [decoders.Strip(" ", 1, 0)] if prefix or family == "CodeLlamaTokenizer" else []
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
         )

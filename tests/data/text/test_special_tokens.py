@@ -106,6 +106,14 @@ def test_gpt2_and_qwen2_folders_without_names_have_those_of_their_family(load):
     assert load(processor(None), config={"model_type": "llama"}).eos_id is None
 
 
+def test_the_class_may_stand_in_the_config_of_the_model(load):
+    config = {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"}
+    tokenizer = load(config=config)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 6)
+    tokenizer = load(config=config, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
 @pytest.mark.parametrize("as_object", [False, True])
 def test_names_may_stand_in_the_special_tokens_map_and_be_objects(load, as_object):
     names = {k: {"content": v, "lstrip": False, "normalized": False} for k, v in NAMES.items()} if as_object else NAMES
@@ -190,6 +198,7 @@ def sentencepiece(request, tmp_path):
         ({"tokenizer_class": "LlamaTokenizerFast"}, {" yes": [20], "Q</s>yes": [23, 30, 21], "yes ": [20, 0]}),
         ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, {" yes": [20], "Q</s>yes": [23, 30, 20]}),
         ({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}, {"yes": [21], " yes": [20]}),
+        ({"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}, {" yes": [20], "Q</s>yes": [23, 30, 21]}),
     ],
 )
 def test_spaces_are_those_of_llamas_class(tmp_path, config, expected):
