@@ -1,5 +1,6 @@
 """What the manifolds share: checks, working precision, and the functions that only see an orthonormal matrix."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -66,11 +67,13 @@ def check_retraction(method: str) -> None:
         raise ValueError(f"method: expected one of {RETRACTIONS}, got {method!r}")
 
 
+@functools.partial(jax.jit, inline=True)
 def qr_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
     """Q factor of ``S + H``; its Gram matrix ``I + H^T H`` is as well conditioned as the step is short."""
     return by_length(lambda x: linalg.cholesky_qr2(x)[0], lambda x: linalg.polar_step(q_factor(x)[0]), h, s + h)
 
 
+@functools.partial(jax.jit, inline=True)
 def polar_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
     """``(S + H) (I + H^T H)^{-1/2}``, the orthonormal matrix nearest to ``S + H``."""
 

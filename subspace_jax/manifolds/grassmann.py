@@ -14,6 +14,8 @@ dtype, and steps along coarser ones than float32 are brought into the tangent sp
 ValueError.  They can be differentiated once, unless they say otherwise.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -187,8 +189,7 @@ def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 
     """
     (s, h, d), cast = working({"s": s}, {"h": h, "d": d})
     s, d, h = at_time(t, s, d, h)
-    long = with_tangents_of(_short_transport, transported)
-    return cast(by_length(_short_transport, lambda s, h, d: long(s, _project(s, ended(h)), d), h, s, h, d))
+    return cast(_transport(s, h, d))
 
 
 def projection_transport(s_new: jax.Array, d: jax.Array) -> jax.Array:
@@ -262,6 +263,8 @@ def _exp(s: jax.Array, h: jax.Array, t: ArrayLike) -> jax.Array:
     return cast(_step(*at_time(t, s, h), "exp"))
 
 
+# Compiled once for each shape also where calls are eager: a `cond` of new functions is a new program.
+@functools.partial(jax.jit, static_argnames="method", inline=True)
 def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
     """Retraction of ``h``."""
     if method == "qr":
@@ -283,6 +286,12 @@ def _short_cayley(s: jax.Array, h: jax.Array) -> jax.Array:
 def _short_exp(s: jax.Array, h: jax.Array) -> jax.Array:
     c, d = spectral(lambda x: (-x * linalg.versine_sqrt(x), linalg.sinc_sqrt(x) - 1), gram(h, h))
     return s + (h + times(s, c) + times(h, d))
+
+
+@functools.partial(jax.jit, inline=True)
+def _transport(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
+    long = with_tangents_of(_short_transport, transported)
+    return by_length(_short_transport, lambda s, h, d: long(s, _project(s, ended(h)), d), h, s, h, d)
 
 
 def _short_transport(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:

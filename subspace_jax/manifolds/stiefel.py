@@ -13,6 +13,8 @@ dtype; shapes that don't fit raise ValueError.  They can be differentiated any n
 otherwise.  What is tangent up to rounding is treated as tangent.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -258,6 +260,8 @@ def _parts(s: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (overlap - overlap.mT) / 2, h - times(s, overlap)
 
 
+# Compiled once for each shape also where calls are eager: a `cond` of new functions is a new program.
+@functools.partial(jax.jit, inline=True)
 def _exp(s: jax.Array, h: jax.Array) -> jax.Array:
     def long(s, h):
         return with_tangents_of(_short_exp, turned)(s, *within_expm_range(*_parts(s, h)))
@@ -272,6 +276,7 @@ def _short_exp(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
     return times(s, turn[..., :k, :]) + times(normal, turn[..., k:, :])
 
 
+@functools.partial(jax.jit, inline=True)
 def _cayley(s: jax.Array, h: jax.Array) -> jax.Array:
     def long(s, h):
         return with_tangents_of(_short_cayley, cayley_turned)(s, *within_expm_range(*_parts(s, h)))
