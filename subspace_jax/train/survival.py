@@ -41,6 +41,8 @@ class NotFiniteError(ArithmeticError):
 class Lasting:
     """A stream of text that nobody may be reading any more: then what is written is dropped.
 
+    It equals what it wraps, so that a progress bar makes way for messages on the same stream.
+
     Args:
       stream: Where the text goes, such as ``sys.stderr``, which may be a pipe to ``head``, or a file on a full disk.
     """
@@ -50,6 +52,12 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._stream == getattr(other, "_stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
     def write(self, text: str) -> int:
         """Writes, or does nothing."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import io
+import logging
 import os
 import signal
 import socket
@@ -11,11 +13,12 @@ import time
 import numpy as np
 import optax
 import pytest
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from subspace_jax import train
 from subspace_jax.cli import processes as cli_processes
 from subspace_jax.cli.main import main
-from subspace_jax.train import processes, survival
+from subspace_jax.train import metrics_log, processes, survival
 
 from .common import Breaking, assert_same_bits, regression
 
@@ -172,6 +175,22 @@ def test_a_run_goes_on_where_nobody_reads_its_progress(run, monkeypatch):
     with contextlib.suppress(BrokenPipeError), gone() as stream:
         monkeypatch.setattr("sys.stderr", stream)
         assert int(go(data, progress=True).state.step) == NUM_STEPS
+
+
+def test_messages_of_the_command_come_once_and_make_way_for_its_progress_bar():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.Logger("a run")
+    logger.addHandler(handler)
+    with (
+        contextlib.redirect_stderr(survival.Lasting(stream)),
+        logging_redirect_tqdm([logger]),
+        metrics_log.progress_bar(2, 0, show=True) as bar,
+    ):
+        logger.warning("one line")
+        bar.update()
+    assert stream.getvalue().count("one line") == 1
+    assert "\rone line\n" in stream.getvalue()  # after the bar was cleared
 
 
 def test_the_command_ends_quietly_where_nobody_reads_its_output(monkeypatch, configs, tmp_path, capfd):
