@@ -76,8 +76,8 @@ class ImageProcessor:
 
         Raises:
           FileNotFoundError: There is no such file.
-          ValueError: The processor or something that it does is not supported, a field is unknown, or a value is not of
-            its kind.
+          ValueError: The processor or something that it does is not supported, a field is misspelt, or a value is not
+            of its kind.
         """
         file, fields = None, source
         if not isinstance(source, Mapping):

@@ -47,20 +47,13 @@ _OF_MODELS = {
     "convnext": "ConvNext",
     "deit": "DeiT",
     "dinov2": "Bit",
+    "dinov2_with_registers": "Bit",
     "resnet": "ConvNext",
     "siglip": "Siglip",
     "siglip_vision_model": "Siglip",
     "swin": "ViT",
     "vit": "ViT",
 }
-# Fields that change no pixel of a single RGB image; the size of a padding is none without do_pad.
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("auto_map", "data_format", "device", "disable_grouping", "do_convert_rgb", "feature_extractor_type"),
-        *("image_processor_type", "image_seq_length", "input_data_format", "pad_size", "processor_class"),
-        *("return_tensors", "transformers_version"),
-    }
-)
 
 
 def find_processor(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -97,8 +90,8 @@ def processor_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of :class:`subspace_jax.data.ImageProcessor` that fields of Hugging Face or timm mean.
 
     Raises:
-      ValueError: The processor or something that it does is not supported, a field is unknown, or a value is not of its
-        kind.
+      ValueError: The processor or something that it does is not supported, a field is misspelt, or a value is not of
+        its kind.
     """
     if (nested := fields.get("image_processor")) is not None:
         return _of_hugging_face(_mapping("image_processor", nested))
@@ -126,12 +119,12 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         size = _sides("size", own["size"], square=own["default_to_square"])
         if named[1] == "ConvNext":
             size, crop = _of_convnext(size, crop, _number("crop_pct", own["crop_pct"], above=0.01))
-    if type(own["resample"]) is not int or own["resample"] not in _METHODS:
-        raise ValueError(f"resample: expected one of {_METHODS}, got {own['resample']!r}")
+        if type(own["resample"]) is not int or own["resample"] not in _METHODS:
+            raise ValueError(f"resample: expected one of {_METHODS}, got {own['resample']!r}")
     normal = own["do_normalize"]
     return {
         "size": size,
-        "method": _METHODS[own["resample"]],
+        "method": _METHODS[own["resample"]] if size else "nearest",
         "crop": crop,
         "scale": _number("rescale_factor", own["rescale_factor"], above=0) if own["do_rescale"] else 1.0,
         "mean": _channels("image_mean", own["image_mean"]) if normal else (0.0, 0.0, 0.0),
@@ -140,12 +133,14 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuses misspelt fields and steps that are unknown here; all others are left aside, as in transformers."""
     for name, value in fields.items():
-        if name in known or name in _WITHOUT_EFFECT or name.startswith("_") or value in (None, False):
+        if name in known or name == "do_convert_rgb" or value in (None, False):
             continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ", and may change the pixels"
-        raise ValueError(f"{name}: {value!r} is not supported{hint}")
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ValueError(f"{name}: {value!r} is not supported; did you mean {near[0]!r}?")
+        if name.startswith(("do_", "use_")):
+            raise ValueError(f"{name}: {value!r} is not supported, and may change the pixels")
 
 
 def _of_convnext(size: Any, crop: tuple[int, int] | None, share: float) -> tuple[Any, tuple[int, int] | None]:

@@ -51,6 +51,8 @@ def test_from_json_knows_the_processor_of_a_model_whose_files_name_none(tmp_path
         ({**VIT, "size": {"shortest_edge": 20, "longest_edge": None}}, 20, None),
         ({**VIT, "do_center_crop": True, "crop_size": [16, 18]}, (224, 224), (16, 18)),
         ({**VIT, "do_resize": None}, None, None),
+        ({**VIT, "do_resize": False, "resample": None, "size": None}, None, None),
+        ({**VIT, "patch_size": 16, "crop_pct": 0.9, "offset": True, "_keys": ["size"]}, (224, 224), None),
         ({**CLIP, "size": 20, "crop_size": 16}, 20, (16, 16)),
         ({**CLIP, "size": {"height": 20, "width": 24}, "do_center_crop": None}, (20, 24), None),
         ({**CONVNEXT, "size": 224, "crop_pct": 0.875}, 256, (224, 224)),
