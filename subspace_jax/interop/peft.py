@@ -49,8 +49,8 @@ class PeftAdapter:
       settings: Path of each weight to its setting.
       fields: Those of ``adapter_config.json``, to be written again.
       config: That of the model whose parameters the paths are of.
-      copies: What the folder holds of the model itself: path of an adapted table or head to the tensor of its base,
-        ``[out, in]``, which PEFT puts in the place of the model's.
+      copies: What the folder holds of the model itself: path of an adapted or saved table or head to the tensor of its
+        base, ``[out, in]``, which PEFT puts in the place of the model's.
     """
 
     trainable: PyTree
@@ -139,9 +139,12 @@ def _read(
                     raise ValueError(f"{file}: {_PREFIX}{full}: expected floating point, got {tensor.dtype}")
                 found.setdefault((path, name), []).append((tensor, order, layer))
     alone = [(module, path) for path, modules in names.items() for module, layer in modules.items() if layer is None]
-    path_of = {f"{module}.base_layer.weight": path for module, path in alone}
+    path_of = {f"{module}.{own}.weight": path for module, path in alone for own in ("base_layer", "original_module")}
     copies = {path_of[name]: tensor for name, tensor in left.items() if name in path_of}
-    left = [n for n in left if not n.endswith(".base_layer.weight") and not without_effect(n.split(".lora_")[0])]
+    # With save_embedding_layers a module that is saved comes twice, and PEFT reads the plain name.
+    unread = {*path_of, *(f"{module}.modules_to_save.weight" for module, _ in alone)}
+    left = [n for n in left if n not in unread and not n.endswith(".base_layer.weight")]
+    left = [n for n in left if not without_effect(n.split(".lora_")[0])]
     if left:
         raise ValueError(f"{file}: tensors that no target has: {[_PREFIX + name for name in sorted(left)][:5]}")
     trainable: dict = {}

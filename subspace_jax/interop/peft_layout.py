@@ -161,8 +161,6 @@ def _biases(
             # PEFT's layer wraps the one that it adapts.
             name = f"{module}.base_layer" if module in targets else module
             found.setdefault("/".join((*place.path, "bias")), {})[name] = place.layer
-    if bias == "all" and not found:
-        raise ValueError("bias: 'all' of a model that has none; expected 'none'")
     for path, modules in found.items():
         layers = set(modules.values())
         if None not in layers and len(layers) < (count := at(specs, path.split("/")).shape[0]):

@@ -126,6 +126,29 @@ def test_load_adapted_refuses_a_stored_base_that_is_not_the_model_s(name, tmp_pa
         language.load_adapted(tmp_path / "model", folder)
 
 
+def test_load_adapted_reads_a_saved_head_that_comes_with_its_wrapper(tmp_path):
+    table, new = model("qwen2", tmp_path / "model"), drawn(3, 20, 8)
+    # What PEFT writes with save_embedding_layers=True; it reads nothing of the second.
+    tensors = {"lm_head.weight": new, "lm_head.modules_to_save.weight": new + 1, "model.embed_tokens.weight": table}
+    good, other = (
+        write(
+            tmp_path / name, "qwen2", {"modules_to_save": ["lm_head"]}, tensors | {"lm_head.original_module.weight": w}
+        )
+        for name, w in (("good", table), ("other", table + 1))
+    )
+    config, params = language.load_adapted(tmp_path / "model", good)
+    assert not config.tied
+    np.testing.assert_array_equal(params["embed"]["embedding"], table)
+    np.testing.assert_array_equal(params["head"]["kernel"], new.T)
+    with pytest.raises(ValueError, match=r"lm_head\.original_module\.weight: differs from the model's"):
+        language.load_adapted(tmp_path / "model", other)
+
+
+def test_all_biases_of_a_model_without_one_are_none(tmp_path):
+    folder = write(tmp_path / "adapter", "llama", {"bias": "all"}, {})
+    assert interop.load_peft_adapter(folder, CONFIGS["llama"]).settings.keys() == {"layers/attn/q/kernel"}
+
+
 def test_merge_adapter_writes_an_untied_model(tmp_path):
     table, new = model("qwen2", tmp_path / "model"), drawn(3, 20, 8)
     folder = write(tmp_path / "adapter", "qwen2", {"modules_to_save": ["lm_head"]}, {"lm_head.weight": new})
