@@ -20,7 +20,8 @@ from subspace_jax import linalg
 from subspace_jax.linalg import eye_like, times
 
 # Radians: beyond the first, bases are made orthonormal once more; a step ends after the second.
-SHORT, LONGEST = 4.0, 64.0
+SHORT = 4.0
+LONGEST = 64.0
 
 
 class Algebra(NamedTuple):
