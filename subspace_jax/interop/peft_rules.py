@@ -1,5 +1,6 @@
 """PEFT's rules: which modules an ``adapter_config.json`` means, and with which rank and alpha."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +9,9 @@ from typing import Any
 import regex
 
 # A regular expression comes out of a file that anybody may have written, and can take for ever.
-_SECONDS, _LONGEST = 2.0, 20_000
+_SECONDS, _LONGEST = 5.0, 20_000
+# {n} is compiled to n copies, those within it to as many each.
+_COPIES = 1000
 # PEFT knows a tied table by these names, whatever the model calls it.
 _TABLES = ("embed_tokens", "lm_head")
 
@@ -26,7 +29,8 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
 
     Raises:
       ValueError: ``target_modules`` is missing or matches nothing, fields contradict each other, or a regular
-        expression is malformed, longer than 20,000 characters, or takes more than 2 seconds of the CPU.
+        expression is malformed, longer than 20,000 characters, repeats a part more than 1,000 times by ``{n}``, or
+        takes more than 5 seconds of the CPU.
     """
     modules, targets = list(modules), fields.get("target_modules")
     if not targets:
@@ -108,23 +112,34 @@ def _searcher() -> Callable:
     end, compiled = time.process_time() + _SECONDS, {}
 
     def search(field: str, pattern: str, text: str, whole: bool = False) -> Any:
-        shown = pattern if len(pattern) < 200 else f"{pattern[:200]}..."
         if pattern not in compiled:
-            if len(pattern) > _LONGEST:
-                raise ValueError(
-                    f"{field}: expected a regular expression of at most {_LONGEST} characters, got {len(pattern)}"
-                )
-            try:
-                compiled[pattern] = regex.compile(pattern)
-            except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-                raise ValueError(f"{field}: {shown!r} is not a regular expression: {error}") from error
+            compiled[pattern] = _compile(field, pattern)
         try:
+            if (left := end - time.process_time()) <= 0:
+                raise TimeoutError
             match = compiled[pattern].fullmatch if whole else compiled[pattern].match
-            return match(text, timeout=max(end - time.process_time(), 1e-3))
+            return match(text, timeout=left)
         except TimeoutError as error:
-            raise ValueError(f"{field}: matching {shown!r} takes more than {_SECONDS} seconds") from error
+            raise ValueError(f"{field}: matching {_cut(pattern)!r} takes more than {_SECONDS} seconds") from error
 
     return search
+
+
+def _compile(field: str, pattern: str) -> regex.Pattern:
+    if len(pattern) > _LONGEST:
+        raise ValueError(f"{field}: expected a regular expression of at most {_LONGEST} characters, got {len(pattern)}")
+    try:
+        # What Python has and PEFT reads: no recursion, for one, which takes memory without end.
+        re.compile(pattern)
+        if math.prod(max(int(n[:9]), 1) for n in re.findall(r"\{\s*(\d+)", pattern)) > _COPIES:
+            raise ValueError(f"{field}: {_cut(pattern)!r} repeats a part more than {_COPIES} times")
+        return regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{field}: {_cut(pattern)!r} is not a regular expression: {error}") from error
+
+
+def _cut(pattern: str) -> str:
+    return pattern if len(pattern) < 200 else f"{pattern[:200]}..."
 
 
 def _named(pattern: str, names: Iterable[str], search: Callable) -> bool:

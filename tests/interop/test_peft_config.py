@@ -97,7 +97,9 @@ SLOW = "((.|.)+)+[!?]"
     ids=lambda fields: next(iter(fields)),
 )
 @pytest.mark.parametrize(
-    "pattern", [SLOW, "(", "a{2,1}", "x" * 30_000, "(" * 9000 + ")" * 9000, "(?<n>a)(?P=m)"], ids=range(6)
+    "pattern",
+    [SLOW, "(", "a{2,1}", "x" * 30_000, "(" * 9000 + ")" * 9000, "(?<n>a)(?P=m)", "(a{60000}){60000}", "(?:(?R))*"],
+    ids=range(8),
 )
 def test_load_peft_adapter_bounds_regular_expressions(fields, pattern, tmp_path, monkeypatch):
     monkeypatch.setattr(peft_rules, "_SECONDS", 0.05)

@@ -242,7 +242,8 @@ def test_load_adapted_reads_layers_as_peft_does(what, family, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "bias"), [("gpt2", "lora_only"), ("gpt2", "all"), ("qwen2", "lora_only"), ("qwen2", "all")]
+    ("family", "bias"),
+    [("gpt2", "lora_only"), ("gpt2", "all"), ("llama", "all"), ("qwen2", "lora_only"), ("qwen2", "all")],
 )
 def test_load_adapted_reads_biases_as_peft_does(family, bias, base, tmp_path):
     check_reading(base(family, True), tmp_path, family, {"target_modules": ["Q", "DOWN"], "bias": bias})
