@@ -177,8 +177,7 @@ class DoRA:
         self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
     ) -> DoRAWeight | ConvDoRAWeight:
         """Puts the weight and its arrays together."""
-        # Float16 is for files and weights: norms and what they are made of have no room in it.
-        arrays = {name: x.astype(jnp.float32) if _is_float16(x) else x for name, x in arrays.items()}
+        arrays = {name: x.astype(jnp.float32) if _is_coarse(name, x) else x for name, x in arrays.items()}
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
         parts = (base, arrays["a"], arrays["b"], self._magnitude(base, arrays))
         if self.window:
@@ -210,5 +209,8 @@ class DoRA:
         return back.astype(merged.dtype)
 
 
-def _is_float16(x: jax.Array | P) -> bool:
-    return not isinstance(x, P) and x.dtype == jnp.float16
+def _is_coarse(name: str, x: jax.Array | P) -> bool:
+    if isinstance(x, P):
+        return False
+    # Float16 has no room for norms and what they are made of, bfloat16 no digits for a gain near 1.
+    return x.dtype == jnp.float16 or (name == "magnitude" and x.dtype == jnp.bfloat16)

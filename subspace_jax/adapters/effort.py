@@ -164,5 +164,8 @@ class Effort:
         if not isinstance(base, EffortBase):
             raise ValueError("params: a projected Effort needs the tree that prepare returned, with singular vectors")
         u, vt = (jax.lax.stop_gradient(x) for x in (base.bases.u, base.bases.vt))
-        inside = linalg.times(u, linalg.gram(u, arrays["u"])), linalg.times(linalg.times(arrays["vt"], vt.mT), vt)
-        return {"u": arrays["u"] - inside[0], "s": arrays["s"], "vt": arrays["vt"] - inside[1]}
+        # In 16 bits what was taken away would come back by rounding.
+        dtype = linalg.working_dtype(u, arrays["u"])
+        u, vt, own_u, own_vt = (x.astype(dtype) for x in (u, vt, arrays["u"], arrays["vt"]))
+        inside = linalg.times(u, linalg.gram(u, own_u)), linalg.times(linalg.times(own_vt, vt.mT), vt)
+        return {"u": own_u - inside[0], "s": arrays["s"], "vt": own_vt - inside[1]}
