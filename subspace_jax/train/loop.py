@@ -35,7 +35,7 @@ from subspace_jax.train.step import (
 )
 from subspace_jax.train.survival import FiniteWatch, Notice, Preempted, Timed
 from subspace_jax.train.task import Batch, Metrics, Task
-from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, writable_folder
+from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, warn_of_lost, writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ def fit(
         else:
             state = _with_seed(state, seed, shardings, workdir, change=change_seed)
             state = complete_state(task, state, shardings)
+            warn_of_lost(workdir, checkpoints.steps())
             log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
         start = int(state.step)
         checkpoints.remove_after(start)

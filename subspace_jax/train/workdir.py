@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,16 @@ def check_never_saved(workdir: Path) -> None:
             f"workdir: the checkpoints of the run in {workdir} are gone; put them back into checkpoints/, or start "
             "anew by --restart (restart=True), which keeps what is there in a folder earlier.N"
         )
+
+
+def warn_of_lost(workdir: Path, steps: Sequence[int]) -> None:
+    """Warns where the newest checkpoint is gone and older ones, of these steps, are there."""
+    try:
+        step = int(json.loads((workdir / _MARK).read_bytes())["step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # no mark, or one that tells nothing
+        return
+    if steps and step > max(steps):
+        log.warning("The checkpoint of step %d is gone from %s; going on from an earlier one.", step, workdir)
 
 
 def set_aside(workdir: Path) -> None:

@@ -140,6 +140,19 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_where_it_is_as
     assert (tmp_path / "earlier.1" / "metrics.jsonl").read_text() == rows
 
 
+def test_a_newest_checkpoint_that_is_gone_is_missed_and_the_one_before_taken(fit, tmp_path, caplog):
+    task, data = regression()
+    fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "5")
+    assert int(fit(task, a_tx(), data, num_steps=5, workdir=tmp_path).state.step) == 5
+    assert f"The checkpoint of step 5 is gone from {tmp_path}; going on from an earlier one." in caplog.text
+    caplog.clear()
+    fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
+    (tmp_path / "newest_checkpoint.json").write_text("[]")
+    fit(task, a_tx(), data, num_steps=6, workdir=tmp_path)
+    assert not caplog.records
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(fit, tmp_path):
     task, data = regression()
     with pytest.raises(Interrupted):
