@@ -164,8 +164,9 @@ def _main(argv: Sequence[str] | None) -> int:
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
     output.silence_threads()
     try:
-        if getattr(args, "workdir", None) == "":
-            raise ValueError("--workdir: expected a folder, got an empty path")
+        for name in ("workdir", "model", "adapter", "out"):
+            if getattr(args, name, None) == "":  # what an unset variable of the shell leaves
+                raise ValueError(f"--{name}: expected a folder{' or file' * (name == 'out')}, got an empty path")
         if args.command in (*runs, "plan") and not args.config:
             raise ValueError("--config: expected a Python file, got an empty path")
         if args.command in runs and os.path.normpath(args.workdir) == os.curdir:

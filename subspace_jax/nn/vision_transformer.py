@@ -325,8 +325,8 @@ def _check(config: VisionTransformerConfig, pixels: jax.Array, resample: bool) -
         raise ValueError(f"pixels: an image of {size} is smaller than a patch of {config.patch_size}")
     if size != config.image_size and not resample:
         raise ValueError(
-            f"pixels: the positions are for images of {config.image_size}, got {size}; pass resample=True to resample "
-            "them in every call, or call with_image_size once"
+            f"pixels: the positions are for images of {config.image_size}, got {size}; pass resample=True (--resample) "
+            "to resample them in every call, or call with_image_size once"
         )
     _check_resampling(config, grid)
     return grid

@@ -149,8 +149,14 @@ def test_a_workdir_that_is_no_folder_of_its_own_is_refused(train, workdir, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_workdir_or_config_is_refused(capsys, tmp_path):
-    for command in (["eval", "--workdir", ""], ["train", "--config", "", "--workdir", str(tmp_path / "run")]):
+def test_empty_paths_are_refused(capsys, tmp_path):
+    for command in (
+        ["eval", "--workdir", ""],
+        ["train", "--config", "", "--workdir", str(tmp_path / "run")],
+        ["generate", "--model", "", "--prompt", "a"],
+        ["generate", "--model", str(tmp_path), "--adapter", "", "--prompt", "a"],
+        ["merge", "--model", str(tmp_path), "--adapter", str(tmp_path), "--out", ""],
+    ):
         assert main(command) == 2
         assert "got an empty path" in capsys.readouterr().err
 
