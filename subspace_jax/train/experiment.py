@@ -110,7 +110,13 @@ def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
     if not hasattr(module, "build"):
         raise ValueError(f"task: the module {name!r} has no function build(config)")
     own = is_own_task(name) and hasattr(module, "default_config")
-    config = complete_config(config, module.default_config() if own else default_config())
+    template = module.default_config() if own else default_config()
+    config = complete_config(config, template)
+    for group in ("mesh", "model"):  # handed on by name
+        known = template.get(group)
+        unknown = [] if known is None else [field for field in config[group] if field not in known]
+        if unknown:
+            raise ValueError(f"{group}.{unknown[0]}: unknown field{nearest(unknown[0], known)}")
     check_run_fields(config)
     parse_best(config.train.best)
     if config.train.remat not in REMAT_POLICIES:

@@ -165,3 +165,12 @@ def test_measure_config_refuses_its_fields_before_it_reads_data(configs, setting
     with pytest.raises(ValueError, match=message):
         train.measure_config(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("group", "field", "near"), [("mesh", "dat", "data"), ("model", "dimz", "dims")])
+def test_an_unknown_field_of_a_config_that_was_read_is_named(group, field, near):
+    config = classify.default_config()
+    with config.unlocked():
+        config[group][field] = 1
+    with pytest.raises(ValueError, match=rf"^{group}\.{field}: unknown field; did you mean '{near}'\?$"):
+        train.build(config)
