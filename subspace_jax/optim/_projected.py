@@ -243,7 +243,8 @@ def new_basis(
     plan: LeafPlan, g: jax.Array, basis: Basis, method: str, key: jax.Array, cold: jax.Array, rounds: int
 ) -> Basis:
     """A basis of the leading subspace of ``g [..., m, n]``, the leaf or a slice of it, ``cold`` without an old one."""
-    g = g.astype(linalg.working_dtype(g))
+    # The state keeps its dtype, whatever the gradient's is.
+    g = g.astype(linalg.working_dtype(g, *jax.tree.leaves(basis)))
     *batch, m, n = g.shape
     if method == "random":
         keys = jax.random.split(key)

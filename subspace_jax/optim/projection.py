@@ -168,7 +168,8 @@ def low_rank_projection(
         fresh = []
         if moments == "reset":
             start = inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
-            fresh = found.of(start)
+            # Gradients may be of a coarser dtype than the parameters that the state began with.
+            fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), found.of(start), slots)
         stacks = [leafwise and plan is not None and len(plan.shape) > 2 for plan in plans]
         hole, done, moved = optax.MaskedNode(), {}, {}
 

@@ -363,6 +363,21 @@ def test_other_dtypes_keep_theirs(entry, x64):
 
 
 @every_transform
+def test_gradients_may_be_coarser_than_parameters(entry, x64):
+    """As where a loss is computed in another type than its parameters have; a state keeps its dtypes."""
+    tx = entry.make()
+    for wide, coarse in ((jnp.float32, jnp.bfloat16), (jnp.float32, jnp.float16), (jnp.float64, jnp.float32)):
+        params, grads = (
+            jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), entry.params())
+            for dtype in (wide, coarse)
+        )
+        state = jax.eval_shape(tx.init, params)
+        with jax.numpy_dtype_promotion("standard"):  # on which Optax relies there
+            _, after = jax.eval_shape(lambda g, s, p: tx.update(g, s, p, **entry.extra_args()), grads, state, params)
+        assert avals(after) == avals(state)
+
+
+@every_transform
 def test_odd_leaves_go_along(entry):
     """Leaves without entries, of one entry, of one axis or four, None, and what optax.masked hides."""
     tx, ours = compiled(entry)[0], entry.params()
