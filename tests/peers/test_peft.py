@@ -274,7 +274,7 @@ def moved(trainable, settings):
     padded = any(isinstance(getattr(setting, "rank", 0), tuple) for setting in settings.values())
 
     def move(x):
-        kept = x != 0 if padded and np.any(x) else True
+        kept = np.asarray(x) != 0 if padded and np.any(x) else True
         return x + 0.1 * rng.standard_normal(x.shape, np.float32) * kept
 
     return jax.tree.map(move, trainable)
