@@ -105,7 +105,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from subspace_jax import language, train
 
-    config = train.override(train.load_config(args.config), overrides)
+    config = train.load_config(args.config)
+    if "folder" not in config.get("model", {}):
+        raise ValueError(
+            f"--config {args.config}: expected a config of a language model (it has no field model.folder)"
+        )
+    config = train.override(config, overrides)
     is_peft = language.is_peft(config)
     _, metrics = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed

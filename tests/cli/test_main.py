@@ -1,4 +1,5 @@
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -189,3 +190,10 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "subspace_jax.cli.main", "info"], capture_output=True, text=True, check=True
     )
     assert "mesh: data=" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["pretrain"], ["finetune", "--model", "x"]])
+def test_a_config_of_no_language_model_is_refused_where_one_is_trained(command, tmp_path, capsys):
+    config = pathlib.Path(__file__).parents[2] / "configs" / "gcr" / "digits.py"
+    assert main([*command, "--config", f"{config}:k8", "--workdir", str(tmp_path / "run")]) == 2
+    assert f"--config {config}:k8: expected a config of a language model" in capsys.readouterr().err
