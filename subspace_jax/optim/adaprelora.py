@@ -87,7 +87,8 @@ def adaprelora(
       fallback: Transform for all other leaves, which gives directions of ascent; Adam by default.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  State is float32 for 16-bit parameters, where Optax keeps their
+      dtype; complex parameters are refused.
 
     Raises:
       ValueError: ``stats`` is unknown or a number out of range; ``init`` and ``update`` raise it where factors have no

@@ -87,7 +87,8 @@ def coso(
       method: "svd", or "gram_eigh": through eigenvectors of Gram matrices.
 
     Returns:
-      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
       TypeError: ``proj_rank``, ``sketch_rank``, ``update_every`` or ``max_history`` is traced or not a whole number.

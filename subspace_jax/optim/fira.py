@@ -79,7 +79,8 @@ def fira(
       seed: Seed of what is random.
 
     Returns:
-      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
       TypeError: See :func:`low_rank_projection`.
@@ -159,7 +160,8 @@ def apollo(
       seed: Seed of the projections.
 
     Returns:
-      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
       TypeError: See :func:`low_rank_projection`.
@@ -214,7 +216,7 @@ def apollo_mini(
       seed: Seed of the projections.
 
     Returns:
-      The transform.
+      The transform; see :func:`apollo`.
 
     Raises:
       TypeError: See :func:`apollo`.

@@ -51,7 +51,8 @@ def galore(
       seed: Seed of what is random.
 
     Returns:
-      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
       TypeError: See :func:`low_rank_projection`.

@@ -48,7 +48,8 @@ def lora_plus(
       pairs: See :func:`adaprelora`.
 
     Returns:
-      The transform.  Its ``update`` needs ``params`` if there is weight decay.
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
       ValueError: ``ratio`` is not positive; factors have no partner or don't fit; weight decay lacks parameters.

@@ -69,7 +69,8 @@ def lora_pro(
       fallback: See :func:`adaprelora`.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  State is float32 for 16-bit parameters, where Optax keeps their
+      dtype; complex parameters are refused.
 
     Raises:
       ValueError: ``method`` is unknown or a number out of range; and see :func:`adaprelora` for factors that don't fit.

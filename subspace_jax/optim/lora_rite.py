@@ -76,7 +76,8 @@ def lora_rite(
       fallback: See :func:`adaprelora`.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  State is float32 for 16-bit parameters, where Optax keeps their
+      dtype; complex parameters are refused.
 
     Raises:
       ValueError: A number is out of range; a rank is larger than a side of its weight; and see :func:`adaprelora` for

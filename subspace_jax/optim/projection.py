@@ -96,6 +96,7 @@ def low_rank_projection(
 
     Returns:
       The transform.  Updates have the dtypes of the gradients; R and all state are float32, or float64 for float64.
+      Complex parameters are refused.
 
     Raises:
       TypeError: ``rank``, ``refresh_every``, ``rounds`` or ``seed`` is traced or not a whole number, or ``inner`` or

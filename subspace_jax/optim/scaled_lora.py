@@ -59,7 +59,7 @@ def scaled_gd_lora(
       fallback: See :func:`adaprelora`.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  Complex parameters are refused.
 
     Raises:
       ValueError: ``reg`` is negative; and see :func:`adaprelora` for factors that don't fit.
@@ -141,7 +141,8 @@ def scaled_adamw_lora(
       fallback: See :func:`adaprelora`.
 
     Returns:
-      The transform.  Its ``update`` needs ``params``.
+      The transform.  Its ``update`` needs ``params``.  State is float32 for 16-bit parameters, where Optax keeps their
+      dtype; complex parameters are refused.
 
     Raises:
       ValueError: A number is out of range; and see :func:`adaprelora` for factors that don't fit.
