@@ -37,8 +37,9 @@ def unit_vectors(x: jax.Array) -> jax.Array:
       x: ``[..., n]``, float32 or float64.
 
     Returns:
-      ``[..., n]``; a vector of zeros stays as it is, and its gradient is 0.
+      ``[..., n]``; a vector of zeros stays as it is, and its gradient is 0.  One with a NaN is NaN.
     """
     x = x / binary_scale(x, -1)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return jnp.where(square > 0, x / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, x / jnp.sqrt(jnp.where(is_zero, 1, square)))

@@ -48,7 +48,7 @@ def together(action: Callable[[], T], what: str, *, verified: bool = False) -> T
     read = on_every_process(error is None or damaged)
     if on_every_process(error is None):
         return result
-    reason = "another process can't" if error is None else first_line(error)
+    reason = "found by another process" if error is None else first_line(error)
     if read:
         raise DamagedError(reason) from error
     raise OSError(

@@ -27,3 +27,9 @@ def test_unit_vectors_have_length_one_and_their_derivatives_whatever_their_size(
     slope = jax.grad(lambda x: jnp.sum(weights * linalg.unit_vectors(x)))
     want = slope(jnp.asarray(x)) / np.where(size > 0, size, 1)
     np.testing.assert_allclose(slope(jnp.asarray(size * x)), np.where(size > 0, want, 0), rtol=1e-5)
+
+
+def test_unit_vectors_show_what_is_not_a_number():
+    x = jnp.asarray([[1.0, jnp.nan], [3.0, 4.0]])
+    assert jnp.all(jnp.isnan(linalg.unit_vectors(x)[0]))
+    np.testing.assert_allclose(linalg.unit_vectors(x)[1], [0.6, 0.8], rtol=1e-6)
