@@ -93,7 +93,7 @@ def _raise_unmatched(rule, pattern, paths, chosen) -> None:
     near = dict.fromkeys(names[name] for name in difflib.get_close_matches(wanted, names, n=5, cutoff=0.4))
     shown = list(near) or paths[:5]
     raise ValueError(
-        f"rules: {text!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
+        f"rules: {text[:200]!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
     )
 
 

@@ -91,7 +91,10 @@ def write_json(file, tree):
 
 @contextlib.contextmanager
 def bounded():
-    """Fails where the block takes over ten seconds, or over a gigabyte more memory than there was."""
+    """Fails where the block takes over ten seconds, or over a gigabyte more memory than there was.
+
+    Seconds of the clock and of the processor both, for other work on the machine takes the former.
+    """
 
     def too_long(*_):
         raise AssertionError(f"took more than {3 * SECONDS:.0f} s")
@@ -99,13 +102,14 @@ def bounded():
     before_signal = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(int(3 * SECONDS))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of memory is counted from here
-    before, start = _peak(), time.monotonic()
+    before, start = _peak(), (time.monotonic(), time.process_time())
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before_signal)
-    assert time.monotonic() - start < SECONDS, f"took {time.monotonic() - start:.1f} s"
+    took = min(time.monotonic() - start[0], time.process_time() - start[1])
+    assert took < SECONDS, f"took {took:.1f} s"
     assert _peak() - before < BYTES, f"took {(_peak() - before) / 2**30:.2f} GiB"
 
 
