@@ -50,7 +50,7 @@ class PeftAdapter:
       fields: Those of ``adapter_config.json``, to be written again.
       config: That of the model whose parameters the paths are of.
       copies: What the folder holds of the model itself: path of an adapted or saved table or head to the tensor of its
-        base, ``[out, in]``, which PEFT puts in the place of the model's.
+        base, ``[out, in]``, which PEFT uses instead of the model's.
     """
 
     trainable: PyTree

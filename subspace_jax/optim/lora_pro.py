@@ -22,7 +22,7 @@ class LoRAProState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      mu: First moments of the weight's equivalent gradient, ``[..., in, out]``, in the place of ``a`` (``[1]`` in that
+      mu: First moments of the weight's equivalent gradient, ``[..., in, out]``, instead of ``a`` (``[1]`` in that
         of ``b``); None for "sgd".
       nu: Second moments.
       fallback: State for other leaves.
