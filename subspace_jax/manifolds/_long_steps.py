@@ -30,7 +30,10 @@ _EXPM_RANGE = 1024.0
 
 
 def by_length(short: Callable, long: Callable, h: jax.Array, *args: jax.Array) -> jax.Array:
-    """Calls ``short(*args)``, or ``long(*args)`` where any vector of ``h [..., n, k]`` is longer than 4."""
+    """Calls ``short(*args)``, or ``long(*args)`` where any vector of ``h [..., n, k]`` is longer than 4.
+
+    Under ``vmap`` over ``h`` both are computed, for `cond` becomes a selection there.
+    """
     lengths = jnp.linalg.norm(jax.lax.stop_gradient(h), axis=(-2, -1))
     return jax.lax.cond(jnp.any(lengths > _SHORT), long, short, *args)
 
