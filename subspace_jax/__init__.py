@@ -12,6 +12,7 @@ _SUBPACKAGES = (
     "cli",
     "data",
     "interop",
+    "interpret",
     "kernels",
     "language",
     "linalg",
@@ -20,6 +21,7 @@ _SUBPACKAGES = (
     "metrics",
     "nn",
     "optim",
+    "planning",
     "represent",
     "train",
 )

@@ -9,7 +9,7 @@ two busy CPU cores.  Figures to reach: the mean area ``auc`` over the four unsee
 least 0.099 apart.
 """
 
-from subspace_jax.represent import fake_digits
+from examples import fake_digits
 
 METHODS = {
     "effort": ("effort", "head,head/bias", 2e-3),
@@ -23,7 +23,7 @@ def get_config(variant="effort_blur"):
     if method not in METHODS or kind not in ("blur", "pca"):
         raise ValueError(f"variant: expected one of {tuple(METHODS)}, '_' and 'blur' or 'pca', got {variant!r}")
     config = fake_digits.default_config()
-    config.adapter.method, config.adapter.full, config.optim.learning_rate = METHODS[method]
+    config.adapter.method, config.adapter.modules_to_save, config.optim.learning_rate = METHODS[method]
     config.data.fake = kind
     config.train.eval_every = config.train.checkpoint_every = 450
     return config

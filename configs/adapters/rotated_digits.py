@@ -9,7 +9,7 @@ Figures to reach as a mean over ``seed=0``, ``1``, ``2``: ``lora`` and ``dora`` 
 usual), ``svfit`` 0.85 (0.867), ``svfit_head`` 0.95 (0.962); ``head`` has 0.898.
 """
 
-from subspace_jax.represent import rotated_digits
+from examples import rotated_digits
 
 VARIANTS = {
     "lora": ("lora", "", 5e-3),
@@ -25,7 +25,7 @@ def get_config(variant="dora"):
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {tuple(VARIANTS)}, got {variant!r}")
     config = rotated_digits.default_config()
-    config.adapter.method, config.adapter.full, config.optim.learning_rate = VARIANTS[variant]
+    config.adapter.method, config.adapter.modules_to_save, config.optim.learning_rate = VARIANTS[variant]
     if config.adapter.method in ("lora", "rslora", "dora"):
         config.adapter.rank, config.adapter.alpha = 4, 8.0
     config.train.eval_every = config.train.checkpoint_every = 180

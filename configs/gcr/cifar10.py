@@ -7,7 +7,7 @@ Variants: ``softmax``, ``k1``, ``k8``.  The first command needs network once, th
 Meant for an accelerator.  It has not been run to its end yet, so there is neither a time nor a figure to reach.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k1", "k8")
 

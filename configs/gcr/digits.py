@@ -7,7 +7,7 @@ about 10 seconds on two CPU cores.  Figure to reach: ``k8`` 0.97 test accuracy a
 (0.975 to 0.988 is usual, ``softmax`` 0.967 to 0.982).
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "cosine", "k1", "k8")
 

@@ -7,7 +7,7 @@ Variants: ``softmax``, ``k8``.  Ten epochs on 1200 images.  Figure to reach, as 
 0.985; a run takes some five minutes on two CPU cores that have other work besides.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k8")
 

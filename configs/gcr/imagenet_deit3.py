@@ -8,7 +8,7 @@ k8 82.18.  As in the published runs, the vector head is trained with sigmoid cro
 softmax; weight decay falls on kernels only.  Subspaces move at a peak rate of 0.3 beside LAMB's 4e-3.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k1", "k4", "k8", "k16", "k32")
 STEPS_PER_EPOCH = 1_281_167 // 2048

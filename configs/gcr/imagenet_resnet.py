@@ -12,7 +12,7 @@ k4 78.68, k8 79.26, k16 79.21, k32 78.63; resnet101d softmax 79.32, k8 80.24; re
 resnext50 softmax 78.02, k8 79.00.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 NETWORKS = ("resnet50", "resnet50d", "resnet101d", "resnet152d", "resnext50")
 HEADS = ("softmax", "cosine", "k1", "k4", "k8", "k16", "k32")

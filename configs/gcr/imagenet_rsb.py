@@ -9,7 +9,7 @@ As in the published runs, the vector head is trained with sigmoid cross-entropy,
 decay falls on kernels only.  Subspaces move at a peak rate of 0.3; of a1 and a2 that number is a guess, after a3.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 RECIPES = ("a1", "a2", "a3")
 HEADS = ("softmax", "k1", "k4", "k8", "k16", "k32")

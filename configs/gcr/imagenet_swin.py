@@ -7,7 +7,7 @@ Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.  Published top-
 81.63.  Subspaces move at a peak rate of 0.1 beside AdamW's 1e-3; weight decay falls on kernels only.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k1", "k4", "k8", "k16", "k32")
 STEPS_PER_EPOCH = 1_281_167 // 1024

@@ -7,7 +7,7 @@ Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.  Published top-
 73.40.  The learning rate falls to a tenth at epochs 30, 60 and 90, and the last dropout is left out.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k1", "k4", "k8", "k16", "k32")
 

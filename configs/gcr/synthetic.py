@@ -7,7 +7,7 @@ about 7 seconds on two CPU cores.  Figures to reach in test accuracy: ``k4`` 0.9
 0.983), and 0.25 more than ``k1``.
 """
 
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 VARIANTS = ("softmax", "k1", "k2", "k4", "k8")
 

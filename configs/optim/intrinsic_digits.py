@@ -7,7 +7,7 @@ Variants: ``fastfood``, ``dense``, ``sparse``, ``said``, which say how subspaces
 Figure to reach: d_int90 between 100 and 170 (130 is usual).
 """
 
-from subspace_jax.represent import fully_connected
+from subspace_jax.interpret.intrinsic_dimension import fully_connected
 
 VARIANTS = ("fastfood", "dense", "sparse", "said")
 

@@ -6,7 +6,7 @@ A network 784-200-200-10 with 199210 parameters, 100 epochs of Adam at the rate 
 be prepared for TensorFlow Datasets.  Figure of the paper, with the baseline 1: d_int90 750.
 """
 
-from subspace_jax.represent import fully_connected
+from subspace_jax.interpret.intrinsic_dimension import fully_connected
 
 
 def get_config():

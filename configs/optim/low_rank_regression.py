@@ -8,7 +8,7 @@ as a share of that at the start.  Figures to reach with ``adaprelora``, medians 
 ``model.rank=4``; 1e-5 with ``model.rank=8``, 100 times below ``scaled_adamw_lora``.
 """
 
-from subspace_jax.represent import low_rank_regression
+from examples import low_rank_regression
 
 VARIANTS = {
     "adaprelora": ("adaprelora", 0.1),

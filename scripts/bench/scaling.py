@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax import optim, represent, train
+from subspace_jax import optim, planning, represent, train
 
 ROOT = Path(__file__).parents[2]
 LARGE = "configs/lm/large.py"
@@ -72,13 +72,13 @@ CASES = {
 def plan(name, topology, mesh):
     """Plans one slice of a case."""
     path, fields, rows, _ = CASES[name]
-    sizes = train.mesh_sizes(mesh, topology, train.find_topology(topology)[1])
+    sizes = planning.mesh_sizes(mesh, topology, planning.find_topology(topology)[1])
     if path is None:
         return plan_head(topology, sizes).as_dict()
     config = train.override(train.load_config(str(ROOT / path)), fields)
     if rows is not None:
         config.data.batch_size = rows * sizes["data"] * sizes["fsdp"]
-    return train.plan_run(config, topology, sizes).as_dict()
+    return planning.plan_run(config, topology, sizes).as_dict()
 
 
 def plan_head(topology, sizes):
@@ -89,12 +89,12 @@ def plan_head(topology, sizes):
         represent.make_classifier, input_shape=(2048,), num_classes=classes, features=(), head="grassmann", dims=8
     )
     tx = optim.with_geometry(optax.sgd(0.1), optim.riemannian_sgd(0.1, reorth_every=5))
-    mesh = train.make_mesh(**sizes, devices=train.tpu_devices(topology))
+    mesh = train.make_mesh(**sizes, devices=planning.tpu_devices(topology))
     batch = {
         "inputs": jax.ShapeDtypeStruct((1024, 2048), jnp.float32),
         "labels": jax.ShapeDtypeStruct((1024,), jnp.int32),
     }
-    return train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
+    return planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
 
 
 def rate(found, kind):
@@ -104,7 +104,7 @@ def rate(found, kind):
 
 def chips(found):
     """Number of chips of a plan."""
-    return train.find_topology(found["topology"])[1]
+    return planning.find_topology(found["topology"])[1]
 
 
 def table(cases):
@@ -153,7 +153,7 @@ def main():
     for name in args.only:
         plans = kept.setdefault(name, [])
         for topology, mesh in CASES[name][3]:
-            count = train.find_topology(topology)[1]
+            count = planning.find_topology(topology)[1]
             if count not in (args.chips or [count]) or topology in [found["topology"] for found in plans]:
                 continue
             print(f"{name} {topology} …", flush=True)

@@ -4,20 +4,7 @@
 :mod:`subspace_jax.nn`, and ``materialize`` for any other.
 """
 
-from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
-from subspace_jax.adapters.dora import DoRA, DoRAWeight
-from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
-from subspace_jax.adapters.effort_penalty import effort_penalty, energy_loss, orthogonality_loss
-from subspace_jax.adapters.energies import add_energy_probes, drop_energy_probes
-from subspace_jax.adapters.factors import lora_ga_factors
-from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
-from subspace_jax.adapters.full import Full
-from subspace_jax.adapters.listing import count, describe, label_fn
-from subspace_jax.adapters.lora import LoRA, LoRAWeight
-from subspace_jax.adapters.many import ManyWeight, bind_many, combine, with_rows
-from subspace_jax.adapters.quantized import Int8Weight, quantize
-from subspace_jax.adapters.rules import match_rules
-from subspace_jax.adapters.surface import (
+from subspace_jax.adapters.api import (
     bind,
     init,
     logical_axes,
@@ -26,6 +13,19 @@ from subspace_jax.adapters.surface import (
     prepare,
     unmerge,
 )
+from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
+from subspace_jax.adapters.dora import DoRA, DoRAWeight
+from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
+from subspace_jax.adapters.effort_penalty import effort_penalty, energy_loss, orthogonality_loss
+from subspace_jax.adapters.factors import lora_ga_factors
+from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
+from subspace_jax.adapters.full import Full
+from subspace_jax.adapters.gradient_probes import add_energy_probes, drop_energy_probes
+from subspace_jax.adapters.lora import LoRA, LoRAWeight
+from subspace_jax.adapters.multi_adapter import MultiWeight, bind_many, combine, with_rows
+from subspace_jax.adapters.quantized import Int8Weight, quantize
+from subspace_jax.adapters.rules import match_rules
+from subspace_jax.adapters.summary import count, describe, label_fn
 from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "Int8Weight",
     "LoRA",
     "LoRAWeight",
-    "ManyWeight",
+    "MultiWeight",
     "PrincipalBases",
     "SVFit",
     "SVFitWeight",

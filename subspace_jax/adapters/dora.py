@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 
 from subspace_jax import kernels, nn
 from subspace_jax.adapters.convolution import ConvDoRAWeight, conv_norm, formed
-from subspace_jax.adapters.energies import probes_in
 from subspace_jax.adapters.factors import (
     adapted,
     check_setting,
@@ -24,6 +23,7 @@ from subspace_jax.adapters.factors import (
     scale_of,
     start_adapter,
 )
+from subspace_jax.adapters.gradient_probes import probes_in
 from subspace_jax.adapters.quantized import Int8Weight, names_of
 
 
@@ -199,7 +199,7 @@ class DoRA:
         lead = names[: len(names) - 2 - self.window]
         return names, {**factor_axes(names, self.window), "magnitude": P(*lead, names[-1])}
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
+    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
         """Takes the update out of a merged weight; ``kept`` is ``magnitude / norm`` as it was when merging."""
         direction = merged.astype(kept.dtype) / jnp.expand_dims(kept, tuple(range(-2 - self.window, -1)))
         if self.window:

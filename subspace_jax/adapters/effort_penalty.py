@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
+from subspace_jax.adapters.api import PyTree, Rules, bases_of, settings_of
 from subspace_jax.adapters.effort import Effort, EffortBase, PrincipalBases
 from subspace_jax.adapters.rules import adapters_of
-from subspace_jax.adapters.surface import PyTree, Rules, bases_of, settings_of
 
 
 def orthogonality_loss(u: jax.Array, vt: jax.Array, bases: PrincipalBases, *, squared: bool = False) -> jax.Array:

@@ -194,7 +194,7 @@ class FLoRA:
         factors = {f"p{i}": P(*lead, names[_axis(i, order)], None) for i in range(order)}
         return names, {"core": P(*lead, *(None,) * order), **factors}
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
+    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
         """Takes the update out of a merged weight."""
         del kept
         factors = {name: arrays[name] for name in factor_names(len(self.ranks))}

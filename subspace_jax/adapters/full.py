@@ -29,7 +29,7 @@ class Full:
         """Logical axes of the frozen part and of the copy, from those of the weight."""
         return names, {"full": names}
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
+    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
         """The weight as it was."""
         del merged, arrays
         return kept

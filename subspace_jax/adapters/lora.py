@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 
 from subspace_jax import kernels, nn
 from subspace_jax.adapters.convolution import ConvLoRAWeight
-from subspace_jax.adapters.energies import probes_in
 from subspace_jax.adapters.factors import (
     adapted,
     check_setting,
@@ -22,6 +21,7 @@ from subspace_jax.adapters.factors import (
     scale_of,
     start_adapter,
 )
+from subspace_jax.adapters.gradient_probes import probes_in
 from subspace_jax.adapters.quantized import Int8Weight
 
 
@@ -159,7 +159,7 @@ class LoRA:
         """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
         return names, factor_axes(names, self.window)
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
+    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
         """Takes the update out of a merged weight."""
         del kept
         if self.window:

@@ -184,7 +184,7 @@ class SVFit:
         bases = SpectralBases(P(*lead, rows, None), P(*lead, None, columns), P(*lead, None))
         return SpectralBase(names, bases), {"delta": P(*lead, None)}
 
-    def undo(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: SpectralBases) -> SpectralBase:
+    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: SpectralBases) -> SpectralBase:
         """Takes the update out of a merged weight."""
         weight = SVFitWeight(SpectralBase(merged, kept), arrays["delta"], self.param)
         return SpectralBase(shifted(merged, kept, -weight.shift), kept)

@@ -233,7 +233,9 @@ def _intrinsic_dimension(args: argparse.Namespace, overrides: list[str]) -> None
     from subspace_jax import metrics, train
 
     config = train.override(train.load_config(args.config), overrides)
-    result = train.measure_config(config, args.workdir, progress=not args.quiet)
+    from subspace_jax.interpret import intrinsic_dimension
+
+    result = intrinsic_dimension.measure_config(config, args.workdir, progress=not args.quiet)
     name = f"d_int{round(100 * result.fraction)}"
     print(f"baseline {result.baseline:.4f} with {result.num_params} parameters")
     if result.dim is None:

@@ -37,7 +37,7 @@ def quietly(command: Callable[[], int]) -> int:
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
     """Within it, a reader that goes away is not missed: what is written besides counts."""
-    from subspace_jax.train.survival import Lasting
+    from subspace_jax.train.interruptions import Lasting
 
     with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
         yield

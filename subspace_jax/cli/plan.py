@@ -44,9 +44,9 @@ def add_command(commands, add: Callable) -> None:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     # No accelerator is needed, and one that is there is left alone.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from subspace_jax import train
+    from subspace_jax import planning, train
 
-    train.find_topology(args.topology)
+    planning.find_topology(args.topology)
     meshes = [parse_mesh(text) for text in args.mesh or ()]
     if args.rows_per_share < 0:
         raise ValueError(f"--rows-per-share: expected at least 1, or 0 for data.batch_size, got {args.rows_per_share}")
@@ -66,7 +66,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         plans = _sweep(args, config, meshes)
     else:
         plans = [_one(args, config, args.topology, meshes[0] if meshes else None)]
-        print(train.plan_text(plans[0]))
+        print(planning.plan_text(plans[0]))
     if args.json:
         found = [plan.as_dict() for plan in plans]
         with train.replacing(args.json) as partial:
@@ -75,23 +75,24 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _one(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None):
-    from subspace_jax import train
+    from subspace_jax import planning, train
 
     if args.rows_per_share:
-        sizes = train.mesh_sizes(config.mesh if mesh is None else mesh, topology, train.find_topology(topology)[1])
+        num_chips = planning.find_topology(topology)[1]
+        sizes = planning.mesh_sizes(config.mesh if mesh is None else mesh, topology, num_chips)
         rows = args.rows_per_share * sizes["data"] * sizes["fsdp"]
         config = train.override(config, [f"data.batch_size={rows}"])
-    return train.plan_run(config, topology, mesh)
+    return planning.plan_run(config, topology, mesh)
 
 
 def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> list:
-    from subspace_jax import train
+    from subspace_jax import planning
 
-    chip, _ = train.find_topology(args.topology)
-    topologies = train.topologies_of(chip, args.min_chips, args.max_chips) if args.sweep else [args.topology]
+    chip, _ = planning.find_topology(args.topology)
+    topologies = planning.topologies_of(chip, args.min_chips, args.max_chips) if args.sweep else [args.topology]
     plans, left_out = [], []
     for topology in topologies:
-        for mesh in meshes or train.usual_meshes(topology):
+        for mesh in meshes or planning.usual_meshes(topology):
             shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
             print(f"{topology} {shown} …", flush=True)
             try:
@@ -102,9 +103,9 @@ def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> li
         print(f"left out: {text}")
     if not plans:
         raise ValueError("--sweep: no slice and mesh can take this config; the reasons are above")
-    print(train.sweep_text(plans))
+    print(planning.sweep_text(plans))
     output = args.plot or "plan.png"
-    train.plot_sweep(plans, output)
+    planning.plot_sweep(plans, output)
     print(f"Drew {os.path.abspath(output)}")
     return plans
 

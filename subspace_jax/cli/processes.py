@@ -34,15 +34,15 @@ def ending(error: Exception) -> tuple[int | None, str]:
     """Returns exit status and message for what stops a run that was right; status None where it is a fault."""
     import jax
 
-    from subspace_jax.train import survival
+    from subspace_jax.train import interruptions
 
-    if isinstance(error, survival.Preempted):
-        return survival.PREEMPTED_EXIT, f"{error}; the same command goes on from there"
-    if isinstance(error, survival.NotFiniteError):
-        return survival.NOT_FINITE_EXIT, str(error)
+    if isinstance(error, interruptions.Preempted):
+        return interruptions.PREEMPTED_EXIT, f"{error}; the same command goes on from there"
+    if isinstance(error, interruptions.NotFiniteError):
+        return interruptions.NOT_FINITE_EXIT, str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         first = str(error).strip().split("\n")[0][:300]
-        return survival.LOST_PROCESS_EXIT, (
+        return interruptions.LOST_PROCESS_EXIT, (
             f"process {jax.process_index()} of {jax.process_count()} lost another one ({first}); "
             "the same command on all of them goes on from the last checkpoint"
         )

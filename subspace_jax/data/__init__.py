@@ -1,8 +1,6 @@
 """Data: image sets through TensorFlow Datasets, Grain pipelines, synthetic sets."""
 
-from subspace_jax.data.augment import random_crop_flip
-from subspace_jax.data.decode import decode_image
-from subspace_jax.data.image_augment import (
+from subspace_jax.data.images.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvalImage,
@@ -14,9 +12,10 @@ from subspace_jax.data.image_augment import (
     standardize,
     three_augment,
 )
-from subspace_jax.data.image_processor import ImageProcessor
-from subspace_jax.data.images import Images, image_folder, image_set
-from subspace_jax.data.mixing import mix_images, partners
+from subspace_jax.data.images.crop_flip import random_crop_flip
+from subspace_jax.data.images.decode import decode_image
+from subspace_jax.data.images.mixing import mix_images, partners
+from subspace_jax.data.images.processor import ImageProcessor
 from subspace_jax.data.pipeline import (
     Source,
     Transform,
@@ -27,8 +26,9 @@ from subspace_jax.data.pipeline import (
     train_batches,
 )
 from subspace_jax.data.resize import resize_uint8
-from subspace_jax.data.sources import ImageSource, default_data_dir, describe_images, image_source
-from subspace_jax.data.synthetic import UnionOfSubspaces, union_of_subspaces
+from subspace_jax.data.sources.folders import Images, image_folder, image_set
+from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
+from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_source
 
 __all__ = [
     "IMAGENET_MEAN",

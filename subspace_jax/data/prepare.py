@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from subspace_jax.data.sources import check_name, default_data_dir
+from subspace_jax.data.sources.tfds import check_name, default_data_dir
 
 __all__ = ["main", "prepare"]
 
@@ -41,7 +41,7 @@ def prepare(name: str, data_dir: str | os.PathLike) -> str:
     """
     data_dir = os.path.expanduser(os.fspath(data_dir))
     if name == "digits":
-        from subspace_jax.data.digits import prepare_digits
+        from subspace_jax.data.sources.digits import prepare_digits
 
         return str(prepare_digits(data_dir))
     import tensorflow_datasets as tfds

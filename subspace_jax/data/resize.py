@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from subspace_jax.data.decode import check_pixels
+from subspace_jax.data.images.decode import check_pixels
 
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 _BITS = 22

@@ -1,17 +1,17 @@
 """Checkpoints of other libraries, in and out: folders of language and vision models, and PEFT's adapters."""
 
-from subspace_jax.interop import resnet_names, swin_names
-from subspace_jax.interop.causal_lm import from_pretrained, load_causal_lm, read_config
-from subspace_jax.interop.causal_lm_write import save_causal_lm, save_pretrained
-from subspace_jax.interop.dual_tower import load_dual, save_dual
-from subspace_jax.interop.hf_config import config_from_hf, config_to_hf
-from subspace_jax.interop.names import Place, TensorName, module_names, module_places, tensor_names
-from subspace_jax.interop.peft import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
-from subspace_jax.interop.peft_rules import match_modules, rank_and_alpha
+from subspace_jax.interop.hf import resnet_names, swin_names
+from subspace_jax.interop.hf.causal_lm import from_pretrained, load_causal_lm, read_config
+from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_hf
+from subspace_jax.interop.hf.causal_lm_write import save_causal_lm, save_pretrained
+from subspace_jax.interop.hf.clip import load_dual, save_dual
+from subspace_jax.interop.hf.names import Place, TensorName, module_names, module_places, tensor_names
+from subspace_jax.interop.hf.side_files import side_files
+from subspace_jax.interop.hf.vision import load_dino_params, load_vision, save_vision
+from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
+from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
+from subspace_jax.interop.peft.vision import vision_adapter_names
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
-from subspace_jax.interop.side_files import side_files
-from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
-from subspace_jax.interop.vision_adapters import vision_adapter_names
 
 __all__ = [
     "PeftAdapter",

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from subspace_jax.interop.names import TensorName
+from subspace_jax.interop.hf.names import TensorName
 from subspace_jax.interop.safetensors_io import StoredTensor, some
-from subspace_jax.nn.param_specs import spec_axes, spec_shapes
+from subspace_jax.nn.params import spec_axes, spec_shapes
 
 PyTree = Any
 Path = tuple[str, ...]

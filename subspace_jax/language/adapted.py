@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import adapters, interop, nn, train
+from subspace_jax.adapters.api import settings_of
 from subspace_jax.adapters.quantized import dense_base
 from subspace_jax.adapters.rules import insert, path_of
-from subspace_jax.adapters.surface import settings_of
 from subspace_jax.language.causal_lm import CausalLMTask
 
 PyTree = Any

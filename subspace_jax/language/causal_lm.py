@@ -28,7 +28,7 @@ class CausalLMTask:
     Args:
       config: The model.
       mesh: The mesh of the run.  Where it splits places, activations are split along the length of a row, and attention
-        gathers keys and values; see :func:`subspace_jax.nn.split_attention`.
+        gathers keys and values; see :func:`subspace_jax.nn.sequence_attention`.
       rules: Logical name to mesh axis or axes.
       folder: Checkpoint folder to start from; None starts from random numbers.
       dtype: Type of the activations.
@@ -62,13 +62,13 @@ class CausalLMTask:
             layer = jax.tree.map(lambda names: P(*names[1:]), self._axes["layers"])
             self._axes = {**self._axes, "layers": (layer,) * config.num_layers}
         self._loss_chunk = loss_chunk
-        self._split = functools.partial(train.split_places, mesh=mesh, rules=rules)
+        self._split = functools.partial(train.shard_positions, mesh=mesh, rules=rules)
         places = train.mesh_axes("sequence", mesh, rules)
         self._shares = math.prod(mesh.shape[axis] for axis in places)
         if places:
             rows, heads = (train.mesh_axes(name, mesh, rules) for name in ("batch", "heads"))
             self._options["on_stream"] = self._split
-            self._options["attend_with"] = nn.split_attention(train.auto_mesh(mesh), places, rows=rows, heads=heads)
+            self._options["attend_with"] = nn.sequence_attention(train.auto_mesh(mesh), places, rows=rows, heads=heads)
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
             self.load = functools.partial(self._load, folder, mesh, rules)

@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
             "prompt": "",
             "completion": "text",
             "length": 256,
-            "longer": "split",
+            "truncation": "split",
             "batch_size": 16,
             "eval_batch_size": 16,
         }
@@ -99,7 +99,7 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
     if not 1 <= sizes.length <= model.max_length:
         raise ValueError(f"data.length: {sizes.length} places in a row, the model has {model.max_length}")
     rows = [
-        text.pack_rows(texts_of(config, split), tokenizer, sizes.length, longer=sizes.longer)
+        text.pack_rows(texts_of(config, split), tokenizer, sizes.length, truncation=sizes.truncation)
         for split in ("train", "eval")
     ]
     task = _task(config, model, train.make_mesh(**config.mesh), config.model.folder or None)
@@ -114,7 +114,7 @@ def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]
 
 
 def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTask, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns the task and the shapes of a batch, for :func:`subspace_jax.train.plan_run`; no text is read.
+    """Returns the task and the shapes of a batch, for :func:`subspace_jax.planning.plan_run`; no text is read.
 
     Args:
       config: As for :func:`build`; of a folder only its config and tokenizer are read.

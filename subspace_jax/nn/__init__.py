@@ -3,13 +3,33 @@
 Parameters carry logical axis names in their ``axes`` metadata; :mod:`subspace_jax.train` maps them to mesh axes.
 """
 
-from subspace_jax.nn.attention import attention, causal_mask
-from subspace_jax.nn.backbones import MLP, ConvNet, group_norm
-from subspace_jax.nn.batch_norm import batch_norm
-from subspace_jax.nn.causal_lm import CausalLMOutput, causal_lm_apply, causal_lm_logits
-from subspace_jax.nn.causal_lm_config import CausalLMConfig
-from subspace_jax.nn.causal_lm_module import CausalLM
-from subspace_jax.nn.causal_lm_params import (
+from subspace_jax.nn.layers.attention import attention, causal_mask
+from subspace_jax.nn.layers.batch_norm import batch_norm
+from subspace_jax.nn.layers.conv import StructuredConv, conv
+from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
+from subspace_jax.nn.layers.embedding import StructuredTable, check_tokens, embed, unembed
+from subspace_jax.nn.layers.heads import (
+    CosineHead,
+    GrassmannHead,
+    SoftmaxHead,
+    cosine_logits,
+    grassmann_logits,
+    normalize,
+    safe_norm,
+)
+from subspace_jax.nn.layers.kv_cache import KVCache, init_cache
+from subspace_jax.nn.layers.linear import Linear, StructuredKernel, linear
+from subspace_jax.nn.layers.norms import layer_norm, rms_norm
+from subspace_jax.nn.layers.pooling import halve, max_pool
+from subspace_jax.nn.layers.position_resampling import resample_positions
+from subspace_jax.nn.layers.rope import Rope, apply_rope, rope_frequencies, rope_tables
+from subspace_jax.nn.layers.sequence_attention import sequence_attention
+from subspace_jax.nn.layers.stacking import stack_layers, unstack_layers
+from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
+from subspace_jax.nn.models.causal_lm.generate import Generated, generate, keep_top_p
+from subspace_jax.nn.models.causal_lm.model import CausalLMOutput, causal_lm_apply, causal_lm_logits
+from subspace_jax.nn.models.causal_lm.module import CausalLM
+from subspace_jax.nn.models.causal_lm.params import (
     causal_lm_axes,
     causal_lm_init,
     causal_lm_shapes,
@@ -17,9 +37,7 @@ from subspace_jax.nn.causal_lm_params import (
     count_params,
     untie_causal_lm,
 )
-from subspace_jax.nn.conv import StructuredConv, conv
-from subspace_jax.nn.drop_path import drop_path, drop_path_rates
-from subspace_jax.nn.dual_tower import (
+from subspace_jax.nn.models.clip.dual_tower import (
     DualTowerConfig,
     dual_tower_axes,
     dual_tower_init,
@@ -29,31 +47,7 @@ from subspace_jax.nn.dual_tower import (
     encode_text,
     similarity,
 )
-from subspace_jax.nn.embedding import StructuredTable, check_tokens, embed, unembed
-from subspace_jax.nn.generate import Generated, generate, keep_top_p
-from subspace_jax.nn.heads import (
-    CosineHead,
-    GrassmannHead,
-    SoftmaxHead,
-    cosine_logits,
-    grassmann_logits,
-    normalize,
-    safe_norm,
-)
-from subspace_jax.nn.kv_cache import KVCache, init_cache
-from subspace_jax.nn.layers import stack_layers, unstack_layers
-from subspace_jax.nn.linear import Linear, StructuredKernel, linear
-from subspace_jax.nn.norms import layer_norm, rms_norm
-from subspace_jax.nn.param_specs import ParamSpec
-from subspace_jax.nn.pooling import halve, max_pool
-from subspace_jax.nn.resample import resample_positions
-from subspace_jax.nn.resnet import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
-from subspace_jax.nn.resnet_config import ResNetConfig
-from subspace_jax.nn.rope import Rope, apply_rope, rope_frequencies, rope_tables
-from subspace_jax.nn.split_attention import split_attention
-from subspace_jax.nn.swin import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
-from subspace_jax.nn.swin_config import SwinConfig
-from subspace_jax.nn.text_tower import (
+from subspace_jax.nn.models.clip.text_tower import (
     TextOutput,
     TextTowerConfig,
     text_tower_apply,
@@ -62,11 +56,17 @@ from subspace_jax.nn.text_tower import (
     text_tower_shapes,
     text_tower_specs,
 )
-from subspace_jax.nn.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
-from subspace_jax.nn.vision_apply import vision_apply
-from subspace_jax.nn.vision_modules import VGG, ResNet, SwinTransformer
-from subspace_jax.nn.vision_output import VisionOutput
-from subspace_jax.nn.vision_transformer import (
+from subspace_jax.nn.models.resnet.config import ResNetConfig
+from subspace_jax.nn.models.resnet.model import resnet_apply, resnet_axes, resnet_init, resnet_shapes, resnet_specs
+from subspace_jax.nn.models.small import MLP, ConvNet, group_norm
+from subspace_jax.nn.models.swin.config import SwinConfig
+from subspace_jax.nn.models.swin.model import swin_apply, swin_axes, swin_init, swin_shapes, swin_specs
+from subspace_jax.nn.models.vgg import VGGConfig, vgg_apply, vgg_axes, vgg_init, vgg_specs
+from subspace_jax.nn.models.vision_apply import vision_apply
+from subspace_jax.nn.models.vision_modules import VGG, ResNet, SwinTransformer
+from subspace_jax.nn.models.vision_output import VisionOutput
+from subspace_jax.nn.models.vit.config import VisionTransformerConfig
+from subspace_jax.nn.models.vit.model import (
     VisionTransformer,
     vision_transformer_apply,
     vision_transformer_axes,
@@ -75,7 +75,7 @@ from subspace_jax.nn.vision_transformer import (
     vision_transformer_specs,
     with_image_size,
 )
-from subspace_jax.nn.vision_transformer_config import VisionTransformerConfig
+from subspace_jax.nn.params import ParamSpec
 
 __all__ = [
     "MLP",
@@ -149,8 +149,8 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "safe_norm",
+    "sequence_attention",
     "similarity",
-    "split_attention",
     "stack_layers",
     "swin_apply",
     "swin_axes",

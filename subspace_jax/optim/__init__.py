@@ -1,34 +1,34 @@
 """Optax transforms."""
 
-from subspace_jax.optim._projected import Basis, MatrixAxes
-from subspace_jax.optim.adaprelora import AdaPreLoRAState, adaprelora, scale_by_adaprelora
-from subspace_jax.optim.coso import CoSOState, coso, coso_end_task
-from subspace_jax.optim.fira import ScaledGradientState, apollo, apollo_mini, fira
-from subspace_jax.optim.galore import galore, scale_by_galore
-from subspace_jax.optim.geometry import geometry_labels, with_geometry
-from subspace_jax.optim.gpm import GPMBasis, gpm_update, gradient_projection_memory, project_out
-from subspace_jax.optim.lora_plus import LoRAPlusState, lora_plus, scale_by_lora_plus
-from subspace_jax.optim.lora_pro import LoRAProState, lora_pro, scale_by_lora_pro
-from subspace_jax.optim.lora_rite import LoRARITEState, lora_rite, scale_by_lora_rite
-from subspace_jax.optim.narrow import NarrowState, narrow_state
-from subspace_jax.optim.online_subspace import OnlineSubspaceState, online_subspace_descent
-from subspace_jax.optim.projection import LowRankProjectionState, low_rank_projection
-from subspace_jax.optim.radam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
-from subspace_jax.optim.random_subspace import (
-    RandomSubspace,
-    compress,
-    decompress,
-    projection_matrix,
-    random_subspace,
-)
-from subspace_jax.optim.rsgd import RiemannianSGDState, riemannian_sgd, scale_by_riemannian_sgd
-from subspace_jax.optim.scaled_lora import (
+from subspace_jax.optim.lora.adaprelora import AdaPreLoRAState, adaprelora, scale_by_adaprelora
+from subspace_jax.optim.lora.lora_plus import LoRAPlusState, lora_plus, scale_by_lora_plus
+from subspace_jax.optim.lora.lora_pro import LoRAProState, lora_pro, scale_by_lora_pro
+from subspace_jax.optim.lora.lora_rite import LoRARITEState, lora_rite, scale_by_lora_rite
+from subspace_jax.optim.lora.scaled_lora import (
     ScaledAdamWLoRAState,
     ScaledGDLoRAState,
     scale_by_scaled_adamw_lora,
     scale_by_scaled_gd_lora,
     scaled_adamw_lora,
     scaled_gd_lora,
+)
+from subspace_jax.optim.manifold.geometry import geometry_labels, with_geometry
+from subspace_jax.optim.manifold.riemannian_adam import RiemannianAdamState, riemannian_adam, scale_by_riemannian_adam
+from subspace_jax.optim.manifold.riemannian_sgd import RiemannianSGDState, riemannian_sgd, scale_by_riemannian_sgd
+from subspace_jax.optim.projected._shared import Basis, MatrixAxes
+from subspace_jax.optim.projected.coso import CoSOState, coso, coso_end_task
+from subspace_jax.optim.projected.fira import ScaledGradientState, apollo, apollo_mini, fira
+from subspace_jax.optim.projected.galore import galore, scale_by_galore
+from subspace_jax.optim.projected.gpm import GPMBasis, gpm_update, gradient_projection_memory, project_out
+from subspace_jax.optim.projected.online_subspace import OnlineSubspaceState, online_subspace_descent
+from subspace_jax.optim.projected.projection import LowRankProjectionState, low_rank_projection
+from subspace_jax.optim.quantized_state import QuantizedState, quantize_state
+from subspace_jax.optim.random_subspace.subspace import (
+    RandomSubspace,
+    compress,
+    decompress,
+    projection_matrix,
+    random_subspace,
 )
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
     "LoRARITEState",
     "LowRankProjectionState",
     "MatrixAxes",
-    "NarrowState",
     "OnlineSubspaceState",
+    "QuantizedState",
     "RandomSubspace",
     "RiemannianAdamState",
     "RiemannianSGDState",
@@ -65,10 +65,10 @@ __all__ = [
     "lora_pro",
     "lora_rite",
     "low_rank_projection",
-    "narrow_state",
     "online_subspace_descent",
     "project_out",
     "projection_matrix",
+    "quantize_state",
     "random_subspace",
     "riemannian_adam",
     "riemannian_sgd",

@@ -1,7 +1,5 @@
 """Representation learning: classifiers whose classes are vectors, directions or subspaces; what features are worth."""
 
-from subspace_jax.represent.classifier import Classifier, make_classifier
-from subspace_jax.represent.classify import ClassifierTask
 from subspace_jax.represent.features import (
     FeatureModel,
     extract_features,
@@ -13,7 +11,8 @@ from subspace_jax.represent.features import (
 )
 from subspace_jax.represent.features_file import Features, read_features, save_features
 from subspace_jax.represent.few_shot import FewShot, few_shot
-from subspace_jax.represent.fully_connected import FullyConnectedTask
+from subspace_jax.represent.gcr.model import Classifier, make_classifier
+from subspace_jax.represent.gcr.task import ClassifierTask
 from subspace_jax.represent.linear_probe import (
     LinearProbe,
     Scores,
@@ -23,7 +22,6 @@ from subspace_jax.represent.linear_probe import (
     scores_of,
 )
 from subspace_jax.represent.neighbors import nearest_classes
-from subspace_jax.represent.transfer import TransferTask, train_whole
 from subspace_jax.represent.transfer_sets import TRANSFER_SETS, ProbeReport, open_transfer_set, probe_features
 
 __all__ = [
@@ -33,11 +31,9 @@ __all__ = [
     "FeatureModel",
     "Features",
     "FewShot",
-    "FullyConnectedTask",
     "LinearProbe",
     "ProbeReport",
     "Scores",
-    "TransferTask",
     "extract_features",
     "features_of",
     "features_of_images",
@@ -55,5 +51,4 @@ __all__ = [
     "read_features",
     "save_features",
     "scores_of",
-    "train_whole",
 ]

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from subspace_jax import data, interop, nn, train
-from subspace_jax.represent.classify import ClassifierTask
 from subspace_jax.represent.features_file import Features
+from subspace_jax.represent.gcr.task import ClassifierTask
 
 PyTree = Any
 FeatureStep = Callable[[PyTree, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]

@@ -18,10 +18,10 @@ _RATES = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "flora": 2e-4, "svfit": 2e
 def default_adapter() -> ConfigDict:
     """Returns the fields ``adapter`` of a run, for :func:`adapter_settings`.
 
-    ``method`` is one of "lora", "rslora", "dora", "flora", "svfit" and "effort", or empty for none.  ``rules`` names
-    weights by globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none, therefore); ``attn/q=16``
+    ``method`` is one of "lora", "rslora", "dora", "flora", "svfit" and "effort", or empty for none.  ``target_modules``
+    names weights by globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none); ``attn/q=16``
     gives a rule its own rank, ``attn/q=16:32`` an alpha too, ``conv1=8x8x3x3`` one rank for each axis, for "flora";
-    empty means the task's own choice.  ``full`` likewise names parameters that train as a whole.
+    empty means the task's own choice.  ``modules_to_save`` likewise names parameters that train as a whole.
 
     ``rank`` 0 is 8 for LoRA, DoRA and, on either side of a matrix, FLoRA; all singular values for "svfit"; one triplet
     for "effort".  ``alpha`` 0 is twice the rank; for "flora" it is the scale, and 0 is 1.  ``init`` is that of LoRA,
@@ -34,8 +34,8 @@ def default_adapter() -> ConfigDict:
     return ConfigDict(
         {
             "method": "",
-            "rules": "",
-            "full": "",
+            "target_modules": "",
+            "modules_to_save": "",
             "rank": 0,
             "alpha": 0.0,
             "init": "",
@@ -53,28 +53,31 @@ def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[s
 
     Args:
       config: The fields.
-      default_rules: What ``method`` adapts where ``rules`` is empty.
+      default_rules: What ``method`` adapts where ``target_modules`` is empty.
 
     Returns:
-      Rule to setting, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor ``full`` is set.
+      Rule to setting, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor ``modules_to_save``
+      is set.
 
     Raises:
       ValueError: The method is unknown, or a field can't serve.
     """
     if config.method:
         _check_method(config.method)
-    elif config.rules:
-        raise ValueError(f"adapter.rules: {config.rules!r} without adapter.method; expected one of {METHODS} there")
+    elif config.target_modules:
+        raise ValueError(
+            f"adapter.target_modules: {config.target_modules!r} without adapter.method; expected one of {METHODS} there"
+        )
     check_choice("adapter.base_dtype", config.base_dtype, BASE_DTYPES)
     if config.rank < 0 or config.alpha < 0:
         raise ValueError(f"adapter.rank, adapter.alpha: expected at least 0, got {config.rank} and {config.alpha}")
-    settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.full)}
-    for text in (_split(config.rules) or default_rules) if config.method else ():
+    settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.modules_to_save)}
+    for text in (_split(config.target_modules) or default_rules) if config.method else ():
         found = _RULE.fullmatch(text)
         ranks = tuple(map(int, found["rank"].split("x"))) if found["rank"] else (config.rank,)
         rule, alpha = found["rule"], float(found["alpha"] or config.alpha)
         if rule in settings:
-            raise ValueError(f"adapter.rules: {rule!r} is named twice")
+            raise ValueError(f"adapter.target_modules: {rule!r} is named twice")
         try:
             settings[rule] = _setting(config, ranks, alpha)
         except ValueError as error:
@@ -115,7 +118,7 @@ def _setting(config: ConfigDict, ranks: tuple[int, ...], alpha: float) -> Any:
         init = {"init": config.init} if config.init else {}
         return adapters.FLoRA(ranks, alpha or 1.0, dropout=config.dropout, **init)
     if len(ranks) > 1:
-        raise ValueError(f"rules: one rank for each axis is for 'flora', got {ranks} for {method!r}")
+        raise ValueError(f"target_modules: one rank for each axis is for 'flora', got {ranks} for {method!r}")
     rank = ranks[0]
     if method == "svfit":
         return adapters.SVFit(rank or None, config.param)

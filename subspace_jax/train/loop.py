@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from subspace_jax.train.checkpoints import Checkpoints, parse_best
 from subspace_jax.train.fields import nearest
+from subspace_jax.train.interruptions import FiniteWatch, Notice, Preempted, Timed
 from subspace_jax.train.lock import locked
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
 from subspace_jax.train.reading import together
@@ -33,7 +34,6 @@ from subspace_jax.train.step import (
     run_key,
     state_shardings,
 )
-from subspace_jax.train.survival import FiniteWatch, Notice, Preempted, Timed
 from subspace_jax.train.task import Batch, Metrics, Task
 from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, warn_of_lost, writable_folder
 

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
-from subspace_jax.train.survival import Lasting
+from subspace_jax.train.interruptions import Lasting
 from subspace_jax.train.workdir import naming, replacing
 
 log = logging.getLogger(__name__)

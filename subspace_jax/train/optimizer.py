@@ -10,11 +10,11 @@ import optax
 from ml_collections import ConfigDict
 
 from subspace_jax import optim
-from subspace_jax.adapters.energies import PROBES
-from subspace_jax.optim._projected import METHODS, SIDES
-from subspace_jax.optim.adaprelora import STATISTICS
-from subspace_jax.optim.narrow import DTYPES
-from subspace_jax.optim.projection import MOMENTS
+from subspace_jax.adapters.gradient_probes import PROBES
+from subspace_jax.optim.lora.adaprelora import STATISTICS
+from subspace_jax.optim.projected._shared import METHODS, SIDES
+from subspace_jax.optim.projected.projection import MOMENTS
+from subspace_jax.optim.quantized_state import DTYPES
 from subspace_jax.train.fields import check_at_least, check_choice, check_share, flatten
 
 PyTree = Any
@@ -23,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine", "step")
 EUCLIDEAN = ("sgd", "adam", "adamw", "lamb")
 LOW_RANK = ("galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
 LORA = ("lora_plus", "scaled_gd_lora", "scaled_adamw_lora", "lora_rite", "lora_pro", "adaprelora")
-GRASSMANN = ("rsgd", "radam")
+GRASSMANN = ("riemannian_sgd", "riemannian_adam")
 DECAYS = ("all", "kernels")
 
 _AT_LEAST_0 = (
@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
             },
             "lora": {"ratio": 16.0, "scale": 2.0, "stats": "projected"},
             "grassmann": {
-                "name": "rsgd",
+                "name": "riemannian_sgd",
                 "lr_factor": 1.0,
                 "momentum": 0.9,
                 "transport": "euclidean",
@@ -131,7 +131,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         that of the method (1 keeps the learning rate that all other leaves have; 1 is 128 for "apollo_mini");
         ``low_rank.side`` and ``low_rank.moments`` are of "galore" alone, ``low_rank.sketch_rank`` is of "coso";
         ``low_rank.state_dtype`` "bfloat16" or "int8" makes the moments narrow, see
-        :func:`subspace_jax.optim.narrow_state`.
+        :func:`subspace_jax.optim.quantize_state`.
 
         The names in ``LORA`` are for adapters: ``lora.ratio`` is of "lora_plus", ``lora.scale`` (alpha over rank) of
         "lora_pro" and "adaprelora", and ``lora.stats`` of the latter.  For both groups decay is decoupled and touches
@@ -176,7 +176,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
         "reorth_every": manifold.reorth_every,
         "lr_factor": manifold.lr_factor,
     }
-    if manifold.name == "rsgd":
+    if manifold.name == "riemannian_sgd":
         grassmann = optim.riemannian_sgd(rate, momentum=manifold.momentum, **shared)
     else:
         grassmann = optim.riemannian_adam(rate, b1=config.b1, b2=config.b2, **shared)
@@ -260,7 +260,7 @@ def _narrowed(config: ConfigDict, tx: optax.GradientTransformation) -> optax.Gra
     if config.name == "coso":
         raise ValueError(f"optim.low_rank.state_dtype: {dtype!r} would round the bases of coso; expected 'float32'")
     try:
-        return optim.narrow_state(tx, dtype)
+        return optim.quantize_state(tx, dtype)
     except ValueError as error:
         raise ValueError(f"optim.low_rank.state_{error}") from error
 

@@ -251,7 +251,7 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
 
 
-def split_places(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.Array:
+def shard_positions(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.Array:
     """Splits an array ``[batch, length, ...]`` of activations by rows and places; works under ``jax.jit`` only.
 
     Args:

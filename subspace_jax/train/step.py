@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax.adapters.energies import PROBES
+from subspace_jax.adapters.gradient_probes import PROBES
 from subspace_jax.train.sharding import (
     DEFAULT_RULES,
     Rules,

@@ -133,8 +133,10 @@ def test_an_adapter_is_measured_merged_and_exported(tuned, folder, capsys):
 @pytest.mark.parametrize(
     ("settings", "learning_rate"),
     [
-        (("adapter.method=effort", "adapter.full=norm/scale"), 2e-4),
-        pytest.param(("adapter.method=svfit", "adapter.rules=attn/qkv,mlp/up=3"), 2e-3, marks=pytest.mark.slow),
+        (("adapter.method=effort", "adapter.modules_to_save=norm/scale"), 2e-4),
+        pytest.param(
+            ("adapter.method=svfit", "adapter.target_modules=attn/qkv,mlp/up=3"), 2e-3, marks=pytest.mark.slow
+        ),
         pytest.param(("adapter.method=lora", "adapter.init=pissa", "adapter.rank=2"), 2e-4, marks=pytest.mark.slow),
     ],
 )
@@ -154,7 +156,11 @@ def test_methods_that_factor_a_weight_go_on_from_their_own_factors(folder, tmp_p
 
 
 def test_a_tied_table_of_tokens_is_adapted_by_its_rule_and_leaves_as_merged_weights(folder, tmp_path, capsys):
-    settings = ["adapter.method=lora", "adapter.rules=embed/embedding=2,attn/qkv=2", "optim.learning_rate=0.02"]
+    settings = [
+        "adapter.method=lora",
+        "adapter.target_modules=embed/embedding=2,attn/qkv=2",
+        "optim.learning_rate=0.02",
+    ]
     assert finetune(folder, tmp_path / "run", *settings, "mesh.fsdp=4", "mesh.tensor=2") == 0
     # PEFT would give the head of a tied model none of the update.
     assert not (tmp_path / "run" / "adapter").exists()
@@ -194,7 +200,7 @@ def test_an_adapter_of_the_head_alone_unties_the_model_in_every_command(folder, 
 
 @pytest.mark.slow
 def test_a_tied_table_that_trains_as_a_whole_is_exported_in_both_places(folder, tmp_path):
-    settings = ["adapter.method=lora", "adapter.rules=attn/qkv=2", "adapter.full=embed/embedding"]
+    settings = ["adapter.method=lora", "adapter.target_modules=attn/qkv=2", "adapter.modules_to_save=embed/embedding"]
     assert finetune(folder, tmp_path / "run", *settings) == 0
     fields = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert fields["modules_to_save"] == ["transformer.wte", "lm_head"]
@@ -223,12 +229,12 @@ def test_adaprelora_takes_the_energies_of_whole_weights_and_exports_factors_alon
     ("settings", "message"),
     [
         (["adapter.method=lorra"], "adapter.method: expected one of"),
-        (["adapter.method=lora", "adapter.rules=attn/qkw"], "'attn/qkw' matches none"),
+        (["adapter.method=lora", "adapter.target_modules=attn/qkw"], "'attn/qkw' matches none"),
         (["adapter.method=lora", "adapter.rank=-1"], "adapter.rank, adapter.alpha: expected at least 0"),
         (["adapter.method=lora", "adapter.init=zeros"], "adapter.init: expected one of"),
         (["adapter.method=svfit", "adapter.param=exp"], "adapter.param: expected one of"),
         (["adapter.method=effort", "adapter.rank=99"], "residual: 99 triplets"),
-        (["adapter.method=dora", "adapter.rules=mlp/up,mlp/up=4"], "'mlp/up' is named twice"),
+        (["adapter.method=dora", "adapter.target_modules=mlp/up,mlp/up=4"], "'mlp/up' is named twice"),
         (["adapter.method=dora", "adapter.base_dtype=int4"], "adapter.base_dtype: expected"),
         (["adapter.methods=dora"], "did you mean adapter.method"),
     ],

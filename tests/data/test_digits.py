@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from subspace_jax import data
-from subspace_jax.data.digits import prepare_digits
+from subspace_jax.data.sources.digits import prepare_digits
 
 
 def test_both_splits_together_hold_exactly_the_digits_of_scikit_learn(tfds_dir):
@@ -42,7 +42,7 @@ def test_preparing_again_writes_nothing(tmp_path):
 
 
 def test_two_processes_with_equal_seeds_may_prepare_at_a_time(tmp_path):
-    code = f"import random, subspace_jax.data.digits as d; random.seed(0); d.prepare_digits({str(tmp_path)!r})"
+    code = f"import random, subspace_jax.data.sources.digits as d; random.seed(0); d.prepare_digits({str(tmp_path)!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from subspace_jax import data, train
-from subspace_jax.data import image_augment
+from subspace_jax.data.images import augment as image_augment
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def test_an_error_of_the_system_is_no_fault_of_an_image(folder, monkeypatch):
     def failing(source):
         raise OSError(errno.EIO, "Input/output error", source)
 
-    monkeypatch.setattr("subspace_jax.data.images.decode_image", failing)
+    monkeypatch.setattr("subspace_jax.data.sources.folders.decode_image", failing)
     with pytest.raises(OSError, match=r"a.png: Input/output error"):
         data.image_folder(folder, on_unreadable="skip")
     with pytest.raises(OSError, match=r"a.png: Input/output error"):

@@ -26,5 +26,5 @@ def test_examples_of_a_module(name, tmp_path, monkeypatch):
 def test_there_are_examples():
     modules = [importlib.import_module(name) for name in MODULES]
     examples = {test.name: test.examples for module in modules for test in doctest.DocTestFinder().find(module)}
-    assert examples["subspace_jax.optim.rsgd.riemannian_sgd"]
-    assert examples["subspace_jax.optim.geometry.with_geometry"]
+    assert examples["subspace_jax.optim.manifold.riemannian_sgd.riemannian_sgd"]
+    assert examples["subspace_jax.optim.manifold.geometry.with_geometry"]

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from examples import low_rank_regression
 from subspace_jax import train
-from subspace_jax.represent import low_rank_regression
 
 from .mutations import VALUES, bounded, damage_bytes, refusal
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import interop, nn, train
-from subspace_jax.interop import causal_lm_write
+from subspace_jax.interop.hf import causal_lm_write
 
 from .conftest import MODELS, rewrite, tensors_of
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop
-from subspace_jax.interop import resnet_names, swin_names, vision_transformer_names
-from subspace_jax.interop.config_fields import read_json
-from subspace_jax.interop.dual_tower import dual_config_from_hf
+from subspace_jax.interop.hf import resnet_names, swin_names
+from subspace_jax.interop.hf import vit_names as vision_transformer_names
+from subspace_jax.interop.hf.clip import dual_config_from_hf
+from subspace_jax.interop.hf.config_fields import read_json
 
 from .test_hf_config import GPT2, LLAMA
 from .vision_goldens import copy

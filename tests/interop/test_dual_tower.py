@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop, losses, nn, train
-from subspace_jax.interop.dual_tower import dual_config_from_hf, dual_tensor_names
+from subspace_jax.interop.hf.clip import dual_config_from_hf, dual_tensor_names
 
 from .conftest import rewrite, tensors_of
 from .vision_goldens import DUAL, GOLDEN, close, copy, gradients_are, jit, pixels, stored

@@ -192,7 +192,7 @@ def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monke
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("subspace_jax.interop.peft.write_safetensors", full)
+        patch.setattr("subspace_jax.interop.peft.adapter.write_safetensors", full)
         with pytest.raises(OSError, match="no space"):
             interop.save_peft_adapter(folder, config, adapter.trainable, adapter.settings)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

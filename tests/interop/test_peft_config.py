@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop, nn
-from subspace_jax.interop import peft_rules
+from subspace_jax.interop.peft import rules as peft_rules
 
 CONFIG = nn.CausalLMConfig.gpt2(20, 8, 3, 2, max_length=16)
 PREFIX = "base_model.model.transformer.h"

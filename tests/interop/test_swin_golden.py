@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop, nn
-from subspace_jax.nn.swin_windows import relative_position_index, shifted_window_mask
+from subspace_jax.nn.models.swin.windows import relative_position_index, shifted_window_mask
 
 from . import vision
 

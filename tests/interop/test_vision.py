@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop, nn, train
-from subspace_jax.interop import vision_transformer_names
+from subspace_jax.interop.hf import vit_names as vision_transformer_names
 
 from .conftest import rewrite, tensors_of
 from .vision_goldens import (

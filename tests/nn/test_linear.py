@@ -10,7 +10,7 @@ import pytest
 from subspace_jax import nn, train
 
 # By its name: the package's attribute is the function.
-module = importlib.import_module("subspace_jax.nn.linear")
+module = importlib.import_module("subspace_jax.nn.layers.linear")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import nn, train
-from subspace_jax.nn.param_specs import spec_count
+from subspace_jax.nn.params import spec_count
 
 # A deep stem, groups, shortcuts that average: every kind of part.
 TINY = nn.ResNetConfig.resnet_d(

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import nn, train
-from subspace_jax.nn.param_specs import spec_count
+from subspace_jax.nn.params import spec_count
 
 TINY = nn.SwinConfig((16, 16), 2, 8, (2, 1), (2, 2), window=3, num_classes=5, convention="hf")
 

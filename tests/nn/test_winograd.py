@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import nn, train
-from subspace_jax.nn.winograd import convolved_3x3
+from subspace_jax.nn.layers.winograd import convolved_3x3
 
 
 def _reference(x, kernel):

@@ -160,7 +160,7 @@ def projected_momentum(
 
 
 def narrow_galore(learning_rate, dtype="int8"):
-    return optim.narrow_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
+    return optim.quantize_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
 
 
 def galore_in_a_chain(step_size, rank=2, side="std"):
@@ -291,10 +291,10 @@ ENTRIES = (
         kwargs={"rank": 2, "period": 5},
         **_KERNELS,
     ),
-    Entry("narrow-state-int8", public="narrow_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
+    Entry("narrow-state-int8", public="quantize_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
     Entry(
         "narrow-state-bfloat16",
-        public="narrow_state",
+        public="quantize_state",
         factory=narrow_galore,
         static=("dtype",),
         kwargs={"dtype": "bfloat16"},

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from subspace_jax import adapters, nn, optim, train
-from subspace_jax.optim._factors import Factors
-from subspace_jax.optim.adaprelora import factor_step, mean_squares, preconditioner
-from subspace_jax.optim.lora_pro import adjusted
+from subspace_jax.optim.lora._factors import Factors
+from subspace_jax.optim.lora.adaprelora import factor_step, mean_squares, preconditioner
+from subspace_jax.optim.lora.lora_pro import adjusted
 
 ROWS, COLUMNS, RANK = 9, 7, 3
 

@@ -12,7 +12,7 @@ from subspace_jax import optim
 # What a transform cannot do without.
 NEEDED = {
     "low_rank_projection": {"inner": optax.sgd(0.1), "rank": 2},
-    "narrow_state": {"inner": optax.adam(0.1), "dtype": "int8"},
+    "quantize_state": {"inner": optax.adam(0.1), "dtype": "int8"},
     "with_geometry": {"euclidean_tx": optax.sgd(0.1), "grassmann_tx": optax.sgd(0.1)},
     "project_out": {"bases": None},
     "gradient_projection_memory": {"learning_rate": 0.1, "bases": None},

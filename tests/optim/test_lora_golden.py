@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from subspace_jax import optim
-from subspace_jax.optim._factors import Factors
-from subspace_jax.optim.adaprelora import factor_step, preconditioner
-from subspace_jax.optim.lora_pro import gauge, nearest
+from subspace_jax.optim.lora._factors import Factors
+from subspace_jax.optim.lora.adaprelora import factor_step, preconditioner
+from subspace_jax.optim.lora.lora_pro import gauge, nearest
 
 # What the specification asks for; entries near zero are rounded like the largest ones.
 RTOL, ATOL = 1e-9, 1e-12

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from subspace_jax import linalg, optim
-from subspace_jax.optim.projection import MOMENTS
+from subspace_jax.optim.projected.projection import MOMENTS
 
 
 def gaussian(shape, seed=0, dtype=jnp.float32):

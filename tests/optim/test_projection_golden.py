@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from subspace_jax import optim
-from subspace_jax.optim.fira import _apollo
+from subspace_jax.optim.projected.fira import _apollo
 
 # The golden files are reproduced to 4e-13 by an independent version; their specification asks for these.
 RTOL, ATOL = 1e-9, 1e-11

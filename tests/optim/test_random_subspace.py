@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import adapters, linalg, optim
-from subspace_jax.optim import _random_projections as projections
+from subspace_jax.optim.random_subspace import _projections as projections
 
 KINDS = {
     "dense": {"method": "dense"},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import losses, represent, train
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 SHAPE = {"input_shape": (4, 4, 1), "num_classes": 5}
 

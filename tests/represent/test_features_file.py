@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from subspace_jax import represent
-from subspace_jax.represent import classify, features_file
+from subspace_jax.represent import features_file
+from subspace_jax.represent.gcr import task as classify
 from subspace_jax.represent.labels import count_classes
 
 GOOD = {"features": np.ones((3, 2), np.float32), "labels": np.arange(3)}

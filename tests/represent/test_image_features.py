@@ -11,7 +11,7 @@ from PIL import Image
 
 from subspace_jax import nn, represent, train
 from subspace_jax.cli.main import main
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 from tests.interop.vision_goldens import GOLDEN, jit, loaded, pixels
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from subspace_jax import data, nn, represent, train
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 from subspace_jax.train.optimizer import make_optimizer
 
 CONFIGS = [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from subspace_jax import optim, represent, train
+from subspace_jax import optim, planning, represent, train
 
 DIM, ROWS = 8, 1024
 
@@ -30,12 +30,12 @@ def test_the_step_of_a_head_over_ten_million_classes_holds_one_array_of_their_si
         represent.make_classifier, input_shape=(width,), num_classes=classes, features=(), head="grassmann", dims=DIM
     )
     tx = optim.with_geometry(optax.sgd(0.1), optim.riemannian_sgd(0.1, reorth_every=5))
-    mesh = train.make_mesh(**axes, devices=train.tpu_devices(topology))
+    mesh = train.make_mesh(**axes, devices=planning.tpu_devices(topology))
     batch = {
         "inputs": jax.ShapeDtypeStruct((ROWS, width), jnp.float32),
         "labels": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
     }
-    plan = train.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
+    plan = planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
     print(f"\n{plan}")
     share = classes * width * DIM * 4 // axes["tensor"]
     logits = ROWS // axes["data"] * classes // axes["tensor"] * 4

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples import fake_digits, rotated_digits
+from examples import rotated_images as rotated_images
 from subspace_jax import interop, represent, train
-from subspace_jax.represent import fake_digits, rotated_digits, turned_images
 
 SHORT = ["pretrain.epochs=1", "train.steps=4", "train.checkpoint_every=2", "train.eval_every=4"]
 
@@ -98,9 +99,9 @@ def test_effort_trains_the_triplets_of_attention_and_the_head(configs):
 @pytest.mark.parametrize(
     ("spec", "settings", "message"),
     [
-        ("rotated_digits.py:head", ["adapter.full="], "at least one rule"),
-        ("rotated_digits.py:head", ["adapter.rules=layer1"], "without adapter.method"),
-        ("rotated_digits.py:lora", ["adapter.rules=layer3"], "'layer3' matches none"),
+        ("rotated_digits.py:head", ["adapter.modules_to_save="], "at least one rule"),
+        ("rotated_digits.py:head", ["adapter.target_modules=layer1"], "without adapter.method"),
+        ("rotated_digits.py:lora", ["adapter.target_modules=layer3"], "'layer3' matches none"),
         ("fake_digits.py:probe_pca", ["data.fake=gan"], "data.fake: expected one of"),
         ("fake_digits.py:effort_pca", ["adapter.rank=49"], "residual: 49 triplets"),
     ],
@@ -142,11 +143,11 @@ def test_effort_finds_unseen_fakes_better_than_a_probe(configs, tmp_path, kind, 
 
 @pytest.mark.parametrize("variant", ["vit_dora", "resnet_lora", "resnet_flora"])
 def test_adapters_of_vision_networks_train_are_restored_and_exported(configs, tmp_path, variant):
-    result = run(f"{configs}/adapters/turned_images.py:{variant}", tmp_path / "run", "adapter.dropout=0.1", *SHORT)
+    result = run(f"{configs}/adapters/rotated_images.py:{variant}", tmp_path / "run", "adapter.dropout=0.1", *SHORT)
     experiment, state = train.restore(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(result.state.params))
     if variant == "vit_dora":
-        config = turned_images.CONFIGS["vit"]
+        config = rotated_images.CONFIGS["vit"]
         interop.save_peft_adapter(tmp_path / "adapter", config, state.params, experiment.task.settings)
         read = interop.load_peft_adapter(tmp_path / "adapter", config)
         jax.tree.map(np.testing.assert_array_equal, read.trainable, jax.device_get(state.params))
@@ -154,6 +155,6 @@ def test_adapters_of_vision_networks_train_are_restored_and_exported(configs, tm
 
 def test_a_network_that_is_not_there_is_named(configs, tmp_path):
     with pytest.raises(ValueError, match=r"model.name: expected one of .*'resnet'.*got 'vgg'"):
-        run(f"{configs}/adapters/turned_images.py", tmp_path / "run", "model.name=vgg")
+        run(f"{configs}/adapters/rotated_images.py", tmp_path / "run", "model.name=vgg")
     with pytest.raises(ValueError, match=r"variant: expected 'vit' or 'resnet'.*got 'vit_svfit'"):
-        train.load_config(f"{configs}/adapters/turned_images.py:vit_svfit")
+        train.load_config(f"{configs}/adapters/rotated_images.py:vit_svfit")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from subspace_jax import represent, train
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 
 def features(*, eval_batch_size=768):

@@ -51,4 +51,4 @@ def test_all_cases_are_configs_with_slices_that_there_are(script):
         if path is not None:
             script.train.override(script.train.load_config(str(script.ROOT / path)), fields)
         for topology, mesh in slices:
-            script.train.mesh_sizes(mesh, topology, script.train.find_topology(topology)[1])
+            script.planning.mesh_sizes(mesh, topology, script.planning.find_topology(topology)[1])

@@ -70,7 +70,7 @@ def classification(num_classes=8, n=16, dims=2, features=(16,), head="grassmann"
     return represent.ClassifierTask(make), data_of(made.train, made.test, batch_size)
 
 
-def make_tx(num_steps=20, grassmann="rsgd", **settings):
+def make_tx(num_steps=20, grassmann="riemannian_sgd", **settings):
     config = optimizer.default_config()
     config.update(settings)
     config.grassmann.name = grassmann

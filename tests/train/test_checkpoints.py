@@ -355,7 +355,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(states, tmp_path):
 
 
 def test_a_refused_run_leaves_the_workdir_as_it_was(tmp_path):
-    from subspace_jax.represent import classify
+    from subspace_jax.represent.gcr import task as classify
 
     settings = ["data.name=union_of_subspaces", "model.features=()", "model.dims=(2,)", "train.steps=2"]
     config = train.override(classify.default_config(), settings)

@@ -20,7 +20,7 @@ from .common import assert_same_bits
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 def get_config():
     config = classify.default_config()

@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from subspace_jax import train
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 from subspace_jax.train import fields
 
 
@@ -20,7 +20,9 @@ def write(tmp_path):
     def make(*lines, signature="", name="some.py"):
         body = "\n".join(f"    {line}" for line in ("config = classify.default_config()", *lines, "return config"))
         path = tmp_path / name
-        path.write_text(f"from subspace_jax.represent import classify\n\ndef get_config({signature}):\n{body}\n")
+        path.write_text(
+            f"from subspace_jax.represent.gcr import task as classify\n\ndef get_config({signature}):\n{body}\n"
+        )
         return str(path)
 
     return make
@@ -41,7 +43,7 @@ def test_settings_take_the_type_of_the_field(config):
     [
         ("optim.learning_rat=1", "--config.optim.learning_rat: unknown field; did you mean optim.learning_rate?"),
         ("train.stps=1", "--config.train.stps: unknown field; did you mean train.steps?"),
-        ("optim.grasmann.name=rsgd", "unknown field; did you mean optim.grassmann.name?"),
+        ("optim.grasmann.name=riemannian_sgd", "unknown field; did you mean optim.grassmann.name?"),
         ("lerning_rate=1", "unknown field; did you mean optim.learning_rate?"),
         ("mesh=8", "unknown field; it is a group; set one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         ("train.steps", "--config.train.steps: expected --config.train.steps=VALUE"),

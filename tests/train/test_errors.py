@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from subspace_jax import train
-from subspace_jax.represent import classify
+from subspace_jax.interpret import intrinsic_dimension
+from subspace_jax.represent.gcr import task as classify
 
 from .common import Regression, arrays, data_of, regression
 
@@ -130,7 +131,7 @@ def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
     ("file", "setting", "message"),
     [
         ("adapters/rotated_digits.py", "pretrain.epochs=1000000000", "pretrain.epochs: expected at most 10000"),
-        ("adapters/turned_images.py", "pretrain.learning_rate=1e300", "pretrain.learning_rate: expected a finite"),
+        ("adapters/rotated_images.py", "pretrain.learning_rate=1e300", "pretrain.learning_rate: expected a finite"),
         ("adapters/rotated_digits.py", "adapter.method=lara", "adapter.method: expected .*; did you mean 'lora'"),
         ("gcr/imagenet_resnet.py", "data.image.size=-1", "data.image.size: expected a side of 0 to 4096, got -1"),
         ("gcr/imagenet_resnet.py", "data.image.flip=2", "data.image.flip: expected a probability, got 2.0"),
@@ -163,7 +164,7 @@ def test_build_refuses_a_field_before_it_reads_data(configs, file, setting, mess
 def test_measure_config_refuses_its_fields_before_it_reads_data(configs, setting, message, tmp_path):
     config = train.override(train.load_config(f"{configs}/optim/intrinsic_mnist.py"), [f"intrinsic.{setting}"])
     with pytest.raises(ValueError, match=message):
-        train.measure_config(config, tmp_path / "run")
+        intrinsic_dimension.measure_config(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -28,11 +28,11 @@ def assert_typed_by_their_sharding(state, shardings):
 @pytest.mark.parametrize(
     ("head", "tx", "options"),
     [
-        ("grassmann", make_tx(grassmann="rsgd"), {}),
-        ("grassmann", make_tx(grassmann="radam"), {"accumulate": 2, "remat": "full"}),
+        ("grassmann", make_tx(grassmann="riemannian_sgd"), {}),
+        ("grassmann", make_tx(grassmann="riemannian_adam"), {"accumulate": 2, "remat": "full"}),
         ("softmax", optim.galore(1e-2, 4, refresh_every=2), {}),
     ],
-    ids=["rsgd", "radam-accumulated", "galore"],
+    ids=["riemannian_sgd", "radam-accumulated", "galore"],
 )
 def test_steps_on_explicit_axes_give_the_bits_of_auto_axes(head, tx, options):
     task, data = classification(features=(32,), head=head)

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from subspace_jax import train
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 from subspace_jax.train import loop
 
 from .common import (
@@ -199,7 +199,7 @@ def test_class_subspaces_resume_on_another_mesh(fit, tmp_path):
 
 def test_what_is_restored_on_another_mesh_is_what_was_saved(tmp_path):
     task, _ = classification()
-    tx = make_tx(grassmann="radam")
+    tx = make_tx(grassmann="riemannian_adam")
     saved = train.init_state(task, tx, train.make_mesh(data=8), seed=5)
     checkpoints = train.Checkpoints(tmp_path)
     checkpoints.save(saved)
@@ -226,7 +226,7 @@ def test_a_user_iterator_of_grain_resumes_in_the_middle_of_an_epoch(fit, tmp_pat
 
 
 CONFIG = """
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 def get_config():
     config = classify.default_config()

@@ -37,9 +37,13 @@ def whole():
     ("name", "grassmann"),
     [
         pytest.param(
-            name, grassmann, marks=[] if (name, grassmann) in (("all", "radam"), ("fsdp", "rsgd")) else pytest.mark.slow
+            name,
+            grassmann,
+            marks=[]
+            if (name, grassmann) in (("all", "riemannian_adam"), ("fsdp", "riemannian_sgd"))
+            else pytest.mark.slow,
         )
-        for name, grassmann in [*((name, "rsgd") for name in MESHES), ("all", "radam")]
+        for name, grassmann in [*((name, "riemannian_sgd") for name in MESHES), ("all", "riemannian_adam")]
     ],
 )
 def test_sharded_steps_equal_those_of_one_device(name, grassmann, whole):
@@ -53,8 +57,8 @@ def test_sharded_steps_equal_those_of_one_device(name, grassmann, whole):
 def test_class_subspaces_and_all_that_belongs_to_them_are_split(whole):
     task, data = classification()
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
-    state, _ = take_steps(task, data, make_tx(grassmann="radam"), mesh)
-    assert_close(state, whole("radam", 8)[0], atol=1e-5)
+    state, _ = take_steps(task, data, make_tx(grassmann="riemannian_adam"), mesh)
+    assert_close(state, whole("riemannian_adam", 8)[0], atol=1e-5)
     bases = state.params["head"]["bases"]
     inner = state.opt_state.inner_states["grassmann"].inner_state
     momentum, nu = inner.momentum["head"]["bases"], inner.nu["head"]["bases"]
@@ -84,7 +88,7 @@ def test_ten_classes_stay_whole_on_four_devices_and_give_the_same_numbers(whole)
     task, data = classification(num_classes=10)
     state, metrics = take_steps(task, data, make_tx(), train.make_mesh(data=2, tensor=4))
     assert state.params["head"]["bases"].sharding.spec == P(None, "fsdp", None)
-    expected, expected_metrics = whole("rsgd", 10)
+    expected, expected_metrics = whole("riemannian_sgd", 10)
     assert_close(state, expected, atol=1e-5)
     assert_close(metrics, expected_metrics, atol=1e-5)
 
@@ -92,8 +96,8 @@ def test_ten_classes_stay_whole_on_four_devices_and_give_the_same_numbers(whole)
 def test_accumulation_on_a_mesh_equals_one_whole_batch_on_one_device(whole):
     task, data = classification()
     mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
-    state, metrics = take_steps(task, data, make_tx(grassmann="rsgd"), mesh, accumulate=2)
-    expected, expected_metrics = whole("rsgd", 8)
+    state, metrics = take_steps(task, data, make_tx(grassmann="riemannian_sgd"), mesh, accumulate=2)
+    expected, expected_metrics = whole("riemannian_sgd", 8)
     assert_close(state, expected, atol=1e-5)
     assert_close(metrics, expected_metrics, atol=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 
 from subspace_jax import language, represent, train
 from subspace_jax.cli.main import main
-from subspace_jax.represent import classify
+from subspace_jax.represent.gcr import task as classify
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from subspace_jax.data.sources import default_data_dir, open_records
+from subspace_jax.data.sources.tfds import default_data_dir, open_records
 
 
 class Completion(NamedTuple):

@@ -57,7 +57,7 @@ def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, 
     )
 
 
-def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, longer: str = "split") -> Rows:
+def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncation: str = "split") -> Rows:
     """Puts several texts into a row, so that little of it is filling; the longest come first, best fit.
 
     No text sees another one, if the model is given ``segment_ids``.  Which texts share a row is a function of their
@@ -67,13 +67,13 @@ def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int,
       examples: The examples.
       tokenizer: The tokenizer.
       length: Tokens of a row.
-      longer: What becomes of texts that are longer than a row: "split" makes several of them, each of which is a text
+      truncation: What becomes of texts longer than a row: "split" makes several of them, each of which is a text
         of its own; "cut" drops their ends; "refuse" raises.
 
     Raises:
-      ValueError: There is no example, one does not fit, or ``longer`` is unknown.
+      ValueError: There is no example, one does not fit, or ``truncation`` is unknown.
     """
-    pieces = _pieces(examples, tokenizer, length, longer)
+    pieces = _pieces(examples, tokenizer, length, truncation)
     sizes = [len(tokens) - 1 for tokens, _ in pieces]
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # rows by the places that they have left
@@ -138,18 +138,18 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
     }
 
 
-def _pieces(examples, tokenizer, length, longer) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, np.ndarray]]:
     """Encoded texts of at most ``length + 1`` tokens: the last one is a label only."""
     if length < 1:
         raise ValueError(f"length: expected at least 1 token, got {length}")
-    if longer not in ("split", "cut", "refuse"):
-        raise ValueError(f"longer: expected 'split', 'cut' or 'refuse', got {longer!r}")
+    if truncation not in ("split", "cut", "refuse"):
+        raise ValueError(f"truncation: expected 'split', 'cut' or 'refuse', got {truncation!r}")
     pieces = []
     for number, example in enumerate(examples):
         tokens, learnt = encode(example, tokenizer)
-        if len(tokens) > length + 1 and longer == "refuse":
+        if len(tokens) > length + 1 and truncation == "refuse":
             raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
-        starts = range(0, max(len(tokens) - 1, 0), length) if longer == "split" else range(min(len(tokens) - 1, 1))
+        starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
         for start in starts:
             part = slice(start, start + length + 1)
             # A piece without anything to learn only takes room.

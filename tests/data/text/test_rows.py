@@ -64,7 +64,7 @@ def test_packing_loses_and_doubles_no_token(sample, length):
 @settings(max_examples=30, deadline=None)
 @given(examples, st.integers(45, 90))
 def test_texts_that_fit_stay_whole_and_rows_are_half_full(sample, length):
-    rows = text.pack_rows(sample, TOKENIZER, length, longer="refuse")
+    rows = text.pack_rows(sample, TOKENIZER, length, truncation="refuse")
     got = sorted(bytes(t for t in inputs if t < 256) for inputs, *_ in texts_of(rows))
     assert got == sorted((e.prompt + e.completion).encode() for e in sample)
     # Of any two rows, the first text of the later one did not fit into the earlier one.
@@ -75,10 +75,10 @@ def test_texts_that_fit_stay_whole_and_rows_are_half_full(sample, length):
 def test_longer_texts_are_split_cut_or_refused():
     sample = [text.Completion("", "abcdefgh")]
     assert len(text.pack_rows(sample, TOKENIZER, 4)["inputs"]) == 3
-    cut = text.pack_rows(sample, TOKENIZER, 4, longer="cut")
+    cut = text.pack_rows(sample, TOKENIZER, 4, truncation="cut")
     assert cut["labels"].tolist() == [[97, 98, 99, 100]]
     with pytest.raises(ValueError, match="example 0: 9 tokens, a row has 4"):
-        text.pack_rows(sample, TOKENIZER, 4, longer="refuse")
+        text.pack_rows(sample, TOKENIZER, 4, truncation="refuse")
     with pytest.raises(ValueError, match="example 0: 9 tokens, a row has 4"):
         text.pad_rows(sample, TOKENIZER, 4)
 
@@ -110,7 +110,7 @@ def test_batches_of_rows_go_on_where_they_stopped():
     [
         (lambda: text.pack_rows([], TOKENIZER, 8), "examples: there is nothing to learn"),
         (lambda: text.pack_rows([text.Completion("", "a")], TOKENIZER, 0), "length: expected at least 1"),
-        (lambda: text.pack_rows([text.Completion("", "a")], TOKENIZER, 8, longer="drop"), "longer: expected"),
+        (lambda: text.pack_rows([text.Completion("", "a")], TOKENIZER, 8, truncation="drop"), "truncation: expected"),
         (lambda: text.choice_rows([text.Choice("p", ("a",), 1)], TOKENIZER, 8), "question 0: label 1 is none of its 1"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Toy tasks that show the library; configs name them."""

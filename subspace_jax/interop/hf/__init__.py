@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint folders, a file for each family."""

@@ -1,0 +1,221 @@
+"""Checkpoint folders written all or nothing, and causal language models to those of Hugging Face."""
+
+import contextlib
+import errno
+import functools
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.interop.hf.causal_lm_config import config_to_hf
+from subspace_jax.interop.hf.names import TensorName, tensor_names
+from subspace_jax.interop.placing import stored_shape, to_stored
+from subspace_jax.interop.safetensors_io import some, write_safetensors
+from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs, stack_layers
+from subspace_jax.nn.params import spec_shapes
+
+PyTree = Any
+Path = tuple[str, ...]
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_causal_lm(
+    folder: str | os.PathLike,
+    config: CausalLMConfig,
+    params: PyTree,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    side_files: Mapping[str, pathlib.Path] | None = None,
+) -> None:
+    """Writes a checkpoint folder that :func:`load_causal_lm` and Hugging Face transformers read.
+
+    One tensor at a time comes to the host.  The folder appears when all is written: whatever goes wrong before, a full
+    disk among it, leaves an older folder as it was.  With several processes all call this; the first one writes.
+
+    Args:
+      folder: Where to write.
+      config: The model.
+      params: Its parameters, plain arrays, in the type in which they are to be stored; layers that are no stacks are
+        stacked first.
+      shard_bytes: Weights are split into files of at most this size (a larger tensor has its own).
+      overwrite: Whether the folder may be there; its weights and config are replaced, its other files (a tokenizer)
+        stay.
+      side_files: Files to copy into it, by their names there; see :func:`subspace_jax.interop.side_files`.
+
+    Raises:
+      FileExistsError: The folder is there and not empty, without ``overwrite``.
+      ValueError: The parameters are not those of the config, or their type can't be stored.
+      OSError: Writing failed.
+    """
+    write_checkpoint(
+        folder,
+        functools.partial(config_to_hf, config),
+        causal_lm_specs(config),
+        tensor_names(config),
+        stack_layers(params),
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        side_files=side_files,
+    )
+
+
+def save_pretrained(model: CausalLM, folder: str | os.PathLike, **options) -> None:
+    """Writes a module as a checkpoint folder; options as of :func:`save_causal_lm`."""
+    save_causal_lm(folder, model.config, model.params, **options)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    fields: Callable[[str], dict[str, Any]],
+    specs: PyTree,
+    tensors: Sequence[TensorName],
+    params: PyTree,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    side_files: Mapping[str, pathlib.Path] | None = None,
+) -> None:
+    """Writes the checkpoint folder of any model; see :func:`save_causal_lm`.
+
+    Args:
+      folder: Where to write.
+      fields: Those of ``config.json``, given the name of the weights' type.
+      specs: Tree of :class:`ParamSpec`.
+      tensors: Tensors in the order of the files; the parts of one stand together, in their order.
+      params: The parameters.
+      shard_bytes: Largest file.
+      overwrite: Whether the folder may be there.
+      side_files: Files to copy into it, by their names there.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists; pass overwrite=True to replace the checkpoint in it")
+    leaves = _checked_leaves(specs, params)
+    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+    made = fields(str(jnp.result_type(*dtypes)) if len(dtypes) == 1 else "float32")
+    shapes = {t.name: (stored_shape(specs, t), leaves[t.place.path].dtype) for t in tensors}
+    files = _split(shapes, shard_bytes)
+    together = itertools.groupby(tensors, lambda t: t.name)
+    fetch = (_fetch(leaves, list(parts)) for _, parts in together)
+    if jax.process_index() != 0:
+        # Bringing a tensor together takes all processes.
+        for _ in fetch:
+            pass
+    else:
+        with replacing(folder, _is_checkpoint_file) as new:
+            for name, source in (side_files or {}).items():
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, new / name)
+            (new / "config.json").write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
+            for file, names in files.items():
+                write_safetensors(
+                    new / file, {name: shapes[name] for name in names}, itertools.islice(fetch, len(names))
+                )
+            if len(files) > 1:
+                index = {
+                    "metadata": {"total_size": sum(_nbytes(*entry) for entry in shapes.values())},
+                    "weight_map": {name: file for file, names in files.items() for name in names},
+                }
+                (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("write_checkpoint")
+
+
+def _checked_leaves(specs: PyTree, params: PyTree) -> dict[Path, jax.Array]:
+    def flat(tree: PyTree) -> dict[Path, Any]:
+        return {tuple(_key(k) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    expected, got = flat(spec_shapes(specs)), flat(params)
+    if expected.keys() != got.keys():
+        missing, extra = (["/".join(p) for p in sorted(a)] for a in (expected - got.keys(), got - expected.keys()))
+        raise ValueError(f"params: not those of the config; missing: {some(missing)}; unexpected: {some(extra)}")
+    for path, leaf in got.items():
+        if leaf.shape != expected[path].shape:
+            raise ValueError(f"params: {'/'.join(path)}: expected {expected[path].shape}, got {leaf.shape}")
+    return got
+
+
+def _key(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+
+
+def _fetch(leaves: Mapping[Path, jax.Array], parts: list[TensorName]) -> np.ndarray:
+    fetched = [to_stored(part, _to_host(leaves[part.place.path], part.place.layer)) for part in parts]
+    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched)
+
+
+def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
+    # An array keeps its value on the host once that was asked for; a copy or a slice takes it along when it goes.
+    part = jnp.copy(leaf) if layer is None else leaf[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _split(shapes: dict[str, tuple[tuple[int, ...], Any]], shard_bytes: int) -> dict[str, list[str]]:
+    """Fills files in order, none beyond ``shard_bytes``."""
+    groups, size = [[]], 0
+    for name, entry in shapes.items():
+        nbytes = _nbytes(*entry)
+        if groups[-1] and size + nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
+    """Gives a folder to fill, which takes the place of ``folder`` if all goes well and is gone otherwise.
+
+    Files of an older folder that are not ours, by their names, go over to the new one, unless it has one of that name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    old = new.with_name(new.name.replace(".new-", ".old-"))
+    try:
+        new.chmod(0o755)
+        yield new
+        if folder.exists():
+            for file in folder.iterdir():
+                if not is_ours(file.name) and not (new / file.name).exists():
+                    (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # which name no file
+            raise OSError(error.errno, f"can't write {folder} ({error.strerror})") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_checkpoint_file(name: str) -> bool:
+    return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))

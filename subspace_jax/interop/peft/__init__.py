@@ -1,0 +1,1 @@
+"""Adapters of Hugging Face PEFT."""

@@ -1,0 +1,1 @@
+"""Interpretability: what models and objectives are made of."""

@@ -1,0 +1,1 @@
+"""Causal language models: GPT-2, Llama, Mistral, Qwen2."""

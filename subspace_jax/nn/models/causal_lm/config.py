@@ -1,0 +1,209 @@
+"""What distinguishes one causal language model from another, as plain fields, and the sizes of well-known ones."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg import working_dtype
+from subspace_jax.nn.layers.rope import Rope, rope_frequencies
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU (arXiv 1606.08415) by erf: JAX's own uses erfc, which takes a CPU three times as long.
+
+    In float32 at least, where what is lost to 1 + erf(-3) does not matter.
+    """
+    wide = x.astype(working_dtype(x))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+
+@dataclass(frozen=True)
+class CausalLMConfig:
+    """A decoder of pre-norm residual blocks: attention, then a multilayer perceptron.
+
+    Attributes:
+      family: Whose module names a checkpoint uses: "gpt2", "llama", "mistral" or "qwen2".  It changes no number.
+      vocab_size: Words, ``V``.
+      hidden_size: Width of the residual stream, ``d``.
+      num_layers: Blocks.
+      num_heads: Query heads, ``H``.
+      num_kv_heads: Key and value heads, ``K``; a divisor of ``num_heads`` (grouped queries, arXiv 2305.13245).
+      head_dim: Width of a head, ``h``; ``H h`` need not be ``d``.
+      mlp_size: Width inside the perceptron, ``f``.
+      max_length: Longest sequence.
+      norm: "rms" or "layer".
+      norm_eps: Its epsilon.
+      rope: Rotary positions, or None for a learned table of ``max_length`` rows.
+      activation: One of :data:`ACTIVATIONS`.
+      gated_mlp: ``down(act(gate x) * up x)`` (arXiv 2002.05202) instead of ``down(act(up x))``.
+      fused_qkv: One kernel for queries, keys and values, in this order along its output.
+      qkv_bias: Whether queries, keys and values have biases.
+      out_bias: Whether the attention's output has one.
+      mlp_bias: Whether the perceptron's kernels have them.
+      windows: For each layer the number of latest tokens that it sees, itself included, or None for all of them.
+      tied: Whether words are scored by the rows of the embedding instead of a head of their own.
+      scale_scores: Whether scores are divided by ``sqrt(head_dim)``.
+      scale_by_layer: Whether the scores of layer ``l`` are divided by ``l + 1`` as well.
+      bos_token: Token that opens a text, or None.
+      eos_tokens: Tokens that end one.
+      pad_token: Token that fills up a batch, or None.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_length: int
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    rope: Rope | None = field(default_factory=Rope)
+    activation: str = "silu"
+    gated_mlp: bool = True
+    fused_qkv: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int | None, ...] | None = None
+    tied: bool = False
+    scale_scores: bool = True
+    scale_by_layer: bool = False
+    bos_token: int | None = None
+    eos_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
+        for name in (*sizes, "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name, known in (("family", FAMILIES), ("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of the {self.num_heads} query heads, got {self.num_kv_heads}"
+            )
+        if self.windows is not None:
+            if len(self.windows) != self.num_layers:
+                raise ValueError(f"windows: expected one for each of {self.num_layers} layers, got {len(self.windows)}")
+            if any(w is not None and w < 1 for w in self.windows):
+                raise ValueError(f"windows: expected at least 1 token, or None; got {self.windows}")
+            if not any(self.windows):
+                object.__setattr__(self, "windows", None)
+        if self.rope is not None:
+            rope_frequencies(self.rope, self.head_dim)
+
+    @property
+    def window(self) -> int | None:
+        """The one window of all layers; None where there is none or where layers differ."""
+        return self.windows[0] if self.windows and len(set(self.windows)) == 1 else None
+
+    @property
+    def windows_differ(self) -> bool:
+        """Whether some layers see farther than others."""
+        return self.windows is not None and len(set(self.windows)) > 1
+
+    def replace(self, **changes) -> "CausalLMConfig":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def gpt2(
+        cls, vocab_size: int = 50257, hidden_size: int = 768, num_layers: int = 12, num_heads: int = 12, **changes
+    ) -> "CausalLMConfig":
+        """GPT-2 (Radford et al. 2019): 124 M parameters by default; ``(50257, 1024, 24, 16)`` is "medium", 355 M."""
+        fields = {
+            "family": "gpt2",
+            "num_kv_heads": num_heads,
+            "head_dim": hidden_size // num_heads,
+            "mlp_size": 4 * hidden_size,
+            "max_length": 1024,
+            "norm": "layer",
+            "rope": None,
+            "activation": "gelu_tanh",
+            "gated_mlp": False,
+            "fused_qkv": True,
+            "qkv_bias": True,
+            "out_bias": True,
+            "mlp_bias": True,
+            "tied": True,
+        }
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            **{**fields, **changes},
+        )
+
+    @classmethod
+    def llama3(cls, size: str = "8b", **changes) -> "CausalLMConfig":
+        """Llama 3 (arXiv 2407.21783) of 8 or 70 milliard parameters: ``size`` is "8b" or "70b"."""
+        wide = _choose("llama3", size, {"8b": (4096, 32, 32, 14336), "70b": (8192, 80, 64, 28672)})
+        return cls(**{**_decoder("llama", 128256, wide, 8, 8192, Rope(theta=500000.0)), **changes})
+
+    @classmethod
+    def mistral(cls, size: str = "7b", **changes) -> "CausalLMConfig":
+        """Mistral 7B (arXiv 2310.06825), its first version, every layer with a window of 4096 tokens."""
+        wide = _choose("mistral", size, {"7b": (4096, 32, 32, 14336)})
+        fields = _decoder("mistral", 32000, wide, 8, 32768, Rope())
+        return cls(**{**fields, "windows": (4096,) * changes.get("num_layers", 32), **changes})
+
+    @classmethod
+    def qwen2(cls, size: str = "7b", **changes) -> "CausalLMConfig":
+        """Qwen2 (arXiv 2407.10671): ``size`` is "7b" or "0.5b"."""
+        wide = _choose("qwen2", size, {"7b": (3584, 28, 28, 18944), "0.5b": (896, 24, 14, 4864)})
+        vocab, kv_heads = {"7b": (152064, 4), "0.5b": (151936, 2)}[size]
+        fields = _decoder("qwen2", vocab, wide, kv_heads, 131072, Rope(theta=1e6))
+        return cls(**{**fields, "norm_eps": 1e-6, "qkv_bias": True, "tied": size == "0.5b", **changes})
+
+    @classmethod
+    def tiny(cls, vocab_size: int = 256, **changes) -> "CausalLMConfig":
+        """A Llama of 0.8 M parameters and 256 positions, to be trained from nothing on a laptop.
+
+        Its positions are rotary: with a learned table so small a model stays for long with the statistics of pairs of
+        tokens, for it has to find out place by place which one comes before.
+        """
+        fields = _decoder("llama", vocab_size, (128, 4, 4, 344), 4, 256, Rope())
+        return cls(**{**fields, "tied": True, **changes})
+
+
+def _choose(family: str, size: str, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    if size not in sizes:
+        raise ValueError(f"size: expected one of {sorted(sizes)} for {family}, got {size!r}")
+    return sizes[size]
+
+
+def _decoder(family: str, vocab: int, wide: tuple[int, ...], kv_heads: int, max_length: int, rope: Rope) -> dict:
+    hidden, layers, heads, mlp = wide
+    return {
+        "family": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "mlp_size": mlp,
+        "max_length": max_length,
+        "rope": rope,
+    }

@@ -1,0 +1,183 @@
+"""Text from a causal language model: the prompt is read at once, then one token follows another."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from subspace_jax.nn.layers.embedding import table_dtype
+from subspace_jax.nn.layers.kv_cache import init_cache
+from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
+from subspace_jax.nn.models.causal_lm.model import causal_lm_apply, causal_lm_logits
+
+PyTree = Any
+
+
+class Generated(NamedTuple):
+    """New tokens.
+
+    Attributes:
+      tokens: ``[batch, max_new_tokens]`` int32; after a token that ends the text, padding.
+      lengths: ``[batch]`` int32, new tokens of each row, the one that ends it included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def generate(
+    config: CausalLMConfig,
+    params: PyTree,
+    tokens: jax.Array,
+    *,
+    max_new_tokens: int,
+    attention_mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_tokens: int | Sequence[int] | None = None,
+    pad_token: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> Generated:
+    """Continues prompts, with a cache of keys and values; one program, which ends when every row has ended.
+
+    Args:
+      config: The model.
+      params: Its parameters; structured kernels serve.
+      tokens: Prompts ``[batch, length]``, padded on either side.
+      max_new_tokens: How many tokens to add at most.
+      attention_mask: ``[batch, length]``, zero for padding; at least one token in each row.
+      key: Random key; needed where ``temperature > 0``.
+      temperature: Logits are divided by it before a token is drawn; 0 takes the likeliest token.
+      top_p: A token is drawn among the likeliest ones whose probabilities first add up to this (arXiv 1904.09751).
+      eos_tokens: Token or tokens that end a text; those of the config by default, which are those of
+        ``generation_config.json`` where it comes from a folder with one.
+      pad_token: What follows the end; the config's by default, or 0.
+      dtype: Type of activations and cache, that of the embedding by default.
+
+    Returns:
+      The new tokens, without the prompts.
+
+    Raises:
+      ValueError: Prompt and new tokens exceed the model's length, or an option is out of range or missing.
+    """
+    _check(config, tokens, max_new_tokens, key, temperature, top_p)
+    eos = config.eos_tokens if eos_tokens is None else eos_tokens
+    eos = (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
+    if eos_tokens is not None and not all(0 <= token < config.vocab_size for token in eos):
+        raise ValueError(f"eos_tokens: expected tokens below vocab_size {config.vocab_size}, got {eos_tokens}")
+    if attention_mask is None:
+        attention_mask = jnp.ones(tokens.shape, bool)
+    pad = pad_token if pad_token is not None else config.pad_token or 0
+    return _generate(
+        config,
+        params,
+        tokens.astype(jnp.int32),
+        attention_mask.astype(bool),
+        jax.random.key(0) if key is None else key,
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        max_new_tokens=max_new_tokens,
+        sampled=temperature > 0,
+        nucleus=top_p < 1,
+        eos=tuple(int(token) for token in eos),
+        pad=pad,
+        dtype=jnp.dtype(table_dtype(params["embed"]["embedding"]) if dtype is None else dtype),
+    )
+
+
+def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens: expected prompts [batch, length >= 1], got shape {tokens.shape}")
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"max_new_tokens: expected an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if tokens.shape[1] >= config.max_length:
+        raise ValueError(
+            f"tokens: a prompt of {tokens.shape[1]} leaves none of the model's {config.max_length} positions"
+        )
+    if tokens.shape[1] + max_new_tokens > config.max_length:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {tokens.shape[1]} exceed the model's "
+            f"{config.max_length} positions"
+        )
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # below, scores would overflow
+        raise ValueError(f"expected temperature >= 0, finite and not between 0 and 1e-6, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"expected 0 < top_p <= 1, got {top_p}")
+    if temperature > 0 and key is None:
+        raise ValueError(f"key: sampling at temperature {temperature} needs a random key, got None")
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "sampled", "nucleus", "eos", "pad", "dtype")
+)
+def _generate(
+    config, params, tokens, valid, key, temperature, top_p, *, max_new_tokens, sampled, nucleus, eos, pad, dtype
+):
+    batch, length = tokens.shape
+
+    def choose(logits, step):
+        logits = logits.astype(jnp.float32)
+        if not sampled:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
+        if nucleus:
+            logits = keep_top_p(logits, top_p)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+    def ends(token):
+        return jnp.isin(token, jnp.array(eos, jnp.int32)) if eos else jnp.zeros(token.shape, bool)
+
+    # Keys of the last new token are never asked for.
+    cache = init_cache(config, batch, length + max_new_tokens - 1, dtype)
+    read = causal_lm_apply(config, params, tokens, attention_mask=valid, cache=cache, dtype=dtype, with_logits=False)
+    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    final = jnp.take_along_axis(read.final, last[:, None, None], axis=1)
+    first = choose(_logits(config, params, final), 0)
+    new = jnp.full((batch, max_new_tokens), pad, jnp.int32).at[:, 0].set(first)
+
+    def more(state):
+        step, done, *_ = state
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def one(state):
+        step, done, token, new, cache = state
+        out = causal_lm_apply(config, params, token[:, None], cache=cache, dtype=dtype, with_logits=False)
+        token = jnp.where(done, pad, choose(_logits(config, params, out.final), step))
+        new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.int32(0), step))
+        return step + 1, done | ends(token), token, new, out.cache
+
+    state = (jnp.int32(1), ends(first), first, new, read.cache)
+    new = jax.lax.while_loop(more, one, state)[3]
+    ended = ends(new)
+    lengths = jnp.where(jnp.any(ended, axis=1), jnp.argmax(ended, axis=1) + 1, max_new_tokens)
+    return Generated(new, lengths.astype(jnp.int32))
+
+
+def _logits(config, params, final):
+    return causal_lm_logits(config, params, final, jnp.float32)[:, 0]
+
+
+def keep_top_p(logits: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
+    """Sets all logits to ``-inf`` but the greatest ones whose probabilities first add up to ``top_p``.
+
+    Args:
+      logits: ``[..., vocab]`` float32.
+      top_p: Share of the probability, in ``(0, 1]``; the likeliest token always stays.  Equals of the last one that
+        stays do so too.
+
+    Returns:
+      ``[..., vocab]``.
+    """
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)

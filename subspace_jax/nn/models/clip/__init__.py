@@ -1,0 +1,1 @@
+"""Dual towers: CLIP and SigLIP."""

@@ -1,0 +1,1 @@
+"""Vision transformers: ViT, DeiT, DeiT3, DINOv2, the towers of CLIP and SigLIP."""

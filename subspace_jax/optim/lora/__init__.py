@@ -1,0 +1,1 @@
+"""Optimizers of LoRA's two factors."""

@@ -1,0 +1,1 @@
+"""Optimizers of parameters on manifolds."""

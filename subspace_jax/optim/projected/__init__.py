@@ -1,0 +1,1 @@
+"""Optimizers in low-rank subspaces of the gradients."""

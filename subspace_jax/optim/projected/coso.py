@@ -1,0 +1,279 @@
+"""CoSO: Adam in subspaces of the gradients that stay orthogonal to what earlier tasks used (arXiv 2505.11816)."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from subspace_jax import linalg
+from subspace_jax.linalg.frequent_directions import SVD_METHODS, left_singular, merge_directions
+from subspace_jax.optim import _checks
+from subspace_jax.optim.projected import _adam
+from subspace_jax.optim.projected import _shared as _projected
+from subspace_jax.optim.projected._shared import RankRule
+
+PyTree = Any
+
+# A direction of unit length of which less than this is new to the history adds nothing.
+_NEW = 1e-6
+
+
+class CoSOState(NamedTuple):
+    """State of :func:`coso`; trees like the parameters, float32 (float64 for float64 parameters).
+
+    For a kernel ``[..., m, n]``, ``d`` is ``m`` on the input side and ``n`` on the output side; all but the moments
+    are ``[1]`` where a leaf is not projected.
+
+    Attributes:
+      count: Steps taken in this task, int32 scalar.
+      proj: ``[..., d, proj_rank]``, the subspace of the updates.
+      mu: First moments of projected gradients, ``[..., proj_rank, n]`` or ``[..., m, proj_rank]``.
+      nu: Second moments.
+      sketch: ``[..., d, sketch_rank]``, Frequent Directions of this task's gradients.
+      sigma: ``[..., sketch_rank]``.
+      basis: ``[..., d, sketch_rank]``, orthonormal columns.
+      history: ``[..., d, k]``, orthonormal columns of earlier tasks, and zero columns behind them.
+      history_dim: ``[...]`` of int32, how many columns are in use.
+    """
+
+    count: jax.Array
+    proj: PyTree
+    mu: PyTree
+    nu: PyTree
+    sketch: PyTree
+    sigma: PyTree
+    basis: PyTree
+    history: PyTree
+    history_dim: PyTree
+
+
+def coso(
+    learning_rate: optax.ScalarOrSchedule,
+    proj_rank: int | RankRule = 15,
+    sketch_rank: int = 100,
+    *,
+    update_every: int = 1,
+    decay: ArrayLike = 1.0,
+    side: str = "input",
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    weight_decay: ArrayLike = 0.0,
+    max_history: int | None = None,
+    method: str = "gram_eigh",
+) -> optax.GradientTransformationExtraArgs:
+    """CoSO (Cheng et al., arXiv 2505.11816) for a sequence of tasks; call :func:`coso_end_task` between two.
+
+    The gradient of a kernel loses its part in the history, is projected to its own leading singular vectors and
+    stepped by Adam there: ``W <- (W - lr P N) (1 - lr weight_decay)``.  So ``history^T (W - W_start) = 0`` in every
+    task, as long as there is no weight decay.  A sketch of the gradients is what a task leaves to the history.
+
+    Leaves of one axis, and those for which a rule gives None, are stepped by plain Adam.  Give heads of tasks to an
+    optimizer of their own by ``optax.partition``.
+
+    Args:
+      learning_rate: Number, or schedule of the step within a task.
+      proj_rank: Dimensions of the updates, or a rule ``rank(path, shape)``.
+      sketch_rank: Columns of the sketch, at least ``proj_rank`` and below both sides of a kernel.
+      update_every: Steps between renewals of subspace and sketch.
+      decay: Factor on the sketch at a renewal.
+      side: "input" (rows of kernels ``[in, out]``; outputs for earlier tasks' inputs stay) or "output" (columns).
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, before bias correction.
+      weight_decay: Decoupled, after the step; moves weights inside the history too.
+      max_history: Columns that the history can hold; None for all but ``proj_rank``.
+      method: "svd", or "gram_eigh": through eigenvectors of Gram matrices.
+
+    Returns:
+      The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
+      where Optax keeps their dtype; complex parameters are refused.
+
+    Raises:
+      TypeError: ``proj_rank``, ``sketch_rank``, ``update_every`` or ``max_history`` is traced or not a whole number.
+      ValueError: An option is unknown or out of range; ``init`` raises it for kernels that are too small.
+
+    Examples:
+      >>> import jax
+      >>> from subspace_jax import optim
+      >>> params = jax.numpy.ones((8, 6))
+      >>> tx = optim.coso(1e-2, proj_rank=2, sketch_rank=4)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.random.normal(jax.random.key(0), (8, 6)), state)
+      >>> state = optim.coso_end_task(state, threshold=0.98)
+    """
+    _projected.check_rank(proj_rank, "proj_rank")
+    sketch_rank = _checks.static_int("sketch_rank", sketch_rank, 1)
+    update_every = _checks.static_int("update_every", update_every, 1)
+    max_history = None if max_history is None else _checks.static_int("max_history", max_history, 1)
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("decay", decay, 0)
+    _checks.check_choice("side", side, ("input", "output"))
+    _checks.check_choice("method", method, SVD_METHODS)
+    if not callable(proj_rank) and sketch_rank < proj_rank:
+        raise ValueError(f"sketch_rank: expected at least proj_rank, {proj_rank}, got {sketch_rank}")
+    plan_side = "left" if side == "input" else "right"
+    descent = _adam.descend(learning_rate, weight_decay)
+
+    def plans_for(tree):
+        plans, structure = _projected.plans_for(tree, proj_rank, plan_side)
+        for plan in plans:
+            if plan is not None and not plan.rank <= sketch_rank < min(plan.shape[-2:]):
+                raise ValueError(
+                    f"sketch_rank: expected at least proj_rank, {plan.rank}, and less than both sides of "
+                    f"{plan.name or 'the kernel'}, {plan.shape[-2:]}, got {sketch_rank}"
+                )
+        return plans, structure
+
+    def init(params):
+        _checks.check_real(params)
+        plans, structure = plans_for(params)
+        rows = []
+        for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
+            if plan is None:
+                zeros = jnp.zeros_like(x, linalg.working_dtype(x))
+                proj, *rest = (_projected.absent(x) for _ in range(6))
+                rows.append((proj, zeros, jnp.zeros_like(zeros), *rest))
+                continue
+            d = plan.shape[-2 if side == "input" else -1]
+            size = d - plan.rank if max_history is None else min(max_history, d - plan.rank)
+
+            def wide(columns, plan=plan, x=x):
+                basis, low = _projected.zero_state(plan._replace(rank=columns), x)
+                return basis.left if side == "input" else basis.right, low
+
+            (proj, low), (sketch, _), (history, _) = (wide(k) for k in (plan.rank, sketch_rank, size))
+            dim = _projected.zero_per_matrix(plan, x)
+            sigma = jnp.zeros_like(jnp.broadcast_to(dim[..., None], (*dim.shape, sketch_rank)))
+            held = (proj, low, jnp.zeros_like(low), sketch, sigma, jnp.zeros_like(sketch), history)
+            rows.append((*held, dim.astype(jnp.int32)))
+        trees = [structure.unflatten([row[i] for row in rows]) for i in range(8)]
+        return CoSOState(jnp.zeros((), jnp.int32), *trees)
+
+    def leaf(g, count, proj, mu, nu, sketch, sigma, basis, history, history_dim):
+        (g,) = _adam.bounded(g.astype(proj.dtype))
+        g = g - linalg.times(history, linalg.gram(history, g))
+
+        def renew():
+            u, s = left_singular(g, method)
+            state = merge_directions(linalg.FDState(sketch, sigma, basis), u, s, decay=decay, method=method)
+            return u[..., : proj.shape[-1]], state
+
+        keep = (proj, linalg.FDState(sketch, sigma, basis))
+        proj, state = jax.lax.cond(count % update_every == 0, renew, lambda: keep)
+        mu, nu, n = _adam.moments(linalg.gram(proj, g), mu, nu, b1, b2, eps)
+        d = _adam.correction(count + 1, b1, b2, n.dtype) * linalg.times(proj, n)
+        return d, (proj, mu, nu, *state, history, history_dim)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        plans, structure = plans_for(updates)
+        rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
+        results = []
+        for plan, g, old in zip(plans, jax.tree.leaves(updates), rows, strict=True):
+            if plan is None:
+                mu, nu, n = _adam.moments(g.astype(old[1].dtype), *old[1:3], b1, b2, eps)
+                d = _adam.correction(state.count + 1, b1, b2, n.dtype) * n
+                results.append((d.astype(g.dtype), old[0], mu, nu, *old[3:]))
+                continue
+
+            def run(g, count, old, plan=plan):
+                x, (proj, mu, nu, *rest) = _projected.to_matrices(plan, g), old
+                if side == "input":
+                    d, new = leaf(x, count, *old)
+                else:
+                    d, (proj, mu, nu, *rest) = leaf(x.mT, count, proj, mu.mT, nu.mT, *rest)
+                    d, new = d.mT, (proj, mu.mT, nu.mT, *rest)
+                return _projected.from_matrices(plan, d, g.shape).astype(g.dtype), tuple(new)
+
+            specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(old))  # noqa: E731
+            d, new = _projected.automatic(run, (g, state.count, old), specs)
+            results.append((d, *new))
+        trees = [structure.unflatten([row[i] for row in results]) for i in range(9)]
+        updates, after = descent.update(trees[0], _adam.DescentState(state.count), params)
+        return updates, CoSOState(after.count, *trees[1:])
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 0) -> PyTree:
+    """Ends a task: its main directions join the history, and moments, sketch and counter start anew.
+
+    A direction is kept while the share of squares up to and including it is below the threshold.
+
+    Args:
+      state: A :class:`CoSOState`, or any tree that holds some, such as the state of ``optax.partition``.
+      threshold: Share of the sketch's squares, in (0, 1].
+      min_directions: Kept whatever their share; 0 is the reference, where one direction that holds the threshold
+        alone leaves nothing.
+
+    Returns:
+      The state to start the next task with.  Under ``jit`` directions for which there is no room are left out.
+
+    Raises:
+      ValueError: ``threshold`` is outside (0, 1], ``min_directions`` is negative, or the history has no room for all
+        new directions and is at hand to be looked at.
+      TypeError: ``min_directions`` is no Python integer, or the state holds no ``CoSOState``.
+    """
+    if isinstance(threshold, numbers.Real) and not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a share above 0 and up to 1, got {threshold}")
+    min_directions = _checks.static_int("min_directions", min_directions, 0)
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_coso) if _is_coso(x)]
+    if not found:
+        raise TypeError(f"state: expected a CoSOState or a tree that holds one, got {type(state).__name__}")
+    return jax.tree.map(
+        lambda x: _end_task(x, threshold, min_directions) if _is_coso(x) else x, state, is_leaf=_is_coso
+    )
+
+
+def _is_coso(x):
+    return isinstance(x, CoSOState)
+
+
+def _end_task(state, threshold, min_directions):
+    structure = jax.tree.structure(state.mu)
+    columns = [structure.flatten_up_to(tree) for tree in (state.sigma, state.basis, state.history, state.history_dim)]
+    histories, dims = [], []
+    for sigma, basis, history, dim in zip(*columns, strict=True):
+        if history.ndim < 2:  # not projected
+            histories.append(history)
+            dims.append(dim)
+            continue
+        new, wanted = _projected.automatic(
+            lambda *args: _append(*args, threshold, min_directions),
+            (sigma, basis, history, dim),
+            lambda history=history, dim=dim: _projected.spec_of((history, dim)),
+        )
+        size = history.shape[-1]
+        known = not isinstance(wanted, jax.core.Tracer) and wanted.is_fully_addressable
+        if known and bool(jnp.any(wanted > size)):
+            raise ValueError(
+                f"history: expected at most {size} directions in all, got {int(jnp.max(wanted))}; "
+                "raise max_history or lower the threshold"
+            )
+        histories.append(new)
+        dims.append(jnp.minimum(wanted, size))
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return zeros._replace(history=structure.unflatten(histories), history_dim=structure.unflatten(dims))
+
+
+def _append(sigma, basis, history, dim, threshold, min_directions):
+    """The history with new columns, and how many it would need to hold."""
+    squares = jnp.square(sigma)
+    shares = jnp.cumsum(squares, axis=-1) / jnp.maximum(jnp.sum(squares, axis=-1, keepdims=True), 1e-37)
+    order = jax.lax.broadcasted_iota(jnp.int32, sigma.shape, sigma.ndim - 1)
+    chosen = (shares < jnp.asarray(threshold).astype(shares.dtype)) | (order < min_directions)
+    chosen &= squares > 0
+    for _ in range(2):
+        basis = basis - linalg.times(history, linalg.gram(history, basis))
+    norms = jnp.linalg.norm(basis, axis=-2)
+    chosen &= norms >= _NEW
+    basis = basis / jnp.where(chosen, norms, 1)[..., None, :]
+    places = dim[..., None] + jnp.cumsum(chosen, axis=-1, dtype=jnp.int32) - 1
+    # One-hot rows put columns in their places without a scatter; those without a place have rows of zeros.
+    onto = jax.nn.one_hot(jnp.where(chosen, places, -1), history.shape[-1], dtype=basis.dtype)
+    history = history + linalg.times(basis, onto)
+    return history, dim + jnp.sum(chosen, axis=-1, dtype=jnp.int32)

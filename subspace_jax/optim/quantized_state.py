@@ -1,0 +1,144 @@
+"""State of any Optax transform in 16 or 8 bits: wide for the length of an update, narrow between two.
+
+Rounding is by chance and right on average.  Moving averages change by less than a narrow number's last digit in a step,
+and rounded to the nearest they would stand still.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from subspace_jax.optim import _checks
+from subspace_jax.optim.projected import _shared as _projected
+from subspace_jax.optim.projected._shared import Basis
+
+PyTree = Any
+
+DTYPES = ("bfloat16", "int8")
+
+# A scale costs four bytes, which shorter rows than this are not worth.
+_SHORTEST_ROW = 16
+_LEVELS = 127
+
+
+class QuantizedState(NamedTuple):
+    """State of :func:`quantize_state`.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      values: The inner state, with narrow arrays.
+      scales: A tree like it: for int8 arrays the largest magnitude of each row, ``[..., 1]`` of float32, and for
+        bfloat16 ones a scalar of float32; a scalar of bool for arrays that are as the inner transform has them, None
+        for bases.
+    """
+
+    count: jax.Array
+    values: optax.OptState
+    scales: PyTree
+
+
+def quantize_state(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformationExtraArgs:
+    """Keeps the float32 arrays of a transform's state as bfloat16, or as int8 with a scale for each row.
+
+    What a method's moments lose is a matter of their last digits; bases of subspaces (:class:`Basis`) have to stay
+    orthonormal and stay as they are, and so do scalars.  Eight bits hold the fourth root of a number over the largest
+    of its row, that is of its last axis: eight decades, neighbours 3% apart at the upper end.  A second moment that is
+    not zero never becomes zero.  Rows of fewer than 16 numbers stay as they are.  The idea is of Dettmers et al.
+    (arXiv 2110.02861); rows instead of blocks of 2048 leave a sharded array where it is.
+
+    Args:
+      inner: Any transform, such as :func:`galore`, or Adam inside :func:`low_rank_projection`.
+      dtype: "bfloat16" or "int8".
+
+    Returns:
+      The transform.
+
+    Raises:
+      ValueError: ``dtype`` is unknown.
+      TypeError: ``inner`` is no transform.
+
+    Examples:
+      >>> import jax
+      >>> from subspace_jax import optim
+      >>> tx = optim.quantize_state(optim.galore(1e-2, rank=16), "int8")
+      >>> state = tx.init({"kernel": jax.numpy.ones((64, 32))})
+      >>> moments = state.values[0].inner
+      >>> moments.mu["kernel"].shape, str(moments.mu["kernel"].dtype), str(state.values[0].bases["kernel"].right.dtype)
+      ((64, 16), 'int8', 'float32')
+    """
+    _checks.check_choice("dtype", dtype, DTYPES)
+    _checks.check_transform("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def narrowed(state, count):
+        leaves, structure = jax.tree.flatten(state, is_leaf=_is_basis)
+        key = jax.random.fold_in(jax.random.key(0), count)
+        pairs = [_narrow(x, dtype, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
+        return QuantizedState(count, *(structure.unflatten([pair[i] for pair in pairs]) for i in range(2)))
+
+    def init(params):
+        return narrowed(inner.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        values, structure = jax.tree.flatten(state.values, is_leaf=_is_basis)
+        scales = structure.flatten_up_to(state.scales)
+        wide = structure.unflatten([_widen(x, scale) for x, scale in zip(values, scales, strict=True)])
+        updates, wide = inner.update(updates, wide, params, **extra_args)
+        return updates, narrowed(wide, optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_basis(x):
+    return isinstance(x, Basis)
+
+
+def _narrow(x, dtype, key):
+    """The array in its narrow form, and what it takes to widen it again, of float32; or as it is, and a bool."""
+    as_it_is = jnp.zeros((), jnp.bool)
+    if _is_basis(x):
+        return x, None
+    if jnp.ndim(x) == 0 or x.dtype != jnp.float32:
+        return x, as_it_is
+    if dtype == "bfloat16":
+        return _projected.automatic(_to_bfloat16, (x, key), lambda: _projected.spec_of(x)), jnp.zeros((), jnp.float32)
+    if x.shape[-1] < _SHORTEST_ROW:
+        return x, as_it_is
+
+    def specs():
+        spec = _projected.spec_of(x)
+        return spec, P(*spec[:-1], None) if len(spec) == x.ndim else spec
+
+    return _projected.automatic(_to_int8, (x, key), specs)
+
+
+def _widen(x, scale):
+    if scale is None or scale.dtype == jnp.bool:
+        return x
+    if x.dtype == jnp.bfloat16:
+        return x.astype(jnp.float32)
+    ratio = jnp.square(jnp.square(x.astype(jnp.float32) / _LEVELS))
+    return jnp.sign(x).astype(jnp.float32) * scale * ratio
+
+
+def _to_bfloat16(x, key):
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = (bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
+    # Infinity and NaN have no digits to round.
+    bits = jnp.where(jnp.isfinite(x), up, bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _to_int8(x, key):
+    size = jnp.abs(x)
+    scale = jnp.max(size, axis=-1, keepdims=True)
+    size = size / jnp.where(scale > 0, scale, 1)
+    below = jnp.clip(jnp.floor(_LEVELS * jnp.sqrt(jnp.sqrt(size))), 0, _LEVELS - 1)
+    low, high = ((level / _LEVELS) ** 4 for level in (below, below + 1))
+    level = below + (jax.random.uniform(key, x.shape, x.dtype) < (size - low) / (high - low)).astype(x.dtype)
+    # What is not zero is not rounded to zero: first moments are divided by the roots of second ones.
+    level = jnp.where(size > 0, jnp.maximum(level, 1), 0)
+    return (jnp.sign(x) * level).astype(jnp.int8), scale

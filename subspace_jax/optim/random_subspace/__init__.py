@@ -1,0 +1,1 @@
+"""Training inside random subspaces of the parameters."""

@@ -1,0 +1,1 @@
+"""Grassmann class representation (arXiv 2308.01547)."""
