@@ -20,10 +20,12 @@ work/tiny/model/model.safetensors: $(VENV)/.base
 # the code that users get.
 test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
 test: $(VENV)/.test  ## everything that is quick
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --durations 25
+	$(PYTEST) -m "not slow" --durations 25 --cpu-devices 8
 
 test-all: $(VENV)/.test  ## the slow rest too
 	$(PYTEST)
+	$(PYTEST) --cpu-devices 8
 
 test-peers: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
 test-peers: $(VENV)/.test $(VENV)/.bench  ## round trips with the PEFT and transformers of the benchmarks' environment
@@ -33,6 +35,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(PY) scripts/check_sizes.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -1,4 +1,7 @@
-"""Strict settings for every test: 8 CPU devices, no silent dtype or rank promotion, a persistent compilation cache."""
+"""Strict settings for every test: no silent dtype or rank promotion, a persistent compilation cache, one CPU device.
+
+Tests that shard are marked ``eight_devices`` and run in processes of eight: ``pytest --cpu-devices 8``.
+"""
 
 import gc
 import itertools
@@ -24,7 +27,6 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "subspace_jax" / "xla"
@@ -32,6 +34,29 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cpu-devices",
+        type=int,
+        default=1,
+        choices=(1, 8),
+        help="CPU devices of each process: 8 runs the tests marked eight_devices, 1 (the default) all others",
+    )
+
+
+def pytest_configure(config):
+    jax.config.update("jax_num_cpu_devices", config.getoption("--cpu-devices"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the tests that are for processes of this many devices."""
+    sharded = config.getoption("--cpu-devices") == 8
+    other = [item for item in items if (item.get_closest_marker("eight_devices") is not None) != sharded]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if (item.get_closest_marker("eight_devices") is not None) == sharded]
 
 
 # A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker

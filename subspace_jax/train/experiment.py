@@ -1,6 +1,6 @@
 """A run as its config describes it."""
 
-import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable
@@ -128,7 +128,10 @@ def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
 
 
 def is_own_task(name: str) -> bool:
-    """Whether a module is of this library."""
+    """Whether a module is of this library, or one of the examples in its repository."""
+    if name.startswith("examples."):
+        found = importlib.util.find_spec("examples")
+        return found is not None and found.origin == str(Path(__file__).parents[2] / "examples" / "__init__.py")
     return name.startswith("subspace_jax.")
 
 

@@ -91,7 +91,7 @@ def test_blocks_of_queries_change_neither_result_nor_gradient(monkeypatch, maske
             return jnp.sum(jnp.sin(nn.attention(query, key, value, mask=mask)))
 
     whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
-    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.attention"), "BLOCK", 4)
+    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.layers.attention"), "BLOCK", 4)
     blocks = jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), blocks, whole)
 

@@ -63,7 +63,7 @@ def test_a_wide_convolution_is_a_product_forwards_and_backwards(space, window, h
 
     got, convolves = run()
     assert not convolves
-    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.conv"), "_WIDE", 65)
+    monkeypatch.setattr(importlib.import_module("subspace_jax.nn.layers.conv"), "_WIDE", 65)
     expected, convolves = run()
     assert convolves
     for a, b in zip(got, expected, strict=True):

@@ -53,7 +53,7 @@ def test_derivatives_run_forwards_too(x64):
 
 def test_windows_of_3_by_3_that_move_by_one_take_tiles_where_there_are_many(monkeypatch):
     seen = []
-    module = importlib.import_module("subspace_jax.nn.conv")
+    module = importlib.import_module("subspace_jax.nn.layers.conv")
     monkeypatch.setattr(module, "convolved_3x3", lambda x, w: seen.append(x.shape) or convolved_3x3(x, w))
 
     def tiles(shape, kernel, **how):
