@@ -16,8 +16,8 @@ the run ends there if they differ.  All is float32 on a CPU, bfloat16 weights an
   peak       most memory of a process of its own that does this one thing: on a CPU its resident memory, libraries and
              compiling included; "later" is that of the calls after the first two
 
-Both sides use the threads that they take by themselves, and memory that they free stays with the process
-(:func:`subspace_jax.train.keep_freed_memory`).
+Both sides use the threads that they take by themselves.  Where only CPUs compute, run it with the memory settings of
+docs/start.md, for both sides.
 """
 
 import argparse
@@ -120,9 +120,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return worker(*args.worker)  # imports one of the sides only
-    from subspace_jax import train
-
-    train.keep_freed_memory()  # before there are threads
     if args.rounds < 2:
         parser.error(f"--rounds: expected at least 2, got {args.rounds}")
 

@@ -16,8 +16,8 @@ generated tokens; the run ends there if they differ.  On a CPU all is float32; o
              memory, libraries, reading and compiling included; "later" is that of the calls after the first two.
              On a GPU both are what was in use on the device, the first ones included.
 
-Both sides use the threads that they take by themselves, and memory that they free stays with the process
-(:func:`subspace_jax.train.keep_freed_memory`).
+Both sides use the threads that they take by themselves.  Where only CPUs compute, run it with the memory settings of
+docs/start.md, for both sides.
 """
 
 import argparse
@@ -89,10 +89,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return worker(*args.worker)  # imports one of the sides only
-    from subspace_jax import train
-
-    train.keep_freed_memory()  # before there are threads
-
     sides = {name: importlib.import_module(module) for name, module in SIDES.items()}
     import jax
     import timing

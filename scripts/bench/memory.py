@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# As in the process that measures times, without the imports of subspace_jax.train.keep_freed_memory.
+# The settings of docs/start.md: freed memory stays with the process.
 _KEEP_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 

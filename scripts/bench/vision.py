@@ -16,8 +16,8 @@ Then the input pipeline runs by itself, from JPEG files in folders to batches in
   MFU        share of the data sheet's bfloat16 rate, on GPUs that are known
   peak       most memory of a process of its own that does this one thing and nothing else, as in ``lm.py``
 
-Both sides use the threads that they take by themselves, and memory that they free stays with the process
-(:func:`subspace_jax.train.keep_freed_memory`).
+Both sides use the threads that they take by themselves.  Where only CPUs compute, run it with the memory settings of
+docs/start.md, for both sides.
 """
 
 import argparse
@@ -121,10 +121,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return worker(*args.worker)  # imports one of the sides only
-    from subspace_jax import train
-
-    train.keep_freed_memory()  # before there are threads
-
     sides = {name: importlib.import_module(module) for name, module in SIDES.items()}
     import jax
     import timing

@@ -16,11 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Joins the other processes, if there are any, and settles how this one handles its memory."""
+    """Joins the other processes, if there are any."""
     from subspace_jax import train
 
-    if train.only_cpus():
-        train.keep_freed_memory()
     if args.start_timeout <= 0 or args.heartbeat <= 0:
         raise ValueError(
             f"--start-timeout, --heartbeat: expected seconds above 0, got {args.start_timeout}, {args.heartbeat}"

@@ -11,7 +11,6 @@ from subspace_jax.train.config import (
     save_config,
 )
 from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
-from subspace_jax.train.host_memory import keep_freed_memory, only_cpus
 from subspace_jax.train.interruptions import NotFiniteError, Preempted
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
@@ -83,7 +82,6 @@ __all__ = [
     "init_state",
     "initialize",
     "jit_on_mesh",
-    "keep_freed_memory",
     "layer_gatherer",
     "load_config",
     "make_eval_step",
@@ -94,7 +92,6 @@ __all__ = [
     "mesh_axes",
     "module_arrays",
     "new_state",
-    "only_cpus",
     "override",
     "param_shardings",
     "plot_curves",

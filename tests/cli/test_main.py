@@ -6,7 +6,6 @@ import sys
 import jax
 import pytest
 
-from subspace_jax import train as training
 from subspace_jax.cli.main import main
 
 SHORT = [
@@ -125,15 +124,6 @@ def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, a
 def test_missing_config_names_close_files(configs, tmp_path, capsys):
     assert main(["train", "--config", f"{configs}/gcr/digit.py", "--workdir", str(tmp_path)]) == 2
     assert "digits.py" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("only_cpus", [True, False])
-def test_runs_keep_freed_memory_where_there_are_only_cpus(tmp_path, monkeypatch, only_cpus):
-    calls = []
-    monkeypatch.setattr(training, "only_cpus", lambda: only_cpus)
-    monkeypatch.setattr(training, "keep_freed_memory", lambda: calls.append(True))
-    assert main(["train", "--config", str(tmp_path / "none.py"), "--workdir", str(tmp_path / "run")]) == 2
-    assert calls == [True] * only_cpus
 
 
 def test_unwritable_workdir_is_named(train, tmp_path, capsys):
