@@ -5,8 +5,9 @@ PY := $(VENV)/bin/python
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
+DOCS_TESTS := tests/docs tests/colabs
 
-.PHONY: demo tiny-lm test test-all test-peers lint docs bench clean
+.PHONY: demo tiny-lm test test-docs test-all test-peers lint docs bench clean
 
 demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
@@ -19,9 +20,13 @@ work/tiny/model/model.safetensors: $(VENV)/.base
 # Nearly all of a quick run is compiling, which takes half as long without optimising machine code; the slow run tests
 # the code that users get.
 test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
-test: $(VENV)/.test  ## everything that is quick
-	$(PYTEST) -m "not slow" --durations 25
-	$(PYTEST) -m "not slow" --durations 25 --cpu-devices 8
+test: $(VENV)/.test  ## everything that is quick, but for the docs
+	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS:%=--ignore=%)
+	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
+
+test-docs: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
+test-docs: $(VENV)/.test  ## the code on pages and in docstrings, notebooks in fast mode, and the site
+	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS)
 
 test-all: $(VENV)/.test  ## the slow rest too
 	$(PYTEST)
