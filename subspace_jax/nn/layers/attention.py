@@ -93,9 +93,8 @@ def attention(
     if implementation == "cudnn":
         return _cudnn(query, key, value, mask, window, causal, scale)
     xla = functools.partial(_xla, mask=mask, window=window, causal=causal, scale=scale)
-    if implementation is None and mask is None and _cudnn_serves(query):
-        cudnn = functools.partial(_cudnn, mask=None, window=window, causal=causal, scale=scale)
-        # Which platform a program is for is known when it is lowered; a host with a GPU may compile for its CPU too.
+    cudnn = functools.partial(_cudnn, mask=None, window=window, causal=causal, scale=scale)
+    if implementation is None and mask is None and _cudnn_serves(cudnn, query, key, value):
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
     return xla(query, key, value)
 
@@ -149,11 +148,11 @@ def _cudnn(query, key, value, mask, window, causal, scale) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn", **plain)
 
 
-def _cudnn_serves(query: jax.Array) -> bool:
-    # Tracing the cuDNN call already needs the library, hence the look at this host.
-    return (
-        query.dtype in (jnp.bfloat16, jnp.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 128
-        and jax.default_backend() == "gpu"
-    )
+def _cudnn_serves(cudnn, query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
+        return False
+    try:
+        jax.eval_shape(cudnn, query, key, value)
+    except RuntimeError:  # JAX traces a call of cuDNN only where the library is installed.
+        return False
+    return True

@@ -1,10 +1,9 @@
-"""The one door through which every matrix product of a model goes.
+"""Matmuls with dense or structured kernels; every linear map of a model calls :func:`linear`.
 
-A kernel is either an array ``[in, out]`` or a structured weight: any pytree that knows how to multiply.  A model that
-calls :func:`linear` so serves dense weights, low-rank adapters and quantised bases alike, without knowing of them.
+A kernel is an array ``[in, out]`` or a structured weight, a pytree with a ``linear`` method.  A model that calls
+:func:`linear` thus runs with dense weights, low-rank adapters and quantized weights.
 """
 
-import math
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 
 @runtime_checkable
 class StructuredKernel(Protocol):
-    """What a weight must offer to stand in the place of a dense kernel."""
+    """The protocol of weights that replace a dense kernel."""
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W`` for ``x`` of shape ``[..., in]``, as ``[..., out]`` in the dtype of ``x``."""
@@ -30,25 +29,24 @@ def linear(
 ) -> jax.Array:
     """Returns ``x @ kernel + bias``.
 
-    The activations decide the dtype of the product: with bfloat16 ``x`` a float32 kernel is rounded on the way in,
-    while the stored parameter stays float32.
+    The kernel is cast to the dtype of ``x``; the stored parameter keeps its own.
 
     Args:
       x: Activations ``[..., in]``, floating point.
       kernel: Array ``[in, out]``, or a :class:`StructuredKernel`.
       bias: Array ``[out]``, or None.
-      out_dtype: Type of the result, that of ``x`` by default.  A dense product is accumulated in it, so that float32
-        logits of bfloat16 activations are not rounded; a structured one is cast.
+      out_dtype: Dtype of the result, that of ``x`` by default.  A dense matmul accumulates in it; the result of a
+        structured kernel is cast.
 
     Returns:
       ``[..., out]`` in the dtype of ``x``, or in ``out_dtype``.
 
     Raises:
       ValueError: The last axis of ``x`` is not the first axis of an array kernel.
-      TypeError: ``x`` is of integers or booleans.
+      TypeError: ``x`` is not floating point.
     """
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"linear: x decides the dtype of the product; expected floating point, got {x.dtype}")
+        raise TypeError(f"linear: expected floating-point x, got {x.dtype}")
     if isinstance(kernel, StructuredKernel):
         y = kernel.linear(x)
         y = y if out_dtype is None else y.astype(out_dtype)
@@ -58,41 +56,22 @@ def linear(
                 f"linear: x of shape {x.shape} has {x.shape[-1]} features, kernel {kernel.shape} takes "
                 f"{kernel.shape[0]}"
             )
-        y = _product(x, kernel.astype(x.dtype), out_dtype)
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
     if bias is None:
         return y
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
-def _product(x: jax.Array, kernel: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
-    """``x @ kernel`` for ``x [..., in]`` and ``kernel [in, out]``."""
-    if x.ndim < 3 or not _on_one_cpu():
-        return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
-    *rows, width = x.shape
-    y = jnp.matmul(x.reshape(math.prod(rows), width), kernel, preferred_element_type=out_dtype)
-    return y.reshape(*rows, kernel.shape[1])
-
-
-def _on_one_cpu() -> bool:
-    """Whether there is nothing but one CPU.
-
-    The gradient of a kernel sums over all leading axes of x.  Of more than one, XLA on a CPU first makes a transposed
-    copy, which costs some percent of a training step; as one axis they would not be split over devices any more.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return (mesh.empty or mesh.size == 1) and jax.device_count() == 1 and jax.default_backend() == "cpu"
-
-
 class Linear(nnx.Module):
-    """Affine map with logical axis names on its parameters.
+    """A linear layer whose parameters have logical axis names.
 
     Args:
       in_features: Width of the input.
       out_features: Width of the output.
       axes: Logical names of the kernel's two axes; the bias takes the second.
       use_bias: Whether there is a bias.
-      param_dtype: Type in which the parameters are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      param_dtype: Dtype of the parameters.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(
