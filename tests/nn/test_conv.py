@@ -51,7 +51,7 @@ def test_conv_refuses_wrong_shapes_and_options():
         nn.conv(jnp.ones((1, 6)), w)
     with pytest.raises(ValueError, match="kernel of 3 axes"):
         nn.conv(jnp.ones((1, 4, 6)), w)
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match="floating-point x"):
         nn.conv(jnp.ones((1, 4, 4, 6), jnp.int32), w)
 
 
