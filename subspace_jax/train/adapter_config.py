@@ -1,4 +1,4 @@
-"""From the fields of a config to adapters."""
+"""Builds adapters from the fields of a config."""
 
 import re
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ _RATES = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "flora": 2e-4, "svfit": 2e
 
 
 def default_adapter() -> ConfigDict:
-    """Returns the fields ``adapter`` of a run, for :func:`adapter_settings`.
+    """Returns the fields ``adapter`` of a config, for :func:`adapter_settings`.
 
-    ``method`` is one of "lora", "rslora", "dora", "flora", "svfit" and "effort", or empty for none.  ``target_modules``
-    names weights by globs with commas between, such as ``"attn/q,attn/v"`` (an expression has none); ``attn/q=16``
-    gives a rule its own rank, ``attn/q=16:32`` an alpha too, ``conv1=8x8x3x3`` one rank for each axis, for "flora";
-    empty means the task's own choice.  ``modules_to_save`` likewise names parameters that train as a whole.
+    ``method`` is "lora", "rslora", "dora", "flora", "svfit", "effort", or empty for none.  ``target_modules`` lists
+    globs of weights, separated by commas, such as ``"attn/q,attn/v"``.  ``attn/q=16`` sets the rank of a rule,
+    ``attn/q=16:32`` its alpha too, ``conv1=8x8x3x3`` one rank for each axis (FLoRA).  Empty means the default of the
+    task.  ``modules_to_save`` lists globs of parameters that are trained in full.
 
-    ``rank`` 0 is 8 for LoRA, DoRA and, on either side of a matrix, FLoRA; all singular values for "svfit"; one triplet
-    for "effort".  ``alpha`` 0 is twice the rank; for "flora" it is the scale, and 0 is 1.  ``init`` is that of LoRA,
-    DoRA and FLoRA, where "" is the method's own; ``param`` is that of SVFit; ``dropout`` that of LoRA, DoRA and FLoRA.
-    ``window`` and ``groups`` are of LoRA and DoRA on convolutions, whose rules are then the only ones of the run.
+    ``rank`` 0 means 8 for LoRA, DoRA and FLoRA, all singular values for SVFit, and one triplet for Effort.  ``alpha`` 0
+    means twice the rank; for FLoRA ``alpha`` is the scale, and 0 means 1.  ``init`` (empty: the default of the method)
+    and ``dropout`` apply to LoRA, DoRA and FLoRA, ``param`` to SVFit, ``window`` and ``groups`` to LoRA and DoRA on
+    convolutions.
 
-    ``base_dtype`` is the type in which a language model's frozen weights are kept: "float32", "bfloat16", or "int8" for
-    the matrices of its layers, see :func:`subspace_jax.adapters.quantize`.
+    ``base_dtype`` is the dtype of a language model's frozen weights: "float32", "bfloat16", or "int8" for the matrices
+    of its layers, see :func:`subspace_jax.adapters.quantize`.
     """
     return ConfigDict(
         {
@@ -49,18 +49,18 @@ def default_adapter() -> ConfigDict:
 
 
 def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings that the fields of :func:`default_adapter` describe.
+    """Returns the adapter configs that the fields of :func:`default_adapter` describe.
 
     Args:
       config: The fields.
-      default_rules: What ``method`` adapts where ``target_modules`` is empty.
+      default_rules: Rules that ``method`` adapts where ``target_modules`` is empty.
 
     Returns:
-      Rule to setting, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor ``modules_to_save``
-      is set.
+      Rule to adapter config, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor
+      ``modules_to_save`` is set.
 
     Raises:
-      ValueError: The method is unknown, or a field can't serve.
+      ValueError: The method is unknown, or a field is invalid.
     """
     if config.method:
         _check_method(config.method)
@@ -86,11 +86,11 @@ def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[s
 
 
 def adapter_recipe(method: str) -> dict[str, Any]:
-    """Returns the fields of ``optim`` with which a language model's adapters train where a run says nothing else.
+    """Returns the default fields of ``optim`` for adapters of a language model.
 
-    AdamW without weight decay.  LoRA and DoRA at 2e-4 with a linear schedule (arXiv 2402.09353, appendix: 1e-4 to
-    3e-4, after 100 steps of warm-up, which are for the config to say: they depend on the length of the run); SVFit at
-    ten times that; Effort at a constant 2e-4, as released.
+    AdamW without weight decay.  LoRA and DoRA use 2e-4 with a linear schedule (arXiv 2402.09353, appendix: 1e-4 to
+    3e-4 after 100 steps of warm-up; set the warm-up in the config, as it depends on the length of the run), SVFit ten
+    times that, Effort a constant 2e-4, as released.
 
     Raises:
       ValueError: The method is unknown.

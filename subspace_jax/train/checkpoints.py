@@ -20,7 +20,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from subspace_jax.train import digests
+from subspace_jax.train import arrays_handler, digests
 from subspace_jax.train.reading import (
     CheckpointMismatchError,
     DamagedError,
@@ -68,7 +68,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._handlers = {"state": digests.ArraysHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._handlers = {"state": arrays_handler.ArraysHandler(), "data": ocp.JsonCheckpointHandler()}
         self._manager: ocp.CheckpointManager | None = None  # made at the first save
         self._writing_step: int | None = None
         self._metrics = {step: self._read_metrics(step) for step in self.steps()}
@@ -100,7 +100,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        items = {"state": digests.ArraysSave(self._as_dict(state))}
+        items = {"state": arrays_handler.ArraysSave(self._as_dict(state))}
         if data is not None:
             items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
         with self._writing(f"checkpoint of step {step}"):
@@ -238,7 +238,7 @@ class Checkpoints:
 
         def read() -> tuple[Mapping[str, PyTree], PyTree]:
             self._check(step, target)
-            state = self._handlers["state"].restore(folder / "state", args=digests.ArraysRestore(target))
+            state = self._handlers["state"].restore(folder / "state", args=arrays_handler.ArraysRestore(target))
             if int(state["step"]) != step:
                 raise DamagedError(f"it holds the state of step {int(state['step'])}")
             if data is None:

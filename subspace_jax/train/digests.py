@@ -1,7 +1,7 @@
-"""Digests of the files of a checkpoint, by which a byte that changed later is found.
+"""SHA-256 digests of the files of a checkpoint, which detect a byte that changed later.
 
-Each process takes those of the arrays it wrote, while others still write theirs; the first adds the rest and writes
-them all into the checkpoint before it is complete.
+Each process hashes the arrays it wrote, see :mod:`subspace_jax.train.arrays_handler`; process 0 adds the other files
+and writes all digests into the checkpoint before it is complete.
 """
 
 import hashlib
@@ -12,9 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
 from subspace_jax.train.reading import DamagedError
 
 _NAME = "digests.json"
@@ -22,45 +19,19 @@ _NAME = "digests.json"
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-class ArraysHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler of arrays, which takes the digests of what this process has written as well."""
-
-    async def async_save(self, directory, *args, **kwargs):
-        """Writes the arrays; see Orbax."""
-        futures = await super().async_save(directory, *args, **kwargs)
-        return [*(futures or []), _OwnDigests(directory)]
-
-
-@ocp.args.register_with_handler(ArraysHandler, for_save=True)
-class ArraysSave(ocp.args.StandardSave):
-    """What :class:`ArraysHandler` writes."""
-
-
-@ocp.args.register_with_handler(ArraysHandler, for_restore=True)
-class ArraysRestore(ocp.args.StandardRestore):
-    """What :class:`ArraysHandler` reads."""
-
-
-class _OwnDigests:
-    """A future of Orbax, which waits for one after the other: when it comes to this, the arrays are written."""
-
-    def __init__(self, folder):
-        self._folder = folder
-
-    def result(self, timeout: float | None = None) -> None:
-        folder, own = Path(getattr(self._folder, "path", self._folder)), jax.process_index()
-        names = _names(folder / f"ocdbt.process_{own}")
-        _write(folder / f"digests.process_{own}.json", _digests(folder, [f"ocdbt.process_{own}/{n}" for n in names]))
-
-    def cancel(self) -> None:
-        pass
+def write_own(folder: Path, process: int) -> None:
+    """Writes the digests of the arrays that one process wrote below ``folder``, the ``state`` item."""
+    names = _names(folder / f"ocdbt.process_{process}")
+    _write(
+        folder / f"digests.process_{process}.json", _digests(folder, [f"ocdbt.process_{process}/{n}" for n in names])
+    )
 
 
 def write(folder: Path) -> None:
-    """Writes the digests of all files of a checkpoint; on one process, when all have written theirs.
+    """Writes the digests of all files of a checkpoint, on process 0 after every process has called :func:`write_own`.
 
     Args:
-      folder: The checkpoint, before it gets its name.
+      folder: The checkpoint, before it gets its final name.
     """
     known = {}
     for part in sorted((folder / "state").glob("digests.process_*.json")):
@@ -71,7 +42,7 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """Returns the digests by file name, or None for a checkpoint without; raises DamagedError for something else."""
+    """Returns the digests by file name, or None where they have no file; raises DamagedError for a damaged one."""
     file = folder / _NAME
     if not file.exists():
         return None
@@ -94,7 +65,7 @@ def check(folder: Path, known: Mapping[str, str], names: Iterable[str] | None = 
       names: Which files; all by default.
 
     Raises:
-      DamagedError: A file is not there, or has other bytes.
+      DamagedError: A file is missing or has other bytes.
       OSError: A file can't be read.
     """
     names = list(known if names is None else names)

@@ -1,8 +1,8 @@
-"""One run in a folder: a lock that says who holds it, and that a killed process leaves free.
+"""A lock on the folder of a run, which names its holder and is released when the holder is killed.
 
-The kernel gives a lock of ``fcntl`` back when its process ends, however that is.  What the file says besides (host,
-process, since when) names the holder, and decides on disks where such locks do nothing: a process of this machine
-either lives or not, and one of another machine touches the file every few seconds as long as it does.
+The kernel releases an ``fcntl`` lock when its process ends.  The file also holds host, process and start time: they
+name the holder, and decide on file systems without such locks.  A process of this host is looked up; one of another
+host touches the file every few seconds while it runs.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ log = logging.getLogger(__name__)
 
 _NAME = "run.lock"
 _BEAT = 10.0  # seconds between two touches
-_ENDING = 3.0  # seconds that a process which was killed may take to be gone
-_SILENT = 35.0  # seconds without a touch after which the process of another machine counts as gone
+_ENDING = 3.0  # seconds that a killed process may take to end
+_SILENT = 35.0  # seconds without a touch after which a process of another host counts as ended
 _held: set[Path] = set()
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for a run as long as the context lasts; of several processes the first does, for all.
+    """Holds the lock of a folder while the context lasts; process 0 takes it for all processes.
 
     Args:
-      folder: The folder of the run; it is there.
+      folder: The folder of the run, which exists.
 
     Raises:
-      OSError: Another run holds it; the message says which, and since when.
+      OSError: Another run holds the lock; the message names it.
     """
     with contextlib.ExitStack() as held:
         refusal = None
@@ -59,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _held_here(folder: Path) -> Iterator[None]:
     with _guard:
-        # Locks of fcntl belong to the process, and closing the file anywhere in it would give one back.
+        # An fcntl lock belongs to the process: closing the file anywhere in it releases the lock.
         if folder in _held:
             raise BlockingIOError(f"workdir: {folder} is in use by another run of this process; take another folder")
         _held.add(folder)
@@ -99,16 +99,16 @@ def _acquire(path: Path) -> int:
                     os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
                     os.fsync(descriptor)
                 return descriptor
-        except FileNotFoundError:  # the run before ended just now, and took its file along
+        except FileNotFoundError:  # the previous run has just ended and removed its file
             pass
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # of a file that is gone by now
+        os.close(descriptor)  # of a file that was removed
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether no other process has the lock; True as well on disks that know no locks."""
+    """Whether no other process has the lock; True on file systems without locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -116,19 +116,19 @@ def _lock(descriptor: int) -> bool:
             return False
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        log.warning("workdir: %s knows no locks; two runs that begin in the same second are not kept apart.", error)
+        log.warning("workdir: no file locks here (%s); two runs that start in the same second may clash.", error)
     return True
 
 
 def _lives(path: Path, descriptor: int) -> bool:
-    """Whether the process that the file names lives, as far as can be told."""
+    """Whether the process that the file names is running, as far as can be told."""
     holder, own = _holder(descriptor), _own()
     if not holder or (holder["host"], holder["pid"]) == (own["host"], own["pid"]):
         return False
     if holder["host"] == own["host"]:
         return _begun(holder["pid"]) is not None and _begun(holder["pid"]) == holder["begun"]
     log.warning(
-        "workdir: %s was held by process %s on %s; waiting %.0f s for a sign of it.",
+        "workdir: %s was held by process %s on %s; waiting %.0f s to see whether it still runs.",
         path.parent,
         holder["pid"],
         holder["host"],
@@ -149,7 +149,7 @@ def _refusal(path: Path, descriptor: int) -> str:
 
 
 def _holder(descriptor: int) -> dict[str, Any] | None:
-    """What the file says, or None where it says nothing that can be understood."""
+    """Returns the content of the file, or None where it is not valid."""
     try:
         found = json.loads(os.pread(descriptor, 10_000, 0))
         return found if isinstance(found["pid"], int) and {"host", "begun", "since"} <= found.keys() else None
@@ -163,7 +163,7 @@ def _own() -> dict[str, Any]:
 
 
 def _begun(pid: int) -> str | None:
-    """When a process began, in ticks since this machine did, so that a number given anew shows; None: it has ended."""
+    """Returns the start time of a process in ticks since boot, which reveals a reused id; None where it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file, TensorBoard, a progress bar, and curves as a picture."""
+"""Metrics of a run: a JSONL file, TensorBoard, a progress bar, and curves as a PNG."""
 
 import json
 import logging
@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
 from subspace_jax.train.interruptions import Lasting
@@ -24,15 +21,14 @@ _FLUSH_EVERY = 30.0  # seconds
 
 
 class MetricsLog:
-    """Writes rows of numbers to ``metrics.jsonl`` and to TensorBoard below ``tensorboard/``.
+    """Writes rows of metrics to ``metrics.jsonl`` and to TensorBoard below ``tensorboard/``.
 
-    On resume, rows after the step from which the run goes on are dropped, so that the file reads as if the run had
-    never been interrupted.  A file with lines that are no rows stays, under another name.  Only the first process
-    writes.
+    On resume, rows after ``start_step`` are dropped, so that the file is that of an uninterrupted run.  A file with
+    malformed lines is kept under another name.  Only process 0 writes.
 
     Args:
       workdir: Folder of the run.
-      start_step: Step from which the run goes on.
+      start_step: Step at which the run resumes.
 
     Raises:
       OSError: A file can't be read or written; it is named.
@@ -52,20 +48,10 @@ class MetricsLog:
         with replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step))
         self._file = self.path.open("a", buffering=1)
-        board = Path(workdir) / "tensorboard"
-        board.mkdir(exist_ok=True)
-        # File names tell seconds only: the suffix keeps runs apart that were started in the same one.
-        self._board = EventsWriter(str(board / "events"), f".{start_step}")
-        self._board_name, self._flushed = board, time.monotonic()
-        # TensorBoard drops what earlier files hold of this step and later ones.
-        with naming(board):
-            self._board.write_event(
-                Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
-            )
-            self._board.flush()
+        self._board = _TensorBoard(Path(workdir) / "tensorboard", start_step)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Adds a row: the numbers of one split at one step, ``null`` for what is not finite: JSON has no NaN.
+        """Adds a row: the metrics of one split at one step, with ``null`` for a value that is not finite.
 
         Raises:
           OSError: It can't be written; the file is named.
@@ -75,34 +61,60 @@ class MetricsLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with naming(self.path):
             self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-        with naming(self._board_name):
-            for name, value in values.items():
-                summary = scalar(f"{split}/{name}", value)
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            if time.monotonic() - self._flushed > _FLUSH_EVERY:
-                self._board.flush()
-                self._flushed = time.monotonic()
+        self._board.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         """Flushes and closes the files; raises OSError where it can't be written."""
         if self._writes:
             with naming(self.path):
                 self._file.close()
-            with naming(self._board_name):
-                self._board.close()
+            self._board.close()
+
+
+class _TensorBoard:
+    """Writes scalars to a folder of TensorBoard."""
+
+    def __init__(self, folder: Path, start_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        self._folder, self._flushed = folder, time.monotonic()
+        folder.mkdir(exist_ok=True)
+        # The suffix tells apart files of runs that start in the same second.
+        self._writer = EventsWriter(str(folder / "events"), f".{start_step}")
+        # TensorBoard drops the events of earlier files from this step on.
+        with naming(folder):
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
+            self._writer.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with naming(self._folder):
+            for name, value in values.items():
+                summary = self._scalar(name, value)
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self._flushed > _FLUSH_EVERY:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | str | None]]:
-    """Reads a ``metrics.jsonl``; a last line that a killed run left unfinished is passed over.
+    """Reads a ``metrics.jsonl``; an incomplete last line, which a killed run leaves, is ignored.
 
     Args:
       path: The file.
 
     Returns:
-      The rows; none where there is no file.
+      The rows; an empty list where there is no file.
 
     Raises:
-      ValueError: A line is no row; file and line are named.
+      ValueError: A line is not a row; file and line are named.
       OSError: It can't be read.
     """
     rows, wrong = _parse(Path(path))
@@ -136,13 +148,13 @@ def _is_row(row: Any) -> bool:
 
 
 def progress_bar(total: int, start: int, *, show: bool) -> tqdm:
-    """A bar with steps, rate and time left; the loss goes into its postfix."""
+    """Returns a progress bar with steps, rate and time left; only process 0 shows it."""
     shown = show and jax.process_index() == 0
     return tqdm(total=total, initial=start, disable=not shown, unit="step", miniters=1, file=Lasting(sys.stderr))
 
 
 def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
-    """Draws the curves of one or more runs over the steps, a panel for each metric.
+    """Plots the metrics of one or more runs over the steps, one panel for each metric.
 
     Args:
       runs: Label to ``metrics.jsonl``.

@@ -1,4 +1,4 @@
-"""Starts a run of several processes: finds out who takes part, and says so clearly when someone does not come."""
+"""Starts a run of several processes: finds them, and names the one that does not connect."""
 
 import glob
 import logging
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Who takes part.
+    """The processes of a run.
 
     Attributes:
-      found: Where this is known from, for messages.
-      coordinator: ``host:port`` at which process 0 listens; None leaves it to JAX to find all three.
-      num_processes: Number of processes, None where only JAX knows.
-      process_id: Place of this one, likewise.
+      found: Source of this information, for messages.
+      coordinator: ``host:port`` at which process 0 listens; None lets JAX find all three.
+      num_processes: Number of processes; None where only JAX knows it.
+      process_id: Index of this process; None where only JAX knows it.
     """
 
     found: str
@@ -37,23 +37,23 @@ def find_cluster(
     process_id: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Cluster | None:
-    """Finds the processes of a run from arguments, or from what a scheduler left in the environment.
+    """Finds the processes of a run from arguments or from a scheduler's environment.
 
     In this order: the arguments; ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` (or ``NUM_PROCESSES``) and
     ``JAX_PROCESS_ID`` (or ``JOB_COMPLETION_INDEX``, that of an indexed Kubernetes job); a Slurm step of several
-    tasks; a TPU slice of several hosts, on Google's machines or in its Kubernetes.  The last two are left to JAX.
+    tasks; a TPU slice of several hosts, on Google Cloud or in Kubernetes.  JAX resolves the last two.
 
     Args:
       coordinator: ``host:port`` of process 0.
       num_processes: Number of processes.
-      process_id: Place of this one, from 0.
+      process_id: Index of this process, from 0.
       environment: ``os.environ`` by default.
 
     Returns:
       The processes, or None for a run of one.
 
     Raises:
-      ValueError: Something is missing or out of range.
+      ValueError: A value is missing or out of range.
     """
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if any(value is not None for value in given.values()):
@@ -63,14 +63,14 @@ def find_cluster(
     env = os.environ if environment is None else environment
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         counts = [env.get(name) for name in ("JAX_NUM_PROCESSES", "NUM_PROCESSES")]
-        places = [env.get(name) for name in ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")]
-        count, place = (next((text for text in texts if text), None) for texts in (counts, places))
-        if count is None or place is None or not count.isdecimal() or not place.isdecimal():
+        indices = [env.get(name) for name in ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")]
+        count, index = (next((text for text in texts if text), None) for texts in (counts, indices))
+        if count is None or index is None or not count.isdecimal() or not index.isdecimal():
             raise ValueError(
-                f"JAX_COORDINATOR_ADDRESS is set ({address}), but number and place of the processes are not: expected "
-                f"numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID, got {count!r} and {place!r}"
+                f"JAX_COORDINATOR_ADDRESS is set ({address}): expected integers in JAX_NUM_PROCESSES and "
+                f"JAX_PROCESS_ID too, got {count!r} and {index!r}"
             )
-        return _checked("JAX_COORDINATOR_ADDRESS", address, int(count), int(place))
+        return _checked("JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
     steps = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in env for name in steps) and int(env.get("SLURM_NTASKS", "1")) > 1:
         return Cluster("Slurm", None, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
@@ -103,21 +103,21 @@ def initialize(
     timeout: float = 300.0,
     heartbeat: float = 100.0,
 ) -> bool:
-    """Joins the processes of a run, by ``jax.distributed``; before any other use of JAX.
+    """Connects the processes of a run by ``jax.distributed``; call it before any other use of JAX.
 
     Args:
-      coordinator: ``host:port`` of process 0; see :func:`find_cluster` for what is found without it.
+      coordinator: ``host:port`` of process 0; found as :func:`find_cluster` says by default.
       num_processes: Number of processes.
-      process_id: Place of this one.
-      timeout: Seconds to wait until all processes are there.
-      heartbeat: Seconds after which a process that is not heard of counts as dead, and the others end.
+      process_id: Index of this process.
+      timeout: Seconds to wait for all processes.
+      heartbeat: Seconds without a heartbeat after which a process counts as dead, and the others end.
 
     Returns:
       Whether there are other processes.
 
     Raises:
-      ValueError: Arguments or environment are not complete.
-      TimeoutError: The coordinator is not reached, or not all processes come; the address is named.
+      ValueError: Arguments or environment are incomplete.
+      TimeoutError: The coordinator does not answer, or a process does not connect; the address is named.
     """
     cluster = find_cluster(coordinator, num_processes, process_id)
     if cluster is None or cluster.num_processes == 1:
@@ -139,33 +139,33 @@ def initialize(
         try:
             jax.distributed.initialize(
                 **arguments,
-                # JAX itself aborts the process after its time: longer, so that the message below comes first.
+                # JAX aborts the process at its own timeout: longer, so that the message below comes first.
                 initialization_timeout=int(timeout) + 60,
                 heartbeat_timeout_seconds=max(int(heartbeat), 1),
                 shutdown_timeout_seconds=60,
             )
-        except BaseException as error:  # handed on below
+        except BaseException as error:  # raised below
             failure.append(error)
 
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(max(deadline - time.monotonic(), 0.1))
     if thread.is_alive():
-        shown = cluster.coordinator or f"the address that {cluster.found} names"
+        shown = cluster.coordinator or f"the address of {cluster.found}"
         raise TimeoutError(
-            f"coordinator: not all of {cluster.num_processes or 'the'} processes came to {shown} within "
+            f"coordinator: not all of {cluster.num_processes or 'the'} processes connected to {shown} within "
             f"{timeout:.0f} s (found by {cluster.found}; this is process {cluster.process_id})"
         )
     if failure:
         if isinstance(failure[0], ValueError) and cluster.found == "a TPU machine":
-            return False  # one host, with no slice around it
+            return False  # a single host
         raise failure[0]
     log.info("Process %d of %d, by %s.", jax.process_index(), jax.process_count(), cluster.found)
     return jax.process_count() > 1
 
 
 def _await_coordinator(cluster: Cluster, timeout: float, deadline: float) -> None:
-    """Waits until process 0 listens: JAX would abort the process where it does not."""
+    """Waits until process 0 listens, as JAX aborts the process where it does not."""
     host, _, port = cluster.coordinator.rpartition(":")
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Reading what may be damaged, or fail for a moment: the two are told apart, and all processes find the same."""
+"""Reads of checkpoints: damage is told apart from transient errors, and all processes agree on which it is."""
 
 import logging
 import time
@@ -18,31 +18,31 @@ _TELLING = FileNotFoundError | NotADirectoryError | IsADirectoryError
 
 
 class DamagedError(ValueError):
-    """A file of a checkpoint is not there, or holds other bytes than were written."""
+    """A file of a checkpoint is missing, or holds other bytes than were written."""
 
 
 class CheckpointMismatchError(ValueError):
-    """The checkpoint holds another model than the one that asks for it; the message lists what differs."""
+    """The checkpoint holds another model than expected; the message lists the differences."""
 
 
 def together(action: Callable[[], T], what: str, *, verified: bool = False) -> T:
-    """Does something on every process; where it fails on one, the same kind of error is raised on all.
+    """Runs an action on every process; where it fails on one, all raise the same kind of error.
 
     Args:
-      action: What to do; it is tried again where it can't read.
-      what: What it is, for the message.
-      verified: Whether all bytes are known to be those that were written, so that no error tells of damage.
+      action: The action; it is retried after an error of reading.
+      what: What it does, for the message.
+      verified: Whether the bytes are already known to be intact, so that no error means damage.
 
     Raises:
-      DamagedError: What is read is damaged.
-      OSError: It can't be read.
+      DamagedError: The files are damaged.
+      OSError: They can't be read.
     """
     result = error = None
     try:
         result = retried(action, every=verified)
     except CheckpointMismatchError:  # the same on all processes
         raise
-    except Exception as failed:  # whatever a damaged file makes the readers below raise
+    except Exception as failed:  # a damaged file may raise anything in the readers
         error = failed
     damaged = isinstance(error, DamagedError) or not (verified or _may_pass(error))
     read = on_every_process(error is None or damaged)
@@ -57,7 +57,7 @@ def together(action: Callable[[], T], what: str, *, verified: bool = False) -> T
 
 
 def retried(action: Callable[[], T], *, every: bool = False) -> T:
-    """Does something, and does it again after a pause where it can't read; ``every``: where it fails in any way."""
+    """Runs an action, and retries it after an error of reading, or after any error where ``every`` is true."""
     for pause in _PAUSES:
         try:
             return action()
@@ -72,15 +72,15 @@ def retried(action: Callable[[], T], *, every: bool = False) -> T:
 
 
 def on_every_process(fact: bool) -> bool:
-    """Whether something holds on all processes, so that they go on together."""
+    """Returns whether a fact holds on all processes."""
     return fact if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(fact))))
 
 
 def _may_pass(error: Exception | None) -> bool:
-    """Whether an error is one of reading, which tells nothing of what is there."""
+    """Whether an error is one of reading, which says nothing about the content."""
     return isinstance(error, OSError) and not isinstance(error, _TELLING)
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error says in its first line, or its name where it says nothing."""
+    """Returns the first line of an error's message, or its type where there is none."""
     return next((line for line in str(error).strip().split("\n") if line), type(error).__name__)[:300]

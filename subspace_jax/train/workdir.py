@@ -1,4 +1,4 @@
-"""The folder of a run: its files appear when they are whole, and a run that is gone from it is missed."""
+"""The folder of a run: files are replaced atomically, and lost checkpoints are noticed."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ _OF_A_RUN = ("checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "confi
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Makes a folder and tries it, before work starts whose result could not be kept.
+    """Makes a folder and tests that it can be written, before work starts.
 
     Args:
       path: The folder.
@@ -26,7 +26,7 @@ def writable_folder(path: str | Path) -> Path:
 
     Raises:
       ValueError: The path is empty.
-      OSError: It can't be made, or nothing can be written there.
+      OSError: It can't be made or written.
     """
     if not str(path):
         raise ValueError("workdir: expected a folder, got an empty path")
@@ -42,7 +42,7 @@ def writable_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Names a file in the errors of writing it: those of a full disk name none."""
+    """Adds the name of a file to the errors of writing it, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -51,13 +51,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a file to write that takes another's place when it is whole and on disk; else it is removed.
+    """Replaces a file atomically: yields a temporary path that is renamed to ``path`` once it is on disk.
 
     Args:
-      path: The file whose place it takes; a link, or what is no file (``/dev/stdout``), is given as it is.
+      path: The file; a link or a device (``/dev/stdout``) is written in place.
 
     Raises:
-      OSError: It can't be written; ``path`` is named, and is as it was.
+      OSError: It can't be written; ``path`` is named, and unchanged.
     """
     path = Path(path)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -77,38 +77,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def mark_saved(workdir: Path, step: int) -> None:
-    """Notes that a checkpoint is whole, so that it is missed where it is gone."""
+    """Records the step of a complete checkpoint, so that its loss is noticed."""
     with replacing(workdir / _MARK) as partial:
         partial.write_text(json.dumps({"step": step}) + "\n")
 
 
 def unmark_saved(workdir: Path) -> None:
-    """Takes back :func:`mark_saved`, before checkpoints are deleted that are not needed any more."""
+    """Undoes :func:`mark_saved`, before checkpoints are deleted on purpose."""
     (workdir / _MARK).unlink(missing_ok=True)
 
 
 def check_never_saved(workdir: Path) -> None:
-    """Refuses a folder without checkpoints that once held some; raises FileNotFoundError."""
-    # A run of an earlier version left no mark, but drew its curves after its last checkpoint.
+    """Raises FileNotFoundError for a folder without checkpoints that once held some."""
+    # A run of an earlier version left no mark, but plotted its curves after its last checkpoint.
     if (workdir / _MARK).exists() or ((workdir / "curves.png").exists() and (workdir / "metrics.jsonl").exists()):
         raise FileNotFoundError(
             f"workdir: the checkpoints of the run in {workdir} are gone; put them back into checkpoints/, or start "
-            "anew by --restart (restart=True), which keeps what is there in a folder earlier.N"
+            "from scratch by --restart (restart=True), which keeps the files in a folder earlier.N"
         )
 
 
 def warn_of_lost(workdir: Path, steps: Sequence[int]) -> None:
-    """Warns where the newest checkpoint is gone and older ones, of these steps, are there."""
+    """Warns where the newest checkpoint is gone and older ones, of these steps, remain."""
     try:
         step = int(json.loads((workdir / _MARK).read_bytes())["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # no mark, or one that tells nothing
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # no mark, or an invalid one
         return
     if steps and step > max(steps):
-        log.warning("The checkpoint of step %d is gone from %s; going on from an earlier one.", step, workdir)
+        log.warning("The checkpoint of step %d is gone from %s; resuming from an earlier one.", step, workdir)
 
 
 def set_aside(workdir: Path) -> None:
-    """Moves what a run has left into a folder ``earlier.1``, or the first number that is free."""
+    """Moves the files of a run into a folder ``earlier.1``, or the first free number."""
     there = [workdir / name for name in _OF_A_RUN if (workdir / name).exists()]
     if not there:
         return
@@ -116,4 +116,4 @@ def set_aside(workdir: Path) -> None:
     earlier.mkdir()
     for path in there:
         path.rename(earlier / path.name)
-    log.warning("Starting anew; what the run before had left in %s is in %s.", workdir, earlier)
+    log.warning("Starting from scratch; the files of the previous run in %s are now in %s.", workdir, earlier)

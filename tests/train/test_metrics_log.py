@@ -100,7 +100,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     with pytest.raises(OSError, match=r"can't write .*metrics.jsonl"):
         log.close()
     log = train.MetricsLog(tmp_path)
-    log._board._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    log._board._writer._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
     log.write(1, "train", {"loss": 1.0})
     with pytest.raises(OSError, match=r"can't write .*tensorboard \(No space left on device\)"):
         log.close()

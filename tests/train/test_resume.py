@@ -145,7 +145,7 @@ def test_a_newest_checkpoint_that_is_gone_is_missed_and_the_one_before_taken(fit
     fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "5")
     assert int(fit(task, a_tx(), data, num_steps=5, workdir=tmp_path).state.step) == 5
-    assert f"The checkpoint of step 5 is gone from {tmp_path}; going on from an earlier one." in caplog.text
+    assert f"The checkpoint of step 5 is gone from {tmp_path}; resuming from an earlier one." in caplog.text
     caplog.clear()
     fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
     (tmp_path / "newest_checkpoint.json").write_text("[]")
