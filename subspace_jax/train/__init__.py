@@ -10,11 +10,14 @@ from subspace_jax.train.config import (
     read_config,
     save_config,
 )
+from subspace_jax.train.context import all_gather_params, constrain, current_mesh, gathered, use_mesh
+from subspace_jax.train.evaluators import Evaluator, TaskEvaluator
 from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
 from subspace_jax.train.interruptions import NotFiniteError, Preempted
 from subspace_jax.train.loop import Data, FitResult, evaluate, fit
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
+from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes
 from subspace_jax.train.processes import Cluster, find_cluster, initialize
 from subspace_jax.train.sharding import (
     DEFAULT_RULES,
@@ -49,27 +52,38 @@ from subspace_jax.train.workdir import replacing, writable_folder
 __all__ = [
     "DEFAULT_RULES",
     "MESH_AXES",
+    "At",
     "Batch",
     "CheckpointMismatchError",
     "Checkpoints",
     "Cluster",
     "Data",
+    "DataSpec",
+    "Evaluator",
     "Experiment",
     "FitResult",
     "Metrics",
     "MetricsLog",
     "NotFiniteError",
+    "Phase",
     "Preempted",
     "Rules",
+    "Run",
     "Task",
+    "TaskEvaluator",
     "TrainState",
     "adapter_recipe",
     "adapter_settings",
+    "all_gather_params",
+    "array_data",
     "auto_mesh",
+    "batch_shapes",
     "batch_sharding",
     "build",
     "check_batch_size",
     "complete_state",
+    "constrain",
+    "current_mesh",
     "default_adapter",
     "default_config",
     "differing_fields",
@@ -79,6 +93,7 @@ __all__ = [
     "fit",
     "follow_params",
     "gather",
+    "gathered",
     "init_state",
     "initialize",
     "jit_on_mesh",
@@ -106,5 +121,6 @@ __all__ = [
     "split_module",
     "state_shardings",
     "to_device",
+    "use_mesh",
     "writable_folder",
 ]

@@ -105,7 +105,7 @@ def _show(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> P:
+def to_partition_spec(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> P:
     """Maps the logical names of one array to mesh axes.
 
     A mesh axis serves one dimension of an array only, and only where it divides the dimension evenly (ten classes
@@ -129,7 +129,7 @@ def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT
     spec = []
     for name, size in zip(names, shape, strict=False):
         axes: list[str] = []
-        for axis in mesh_axes(name, mesh, rules) if name is not None else ():
+        for axis in axes_of_name(name, mesh, rules) if name is not None else ():
             ways = math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]
             if axis not in taken and size % ways == 0:
                 axes.append(axis)
@@ -138,13 +138,13 @@ def resolve(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT
     return P(*spec)
 
 
-def mesh_axes(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
+def axes_of_name(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
     """The mesh axes to which a rule maps a logical name; rules without ``"sequence"`` split no places."""
     if name == "sequence" and name not in rules:
         return ()
     if name not in rules:
         raise ValueError(f"no sharding rule for the logical axis {name!r}; there are rules for {sorted(rules)}")
-    axes = tuple(axis for axis in _axes_of(rules[name]) if axis != SEQUENCE or axis in mesh.shape)
+    axes = tuple(axis for axis in axes_of(rules[name]) if axis != SEQUENCE or axis in mesh.shape)
     if missing := [axis for axis in axes if axis not in mesh.shape]:
         raise ValueError(f"the rule for {name!r} names mesh axes {missing}; the mesh has {list(mesh.axis_names)}")
     return axes
@@ -152,7 +152,7 @@ def mesh_axes(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str,
 
 def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     """The sharding of every array of a batch: rows split over the data axes."""
-    return NamedSharding(mesh, P(mesh_axes("batch", mesh, rules)))
+    return NamedSharding(mesh, P(axes_of_name("batch", mesh, rules)))
 
 
 def check_batch_size(
@@ -166,7 +166,7 @@ def check_batch_size(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
-    axes = mesh_axes("batch", mesh, rules)
+    axes = axes_of_name("batch", mesh, rules)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size < 1 or batch_size % (ways * accumulate):
         raise ValueError(
@@ -199,7 +199,9 @@ def param_shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEF
     Returns:
       A tree of ``NamedSharding``.
     """
-    return jax.tree.map(lambda x, names: NamedSharding(mesh, resolve(names, x.shape, mesh, rules)), shapes, axes)
+    return jax.tree.map(
+        lambda x, names: NamedSharding(mesh, to_partition_spec(names, x.shape, mesh, rules)), shapes, axes
+    )
 
 
 def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
@@ -245,8 +247,8 @@ def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
     if mesh.size == 1:
         # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
         return x
-    batch_axes = mesh_axes("batch", mesh, rules) + mesh_axes("sequence", mesh, rules)
-    groups = [_axes_of(entry) for entry in resolve(names, x.shape, mesh, rules)]
+    batch_axes = axes_of_name("batch", mesh, rules) + axes_of_name("sequence", mesh, rules)
+    groups = [axes_of(entry) for entry in to_partition_spec(names, x.shape, mesh, rules)]
     spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
 
@@ -259,10 +261,10 @@ def shard_positions(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> j
       mesh: The mesh.
       rules: Logical name to mesh axis or axes.
     """
-    if not mesh_axes("sequence", mesh, rules):
+    if not axes_of_name("sequence", mesh, rules):
         return x
     free = (P.UNCONSTRAINED,) * (x.ndim - 2)
-    spec = P(mesh_axes("batch", mesh, rules), mesh_axes("sequence", mesh, rules), *free)
+    spec = P(axes_of_name("batch", mesh, rules), axes_of_name("sequence", mesh, rules), *free)
     return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
 
 
@@ -350,16 +352,20 @@ def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_s
     # The inner product of a factor with itself, say, has the rank twice: small, and of no side of the parameter.
     if ranks and (len(shape) != len(owner_shape) or not set(ranks).isdisjoint(owner_shape)):
         return P()
-    taken = {axis for entry in kept.values() for axis in _axes_of(entry)}
-    free = tuple(axis for axis in _axes_of(rules.get("rank")) if axis in mesh.shape and axis not in taken)
-    split = iter(resolve(P(*["rank"] * len(ranks)), tuple(ranks), mesh, {"rank": free}))
+    taken = {axis for entry in kept.values() for axis in axes_of(entry)}
+    free = tuple(axis for axis in axes_of(rules.get("rank")) if axis in mesh.shape and axis not in taken)
+    split = iter(to_partition_spec(P(*["rank"] * len(ranks)), tuple(ranks), mesh, {"rank": free}))
     return P(*(kept[i] if i in kept else next(split) for i in range(len(shape))))
 
 
-def _axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns an entry of a ``PartitionSpec`` as a tuple of mesh axes."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Makes global arrays from the rows that this process holds."""
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+mesh_axes, resolve = axes_of_name, to_partition_spec
