@@ -1,81 +1,63 @@
-"""The commands for language models."""
+"""The commands that read a language model from a Hugging Face folder and train nothing."""
 
 import argparse
 import logging
-import os
-from collections.abc import Callable
+
+from subspace_jax.cli import shared
 
 log = logging.getLogger(__name__)
 
+_GENERATE = """
+    subspace-jax generate --model work/tiny/model --prompt "Return the" --max-new-tokens 64
+    subspace-jax generate --model DIR --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+    subspace-jax generate --model work/tiny/model --adapter work/dora/adapter --prompt "Return the"
+    """
+_PERPLEXITY = """
+    subspace-jax perplexity --model work/tiny/model --data docstrings
+    subspace-jax perplexity --model DIR --data some.jsonl --length 512
+    """
+_ACCURACY = """
+    subspace-jax accuracy --model DIR --data ai2_arc/ARC-Easy --split test
+    subspace-jax accuracy --model DIR --data glue/sst2 --by-token
+    """
 
-def add_commands(commands, add: Callable) -> None:
-    """Adds those that read a Hugging Face folder and train nothing."""
-    generate = add(commands, "generate", "continue a prompt")
+
+def add_commands(commands) -> None:
+    """Adds ``generate``, ``perplexity`` and ``accuracy``."""
+    generate = shared.add_command(commands, "generate", "continue a prompt", _generate, _GENERATE)
     _add_model(generate)
-    _add_adapter(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument(
-        "--max-new-tokens", type=int, default=64, help="at most so many; the model's ends come first (default: 64)"
+        "--max-new-tokens",
+        type=int,
+        default=64,
+        help="upper limit; the model's end-of-sequence tokens stop earlier (default: 64)",
     )
     generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); else from 1e-6 on"
+        "--temperature", type=float, default=0.0, help="0 is greedy decoding (default); else at least 1e-6"
     )
-    generate.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from")
+    generate.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default: 1)")
     generate.add_argument("--seed", type=int, default=0)
 
-    perplexity = add(commands, "perplexity", "measure a model on text")
+    perplexity = shared.add_command(commands, "perplexity", "measure a model on text", _perplexity, _PERPLEXITY)
     _add_model(perplexity)
-    _add_adapter(perplexity)
     perplexity.add_argument(
         "--data", required=True, help="docstrings, a .jsonl, .parquet or text file, or a TFDS set (its split below)"
     )
     perplexity.add_argument("--split", default="validation")
-    perplexity.add_argument("--prompt-field", default="", help="field of the prompt, which is given and not measured")
+    perplexity.add_argument("--prompt-field", default="", help="field of the prompt, which is not measured")
     perplexity.add_argument("--text-field", default="text", help="field of the text")
-    perplexity.add_argument("--length", type=int, default=256, help="tokens in a row")
-    perplexity.add_argument("--batch-size", type=int, default=8)
+    _add_batch(perplexity, "tokens of an example")
 
-    accuracy = add(commands, "accuracy", "answer questions by the likeliest of their options")
+    accuracy = shared.add_command(
+        commands, "accuracy", "answer questions by the likeliest of their options", _accuracy, _ACCURACY
+    )
     _add_model(accuracy)
-    _add_adapter(accuracy)
     accuracy.add_argument("--data", required=True, help="TFDS set with options, such as ai2_arc/ARC-Easy or glue/sst2")
     accuracy.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
     accuracy.add_argument("--split", default="validation")
-    accuracy.add_argument("--length", type=int, default=256, help="tokens in a row, question and option together")
-    accuracy.add_argument("--batch-size", type=int, default=8)
+    _add_batch(accuracy, "tokens of an example, question and option together")
     accuracy.add_argument("--by-token", action="store_true", help="compare the mean over the tokens of an option")
-
-    merge = add(commands, "merge", "bake a PEFT adapter into a model, and write it as a Hugging Face folder")
-    merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT folder, LoRA or DoRA")
-    merge.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder to write, with tokenizer, generation config and templates of the model; not there yet, or empty",
-    )
-
-    export = add(commands, "export", "write a checkpoint of a language model's run as a Hugging Face or PEFT folder")
-    export.add_argument("--workdir", required=True, help="folder of the run")
-    export.add_argument("--out", required=True, metavar="DIR", help="folder to write; not there yet, or empty")
-    add_trust(export)
-    export.add_argument("--merged", action="store_true", help="bake adapters into the weights (default: a PEFT folder)")
-    which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
-    which.add_argument("--best", action="store_true", help="the best checkpoint, by train.best of the config")
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag of commands that read the config of a run."""
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="import the task that the run's config.json names though it is not of this library, which runs its code",
-    )
-
-
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", default=None, metavar="DIR", help="PEFT folder, LoRA or DoRA (default: none)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -83,68 +65,23 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="", help="file, folder or 'bytes' (default: that of the model, or bytes)"
     )
+    parser.add_argument("--adapter", default=None, metavar="DIR", help="PEFT folder, LoRA or DoRA (default: none)")
 
 
-def _pretrain(args: argparse.Namespace, overrides: list[str]) -> None:
-    _run(args, overrides)
-
-
-def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax import train
-
-    tokenizer = _own_tokenizer(args.model)
-    folder = [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else [])]
-    # A config's learning rate is for all parameters, unless it names a method itself.
-    method = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("adapter.method=")), "")
-    recipe = [f"optim.{name}={value}" for name, value in train.adapter_recipe(method).items()] if method else []
-    _run(args, [*folder, *recipe, *overrides])
-
-
-def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    import math
-
-    from subspace_jax import language, train
-
-    config = train.load_config(args.config)
-    if "folder" not in config.get("model", {}):
-        raise ValueError(
-            f"--config {args.config}: expected a config of a language model (it has no field model.folder)"
-        )
-    config = train.override(config, overrides)
-    is_peft = language.is_peft(config)
-    _, metrics = train.run(
-        config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
-    )
-    folder = os.path.join(os.path.abspath(args.workdir), "adapter" if is_peft else "model")
-    # The task is that of the config that was given, which has run.
-    language.export(args.workdir, folder, merged=not is_peft, trust_remote_code=True)
-    print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
-    what = "adapter" if is_peft else "merged model" if config.adapter.method else "model"
-    print(f"Wrote the {what} to {folder}, checkpoints, metrics.jsonl and curves.png beside it")
+def _add_batch(parser: argparse.ArgumentParser, length: str) -> None:
+    parser.add_argument("--length", type=int, default=256, help=f"{length} (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples of a batch (default: 8)")
 
 
 def _open(args: argparse.Namespace):
     from subspace_jax import language
 
     config = language.default_config().unlock()
-    config.model.folder, config.model.tokenizer = args.model, args.tokenizer or _own_tokenizer(args.model)
+    config.model.folder, config.model.tokenizer = args.model, args.tokenizer or shared.tokenizer_of(args.model)
     model, tokenizer = language.model_of(config)
     if config.model.tokenizer == "bytes" and not args.tokenizer and tokenizer.eos_id not in model.eos_tokens:
         log.warning("%s has no tokenizer: texts are read as bytes, by which it does not seem to be trained", args.model)
     return config, model, tokenizer
-
-
-def _own_tokenizer(folder: str) -> str:
-    """A model that was trained on bytes has no tokenizer file; one with files of another kind was not."""
-    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        return ""
-    for name in ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tiktoken.model"):
-        if os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(
-                f"{folder}: expected a tokenizer.json beside {name}; transformers' AutoTokenizer.from_pretrained(...)"
-                ".save_pretrained(...) writes one, and --tokenizer names one elsewhere"
-            )
-    return "bytes"
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -227,30 +164,3 @@ def _place(args: argparse.Namespace):
         args.model, args.adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
     return language.CausalLMTask(model, mesh), params, mesh
-
-
-def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax import language
-
-    language.merge_adapter(args.model, args.adapter, args.out)
-    print(f"Wrote the merged model to {os.path.abspath(args.out)}")
-
-
-def _export(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax import language
-
-    step = "best" if args.best else args.step
-    trust = args.trust_remote_code
-    language.export(args.workdir, args.out, merged=args.merged, step=step, overwrite=False, trust_remote_code=trust)
-    print(f"Wrote the checkpoint to {os.path.abspath(args.out)}")
-
-
-ACTIONS = {
-    "pretrain": _pretrain,
-    "finetune": _finetune,
-    "generate": _generate,
-    "perplexity": _perplexity,
-    "accuracy": _accuracy,
-    "merge": _merge,
-    "export": _export,
-}

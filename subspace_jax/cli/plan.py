@@ -3,21 +3,25 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
+
+from subspace_jax.cli import shared
 
 _AXES = ("data", "fsdp", "sequence", "tensor")
 
+_PLAN = """
+    subspace-jax plan --config lm/large:llama3-8b --topology v5e:4x4
+    subspace-jax plan --config lm/large:llama3-70b --topology v5p:4x4x8 --mesh fsdp=32,tensor=4 \\
+        --config.adapter.method=dora --config.adapter.rank=384 --json plan.json
+    subspace-jax plan --config lm/large:llama3-8b --topology v6e:4x4 --sweep --rows-per-share 1
+    """
 
-def add_command(commands, add: Callable) -> None:
+
+def add_commands(commands) -> None:
     """Adds ``plan``."""
-    plan = add(commands, "plan", "compile the train step of a config for a slice that need not be there, and count")
-    plan.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:VARIANT]",
-        help="as for train, pretrain or finetune; any of its fields is set by --config.FIELD=VALUE",
-    )
+    summary = "compile the train step of a config for a slice that need not be there, and count"
+    plan = shared.add_command(commands, "plan", summary, _plan, _PLAN, fields=True)
+    shared.add_config(plan)
     plan.add_argument("--topology", required=True, metavar="CHIP:SIDES", help="such as v5e:16x16, v5p:4x4x8, h100:8")
     plan.add_argument(
         "--mesh",
@@ -56,12 +60,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     config = train.load_config(args.config)
     settings = list(overrides)
     if args.model:
-        settings.insert(0, f"model.folder={args.model}")
-        tokens = os.path.isfile(os.path.join(args.model, "tokenizer.json"))
-        settings.insert(1, f"model.tokenizer={'' if tokens else 'bytes'}")
-    method = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("adapter.method=")), "")
-    recipe = [f"optim.{name}={value}" for name, value in train.adapter_recipe(method).items()] if method else []
-    config = train.override(config, [*recipe, *settings])
+        has_tokenizer = os.path.isfile(os.path.join(args.model, "tokenizer.json"))
+        settings[:0] = [f"model.folder={args.model}", f"model.tokenizer={'' if has_tokenizer else 'bytes'}"]
+    config = train.override(config, [*shared.recipe_of(overrides), *settings])
     if args.sweep or len(meshes) > 1:
         plans = _sweep(args, config, meshes)
     else:
@@ -124,6 +125,3 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"--mesh: expected a form such as data=2,fsdp=8,tensor=2, got {text!r}")
         sizes[name] = int(size)
     return sizes
-
-
-ACTIONS = {"plan": _plan}

@@ -1,42 +1,42 @@
-"""The commands for features of images: compute them, measure them, compare sets."""
+"""The commands for features of images: compute them, measure them, compare data sets."""
 
 import argparse
-from collections.abc import Callable
 
-from subspace_jax.cli.language import add_trust
+from subspace_jax.cli import shared
 
-EXAMPLES = {
-    "features": """
-        subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
-        subspace-jax features --model DIR --data photos --split val --out work/val.npz    # photos/val/CLASS/*.jpg
-        subspace-jax features --model work/digits_resnet_k8 --data digits --split=test --out work/test.npz
-        """,
-    "probe": """
-        subspace-jax probe --features work/train.npz --test work/test.npz
-        subspace-jax probe --features work/train.npz --test work/test.npz --method svm
-        subspace-jax probe --features work/train.npz --test work/test.npz --method few-shot --shots 1,5,10 --seeds 10
-        """,
-    "transfer": """
-        subspace-jax transfer --model DIR                             # the six sets of the Grassmann study
-        subspace-jax transfer --model DIR --data cifar10,photos --method logistic
-        """,
-}
+_FEATURES = """
+    subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
+    subspace-jax features --model DIR --data photos --split val --out work/val.npz    # photos/val/CLASS/*.jpg
+    subspace-jax features --model work/digits_resnet_k8 --data digits --split=test --out work/test.npz
+    """
+_PROBE = """
+    subspace-jax probe --features work/train.npz --test work/test.npz
+    subspace-jax probe --features work/train.npz --test work/test.npz --method svm
+    subspace-jax probe --features work/train.npz --test work/test.npz --method few-shot --shots 1,5,10 --seeds 10
+    """
+_TRANSFER = """
+    subspace-jax transfer --model DIR                             # the six sets of the Grassmann study
+    subspace-jax transfer --model DIR --data cifar10,photos --method logistic
+    """
 
 
-def add_commands(commands, add: Callable) -> None:
-    """Adds those that take a vision model and train no more than a linear classifier."""
-    features = add(commands, "features", "compute the features of a set of images")
+def add_commands(commands) -> None:
+    """Adds ``features``, ``probe`` and ``transfer``."""
+    summary = "compute the features of a set of images"
+    features = shared.add_command(commands, "features", summary, _features, _FEATURES)
     _add_model(features)
     features.add_argument("--data", required=True, help="TFDS set, or a folder with one folder for each class")
     features.add_argument("--split", default="", help="split of the set (default: train), or folder in the folder")
     features.add_argument("--out", required=True, metavar="FILE.npz", help="file to write")
 
-    probe = add(commands, "probe", "measure features by a linear classifier, by neighbours or by a few examples")
+    summary = "measure features by a linear classifier, nearest neighbours or few-shot classification"
+    probe = shared.add_command(commands, "probe", summary, _probe, _PROBE)
     probe.add_argument("--features", required=True, metavar="FILE.npz", help="features to fit to")
     probe.add_argument("--test", required=True, metavar="FILE.npz", help="features to test on")
     _add_method(probe, "logistic")
 
-    transfer = add(commands, "transfer", "print how well the features of a model serve on other sets")
+    summary = "measure the features of a model on other data sets"
+    transfer = shared.add_command(commands, "transfer", summary, _transfer, _TRANSFER)
     _add_model(transfer)
     transfer.add_argument(
         "--data", default="", metavar="SET,SET,...", help="TFDS sets and folders (default: the six of the study)"
@@ -53,7 +53,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that are damaged")
     parser.add_argument("--best", action="store_true", help="a run's best checkpoint (default: the latest)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_trust(parser)
+    shared.add_trust(parser)
 
 
 def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
@@ -120,7 +120,7 @@ def _transfer(args: argparse.Namespace, overrides: list[str]) -> None:
     accuracies = []
     for name, pair in sets.items():
         found = [_extract(args, model, images) for images in pair]
-        report = represent.probe_features(*found, **options[0], mesh=model.mesh)
+        report = represent.probe_features(*found, **options[0])
         counts = " ".join(f"{len(part.labels):>7}" for part in found)
         by_class = "" if report.class_accuracy is None else f"{report.class_accuracy:.4f}"
         spread = f"{report.variability:>8.2f} {report.separation:>6.3f}"
@@ -167,6 +167,3 @@ def _extract(args: argparse.Namespace, model, images):
             # Names of files may hold bytes that are no UTF-8.
             print(f"  {name}: {why}".encode(errors="backslashreplace").decode())
     return found
-
-
-ACTIONS = {"features": _features, "probe": _probe, "transfer": _transfer}

@@ -5,7 +5,6 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
-import itertools
 import json
 import traceback
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from subspace_jax.config_files import find_config
 from subspace_jax.train import optimizer
 from subspace_jax.train.fields import as_type_of, flatten, shown, type_name
 from subspace_jax.train.workdir import replacing
@@ -56,7 +56,8 @@ def load_config(spec: str) -> ConfigDict:
     """Runs ``get_config`` of a Python file, which is code and may do whatever its user may: read it before you run it.
 
     Args:
-      spec: Path of the file; ``path.py:variant`` hands ``variant`` to ``get_config``.
+      spec: Path of the file, or name of a config of the library, such as ``gcr/digits``; ``gcr/digits:k8`` passes
+        ``"k8"`` to ``get_config``.
 
     Returns:
       The config, locked against unknown fields.
@@ -67,11 +68,7 @@ def load_config(spec: str) -> ConfigDict:
         or a value of the wrong type; file and line are named.
     """
     path, _, variant = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        near = _files_near(file)
-        hint = f"; there is {', '.join(near)}" if near else ""
-        raise FileNotFoundError(f"--config: no file {path}{hint}")
+    file = find_config(path)
     if file.suffix != ".py":
         raise ValueError(f"--config: expected a Python file (.py) with a function get_config(), got {path}")
     config = _run_file(spec, file, variant)
@@ -182,6 +179,8 @@ def _message(error: BaseException, file: Path) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, SyntaxError):
         return f"{error.filename or file}:{error.lineno or 1}: no Python: {error.msg}"
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "examples":
+        return "its task lies in examples/, which comes with a clone of the repository and not with the package"
     text = " ".join(text.split())[:1000] or type(error).__name__
     if type(error) is ValueError:
         return text
@@ -190,14 +189,3 @@ def _message(error: BaseException, file: Path) -> str:
     return (
         f"{where}{text}" if isinstance(error, AttributeError | KeyError) else f"{where}{type(error).__name__}: {text}"
     )
-
-
-def _files_near(path: Path) -> list[str]:
-    """Config files whose paths come near; in the folder of the path, or as deep below the one above that is there."""
-    depth, folder = 0, path if path.is_dir() else path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        depth, folder = depth + 1, folder.parent
-    found = sorted(map(str, itertools.islice(folder.glob("*/" * depth + "*.py"), 2000)))
-    if near := difflib.get_close_matches(str(path), found, n=3, cutoff=0.4 if depth == 0 else 0.7):
-        return near
-    return found[:10] if depth == 0 else []

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -34,9 +35,11 @@ def test_train_says_where_everything_is(train, tmp_path, capsys):
     assert "accuracy 0." in printed
     assert str(tmp_path / "run") in printed
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "tensorboard"} <= names
+    assert {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "result.json", "tensorboard"} <= names
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "eval"] == [3, 6]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result == {name: rows[-1][name] for name in ("accuracy", "loss")}
 
 
 def test_train_goes_on_where_it_stopped(train, tmp_path, caplog):
@@ -57,16 +60,18 @@ def test_eval_reads_the_latest_a_named_and_the_best_checkpoint(train, tmp_path, 
         assert capsys.readouterr().out.startswith(f"step {step}: accuracy {scores[step]:.4f}")
 
 
+@pytest.mark.eight_devices
 def test_train_on_a_mesh_reaches_the_same_numbers(train, tmp_path):
-    meshes = {"whole": ["data=1"], "split": ["data=2", "fsdp=2", "tensor=2"]}
+    meshes = {"single": ["data=1"], "sharded": ["data=2", "fsdp=2", "tensor=2"]}
     losses = {}
     for name, sizes in meshes.items():
         assert train(tmp_path / name, *(f"--config.mesh.{size}" for size in sizes)) == 0
         last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
         losses[name] = last["loss"]
-    assert losses["whole"] == pytest.approx(losses["split"], abs=1e-5)
+    assert losses["single"] == pytest.approx(losses["sharded"], abs=1e-5)
 
 
+@pytest.mark.eight_devices
 def test_eval_takes_another_mesh_than_the_run_had(train, tmp_path, capsys):
     assert train(tmp_path, "--config.mesh.data=2", "--config.mesh.tensor=2") == 0
     printed = [capsys.readouterr().out]
@@ -76,6 +81,7 @@ def test_eval_takes_another_mesh_than_the_run_had(train, tmp_path, capsys):
     assert printed[1] == printed[2]
 
 
+@pytest.mark.eight_devices
 def test_info_shows_versions_devices_and_mesh(capsys):
     assert main(["info", "--fsdp", "2", "--tensor", "4"]) == 0
     printed = capsys.readouterr().out
@@ -98,9 +104,7 @@ def test_help_shows_examples(command, capsys):
         (["--config.optim.learning_rat=0.1"], "unknown field; did you mean optim.learning_rate?"),
         (["--config.optim.learning_rate=fast"], "--config.optim.learning_rate: expected float such as 0.1, got 'fast'"),
         (["--config.optim=3"], "it is a group; set one of"),
-        (["--config.mesh.tensor=16"], "mesh: data=-1, fsdp=1, tensor=16 needs a multiple of 16 devices, there are 8"),
-        (["--config.data.batch_size=60"], "batch_size: 60 rows don't split over 8 devices"),
-        (["--config.data.eval_batch_size=60"], "eval_batch_size: 60 rows don't split over 8 devices"),
+        (["--config.mesh.tensor=16"], "mesh: data=-1, fsdp=1, tensor=16 needs a multiple of 16 devices, there are 1"),
         (["--config.train.best=most"], "best: expected 'max:METRIC'"),
         (["--config.train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
         (["--config.optim.name=adagrad"], "optim.name: expected one of"),
@@ -118,6 +122,14 @@ def test_help_shows_examples(command, capsys):
 def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, arguments, message):
     assert train(tmp_path / "run", *arguments) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
+def test_batches_that_do_not_divide_over_the_devices_are_refused(train, tmp_path, capsys, field):
+    assert train(tmp_path / "run", f"--config.data.{field}=60") == 2
+    assert re.search(f"{field}: 60 .* 8 devices", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
