@@ -1,7 +1,8 @@
-"""Representation learning: classifiers whose classes are vectors, directions or subspaces; what features are worth."""
+"""Representation learning: classifiers with vector or subspace classes, and the evaluation of features."""
 
 from subspace_jax.represent.features import (
     FeatureModel,
+    FeatureTask,
     extract_features,
     features_of,
     features_of_images,
@@ -14,6 +15,7 @@ from subspace_jax.represent.few_shot import FewShot, few_shot
 from subspace_jax.represent.gcr.model import Classifier, make_classifier
 from subspace_jax.represent.gcr.task import ClassifierTask
 from subspace_jax.represent.linear_probe import (
+    Examples,
     LinearProbe,
     Scores,
     fit_linear,
@@ -28,7 +30,9 @@ __all__ = [
     "TRANSFER_SETS",
     "Classifier",
     "ClassifierTask",
+    "Examples",
     "FeatureModel",
+    "FeatureTask",
     "Features",
     "FewShot",
     "LinearProbe",

@@ -1,4 +1,4 @@
-"""Features of images by a pretrained model, whole sets at a time."""
+"""Features of image sets by a pretrained model."""
 
 import difflib
 import functools
@@ -7,7 +7,7 @@ import pathlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,32 @@ from tqdm.auto import tqdm
 
 from subspace_jax import data, interop, nn, train
 from subspace_jax.represent.features_file import Features
-from subspace_jax.represent.gcr.task import ClassifierTask
 
 PyTree = Any
 FeatureStep = Callable[[PyTree, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
-# So many batches are computed while the host reads the results of earlier ones.
+# Batches in flight while the host reads the results of earlier ones.
 _IN_FLIGHT = 2
+
+
+@runtime_checkable
+class FeatureTask(Protocol):
+    """A :class:`subspace_jax.train.Task` whose model computes features."""
+
+    def features(self, params: PyTree, variables: PyTree, inputs: jax.Array) -> jax.Array:
+        """Returns the features ``[batch, n]`` of inputs ``[batch, ...]``."""
 
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """A model that makes features, with what brings images into its form.
+    """A model that computes features, and the preparation of its images.
 
     Attributes:
-      step: What :func:`make_feature_step` made of it; one program for all sets.
-      params: What it takes, on the devices of ``mesh``.
-      prepare: From the pixels of an image, uint8 ``[height, width, 3]``, to an input.
-      mesh: The mesh.
+      step: Compiled function from :func:`make_feature_step`.
+      params: Parameters for ``step``, on the devices of ``mesh``.
+      prepare: Maps the pixels of an image, uint8 ``[height, width, 3]``, to an input of the model.
+      mesh: Mesh over which batches are sharded.
     """
 
     step: FeatureStep
@@ -46,18 +53,18 @@ class FeatureModel:
 
 
 def make_feature_step(compute: Callable[[PyTree, jax.Array], jax.Array], mesh: Mesh) -> FeatureStep:
-    """Compiles what computes the features of a batch whose rows are split over the devices.
+    """Returns a jitted function that computes the features of a sharded batch.
 
     Args:
       compute: Pure function from parameters and inputs ``[batch, ...]`` to features ``[batch, n]``.
-      mesh: The mesh.
+      mesh: Mesh over which batches are sharded.
 
     Returns:
       A jitted function from parameters and a batch with ``inputs``, ``labels`` and ``mask`` to features (float32),
-      labels and mask.  They are whole on every device: with several processes, each has its own rows only before.
+      labels and mask, replicated on all devices.
 
     Raises:
-      ValueError: When it is called and the features of an example are not a vector.
+      ValueError: At the first call, if the features of an example are not a vector.
     """
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
@@ -79,24 +86,24 @@ def extract_features(
     num_batches: int | None = None,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the features of one pass.
+    """Computes the features of one pass over a set.
 
-    With several processes all call this, each with batches of its own rows, and each gets the features of all.
+    Each of several processes calls it with batches of its own examples, and gets the features of all examples.
 
     Args:
-      step: From :func:`make_feature_step`.
-      params: What it takes, on the devices of ``mesh``.
-      batches: One pass with ``inputs``, ``labels`` and ``mask``, as :func:`subspace_jax.data.eval_batches` gives it:
-        the last one filled up, so that all have one shape and one program serves them.
-      mesh: The mesh.
+      step: Function from :func:`make_feature_step`.
+      params: Its parameters, on the devices of ``mesh``.
+      batches: One pass of batches with ``inputs``, ``labels`` and ``mask``, all of one shape, as from
+        :func:`subspace_jax.data.eval_batches`.
+      mesh: Mesh over which batches are sharded.
       num_batches: Length of the progress bar.
-      progress: Whether to show one.
+      progress: Whether to show a progress bar.
 
     Returns:
-      Features ``[examples, n]`` float32, and labels ``[examples]`` int32, of the rows whose mask is not 0.
+      Features ``[examples, n]`` float32 and labels ``[examples]`` int32, without padding.
 
     Raises:
-      ValueError: There is no example, or the features of one are not a vector.
+      ValueError: There are no examples, or the features of an example are not a vector.
     """
     rows = train.batch_sharding(mesh)
     done: list[tuple[np.ndarray, np.ndarray]] = []
@@ -120,17 +127,17 @@ def extract_features(
 
 
 def features_of(
-    task: ClassifierTask, state: train.TrainState, batches: Iterable[Mapping[str, np.ndarray]]
+    task: FeatureTask, state: train.TrainState, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the features of one pass by a classifier as it is in training, on the mesh of its state.
+    """Computes the features of one pass with the model of a train state, on the mesh of that state.
 
     Args:
-      task: The task.
-      state: Its train state.
-      batches: One pass, with a ``mask``: what ``Data.evaluate()`` gives.
+      task: Task of the train state.
+      state: The train state.
+      batches: As in :func:`extract_features`.
 
     Returns:
-      Features ``[examples, n]`` and labels ``[examples]``, of all processes' rows on every process.
+      Features ``[examples, n]`` and labels ``[examples]``, as from :func:`extract_features`.
     """
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
     return extract_features(_task_step(task, mesh), (state.params, state.variables), batches, mesh=mesh)
@@ -145,17 +152,17 @@ def open_feature_model(
     step: int | Literal["best"] | None = None,
     trust_remote_code: bool = False,
 ) -> FeatureModel:
-    """Opens what makes features: a checkpoint folder of Hugging Face or timm, or the workdir of a classifier's run.
+    """Opens a feature model: a checkpoint folder of Hugging Face or timm, or the workdir of a classifier's run.
 
-    Of a folder the pooled output is taken, and images are prepared as its files say
-    (:meth:`subspace_jax.data.ImageProcessor.from_json`); of a run the features that the head sees, and images are
-    prepared as its evaluation did.
+    The features of a folder's model are its pooled output; images are prepared as the files of the folder specify
+    (:meth:`subspace_jax.data.ImageProcessor.from_json`).  The features of a run are the inputs of the classifier's
+    head; images are prepared as in the evaluation of the run.
 
     Args:
-      path: The folder.
-      mesh: The mesh, on whose every device the whole model lies; all devices along ``data`` by default.
-      dtype: Type of the activations of a folder's model; that of its files by default.
-      resample: Whether a vision transformer resamples its positions for images of another size.
+      path: Path of the folder.
+      mesh: Mesh over which batches are sharded and the model is replicated; all devices along ``data`` by default.
+      dtype: Dtype of the activations of a folder's model; the dtype of its files by default.
+      resample: Whether a vision transformer resamples its position embeddings for images of another size.
       step: Step of a run's checkpoint, or "best"; the latest by default.
       trust_remote_code: See :func:`subspace_jax.train.restore`.
 
@@ -163,9 +170,9 @@ def open_feature_model(
       The model.
 
     Raises:
-      FileNotFoundError: There is no such folder, or it has neither a model nor a run; or nothing says how images are
-        prepared.
-      ValueError: The model is of no supported kind, has no pooled output, or the run is none of classifiers of images.
+      FileNotFoundError: The folder does not exist, holds neither a model nor a run, or has no description of its image
+        preparation.
+      ValueError: The model is not supported or has no pooled output, or the run trains no classifier of images.
     """
     path = pathlib.Path(path).expanduser()
     mesh = train.make_mesh() if mesh is None else mesh
@@ -173,41 +180,43 @@ def open_feature_model(
         return _of_run(path, mesh, step, trust_remote_code)
     prepare = None
     if (path / "config.json").is_file():
-        # Before the weights: what is missing shows at once.
+        # Before the weights are read, so that a missing file is reported at once.
         prepare = data.ImageProcessor.from_json(path)
-    whole = NamedSharding(mesh, P())
-    config, params = interop.load_vision(path, shardings=lambda shapes, axes: jax.tree.map(lambda _: whole, shapes))
+    replicated = NamedSharding(mesh, P())
+
+    def shardings(shapes, axes):
+        del axes
+        return jax.tree.map(lambda _: replicated, shapes)
+
+    config, params = interop.load_vision(path, shardings=shardings)
     options = {} if dtype is None else {"dtype": dtype}
 
     def compute(params: PyTree, pixels: jax.Array) -> jax.Array:
         pooled = nn.vision_apply(config, params, pixels, resample=resample, **options).pooled
         if pooled is None:
-            raise ValueError(f"model: {path} has no pooled output that could serve as features")
+            raise ValueError(f"model: {path} has no pooled output, expected one")
         return pooled
 
     return FeatureModel(make_feature_step(compute, mesh), params, prepare, mesh)
 
 
 def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None, trust: bool) -> FeatureModel:
-    # A single process needs no more than one device to read a checkpoint, whatever the mesh of the run was.
-    alone = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
-    experiment, state = train.restore(path, step=at, settings=alone, trust_remote_code=trust)
+    # A single process reads the checkpoint on one device, whatever the mesh of the run was.
+    settings = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
+    experiment, state = train.restore(path, step=at, settings=settings, trust_remote_code=trust)
     task = experiment.task
-    if not isinstance(task, ClassifierTask):
-        raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected one of represent.classify")
-    image = experiment.config.data.image
-    if not image.size:
-        raise ValueError(
-            f"model: the run in {path} takes its data as they come; expected one with data.image.size, which says how "
-            "images of another set are brought to its size"
-        )
+    if not isinstance(task, FeatureTask):
+        raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected a run of a classifier")
+    image = experiment.config.data.get("image")
+    if image is None or not image.size:
+        raise ValueError(f"model: the run in {path} does not resize its images; expected data.image.size above 0")
     side = image.eval_size or image.size
     prepare = data.EvalImage(side, crop=image.eval_crop, method=image.method, as_bytes=True)
     params = jax.device_put((state.params, state.variables), NamedSharding(mesh, P()))
     return FeatureModel(_task_step(task, mesh), params, prepare, mesh)
 
 
-def _task_step(task: ClassifierTask, mesh: Mesh) -> FeatureStep:
+def _task_step(task: FeatureTask, mesh: Mesh) -> FeatureStep:
     return make_feature_step(lambda arrays, inputs: task.features(*arrays, inputs), mesh)
 
 
@@ -219,25 +228,25 @@ def open_labelled_images(
     class_names: Iterable[str] | None = None,
     on_unreadable: str = "raise",
 ) -> data.Images:
-    """Opens a set by its TFDS name, or a folder with one folder for each class.
+    """Opens a TFDS set by name, or a folder with one subfolder per class.
 
     Args:
-      name: TFDS name, or a path; a folder that is there goes before a name.
-      split: Split of the set; of a folder the folder in it, which may be empty for the folder itself.
-      data_dir: Folder of TFDS sets; the usual place by default.
-      class_names: Names of the classes in the order of their labels, of a folder; all by name by default.
-      on_unreadable: "raise", or "skip" to leave such images out; see :func:`subspace_jax.data.image_folder`.
+      name: TFDS name or path; a path that exists takes precedence.
+      split: Split of a TFDS set, or subfolder of a folder; empty for the folder itself.
+      data_dir: Folder of prepared TFDS sets; TFDS's default by default.
+      class_names: Classes of a folder in the order of their labels; all, sorted by name, by default.
+      on_unreadable: "raise" or "skip"; see :func:`subspace_jax.data.image_folder`.
 
     Returns:
       The images.
 
     Raises:
-      FileNotFoundError: There is no such folder, or the set is not prepared; the message says how to.
-      ValueError: Name or split is unknown, the set is not one of labelled images, or what look like the classes of a
-        folder are its splits.
+      FileNotFoundError: The folder does not exist, or the set is not prepared; the message says how to prepare it.
+      ValueError: The name or split is unknown, the examples are not labelled images, or the subfolders are splits
+        rather than classes.
     """
     if not os.fspath(name):
-        raise ValueError("name: expected a set of TensorFlow Datasets or a folder, got ''")
+        raise ValueError("name: expected the name of a TFDS set or a folder, got ''")
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
         try:
@@ -262,15 +271,15 @@ def features_of_images(
 
     Args:
       model: The model.
-      images: The set, as :func:`open_labelled_images` opens it.
-      batch_size: Rows of a batch, over all processes; it is raised to a multiple of the devices of the mesh.
+      images: The set, as from :func:`open_labelled_images`.
+      batch_size: Examples of a batch over all processes, rounded up to a multiple of the devices of the mesh.
       progress: Whether to show a progress bar.
 
     Returns:
       The features of all images, in the order of the set.
 
     Raises:
-      ValueError: An image can't be read, or the images don't fit the model.
+      ValueError: An image can't be decoded, or its shape does not fit the model.
     """
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch_size = -(-batch_size // ways) * ways

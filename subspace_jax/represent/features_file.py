@@ -1,4 +1,4 @@
-"""The ``.npz`` file that keeps features, and the like of it from elsewhere."""
+"""Reading and writing ``.npz`` files of features."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from subspace_jax import train
 from subspace_jax.represent.labels import count_classes
 
-# What an array may take, or else what its compressed form may stand for.
+# Arrays above this size are refused where they are compressed by more than the ratio.
 _UNCHECKED_BYTES = 2**28
 _LARGEST_RATIO = 100
 
@@ -23,7 +23,7 @@ class Features(NamedTuple):
     Attributes:
       features: ``[examples, n]`` float32.
       labels: ``[examples]`` int32.
-      class_names: Names of the labels, as many as there are classes.
+      class_names: Names of the classes, by label.
     """
 
     features: np.ndarray
@@ -32,16 +32,16 @@ class Features(NamedTuple):
 
 
 def save_features(path: str | os.PathLike, found: Features, **notes: str) -> None:
-    """Writes features as an ``.npz`` file, which appears when it is whole.
+    """Writes features to an ``.npz`` file, atomically.
 
     Args:
-      path: The file.
-      found: The features.
-      **notes: Where they come from, kept beside them.
+      path: Path of the file.
+      found: Features to write.
+      **notes: Further texts to store, such as the model's name.
 
     Raises:
       ValueError: The path does not end in ``.npz``.
-      OSError: It can't be written.
+      OSError: The file can't be written.
     """
     path = check_features_path(path)
     with train.replacing(path) as partial:
@@ -49,11 +49,11 @@ def save_features(path: str | os.PathLike, found: Features, **notes: str) -> Non
 
 
 def check_features_path(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a path that :func:`save_features` can write to, its folder made; to be called before the work is done.
+    """Checks that :func:`save_features` can write to a path, and creates its folder.
 
     Raises:
       ValueError: The path does not end in ``.npz``, or is a folder.
-      OSError: The folder can't be written.
+      OSError: The folder is not writable.
     """
     path = pathlib.Path(path).expanduser().absolute()
     if path.suffix != ".npz" or path.is_dir():
@@ -63,14 +63,14 @@ def check_features_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def read_features(path: str | os.PathLike) -> Features:
-    """Reads what :func:`save_features` wrote, or any ``.npz`` file with ``features`` and ``labels``.
+    """Reads an ``.npz`` file with ``features``, ``labels`` and, optionally, ``class_names``.
 
     Types, shapes and sizes are checked before an array is read; pickled objects are never loaded.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is damaged or lacks a field; or the fields are not finite numbers ``[examples, n]``, and integers
-        ``[examples]`` from 0, below the number of ``class_names`` where there are any.
+      ValueError: The file is damaged or lacks a field, features are not finite numbers ``[examples, n]``, or labels are
+        not integers ``[examples]`` from 0 and below the number of ``class_names``.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
@@ -95,9 +95,9 @@ class _FieldError(ValueError):
 def _read(archive: zipfile.ZipFile) -> Features:
     names = [name.removesuffix(".npy") for name in archive.namelist()]
     if len(set(names)) < len(names):
-        raise _FieldError(f"has a field twice: {sorted(names)}")
+        raise _FieldError(f"has duplicate fields: {sorted(names)}")
     if missing := {"features", "labels"} - set(names):
-        raise _FieldError(f"lacks {sorted(missing)}, it has {sorted(names)}")
+        raise _FieldError(f"lacks {sorted(missing)}, has {sorted(names)}")
     shapes = {name: _header(archive, name) for name in ("features", "labels", "class_names") if name in names}
     (rows, dtype), (examples, label_type) = shapes["features"], shapes["labels"]
     if len(rows) != 2 or 0 in rows or dtype.kind not in "fiu":
@@ -115,14 +115,14 @@ def _read(archive: zipfile.ZipFile) -> Features:
     with np.errstate(over="ignore"):
         features = _array(archive, "features").astype(np.float32)
     if not np.isfinite(features).all():
-        raise _FieldError("expected finite features in the range of float32, got some that are not")
+        raise _FieldError("expected finite features in the range of float32, got NaN, infinity or larger values")
     texts = range(num_classes) if named is None else _array(archive, "class_names").tolist()
     decoded = (text.decode() if isinstance(text, bytes) else str(text) for text in texts)
     return Features(features, labels.astype(np.int32), tuple(decoded))
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads shape and type of an array, and checks that the archive has as many bytes as they say."""
+    """Reads the shape and type of an array, and checks them against its number of bytes."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as file:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -131,9 +131,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
     if dtype.hasobject:
         raise _FieldError(f"{name} holds pickled objects, which are not loaded")
     if not dtype.itemsize or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
-        raise _FieldError(f"{name} is said to be {dtype} {list(shape)}, but has {left} bytes")
+        raise _FieldError(f"{name} is declared as {dtype} {list(shape)}, but has {left} bytes")
     if left > max(_UNCHECKED_BYTES, _LARGEST_RATIO * info.compress_size):
-        raise _FieldError(f"{name} would take {left} bytes, of which {info.compress_size} are stored")
+        raise _FieldError(f"{name} would take {left} bytes, compressed to {info.compress_size}")
     return shape, dtype
 
 

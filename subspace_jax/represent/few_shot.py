@@ -1,21 +1,22 @@
-"""How well a few examples of each class serve to tell the classes apart, over several draws of them."""
+"""Few-shot classification on fixed features."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
+from subspace_jax.represent.features_file import Features
 from subspace_jax.represent.linear_probe import check_examples, linear_probe, probe_logits, scores_of
 
 
 class FewShot(NamedTuple):
-    """Accuracy with a few examples of each class.
+    """Few-shot accuracy.
 
     Attributes:
-      shots: Examples of each class.
-      accuracies: That of each draw.
-      mean: Their mean.
-      interval: Half the width of the 95 % confidence interval of the mean, by Student's t; NaN of a single draw.
+      shots: Training examples per class.
+      accuracies: Test accuracy of each draw.
+      mean: Mean of the accuracies.
+      interval: Half the width of the 95 % confidence interval of the mean, by Student's t; NaN for a single draw.
     """
 
     shots: int
@@ -25,10 +26,8 @@ class FewShot(NamedTuple):
 
 
 def few_shot(
-    features: np.ndarray,
-    labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
+    train_set: Features,
+    test_set: Features,
     *,
     shots: int,
     seeds: int = 5,
@@ -36,28 +35,26 @@ def few_shot(
     loss: str = "logistic",
     mesh: Mesh | None = None,
 ) -> FewShot:
-    """Fits a linear classifier to a few examples of each class, several times, and tests each on all test examples.
+    """Fits a linear classifier to a few random examples of each class, and tests it on all test examples.
 
-    The penalty is given, for so few examples leave none to choose it on.
+    The penalty is fixed, as so few examples leave none to hold out.
 
     Args:
-      features: ``[examples, n]``, from which the few are drawn.
-      labels: ``[examples]`` integers from 0.
-      test_features: ``[test examples, n]``.
-      test_labels: ``[test examples]``.
-      shots: Examples of each class.
-      seeds: Number of draws.
-      l2: Penalty, in the units of :func:`subspace_jax.represent.linear_probe`.
+      train_set: Examples to draw from.
+      test_set: Test examples.
+      shots: Training examples per class.
+      seeds: Number of draws, each with a classifier of its own.
+      l2: Penalty, as in :func:`subspace_jax.represent.linear_probe`.
       loss: "logistic" or "hinge".
-      mesh: Rows are split over it; all devices by default.
+      mesh: Mesh over which the examples are sharded; all devices by default.
 
     Returns:
-      The accuracies, their mean and its interval.
+      The accuracies, their mean and its confidence interval.
 
     Raises:
-      ValueError: A class has too few examples, or shapes, labels or numbers can't serve.
+      ValueError: A class has too few examples, or a shape, a label or an option is invalid.
     """
-    features, labels, num_classes = check_examples(features, labels)
+    features, labels, num_classes = check_examples(train_set.features, train_set.labels)
     classes, counts = np.unique(labels, return_counts=True)
     if shots < 1 or seeds < 1:
         raise ValueError(f"shots, seeds: expected at least 1, got {shots} and {seeds}")
@@ -67,10 +64,10 @@ def few_shot(
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in classes])
-        # One shape for all draws, and so one program.
+        # All draws have one shape, and share one compiled program.
         probe = linear_probe(features[rows], labels[rows], num_classes=num_classes, grid=(l2,), loss=loss, mesh=mesh)
-        predicted = np.argmax(probe_logits(probe, np.asarray(test_features)), axis=-1)
-        accuracies.append(scores_of(predicted, np.asarray(test_labels)).accuracy)
+        predicted = np.argmax(probe_logits(probe, np.asarray(test_set.features)), axis=-1)
+        accuracies.append(scores_of(predicted, np.asarray(test_set.labels)).accuracy)
     return FewShot(shots, tuple(accuracies), float(np.mean(accuracies)), _interval(accuracies))
 
 

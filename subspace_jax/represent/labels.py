@@ -1,8 +1,8 @@
-"""Labels as they come out of files: what they must be before anything is sized by them."""
+"""Validation of class labels."""
 
 import numpy as np
 
-# Without a number of classes, labels go up to this, or to twice as many as there are.
+# Bound of labels whose number of classes is not given, or twice the number of classes that occur where this is more.
 _FEW_CLASSES = 2**16
 
 
@@ -11,11 +11,11 @@ def count_classes(labels: np.ndarray, num_classes: int | None = None) -> int:
 
     Args:
       labels: ``[examples]`` integers.
-      num_classes: What there are.
+      num_classes: Number of classes, if known.
 
     Raises:
-      ValueError: A label is no integer, negative, not below ``num_classes``, or, where this is not given, so large that
-        hardly any class can have an example.
+      ValueError: A label is not an integer, is negative, or is not below ``num_classes``; or ``num_classes`` is not
+        given and the largest label is far above the number of classes that occur.
     """
     if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels: expected integers [examples], got {labels.dtype} {list(labels.shape)}")
@@ -26,7 +26,7 @@ def count_classes(labels: np.ndarray, num_classes: int | None = None) -> int:
         if largest >= most:
             raise ValueError(
                 f"labels: expected 0 to {most - 1} of {occurring} classes, got {largest}; number the classes from 0, "
-                "or say how many there are"
+                "or give the number of classes"
             )
         num_classes = largest + 1
     if least < 0 or largest >= num_classes:

@@ -1,8 +1,8 @@
-"""Linear classifiers on fixed features: full-batch L-BFGS, the penalty chosen on a part that is held out.
+"""Linear classifiers on fixed features: full-batch L-BFGS, with the penalty chosen on held-out examples.
 
 The protocol is that of Kornblith et al., "Do Better ImageNet Models Transfer Better?" (arXiv 1805.08974, appendix A.6):
-penalties on a logarithmic grid, each tried on held-out examples, then one fit to all examples with the best of them.
-The Grassmann study (arXiv 2308.01547) takes a linear SVM instead of logistic regression.
+each penalty of a logarithmic grid is tried on held-out examples, then one classifier is fitted to all examples with the
+best of them.  The Grassmann study (arXiv 2308.01547) fits a linear SVM instead of logistic regression.
 """
 
 import functools
@@ -23,9 +23,9 @@ from subspace_jax.represent.labels import count_classes
 LOSSES = ("logistic", "hinge")
 DEFAULT_GRID = tuple(10.0 ** (k / 2) for k in range(-14, 3))
 
-# Entries of scores and kernel together; the fit keeps some sixty kernels.
+# Entries of scores and kernel together; L-BFGS keeps some sixty kernels.
 _LARGE = 2**24
-# Steps in a row that find nothing lower.
+# Consecutive steps without a lower objective after which the fit ends.
 _STALLED = 3
 
 
@@ -35,8 +35,8 @@ class LinearProbe(NamedTuple):
     Attributes:
       kernel: ``[n, classes]`` float32.
       bias: ``[classes]`` float32.
-      l2: The penalty that it was fitted with.
-      validation: Penalty to accuracy on the held-out part, of all that were tried; empty where none was held out.
+      l2: Penalty of the fit.
+      validation: Maps each penalty tried to its accuracy on the held-out examples; empty where the grid has one entry.
     """
 
     kernel: np.ndarray
@@ -46,21 +46,33 @@ class LinearProbe(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How well a classifier does.
+    """Accuracy of a classifier.
 
     Attributes:
-      accuracy: Share of the examples that are right.
-      class_accuracy: Mean over the classes that occur of that share, as Pets and Flowers are reported by most.
+      accuracy: Fraction of the examples that are classified correctly.
+      class_accuracy: Mean of the accuracies of the classes that occur, the usual figure for Pets and Flowers.
     """
 
     accuracy: float
     class_accuracy: float
 
 
+class Examples(NamedTuple):
+    """Weighted examples of a fit.
+
+    Attributes:
+      features: ``[examples, n]`` float32.
+      labels: ``[examples]`` integers.
+      weights: ``[examples]`` float32, not all 0.
+    """
+
+    features: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+
+
 def fit_linear(
-    features: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
+    examples: Examples,
     l2: jax.typing.ArrayLike,
     start: tuple[jax.Array, jax.Array],
     *,
@@ -68,35 +80,34 @@ def fit_linear(
     max_steps: int = 500,
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Minimises a penalised loss over all examples by L-BFGS with a zoom line search.
+    """Minimizes a penalized loss over all examples by L-BFGS with a zoom line search.
 
-    With ``w = weights / sum(weights)`` the objective is ``sum_i w_i loss_i + l2 / 2 ||kernel||^2``; the bias is free.
-    Of "logistic" the loss is the multinomial cross-entropy, so that scikit-learn's ``C`` is ``1 / (l2 N)``; of "hinge"
-    the squared hinge of one class against the rest, summed over the classes: a linear SVM, as ``LinearSVC`` with the
-    same ``C`` but for its penalty on the bias.
+    With ``w = weights / sum(weights)`` the objective is ``sum_i w_i loss_i + l2 / 2 ||kernel||^2``; the bias is not
+    penalized.  The loss of "logistic" is the multinomial cross-entropy; scikit-learn's ``C`` is ``1 / (l2 N)``.  The
+    loss of "hinge" is the squared hinge of each class against the rest, summed over the classes: a linear SVM, equal to
+    ``LinearSVC`` with the same ``C`` except that ``LinearSVC`` penalizes the bias.
 
-    Works under ``jit``, where rows may be split over the devices; the compiler adds up what they have.
+    Works under ``jit``, also with examples that are sharded over devices.
 
     Args:
-      features: ``[examples, n]`` float32.
-      labels: ``[examples]`` integers.
-      weights: ``[examples]`` float32, not all 0; an example of weight 0 does not count.
-      l2: The penalty, at least 0.
-      start: Kernel ``[n, classes]`` and bias ``[classes]``, float32.
+      examples: The examples.
+      l2: Penalty, at least 0.
+      start: Initial kernel ``[n, classes]`` and bias ``[classes]``, float32.
       loss: One of :data:`LOSSES`.
-      max_steps: Steps after which it ends anyway.
-      tolerance: It ends where no component of the gradient is larger; or where the objective no longer falls, for what
-        is left is the rounding of its sums.
+      max_steps: Maximal number of steps.
+      tolerance: The fit ends when no entry of the gradient is larger in absolute value, or when rounding keeps the
+        objective from falling.
 
     Returns:
       Kernel and bias.
     """
+    features, labels, weights = examples
     num_classes = start[1].shape[0]
     weights = weights / jnp.sum(weights)
 
     def objective(params):
         kernel, bias = params
-        # What TPUs and GPUs round a product to by default is no gradient for a line search.
+        # A line search needs more precision than the default of TPUs and GPUs.
         scores = jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias[None]
         if loss == "logistic":
             each = losses.cross_entropy(scores, labels)
@@ -113,7 +124,7 @@ def fit_linear(
         value, grad = value_and_grad(params, state=state)
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
         params = optax.apply_updates(params, updates)
-        # The line search leaves value and gradient at the new point.
+        # The line search stores value and gradient at the new point.
         largest = optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
         value = optax.tree.get(state, "value")
         stalled = jnp.where(value < lowest, 0, stalled + 1)
@@ -140,28 +151,28 @@ def linear_probe(
     tolerance: float = 1e-5,
     mesh: Mesh | None = None,
 ) -> LinearProbe:
-    """Fits a linear classifier, with the penalty that serves best on a part that is held out, to all examples.
+    """Fits a linear classifier to all examples, with the penalty that is best on held-out examples.
 
-    Features are centred, and divided by one number such that the mean of their squares is 1: a penalty means the same
-    for features of any scale.  Kernel and bias that come back are for the features as they were given.
+    The fit sees features that are centered and divided by the root of their mean square, so that a penalty does not
+    depend on their scale.  The kernel and bias returned apply to the features as given.
 
     Args:
       features: ``[examples, n]``.
       labels: ``[examples]`` integers from 0.
       num_classes: Number of classes; the largest label plus 1 by default.
       loss: "logistic" or "hinge"; see :func:`fit_linear`.
-      grid: Penalties to try, in the units of the scaled features; one alone is taken as it is.
-      held_out: Share of each class to try them on, in (0, 1).
-      seed: Seed of which examples these are.
-      max_steps: Steps of one fit.
+      grid: Penalties to try, for the scaled features; with a single entry no example is held out.
+      held_out: Fraction of each class to hold out, in (0, 1).
+      seed: Seed of the choice of held-out examples.
+      max_steps: Maximal number of steps of a fit.
       tolerance: See :func:`fit_linear`.
-      mesh: Rows of the features are split over it; all devices by default.
+      mesh: Mesh over which the examples are sharded; all devices by default.
 
     Returns:
       The classifier.
 
     Raises:
-      ValueError: Shapes, labels or numbers can't serve.
+      ValueError: A shape, a label or an option is invalid.
     """
     features, labels, num_classes = check_examples(features, labels, num_classes)
     if loss not in LOSSES:
@@ -169,7 +180,7 @@ def linear_probe(
     if not len(grid) or not all(0 <= l2 < math.inf for l2 in grid):
         raise ValueError(f"grid: expected one or more finite penalties of at least 0, got {tuple(grid)}")
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a share in (0, 1), got {held_out}")
+        raise ValueError(f"held_out: expected a fraction in (0, 1), got {held_out}")
     occurring = len(np.unique(labels))
     if sum(features.shape) * num_classes > _LARGE and num_classes > 2 * occurring:
         raise ValueError(
@@ -179,55 +190,59 @@ def linear_probe(
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = max(float(np.sqrt(np.mean(np.square(features - mean), dtype=np.float64))), np.finfo(np.float32).tiny)
     mesh = train.make_mesh() if mesh is None else mesh
-    x, y, real = rows_on(mesh, (features - mean) / np.float32(scale), labels, np.ones(len(labels), np.float32))
+    scaled = (features - mean) / np.float32(scale)
+    examples = Examples(*shard_examples(mesh, scaled, labels, np.ones(len(labels), np.float32)))
     start = jnp.zeros((features.shape[1], num_classes)), jnp.zeros(num_classes)
     run = _jitted(fit_linear, loss=loss, max_steps=max_steps, tolerance=tolerance)
     validation = {}
     best = float(grid[0])
     if len(grid) > 1:
-        aside = held_out_rows(labels, held_out, seed)
-        (left,) = rows_on(mesh, aside.astype(np.float32))
+        (left_out,) = shard_examples(mesh, hold_out(labels, held_out, seed).astype(np.float32))
+        rest = examples._replace(weights=examples.weights - left_out)
+        aside = examples._replace(weights=left_out)
         params, kernels = start, {}
-        # From strong to weak: each fit begins where the one before ended.
+        # From the strongest penalty to the weakest, each fit starting from the previous one.
         for l2 in sorted(map(float, grid), reverse=True):
-            params = kernels[l2] = run(x, y, real - left, l2, params)
-            validation[l2] = float(_hits(x, y, left, params))
-        # The middle one among equals: on features that tell all classes apart, most are.
+            params = kernels[l2] = run(rest, l2, params)
+            validation[l2] = float(_accuracy(aside, params))
+        # The median of the best: where features separate all classes, most penalties are equally good.
         equal = [l2 for l2, accuracy in validation.items() if accuracy == max(validation.values())]
         best = sorted(equal)[len(equal) // 2]
         start = kernels[best]
-    kernel, bias = (np.asarray(part, np.float32) for part in run(x, y, real, best, start))
+    kernel, bias = (np.asarray(part, np.float32) for part in run(examples, best, start))
     kernel = kernel / np.float32(scale)
     return LinearProbe(kernel, bias - mean @ kernel, best, validation)
 
 
 def probe_logits(probe: LinearProbe, features: np.ndarray) -> np.ndarray:
-    """Returns the scores ``[examples, classes]`` of features ``[examples, n]``."""
+    """Returns the logits ``[examples, classes]`` of features ``[examples, n]``."""
     return features @ probe.kernel + probe.bias
 
 
 def scores_of(predicted: np.ndarray, labels: np.ndarray) -> Scores:
-    """Counts what is right.
+    """Computes accuracies.
 
     Args:
       predicted: ``[examples]`` integers.
       labels: ``[examples]`` integers.
 
     Raises:
-      ValueError: There is none, or the shapes differ.
+      ValueError: There are no examples, or the shapes differ.
     """
     if predicted.shape != labels.shape or not labels.size:
-        raise ValueError(f"predicted: expected the shape of labels, not empty, got {predicted.shape}, {labels.shape}")
+        raise ValueError(
+            f"predicted: expected the shape of labels, not empty, got {predicted.shape} and {labels.shape}"
+        )
     right = (predicted == labels).astype(np.float64)
     _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return Scores(float(right.mean()), float(np.mean(np.bincount(group, right) / counts)))
 
 
-def held_out_rows(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Draws a share of every class, at least one and never all of those that have two or more.
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draws a fraction of each class: at least one example and not all of them; none of a class with one example.
 
     Returns:
-      ``[examples]`` booleans.
+      Mask of the examples drawn, ``[examples]`` booleans.
 
     Raises:
       ValueError: No class has two examples.
@@ -237,9 +252,9 @@ def held_out_rows(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
         if len(own) > 1:
-            aside[own[: min(max(1, round(share * len(own))), len(own) - 1)]] = True
+            aside[own[: min(max(1, round(fraction * len(own))), len(own) - 1)]] = True
     if not aside.any():
-        raise ValueError("labels: expected a class with two examples to hold one out, got none")
+        raise ValueError("labels: expected a class with two or more examples, of which one is held out, got none")
     return aside
 
 
@@ -249,7 +264,7 @@ def check_examples(
     """Returns float32 features, int32 labels and the number of classes.
 
     Raises:
-      ValueError: Shapes don't match, there is no example, a feature is not finite, or a label is out of range.
+      ValueError: Shapes differ, there are no examples, a feature is not finite, or a label is out of range.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
@@ -257,13 +272,13 @@ def check_examples(
             f"features, labels: expected [examples, n] and [examples], got {features.shape} and {labels.shape}"
         )
     if not np.isfinite(features).all():
-        raise ValueError("features: expected finite numbers, got some that are not")
+        raise ValueError("features: expected finite values, got NaN or infinity")
     num_classes = count_classes(labels, num_classes)
     return features, labels.astype(np.int32), num_classes
 
 
-def rows_on(mesh: Mesh, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
-    """Splits the rows of arrays that every process holds over the devices, filled up with zeros to a multiple."""
+def shard_examples(mesh: Mesh, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+    """Shards the leading axis of arrays that each process holds, zero-padded to a multiple of the mesh size."""
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     placed = []
     for array in arrays:
@@ -278,7 +293,8 @@ def _jitted(function, **static):
 
 
 @jax.jit
-def _hits(features, labels, weights, params):
+def _accuracy(examples, params):
+    features, labels, weights = examples
     kernel, bias = params
     right = jnp.argmax(features @ kernel + bias[None], axis=-1) == labels
     return jnp.sum(weights * right.astype(weights.dtype)) / jnp.sum(weights)

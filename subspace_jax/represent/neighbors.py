@@ -1,4 +1,4 @@
-"""Nearest neighbours on fixed features, as an evaluation without training."""
+"""Nearest-neighbour classification on fixed features."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from subspace_jax import linalg, train
-from subspace_jax.represent.linear_probe import check_examples, rows_on
+from subspace_jax.represent.linear_probe import check_examples, shard_examples
 
 _QUERIES_AT_A_TIME = 128
 
@@ -23,30 +23,30 @@ def nearest_classes(
     num_classes: int | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Classifies by the labels of the ``k`` nearest examples, near by cosine.
+    """Classifies queries by a vote of the ``k`` nearest examples in cosine similarity.
 
-    A neighbour of cosine ``s`` votes with weight ``exp(s / temperature)`` (Wu et al., arXiv 1805.01978, section 3.4),
-    or all alike where ``temperature`` is None.  Takes memory for 128 x examples cosines on each device.
+    The vote of a neighbour with cosine ``s`` has weight ``exp(s / temperature)`` (Wu et al., arXiv 1805.01978, section
+    3.4), or 1 where ``temperature`` is None.  Each device holds 128 x examples cosines at a time.
 
     Args:
       features: ``[examples, n]``.
       labels: ``[examples]`` integers from 0.
       queries: ``[queries, n]``.
       k: Number of neighbours.
-      temperature: Of the votes.
+      temperature: Temperature of the votes; None for equal votes.
       num_classes: Number of classes; the largest label plus 1 by default.
-      mesh: Queries are split over it; all devices by default.
+      mesh: Mesh over which the queries are sharded; all devices by default.
 
     Returns:
       The class of each query, ``[queries]`` int32.
 
     Raises:
-      ValueError: Shapes, labels or numbers can't serve.
+      ValueError: A shape, a label or an option is invalid.
     """
     features, labels, _ = check_examples(features, labels, num_classes)
     queries = np.asarray(queries, np.float32)
     if not np.isfinite(queries).all():
-        raise ValueError("queries: expected finite numbers, got some that are not")
+        raise ValueError("queries: expected finite values, got NaN or infinity")
     if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
         raise ValueError(f"queries: expected [queries, {features.shape[1]}], got shape {list(queries.shape)}")
     if not 1 <= k <= len(labels):
@@ -54,8 +54,8 @@ def nearest_classes(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, or None, got {temperature}")
     mesh = train.make_mesh() if mesh is None else mesh
-    (placed,) = rows_on(mesh, queries)
-    # Votes are counted for the classes that occur, however large their labels are.
+    (placed,) = shard_examples(mesh, queries)
+    # Votes are counted for the classes that occur only, as labels may be large.
     classes, group = np.unique(labels, return_inverse=True)
     options = {"k": k, "temperature": temperature, "num_classes": len(classes), "ways": mesh.size}
     found = _vote(features, group.astype(np.int32), placed, **options)
@@ -71,6 +71,6 @@ def _vote(features, labels, queries, *, k, temperature, num_classes, ways):
         votes = jnp.ones(k) if temperature is None else jnp.exp((cosines - cosines[0]) / temperature)
         return jnp.argmax(jax.ops.segment_sum(votes, labels[nearest], num_classes)).astype(jnp.int32)
 
-    # Each device goes through its own rows; a loop over all of them would keep all but one waiting.
-    shares = queries.reshape(ways, -1, queries.shape[-1])
-    return jax.vmap(lambda own: jax.lax.map(one, own, batch_size=_QUERIES_AT_A_TIME))(shares).reshape(-1)
+    # Each device loops over its own queries: a loop over all of them would leave all devices but one idle.
+    shards = queries.reshape(ways, -1, queries.shape[-1])
+    return jax.vmap(lambda own: jax.lax.map(one, own, batch_size=_QUERIES_AT_A_TIME))(shards).reshape(-1)

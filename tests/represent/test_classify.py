@@ -20,31 +20,31 @@ def small_config(**model):
 
 @pytest.mark.parametrize("head", ["softmax", "cosine", "grassmann"])
 @pytest.mark.parametrize("backbone", ["mlp", "convnet"])
-def test_every_backbone_takes_every_head(backbone, head):
+def test_make_classifier_combines_every_backbone_and_head(backbone, head):
     model = represent.make_classifier(jax.random.key(0), backbone=backbone, head=head, features=(8, 8), dims=2, **SHAPE)
     assert model(jnp.ones((3, 4, 4, 1))).shape == (3, 5)
 
 
 @pytest.mark.parametrize("field", ["backbone", "head", "dtype"])
-def test_unknown_names_are_refused_with_the_known_ones(field):
+def test_make_classifier_refuses_unknown_names(field):
     with pytest.raises(ValueError, match=rf"model\.{field}: expected one of .*got 'nonsense'"):
         represent.make_classifier(jax.random.key(0), **{field: "nonsense"}, **SHAPE)
 
 
-def test_bfloat16_activations_give_float32_logits_from_float32_parameters():
+def test_classifier_with_bfloat16_activations_gives_float32_logits():
     model = represent.make_classifier(jax.random.key(0), dtype="bfloat16", features=(8,), dims=2, **SHAPE)
     assert model.backbone(jnp.ones((3, 4, 4, 1))).dtype == jnp.bfloat16
     assert model(jnp.ones((3, 4, 4, 1))).dtype == jnp.float32
 
 
-def test_masked_rows_do_not_count_in_evaluation():
+def test_evaluate_ignores_masked_examples():
     task, data = classify.build(small_config())
     params, variables = task.init(jax.random.key(0))
     batch = next(iter(data.evaluate()))
     half = {**batch, "mask": batch["mask"] * (np.arange(len(batch["mask"])) < 10)}
     sums = task.evaluate(params, variables, half)
     assert sums["count"] == 10
-    # What stands in masked rows must not matter at all.
+    # Masked examples hold NaN and invalid labels.
     real = half["mask"] > 0
     noisy = {
         "inputs": np.where(real[:, None], half["inputs"], np.nan),
@@ -55,7 +55,7 @@ def test_masked_rows_do_not_count_in_evaluation():
         np.testing.assert_allclose(value, sums[name], rtol=1e-6)
 
 
-def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
+def test_label_smoothing_changes_loss_and_not_evaluate():
     plain, data = classify.build(small_config())
     smooth, _ = classify.build(small_config(label_smoothing=0.1))
     params, variables = plain.init(jax.random.key(0))
@@ -66,7 +66,7 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     assert plain.evaluate(params, variables, rows)["loss"] == smooth.evaluate(params, variables, rows)["loss"]
 
 
-def test_sigmoid_loss_trains_on_it_and_evaluates_by_softmax():
+def test_sigmoid_loss_is_binary_cross_entropy_and_evaluate_takes_softmax():
     softmax, data = classify.build(small_config(head="softmax"))
     sigmoid, _ = classify.build(small_config(head="softmax", loss="sigmoid"))
     params, variables = softmax.init(jax.random.key(0))
@@ -79,28 +79,28 @@ def test_sigmoid_loss_trains_on_it_and_evaluates_by_softmax():
     assert softmax.evaluate(params, variables, rows)["loss"] == sigmoid.evaluate(params, variables, rows)["loss"]
 
 
-def test_an_unknown_loss_is_refused_with_the_known_ones():
+def test_build_refuses_an_unknown_loss():
     with pytest.raises(ValueError, match=r"model\.loss: expected one of .*got 'hinge'"):
         classify.build(small_config(loss="hinge"))
 
 
-def test_one_dimension_for_each_class_gives_one_group_for_each_dimension():
+def test_dims_of_each_class_give_one_group_of_bases_per_dimension():
     dims = (1, 2, 2, 3, 3, 3, 1, 2, 4, 4)
     task, _ = classify.build(small_config(dims=dims))
     params, _ = task.init(jax.random.key(0))
     assert sorted(b.shape for b in jax.tree.leaves(params["head"])) == [(2, 8, 1), (2, 8, 4), (3, 8, 2), (3, 8, 3)]
 
 
-def test_features_of_leaves_the_filling_out_and_keeps_the_order():
+def test_features_of_drops_padding_and_keeps_the_order():
     config = small_config()
-    config.data.eval_batch_size = 768  # 2000 rows: the last batch is filled up
+    config.data.eval_batch_size = 768  # 2000 examples: the last batch is padded
     experiment = train.build(config)
     state = train.init_state(experiment.task, experiment.tx, experiment.mesh)
     features, labels = represent.features_of(experiment.task, state, experiment.data.evaluate())
     assert features.shape == (2000, 8)
     rows = next(iter(experiment.data.evaluate()))
     np.testing.assert_array_equal(labels[:768], rows["labels"])
-    # One pass over all rows rounds like three passes over a part of them, up to the order of sums of 32.
+    # Batches of other sizes differ in the order of sums of 32.
     expected = experiment.task.features(state.params, state.variables, rows["inputs"])
     np.testing.assert_allclose(features[:768], expected, rtol=1e-5, atol=1e-6)
 
@@ -115,11 +115,11 @@ def test_features_of_leaves_the_filling_out_and_keeps_the_order():
         ("model", "dims", (1, 2), "dims: expected one for each of the 10 classes, got 2"),
         ("model", "dims", (0,), "dims: .* got 0"),
         ("model", "features", (8, 0), r"features: expected widths of at least 1, got \(8, 0\)"),
-        ("model", "backbone", "convnet", r"'convnet' takes images .* got shape \[32\]"),
+        ("model", "backbone", "convnet", r"'convnet' expects images .* got shape \[32\]"),
         ("model", "dtype", "int32", "dtype: expected one of"),
     ],
 )
-def test_values_that_can_not_serve_are_refused_when_the_task_is_built(group, field, value, message, tmp_path):
+def test_build_refuses_invalid_values(group, field, value, message, tmp_path):
     config = small_config()
     config.data.data_dir = str(tmp_path)
     config[group][field] = value
@@ -127,7 +127,7 @@ def test_values_that_can_not_serve_are_refused_when_the_task_is_built(group, fie
         classify.build(config)
 
 
-def test_augmented_batches_differ_from_plain_ones_and_keep_their_labels(tmp_path):
+def test_augment_changes_inputs_and_keeps_labels(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path)
     plain = next(classify.build(config)[1].train(0))
@@ -138,7 +138,7 @@ def test_augmented_batches_differ_from_plain_ones_and_keep_their_labels(tmp_path
     assert np.mean(plain["inputs"] != changed["inputs"]) > 0.1
 
 
-def test_a_set_that_does_not_fit_into_memory_is_read_by_index_with_the_same_batches(tmp_path, monkeypatch):
+def test_build_gives_the_same_batches_for_a_set_read_by_index(tmp_path, monkeypatch):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path)
     in_memory = next(classify.build(config)[1].train(0))

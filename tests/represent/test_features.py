@@ -1,4 +1,4 @@
-"""Features of a model that is split over the devices of two processes."""
+"""Features of a model that is sharded over the devices of two processes."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from tests.represent import worker
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_each_of_two_processes_gets_the_features_of_all_rows(tmp_path):
+def test_features_of_gives_each_of_two_processes_all_examples(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The file of features: what it may hold is checked before it is read, and named where it may not."""
+"""Files of features: their fields are checked before an array is read."""
 
 import zipfile
 
@@ -39,7 +39,7 @@ def header(shape, descr):
         ({"features": np.ones((3, 0))}, "expected numbers .examples, n. as features"),
     ],
 )
-def test_read_features_names_file_and_field_of_what_can_not_serve(fields, message, tmp_path):
+def test_read_features_names_file_and_field_that_are_invalid(fields, message, tmp_path):
     np.savez(tmp_path / "f.npz", **{**GOOD, **fields})
     with pytest.raises(ValueError, match=rf"f.npz: .*{message}") as caught:
         represent.read_features(tmp_path / "f.npz")
@@ -51,17 +51,17 @@ def test_read_features_names_file_and_field_of_what_can_not_serve(fields, messag
     [
         (
             header((10**12, 10**6), "<f4") + b"1234",
-            "features is said to be float32 .1000000000000, 1000000.",
+            "features is declared as float32 .1000000000000, 1000000.",
         ),
-        (header((3, 2**40), "<U0"), "features is said to be <U0"),
-        (header((3, -2), "<f4") + bytes(24), "features is said to be"),
+        (header((3, 2**40), "<U0"), "features is declared as <U0"),
+        (header((3, -2), "<f4") + bytes(24), "features is declared as"),
         (header((3, 2), "O") + b"cos\nsystem\n", "features holds pickled objects"),
-        (header((3, 10**6), "<f4") + bytes(12 * 10**6), "features would take 12000000 bytes, of which"),
+        (header((3, 10**6), "<f4") + bytes(12 * 10**6), "features would take 12000000 bytes, compressed to"),
         (b"no array", "can't be read as .npz"),
     ],
     ids=["shape", "nothing", "negative", "pickle", "compressed", "junk"],
 )
-def test_read_features_takes_no_more_memory_than_the_file_is_worth(features, message, tmp_path, monkeypatch):
+def test_read_features_refuses_arrays_larger_than_the_file_can_hold(features, message, tmp_path, monkeypatch):
     monkeypatch.setattr(features_file, "_UNCHECKED_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("features.npy", features)
@@ -70,7 +70,7 @@ def test_read_features_takes_no_more_memory_than_the_file_is_worth(features, mes
         represent.read_features(tmp_path / "f.npz")
 
 
-def test_read_features_takes_no_damaged_file(tmp_path):
+def test_read_features_refuses_damaged_files(tmp_path):
     path = tmp_path / "f.npz"
     np.savez(path, **GOOD)
     whole = path.read_bytes()
@@ -92,7 +92,7 @@ def test_read_features_takes_no_damaged_file(tmp_path):
         represent.read_features(tmp_path / "g.npz")
 
 
-def test_read_features_takes_other_number_types_and_byte_names(tmp_path):
+def test_read_features_reads_other_dtypes_and_names_as_bytes(tmp_path):
     features = np.arange(6).reshape(3, 2)
     for dtype in (np.float16, ">f8", np.int64):
         names = np.array([b"a", "ü".encode(), b"c"])
@@ -102,7 +102,7 @@ def test_read_features_takes_other_number_types_and_byte_names(tmp_path):
         np.testing.assert_array_equal(found.features, features)
 
 
-def test_count_classes_takes_what_is_said_or_what_occurs():
+def test_count_classes_gives_the_largest_label_plus_one_by_default():
     assert count_classes(np.array([0, 5])) == 6
     assert count_classes(np.array([0, 5]), 10) == 10
     assert count_classes(np.arange(70_000)) == 70_000
@@ -111,7 +111,7 @@ def test_count_classes_takes_what_is_said_or_what_occurs():
             count_classes(np.array(labels), classes)
 
 
-def test_nothing_is_sized_by_a_label():
+def test_large_labels_allocate_no_large_arrays():
     features = np.array([[1.0, 0.0], [0.0, 1.0]] * 2, np.float32)
     labels = np.array([3, 2**31 - 1] * 2)
     assert represent.scores_of(labels, labels) == (1.0, 1.0)
@@ -120,10 +120,10 @@ def test_nothing_is_sized_by_a_label():
     with pytest.raises(ValueError, match=r"labels: expected examples of most of 2147483648 classes"):
         represent.linear_probe(features, labels, num_classes=2**31)
     with pytest.raises(ValueError, match="labels: expected 0 to 65535 of 2 classes, got 2147483647"):
-        represent.few_shot(features, labels, features, labels, shots=1)
+        represent.few_shot(*[represent.Features(features, labels, ())] * 2, shots=1)
     with pytest.raises(ValueError, match="grid: expected one or more finite penalties"):
         represent.linear_probe(features, np.array([0, 1, 0, 1]), grid=(float("nan"),))
-    with pytest.raises(ValueError, match="queries: expected finite numbers"):
+    with pytest.raises(ValueError, match="queries: expected finite values"):
         represent.nearest_classes(features, np.array([0, 1, 0, 1]), features * np.nan, k=1)
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_sized_by_a_label():
         ({"name": "union_of_subspaces", "eval_batch_size": 0}, "eval_batch_size: expected a positive multiple"),
     ],
 )
-def test_data_of_a_classifier_that_are_not_there_are_named(fields, message, tmp_path):
+def test_build_names_data_that_do_not_exist(fields, message, tmp_path):
     config = classify.default_config()
     config.data.update({name: tmp_path.as_posix() if value == "{folder}" else value for name, value in fields.items()})
     with pytest.raises((ValueError, FileNotFoundError), match=message):

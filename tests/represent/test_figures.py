@@ -1,4 +1,4 @@
-"""The figures that the Grassmann class representation must reach on data that ships with the project."""
+"""Accuracies that Grassmann class representation reaches on synthetic data and digits."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def accuracy(config, seed, tmp_path, *settings):
     ]
 
 
-def test_subspaces_solve_what_single_directions_can_not(tmp_path, configs):
+def test_subspaces_of_dimension_4_classify_a_union_of_subspaces_and_vectors_do_not(tmp_path, configs):
     settings = ["train.eval_every=300", "train.checkpoint_every=300"]
     wide, narrow = (
         [accuracy(f"{configs}/gcr/synthetic.py:{k}", seed, tmp_path, *settings) for seed in range(3)]

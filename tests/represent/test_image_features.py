@@ -1,10 +1,10 @@
-"""Features of image sets by pretrained models, and the commands over them."""
+"""Features of image sets by pretrained models, in Python and on the command line."""
 
 import json
 import re
 import shutil
 
-import jax
+import chex
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +17,7 @@ from tests.interop.vision_goldens import GOLDEN, jit, loaded, pixels
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A ViT of 32 x 32 images that says how they are prepared, and two splits of pictures in three colours."""
+    """A ViT for 32 x 32 images with its image processor, and images of three colours in two splits."""
     folder = tmp_path_factory.mktemp("vision")
     (folder / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
-def test_one_call_serves_every_family(name):
+def test_vision_apply_equals_the_function_of_each_family(name):
     config, params = loaded(name)
     own = {
         "vit": lambda p, x: nn.vision_transformer_apply(config, p, x, capture=(0,)),
@@ -48,10 +48,10 @@ def test_one_call_serves_every_family(name):
         params, pixels(name)
     )
     assert one.pooled.shape == (pixels(name).shape[0], one.pooled.shape[1])
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
 
 
-def test_a_config_of_no_backbone_and_missing_statistics_are_refused():
+def test_vision_apply_refuses_other_configs_and_missing_statistics():
     config, params = loaded("resnet")
     with pytest.raises(ValueError, match="expected params and batch_stats, got"):
         nn.vision_apply(config, params["params"], pixels("resnet"))
@@ -59,21 +59,22 @@ def test_a_config_of_no_backbone_and_missing_statistics_are_refused():
         nn.vision_apply({}, params, pixels("resnet"))
 
 
-def test_features_over_eight_devices_are_those_of_single_images(folder):
+@pytest.mark.eight_devices
+def test_sharded_features_of_images_equal_those_of_one_device(folder):
     images = represent.open_labelled_images(folder / "photos", "train")
     model = represent.open_feature_model(folder / "model")
     assert model.mesh.size == 8
-    found = represent.features_of_images(model, images, batch_size=10)  # 16 rows on 8 devices, 18 images
+    found = represent.features_of_images(model, images, batch_size=10)  # batches of 16 on 8 devices, 18 images
     assert found.class_names == ("blue", "green", "red")
     assert found.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     config, params = loaded("vit")
     inputs = np.stack([model.prepare(images[i]["inputs"]) for i in range(18)])
-    # Random weights: what the order of sums changes is far below the differences between images.
+    # The weights are random; differences between images are far above the rounding of sums.
     wanted = jit(lambda p, x: nn.vision_apply(config, p, x).pooled)(params, inputs)
     np.testing.assert_allclose(found.features, wanted, atol=2e-4)
 
 
-def test_features_are_computed_measured_and_compared_by_commands(folder, tmp_path, capsys):
+def test_features_probe_and_transfer_commands(folder, tmp_path, capsys):
     photos, model = str(folder / "photos"), str(folder / "model")
     for split in ("train", "val"):
         out = str(tmp_path / f"{split}.npz")
@@ -87,7 +88,7 @@ def test_features_are_computed_measured_and_compared_by_commands(folder, tmp_pat
     ):
         assert main(["probe", *pair, "--method", *method]) == 0
         printed = capsys.readouterr().out
-        # Colours that a random network tells apart too; a single example of each may lie far out.
+        # A random network separates colours too; a single example per class may be an outlier.
         assert min(float(share) for share in re.findall(r"accuracy (\d\.\d+)", printed)) > 0.85
         assert re.search(r"variability \d+\.\d+ degrees; class separation R2 0\.\d+", printed)
     sets = ["--data", f"{photos},cifar10,food101", "--data-dir", str(tmp_path / "none")]
@@ -100,7 +101,7 @@ def test_features_are_computed_measured_and_compared_by_commands(folder, tmp_pat
     assert "none of cifar10, cifar100, food101" in capsys.readouterr().err
 
 
-def test_commands_leave_out_damaged_images_and_say_how_many(folder, tmp_path, capsys):
+def test_features_command_skips_damaged_images_and_reports_them(folder, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(folder / "photos" / "train", photos)
     for name in ("blue/5.png", "red/0.png"):
@@ -119,7 +120,7 @@ def test_commands_leave_out_damaged_images_and_say_how_many(folder, tmp_path, ca
     assert len(np.unique(found.features, axis=0)) == 16
 
 
-def test_names_of_data_that_are_not_there_have_near_ones(folder, tmp_path, monkeypatch):
+def test_open_labelled_images_suggests_near_names(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match=r"TFDS knows no set 'photo'.*or the folder 'photos'"):
         represent.open_labelled_images("photo", "train", tmp_path)
@@ -131,7 +132,7 @@ def test_names_of_data_that_are_not_there_have_near_ones(folder, tmp_path, monke
         represent.open_labelled_images("photos", "")
 
 
-def test_features_of_a_run_are_those_that_its_head_sees(tmp_path):
+def test_features_of_a_run_are_the_inputs_of_its_head(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path / "sets")
     config.data.image.size, config.data.image.eval_crop = 8, 1.0
@@ -148,7 +149,7 @@ def test_features_of_a_run_are_those_that_its_head_sees(tmp_path):
     np.testing.assert_allclose(found.features, wanted[:20], atol=1e-5)
 
 
-def test_what_can_not_serve_is_named(folder, tmp_path, capsys):
+def test_commands_name_missing_and_invalid_files(folder, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(GOLDEN / "vit" / "config.json", bare)
@@ -172,12 +173,14 @@ def test_what_can_not_serve_is_named(folder, tmp_path, capsys):
     cases = ((2, "abcd"), (3, "abcd"), (2, "abc"), (2, "acbd"))
     labels = np.arange(3, dtype=np.int32)
     sets = [represent.Features(np.ones((3, n), np.float32), labels, tuple(names)) for n, names in cases]
-    for other, message in zip(sets[1:], ("2 and 3 numbers", "4 to fit to and 3", "label 1 is 'b'"), strict=True):
+    for other, message in zip(
+        sets[1:], ("one width, got 2 and 3", "4 in training and 3", "label 1 is 'b'"), strict=True
+    ):
         with pytest.raises(ValueError, match=message):
             represent.probe_features(sets[0], other)
 
 
-def test_features_come_back_from_their_file_as_they_were(tmp_path):
+def test_save_features_and_read_features_round_trip(tmp_path):
     found = represent.Features(np.eye(3, dtype=np.float32), np.arange(3, dtype=np.int32), ("a", "b", "ü"))
     represent.save_features(tmp_path / "f.npz", found, model="m")
     again = represent.read_features(tmp_path / "f.npz")

@@ -1,9 +1,10 @@
-"""The recipes of ImageNet: they build, at the published sizes, and train where images are small."""
+"""The ImageNet recipes: they build at the published sizes, and train on small images."""
 
 import functools
 import importlib.util
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def task_of(config, num_classes=1000):
 
 
 @pytest.mark.parametrize(("name", "variant", "body", "head"), CONFIGS)
-def test_a_recipe_has_the_published_network_and_its_step_can_be_traced(configs, name, variant, body, head):
+def test_a_recipe_has_the_published_number_of_parameters_and_its_loss_can_be_traced(configs, name, variant, body, head):
     config = config_of(configs, name, variant)
     task, side = task_of(config), config.data.image.size
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
@@ -72,7 +73,7 @@ def test_a_recipe_has_the_published_network_and_its_step_can_be_traced(configs, 
 @pytest.mark.parametrize(
     ("name", "variant"), [("imagenet_resnet", "k8"), ("imagenet_rsb", "a4_k8"), ("imagenet_swin", "k3")]
 )
-def test_variants_that_are_none_are_refused(configs, name, variant):
+def test_get_config_refuses_unknown_variants(configs, name, variant):
     with pytest.raises(ValueError, match=f"variant: expected .*got '{variant}'"):
         config_of(configs, name, variant)
 
@@ -94,7 +95,7 @@ def small_config(configs, tmp_path):
     return config
 
 
-def test_an_outline_is_the_task_and_the_batch_of_a_run(configs, small_config):
+def test_outline_gives_the_task_and_batch_shapes_of_build(configs, small_config):
     for config in (small_config, config_of(configs, "digits", "k8"), config_of(configs, "synthetic", "k4")):
         task, batch = classify.outline(config, None)
         of_run, made = classify.build(config)
@@ -106,7 +107,7 @@ def test_an_outline_is_the_task_and_the_batch_of_a_run(configs, small_config):
         assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
 
 
-def test_an_outline_of_a_set_of_tfds_needs_no_data(configs, tmp_path):
+def test_outline_of_a_tfds_set_needs_no_data(configs, tmp_path):
     config = config_of(configs, "imagenet_swin", "k8")
     config.data.data_dir = str(tmp_path)
     task, batch = classify.outline(config, None)
@@ -121,7 +122,7 @@ def test_an_outline_of_a_set_of_tfds_needs_no_data(configs, tmp_path):
         classify.outline(config, None)
 
 
-def test_a_folder_of_images_of_any_size_becomes_the_data_of_a_run(small_config):
+def test_build_resizes_the_images_of_a_folder(small_config):
     task, made = classify.build(small_config)
     batch = next(made.train(0))
     assert (batch["inputs"].shape, batch["inputs"].dtype) == ((8, 32, 32, 3), np.uint8)
@@ -136,7 +137,7 @@ def test_a_folder_of_images_of_any_size_becomes_the_data_of_a_run(small_config):
         classify.build(small_config)
 
 
-def test_mixed_losses_are_the_loss_of_mixed_targets():
+def test_loss_of_mixed_images_is_that_of_mixed_targets():
     def make(key):
         return represent.make_classifier(key, input_shape=(4, 4, 1), num_classes=5, features=(8,), head="softmax")
 
@@ -155,7 +156,7 @@ def test_mixed_losses_are_the_loss_of_mixed_targets():
 
 
 @pytest.mark.slow
-def test_training_updates_statistics_and_a_resumed_run_is_the_same(small_config, tmp_path):
+def test_a_resumed_run_has_the_parameters_and_statistics_of_an_uninterrupted_one(small_config, tmp_path):
     # A schedule would depend on the length of the run.
     small_config.optim.schedule = "constant"
     small_config.train.update({"steps": 4, "checkpoint_every": 2, "eval_every": 4})
@@ -164,8 +165,8 @@ def test_training_updates_statistics_and_a_resumed_run_is_the_same(small_config,
     train.run(small_config, tmp_path / "parts", progress=False)
     small_config.train.steps = 4
     parts = train.run(small_config, tmp_path / "parts", progress=False)
-    jax.tree.map(np.testing.assert_array_equal, whole.state.params, parts.state.params)
-    jax.tree.map(np.testing.assert_array_equal, whole.state.variables, parts.state.variables)
+    chex.assert_trees_all_equal(whole.state.params, parts.state.params)
+    chex.assert_trees_all_equal(whole.state.variables, parts.state.variables)
 
 
 @pytest.mark.slow
@@ -188,7 +189,7 @@ def test_a_step_at_the_papers_global_batch_fits_sixteen_chips_of_v5e(configs, na
 
 
 def bytes_per_chip(what, compiled):
-    """What a compiled program holds at once: arguments, results that are none of them, and the rest."""
+    """Memory of a compiled program: arguments, results that alias none of them, and temporaries."""
     memory = compiled.memory_analysis()
     stored, results, shared, rest = (
         getattr(memory, f"{x}_size_in_bytes") for x in ("argument", "output", "alias", "temp")

@@ -1,4 +1,4 @@
-"""A Grassmann head over ten million classes, split over a slice of v5p: its training step fits."""
+"""Memory of the training step of a Grassmann head with ten million classes on TPU v5p."""
 
 import functools
 
@@ -12,7 +12,7 @@ from subspace_jax import optim, planning, represent, train
 DIM, ROWS = 8, 1024
 
 
-# Ten million, filled up so that the share of each chip is a whole number of tiles of a TPU's layout.
+# Ten million, padded so that the shard of each chip is a whole number of tiles of a TPU's layout.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "width", "axes", "topology"),
@@ -23,9 +23,7 @@ DIM, ROWS = 8, 1024
     ],
     ids=["384 features", "2048 features", "512 chips"],
 )
-def test_the_step_of_a_head_over_ten_million_classes_holds_one_array_of_their_size_beside_the_state(
-    classes, width, axes, topology
-):
+def test_the_step_of_a_grassmann_head_has_temporaries_of_the_size_of_its_bases(classes, width, axes, topology):
     make = functools.partial(
         represent.make_classifier, input_shape=(width,), num_classes=classes, features=(), head="grassmann", dims=DIM
     )
@@ -37,15 +35,15 @@ def test_the_step_of_a_head_over_ten_million_classes_holds_one_array_of_their_si
     }
     plan = planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
     print(f"\n{plan}")
-    share = classes * width * DIM * 4 // axes["tensor"]
+    shard = classes * width * DIM * 4 // axes["tensor"]
     logits = ROWS // axes["data"] * classes // axes["tensor"] * 4
-    assert plan.params == share
-    assert share <= plan.optimizer < share + 1000
+    assert plan.params == shard
+    assert shard <= plan.optimizer < shard + 1000
     assert plan.padding < 1e6
     # The gradient, which the difference of the bases replaces; logits, their exponentials and gradient.
-    assert share <= plan.temporaries < share + 4 * logits
+    assert shard <= plan.temporaries < shard + 4 * logits
     assert plan.fits
-    # Nothing of the size of the bases travels but the sum of gradients over rows, if they are split.
+    # No collective has the size of the bases but the sum of gradients over the batch.
     sent = {c.axis: c.nbytes for c in plan.collectives}
     assert sent["tensor"] < 1e8
     assert set(sent) <= ({"tensor", "data"} if axes["data"] > 1 else {"tensor"})

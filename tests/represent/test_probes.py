@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import LinearSVC
 
 from subspace_jax import represent, train
-from subspace_jax.represent.linear_probe import held_out_rows
+from subspace_jax.represent.linear_probe import hold_out
 
 
 @pytest.fixture(scope="module")
@@ -27,33 +27,36 @@ def scaled(x):
     return x / np.sqrt(np.mean(x**2))
 
 
-def test_logistic_regression_is_that_of_scikit_learn(iris):
+def test_linear_probe_gives_the_logistic_regression_of_scikit_learn(iris):
     x, y = iris
     peer = LogisticRegression(C=1 / (1e-2 * len(y)), tol=1e-8, max_iter=5000).fit(scaled(x).astype(np.float64), y)
     probe = represent.linear_probe(x, y, grid=(1e-2,), tolerance=1e-6)
-    # A gradient of 1e-6 leaves the curvature of the penalty, 1e-2, room for 1e-4.  The peer's bias sums to zero.
+    # At a gradient of 1e-6 and a curvature of 1e-2, that of the penalty, the error is up to 1e-4.  The bias of
+    # scikit-learn sums to zero.
     ours = represent.probe_logits(probe, x)
     theirs = peer.decision_function(scaled(x))
-    np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=2e-3)
+    centered = [logits - logits.mean(1, keepdims=True) for logits in (ours, theirs)]
+    np.testing.assert_allclose(*centered, atol=2e-3)
 
 
-def test_the_squared_hinge_is_that_of_scikit_learns_svm(iris, one):
+def test_linear_probe_gives_the_linear_svm_of_scikit_learn(iris, one):
     x, y = iris
-    # A large scale makes the peer's penalty on the bias as good as none.
+    # A large scale makes scikit-learn's penalty on the bias negligible.
     peer = LinearSVC(C=1 / (1e-2 * len(y)), tol=1e-8, max_iter=200_000, intercept_scaling=100.0)
     peer.fit(scaled(x).astype(np.float64), y)
     probe = represent.linear_probe(x, y, loss="hinge", grid=(1e-2,), tolerance=1e-6, mesh=one)
     np.testing.assert_allclose(represent.probe_logits(probe, x), peer.decision_function(scaled(x)), atol=5e-3)
 
 
-def test_rows_over_eight_devices_give_the_fit_of_one(iris, one):
-    x, y = iris  # 150 rows: the last device has filling
-    whole, split = (represent.linear_probe(x, y, grid=(1e-2,), tolerance=1e-6, mesh=m) for m in (one, None))
-    # Sums in another order, along some dozens of steps; both end within the tolerance of the optimum.
-    np.testing.assert_allclose(whole.kernel, split.kernel, atol=2e-3)
+@pytest.mark.eight_devices
+def test_sharded_linear_probe_equals_that_on_one_device(iris, one):
+    x, y = iris  # 150 examples: the last device has padding
+    single, sharded = (represent.linear_probe(x, y, grid=(1e-2,), tolerance=1e-6, mesh=m) for m in (one, None))
+    # Sums differ in order over some dozens of steps; both end within the tolerance of the optimum.
+    np.testing.assert_allclose(single.kernel, sharded.kernel, atol=2e-3)
 
 
-def test_the_penalty_is_the_best_on_the_held_out_part_and_scale_does_not_matter(iris, one):
+def test_linear_probe_takes_the_penalty_that_is_best_on_held_out_examples_at_any_scale(iris, one):
     x, y = iris
     grid = (1e-4, 1e-2, 100.0)
     probe = represent.linear_probe(x, y, grid=grid, tolerance=1e-6, mesh=one)
@@ -70,22 +73,22 @@ def test_the_penalty_is_the_best_on_the_held_out_part_and_scale_does_not_matter(
     assert same.mean() > 0.99
 
 
-def test_every_class_is_held_out_in_part_and_a_single_example_stays():
+def test_hold_out_draws_from_each_class_and_keeps_single_examples():
     labels = np.array([0] * 10 + [1] * 4 + [2])
-    aside = held_out_rows(labels, 0.2, 0)
+    aside = hold_out(labels, 0.2, 0)
     assert [int(aside[labels == c].sum()) for c in range(3)] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_neighbours_are_those_of_scikit_learn(iris, k):
+def test_nearest_classes_are_those_of_scikit_learn(iris, k):
     x, y = iris
     peer = KNeighborsClassifier(k, metric="cosine").fit(x[:100], y[:100])
     found = represent.nearest_classes(x[:100], y[:100], x[100:], k=k, temperature=None)
-    # Flowers are measured to a millimetre: some cosines are equal.
+    # Some cosines are equal, and ties are broken in another order.
     assert np.mean(found == peer.predict(x[100:])) >= 0.98
 
 
-def test_near_neighbours_outvote_far_ones():
+def test_nearest_classes_weights_votes_by_cosine():
     x = np.array([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]])
     y = np.array([0, 1, 1, 1])
     query = np.array([[1.0, 0.05]])
@@ -93,19 +96,19 @@ def test_near_neighbours_outvote_far_ones():
     assert represent.nearest_classes(x, y, query, k=3, temperature=None).tolist() == [1]
 
 
-def test_few_shots_give_a_mean_and_an_interval_and_more_shots_more(iris, one):
-    x, y = iris
-    few, more = (represent.few_shot(x, y, x, y, shots=n, seeds=4, l2=1e-3, mesh=one) for n in (1, 20))
+def test_few_shot_gives_mean_and_interval_and_more_shots_are_more_accurate(iris, one):
+    flowers = represent.Features(*iris, ("setosa", "versicolor", "virginica"))
+    few, more = (represent.few_shot(flowers, flowers, shots=n, seeds=4, l2=1e-3, mesh=one) for n in (1, 20))
     assert len(few.accuracies) == 4
     assert few.mean == pytest.approx(np.mean(few.accuracies))
     # 3.182 is Student's t of 3 degrees of freedom at 97.5 %.
     assert few.interval == pytest.approx(3.182446 * np.std(few.accuracies, ddof=1) / 2)
     assert more.mean > max(few.mean, 0.9)
     with pytest.raises(ValueError, match=r"got 51; class to count: \{0: 50"):
-        represent.few_shot(x, y, x, y, shots=51)
+        represent.few_shot(flowers, flowers, shots=51)
 
 
-def test_bad_input_is_named(iris):
+def test_linear_probe_and_nearest_classes_refuse_invalid_input_by_name(iris):
     x, y = iris
     for message, arguments in {
         r"expected \[examples, n\]": (x, y[:-1]),

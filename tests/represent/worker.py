@@ -10,7 +10,7 @@ from subspace_jax.represent.gcr import task as classify
 
 
 def features(*, eval_batch_size=768):
-    """Features and labels of a model whose parameters are split over all devices."""
+    """Features and labels of a model whose parameters are sharded over all devices."""
     config = classify.default_config()
     config.data.name = "union_of_subspaces"
     config.data.eval_batch_size = eval_batch_size
@@ -19,7 +19,7 @@ def features(*, eval_batch_size=768):
     config.mesh.data, config.mesh.fsdp = 1, -1
     experiment = train.build(config)
     state = train.init_state(experiment.task, experiment.tx, experiment.mesh)
-    assert not state.params["backbone"]["layers"][0]["kernel"].is_fully_replicated
+    assert state.params["backbone"]["layers"][0]["kernel"].is_fully_replicated == (jax.device_count() == 1)
     return represent.features_of(experiment.task, state, experiment.data.evaluate())
 
 

@@ -1,4 +1,4 @@
-"""Networks of ImageNet as backbones of a classifier: images in, pooled features out."""
+"""ImageNet networks as backbones of a classifier: from images to pooled features."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,17 +20,17 @@ VISION_BACKBONES = (*_RESNETS, "vgg13_bn", "swin_tiny", "deit3_small")
 class VisionBackbone(nnx.Module):
     """A network of :mod:`subspace_jax.nn` that returns its pooled features.
 
-    It begins in evaluation mode; ``train()`` and ``eval()`` switch.
+    A new module is in evaluation mode; ``train()`` and ``eval()`` switch.
 
     Args:
       name: One of :data:`VISION_BACKBONES`.
       input_shape: Height, width and channels of an image.
       drop_path: Rate of stochastic depth at the last block.
-      dtype: Type of the activations.
-      rngs: Source of randomness; its ``params`` stream is used.
+      dtype: Dtype of the activations.
+      rngs: Random streams; ``params`` is used.
 
     Raises:
-      ValueError: The name is unknown, the images can't serve the network, or a VGG is to drop paths.
+      ValueError: The name is unknown, the network does not support the image shape, or a VGG is given a ``drop_path``.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class VisionBackbone(nnx.Module):
             self.net = nn.ResNet(_RESNETS[name](drop_path=drop_path, **fields), dtype=dtype, rngs=rngs)
         elif name == "vgg13_bn":
             if drop_path:
-                raise ValueError(f"model.drop_path: {name!r} has no branches to drop, got {drop_path}")
-            # The last dropout goes, as in the Grassmann study (arXiv 2308.01547).
+                raise ValueError(f"model.drop_path: {name!r} has no stochastic depth, expected 0, got {drop_path}")
+            # Without the last dropout, as in the Grassmann study (arXiv 2308.01547).
             config = nn.VGGConfig(dropout=(0.5, 0.0), image_size=size, **fields)
             self.net = nn.VGG(config, dtype=dtype, rngs=rngs)
         elif name == "swin_tiny":
@@ -60,8 +60,8 @@ class VisionBackbone(nnx.Module):
         """Maps images ``[batch, height, width, channels]`` to features ``[batch, out_features]``.
 
         Args:
-          pixels: Standardised images.
-          key: Random key of what is dropped in training mode.
+          pixels: Standardized images.
+          key: Random key of dropout and stochastic depth in training mode.
         """
         mode = {"train": not self.deterministic, "dtype": self.dtype} if self.name == "deit3_small" else {}
         return self.net(pixels, key=key, **mode).pooled

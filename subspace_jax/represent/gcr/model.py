@@ -1,4 +1,4 @@
-"""A classifier: a backbone that makes features, and a linear, cosine or Grassmann head on top."""
+"""A classifier: a backbone and a linear, cosine or Grassmann head."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class Classifier(nnx.Module):
     """A backbone and a head.
 
     Args:
-      backbone: Maps inputs ``[batch, ...]`` to features ``[batch, n]``.
-      head: Maps features to logits ``[batch, classes]``.
+      backbone: Module from inputs ``[batch, ...]`` to features ``[batch, n]``.
+      head: Module from features to logits ``[batch, classes]``.
     """
 
     def __init__(self, backbone: nnx.Module, head: nnx.Module):
@@ -28,7 +28,7 @@ class Classifier(nnx.Module):
         self.head = head
 
     def __call__(self, inputs: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``; ``key`` is for what is dropped in training."""
+        """Maps inputs ``[batch, ...]`` to logits ``[batch, classes]``; ``key`` is for dropout in training mode."""
         keys = (key,) if isinstance(self.backbone, VisionBackbone) else ()
         return self.head(self.backbone(inputs, *keys))
 
@@ -53,19 +53,19 @@ def make_classifier(
       input_shape: Shape of one input, channels last.
       num_classes: Number of classes.
       backbone: "mlp", "convnet" or one of ``VISION_BACKBONES``, such as "resnet50d".
-      features: Widths of the layers or stages of "mlp" and "convnet"; an "mlp" of none hands the input on.
+      features: Widths of the layers of "mlp" or stages of "convnet"; an "mlp" without layers is the identity.
       head: "softmax", "cosine" or "grassmann".
-      dims: Dimension of the class subspaces, or one for each class.
+      dims: Dimension of the class subspaces, or one per class.
       gamma: Scale of the logits of the cosine and Grassmann heads.
-      dtype: Type of the activations; parameters are float32.
-      drop_path: Rate of stochastic depth of the networks that have it.
+      dtype: Dtype of the activations; parameters are float32.
+      drop_path: Rate of stochastic depth, for networks that support it.
 
     Returns:
       The module.
 
     Raises:
-      ValueError: A name is unknown, a width is below 1, a "convnet" is given inputs that are not images, or the head
-        refuses its sizes.
+      ValueError: A name is unknown, a width is below 1, the input is not an image where the backbone needs one, or the
+        sizes of the head are invalid.
     """
     check_choice("model.dtype", dtype, DTYPES)
     check_choice("model.backbone", backbone, BACKBONES)
@@ -74,10 +74,10 @@ def make_classifier(
         raise ValueError(f"model.features: expected widths of at least 1, got {tuple(features)}")
     if backbone != "mlp" and len(input_shape) != 3:
         raise ValueError(
-            f"model.backbone: {backbone!r} takes images [height, width, channels], got shape {list(input_shape)}"
+            f"model.backbone: {backbone!r} expects images [height, width, channels], got shape {list(input_shape)}"
         )
     if drop_path and backbone not in VISION_BACKBONES:
-        raise ValueError(f"model.drop_path: {backbone!r} has no branches to drop, got {drop_path}")
+        raise ValueError(f"model.drop_path: {backbone!r} has no stochastic depth, expected 0, got {drop_path}")
     rngs = nnx.Rngs(params=key)
     if backbone == "mlp":
         body = nn.MLP(math.prod(input_shape), features, dtype=dtype, rngs=rngs)
