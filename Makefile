@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 DOCS_TESTS := tests/docs tests/colabs
 
-.PHONY: demo tiny-lm test test-docs test-all test-peers lint docs bench clean
+.PHONY: demo tiny-lm figures figures-table test test-docs test-all test-peers lint docs bench clean
 
 demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
@@ -15,7 +15,13 @@ demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compar
 tiny-lm: work/tiny/model/model.safetensors  ## the small language model that experiments without downloads start from
 
 work/tiny/model/model.safetensors: $(VENV)/.base
-	$(VENV)/bin/subspace-jax pretrain --config configs/lm/tiny.py --workdir work/tiny
+	$(VENV)/bin/subspace-jax pretrain --config lm/tiny --workdir work/tiny
+
+figures: $(VENV)/.test  ## run the commands of the index, compare with what they must reach; ONLY="gcr svfit" for some
+	$(PY) scripts/figures.py $(if $(ONLY),--only $(ONLY))
+
+figures-table: $(VENV)/.base  ## the tables of README.md and docs/methods, from docs/figures
+	$(PY) scripts/figures.py --tables
 
 # Nearly all of a quick run is compiling, which takes half as long without optimising machine code; the slow run tests
 # the code that users get.

@@ -84,6 +84,16 @@ def _golden(*files: str) -> Figure:
     )
 
 
+def _fakes(kind: str) -> tuple[Figure, ...]:
+    effort, head = (_train(f"adapters/fake_digits:{variant}_{kind}") for variant in ("effort", "probe"))
+    name = f"AUC on unseen kinds of fakes, trained on {kind}"
+    return (
+        Figure(f"{name}: Effort minus the head alone", effort, "auc", at_least=0.0, minus=head),
+        Figure(f"{name}: Effort", effort, "auc"),
+        Figure(f"{name}: the head alone", head, "auc"),
+    )
+
+
 def _adaprelora(variant: str, rank: int) -> str:
     return _train(f"optim/low_rank_regression:{variant} --config.model.rank={rank}")
 
@@ -246,20 +256,7 @@ METHODS = (
         module="subspace_jax.adapters",
         configs=("adapters/fake_digits",),
         command="subspace-jax train --config adapters/fake_digits:effort_blur --workdir work/fakes",
-        figures=tuple(
-            Figure(f"{what} on unseen kinds of fakes, trained on {kind}", _train(config), "auc", at_least=bound, **more)
-            for kind in ("blur", "pca")
-            for what, config, bound, more in (
-                (
-                    "area under the curve, Effort minus the head alone,",
-                    f"adapters/fake_digits:effort_{kind}",
-                    0.0,
-                    {"minus": _train(f"adapters/fake_digits:probe_{kind}")},
-                ),
-                ("area under the curve, Effort,", f"adapters/fake_digits:effort_{kind}", None, {}),
-                ("area under the curve, the head alone,", f"adapters/fake_digits:probe_{kind}", None, {}),
-            )
-        ),
+        figures=(*_fakes("blur"), *_fakes("pca")),
     ),
     Method(
         name="adaprelora",
@@ -319,8 +316,8 @@ METHODS = (
         configs=("optim/tiny_gpt",),
         command="subspace-jax pretrain --config optim/tiny_gpt:galore --workdir work/galore",
         figures=(
-            _over_adamw("tiny language model, 600 steps, CoSO", "coso", 1.05),
-            _over_adamw("the same, GaLore", "galore", 1.05),
+            _over_adamw("tiny language model, 600 steps, GaLore", "galore", 1.05),
+            _over_adamw("the same, CoSO", "coso", 1.05),
             _over_adamw("the same, Fira", "fira"),
             _over_adamw("the same, Online Subspace Descent", "online_subspace_descent"),
             _over_adamw("the same, APOLLO", "apollo"),
