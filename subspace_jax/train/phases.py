@@ -1,11 +1,10 @@
 """What a run consists of: its data, its phases, and how it is carried out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -15,6 +14,8 @@ from subspace_jax.train.sharding import DEFAULT_RULES, Rules
 from subspace_jax.train.task import Task
 
 if TYPE_CHECKING:
+    import grain
+
     from subspace_jax.train.step import TrainState
 
 PyTree = Any
@@ -71,8 +72,9 @@ class Phase(NamedTuple):
       tx: The optimizer; None for that of the config.  A dict ``{entry: transform}`` updates entries of the parameters
         in turn, each gradient at the parameters as they then stand; other entries do not move.
       enter: ``enter(state, at) -> (params, variables, opt_state or None)`` makes the first state from the last one of
-        the phase before (in the first phase from that of ``init`` or ``load``).  By default parameters and variables
-        are carried over.  Without an ``opt_state`` the optimizer starts fresh.
+        the phase before (in the first phase from that of ``init`` or ``load``, which later ones do not call), with the
+        shapes of ``task.init``.  By default parameters and variables are carried over.  Without an ``opt_state`` the
+        optimizer starts fresh.
       round_steps: Steps of a round; 0 for one round.
       refresh: ``refresh(state, at) -> state``, called before the first round and between rounds.
       stop: ``stop(rows) -> bool``, called between rounds with the rows of this phase: whether it ends.  It runs on
@@ -136,7 +138,7 @@ class Run:
     config: Any = None
     workdir: str | Path = ""
     mesh: Mesh | None = None
-    rules: Rules = DEFAULT_RULES
+    rules: Rules = field(default_factory=lambda: DEFAULT_RULES)
     seed: int = 0
     accumulate: int = 1
     remat: str = "none"
