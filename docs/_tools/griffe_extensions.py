@@ -1,4 +1,4 @@
-"""A Griffe extension, which mkdocstrings loads: links from Sphinx roles, and functions named like their file."""
+"""A Griffe extension for mkdocstrings: links from Sphinx roles, and functions that are named like their module."""
 
 import re
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ _ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|obj):`~?([\w.]+)`")
 class Reference(griffe.Extension):
     """Prepares a package for the reference.
 
-    The ``:func:`name` `` of docstrings become links to what the reference shows, and code where it shows nothing.  A
-    package that exports the function ``polar`` of its file ``polar.py`` shows the function, as in Python it is what
-    the name means.
+    Roles such as ``:func:`name` `` in docstrings become links, or code where the reference does not show the name.  A
+    package that exports the function ``polar`` of its module ``polar`` shows the function, to which the name refers in
+    Python.
     """
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: object) -> None:
@@ -24,15 +24,19 @@ class Reference(griffe.Extension):
             if obj.docstring:
                 obj.docstring.value = _ROLE.sub(lambda match, obj=obj: _link(obj, match[1]), obj.docstring.value)
         modules = [obj for obj in objects if obj.is_module]
-        # Aliases are looked up by path, and paths lead through the files that are about to give way.
+        # Aliases are resolved by path, through the modules that are about to be replaced.
         for module in modules:
             for member in module.members.values():
                 if member.is_alias and member.target_path.startswith(f"{pkg.path}."):
                     member.resolve_target()
-        for module in modules:
-            for name in module.exports or ():
-                if isinstance(name, str) and name in module.modules and name in module.modules[name].functions:
-                    module.members[name] = griffe.Alias(name, module.modules[name].functions[name], parent=module)
+        shadowed = [
+            (module, name, pkg[path.removeprefix(f"{pkg.path}.")])
+            for module in modules
+            for name, path in module.imports.items()
+            if name in (module.exports or ()) and name in module.modules and path != module.modules[name].path
+        ]
+        for module, name, target in shadowed:
+            module.members[name] = griffe.Alias(name, target, parent=module)
 
 
 def _walk(obj: griffe.Object) -> Iterator[griffe.Object]:
