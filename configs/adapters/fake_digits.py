@@ -1,12 +1,13 @@
-"""Real digits or fakes: one kind is seen in training, four others are in the test (Effort, arXiv 2411.15633).
+"""Real digits or fakes: training shows one kind of fake, the test set has four others (Effort, arXiv 2411.15633).
 
-    subspace-jax train --config configs/adapters/fake_digits.py:effort_blur --workdir work/effort_blur
+    subspace-jax train --config adapters/fake_digits:effort_blur --workdir work/effort_blur
 
-Variants: a method, ``effort``, ``probe`` (the head alone) or ``full`` (everything trains), and the kind that is seen,
-``blur`` or ``pca``.  A vision transformer of 86 thousand parameters is first trained to read digits: a minute or so on
-two busy CPU cores.  Figures to reach: the mean area ``auc`` over the four unseen kinds, for ``effort`` above that for
-``probe``: over the seeds 0 to 2 0.855 and 0.786 on ``blur``, at least 0.036 apart, and 0.962 and 0.820 on ``pca``, at
-least 0.099 apart.
+Variants: ``METHOD_KIND``, a method of ``effort``, ``probe`` (the head alone), ``full`` (everything trains) and the kind
+of fake in training of ``blur``, ``pca``, such as ``effort_blur``.
+
+A vision transformer of 86 thousand parameters is first trained to read digits: a minute or so on two busy CPU cores.
+Figures to reach: the mean area ``auc`` over the four unseen kinds, for ``effort`` above that for ``probe``: over the
+seeds 0 to 2 0.855 and 0.786 on ``blur``, at least 0.036 apart, and 0.962 and 0.820 on ``pca``, at least 0.099 apart.
 """
 
 from examples import fake_digits

@@ -1,12 +1,14 @@
-"""A network for digits, adapted to digits that are turned by 90 degrees.
+"""A network for digits, adapted to digits that are rotated by 90 degrees.
 
-    subspace-jax train --config configs/adapters/rotated_digits.py:dora --workdir work/dora
+    subspace-jax train --config adapters/rotated_digits:dora --workdir work/dora
 
 Variants: ``lora``, ``rslora``, ``dora`` (arXiv 2106.09685, 2312.03732, 2402.09353: rank 4 on both hidden layers),
-``svfit`` (arXiv 2409.05926: all 192 singular values of these), ``svfit_head`` (the linear head too) and ``head`` (that
-alone).  30 epochs on 1200 images, and before them 40 epochs on the upright ones: some seconds on two CPU cores.
-Figures to reach as a mean over ``seed=0``, ``1``, ``2``: ``lora`` and ``dora`` 0.92 test accuracy (0.946 and 0.947 are
-usual), ``svfit`` 0.85 (0.867), ``svfit_head`` 0.95 (0.962); ``head`` has 0.898.
+``svfit`` (arXiv 2409.05926: all 192 singular values of these), ``svfit_head`` (the linear head too) and ``head`` (the
+head alone).
+
+40 epochs on 1200 upright images, then 30 on rotated ones: some seconds on two CPU cores.  Figures to reach as a mean
+over ``seed=0``, ``1``, ``2``: ``lora`` and ``dora`` 0.92 test accuracy (0.946 and 0.947 are usual), ``svfit`` 0.85
+(0.867), ``svfit_head`` 0.95 (0.962); ``head`` has 0.898.
 """
 
 from examples import rotated_digits

@@ -1,9 +1,11 @@
-"""A vision transformer or a residual network for digits, adapted to digits that are turned by 90 degrees.
+"""A vision transformer or a residual network for digits, adapted to digits that are rotated by 90 degrees.
 
-    subspace-jax train --config configs/adapters/rotated_images.py:vit_dora --workdir work/vit
+    subspace-jax train --config adapters/rotated_images:vit_dora --workdir work/vit
 
-Variants: ``vit_`` or ``resnet_`` and ``lora``, ``dora`` or ``flora`` (rank 4, FLoRA 8, on attention and perceptrons, or
-on the convolutions of the blocks).  Any other adapter by ``--config.adapter.*``.
+Variants: ``MODEL_METHOD``, a model of ``vit``, ``resnet`` and a method of ``lora``, ``dora``, ``flora``, such as
+``vit_lora`` (rank 4, FLoRA 8, on attention and MLPs, or on the convolutions of the blocks).
+
+Any other adapter by ``--config.adapter.*``.
 """
 
 from examples import rotated_images as rotated_images

@@ -1,10 +1,11 @@
 """CIFAR-10 with a small convolutional network and a Grassmann head (arXiv 2308.01547).
 
-    python -m subspace_jax.data.prepare cifar10
-    subspace-jax train --config configs/gcr/cifar10.py:k8 --workdir work/cifar10_k8
+    python -m subspace_jax.data.prepare cifar10     # once, with network
+    subspace-jax train --config gcr/cifar10:k8 --workdir work/cifar10_k8
 
-Variants: ``softmax``, ``k1``, ``k8``.  The first command needs network once, the second none.
-Meant for an accelerator.  It has not been run to its end yet, so there is neither a time nor a figure to reach.
+Variants: ``softmax``, ``k1``, ``k8``.
+
+Meant for an accelerator.  It has not been run to completion yet: there is neither a time nor a figure to reach.
 """
 
 from subspace_jax.represent.gcr import task as classify

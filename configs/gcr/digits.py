@@ -1,10 +1,11 @@
-"""Grassmann class representation on scikit-learn's digits (arXiv 2308.01547), against its baselines.
+"""Grassmann class representation and its baselines on scikit-learn's digits (arXiv 2308.01547).
 
-    subspace-jax train --config configs/gcr/digits.py:k8 --workdir work/digits_k8
+    subspace-jax train --config gcr/digits:k8 --workdir work/digits_k8
 
-Variants: ``softmax``, ``cosine``, ``k1``, ``k8``.  An MLP 64-128-64 with the head on top, 60 epochs on 1200 images:
-about 10 seconds on two CPU cores.  Figure to reach: ``k8`` 0.97 test accuracy as a mean over ``seed=0``, ``1``, ``2``
-(0.975 to 0.988 is usual, ``softmax`` 0.967 to 0.982).
+Variants: ``softmax``, ``cosine``, ``k1``, ``k8``.
+
+An MLP 64-128-64 with the head on top, 60 epochs on 1200 images: about 10 seconds on two CPU cores.  Figure to reach:
+``k8`` 0.97 test accuracy as a mean over ``seed=0``, ``1``, ``2`` (0.975 to 0.988 is usual, ``softmax`` 0.967 to 0.982).
 """
 
 from subspace_jax.represent.gcr import task as classify

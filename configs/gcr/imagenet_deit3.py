@@ -1,11 +1,13 @@
 """ImageNet-1K with DeiT3-S, vector and Grassmann heads (arXiv 2308.01547).
 
     python -m subspace_jax.data.prepare imagenet2012
-    subspace-jax train --config configs/gcr/imagenet_deit3.py:k8 --workdir work/deit3_k8
+    subspace-jax train --config gcr/imagenet_deit3:k8 --workdir work/deit3_k8
 
-Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.  Published top-1 (not yet run here): vector head 81.53,
-k8 82.18.  As in the published runs, the vector head is trained with sigmoid cross-entropy, the Grassmann head with
-softmax; weight decay falls on kernels only.  Subspaces move at a peak rate of 0.3 beside LAMB's 4e-3.
+Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.
+
+Published top-1 (not run here): vector head 81.53, k8 82.18.  As in the published runs, the vector head is trained with
+sigmoid cross-entropy, the Grassmann head with softmax; weight decay applies to kernels only.  The subspaces' peak
+learning rate is 0.3, beside LAMB's 4e-3.
 """
 
 from subspace_jax.represent.gcr import task as classify

@@ -1,15 +1,16 @@
 """ImageNet-1K with ResNet, ResNet-D and ResNeXt, vector and Grassmann heads (arXiv 2308.01547).
 
     python -m subspace_jax.data.prepare imagenet2012
-    subspace-jax train --config configs/gcr/imagenet_resnet.py:resnet50d_k8 --workdir work/resnet50d_k8
+    subspace-jax train --config gcr/imagenet_resnet:resnet50d_k8 --workdir work/resnet50d_k8
 
-Variants: a network, ``_`` and a head: ``resnet50``, ``resnet50d``, ``resnet101d``, ``resnet152d`` or ``resnext50``;
-``softmax``, ``cosine``, ``k1``, ``k4``, ``k8``, ``k16`` or ``k32``.  With a folder of images in the place of the
-first command: ``data.name=folder data.data_dir=DIR data.eval_split=val``.
+Variants: ``NETWORK_HEAD``, a network of ``resnet50``, ``resnet50d``, ``resnet101d``, ``resnet152d``, ``resnext50`` and
+a head of ``softmax``, ``cosine``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``, such as ``resnet50d_k8``.
 
-Published top-1 (not yet run here): resnet50 softmax 76.58, k8 77.77; resnet50d softmax 78.04, cosine 78.30, k1 78.42,
-k4 78.68, k8 79.26, k16 79.21, k32 78.63; resnet101d softmax 79.32, k8 80.24; resnet152d softmax 80.00, k8 80.44;
-resnext50 softmax 78.02, k8 79.00.
+For a folder of images instead of the first command: ``data.name=folder data.data_dir=DIR data.eval_split=val``.
+
+Published top-1 (not run here): resnet50 softmax 76.58, k8 77.77; resnet50d softmax 78.04, cosine 78.30, k1 78.42, k4
+78.68, k8 79.26, k16 79.21, k32 78.63; resnet101d softmax 79.32, k8 80.24; resnet152d softmax 80.00, k8 80.44; resnext50
+softmax 78.02, k8 79.00.
 """
 
 from subspace_jax.represent.gcr import task as classify

@@ -1,12 +1,15 @@
 """ImageNet-1K with ResNet50 under the recipes A1, A2 and A3 of "ResNet strikes back" (arXiv 2110.00476).
 
     python -m subspace_jax.data.prepare imagenet2012
-    subspace-jax train --config configs/gcr/imagenet_rsb.py:a3_k8 --workdir work/rsb_a3_k8
+    subspace-jax train --config gcr/imagenet_rsb:a3_k8 --workdir work/rsb_a3_k8
 
-Variants: ``a1``, ``a2`` or ``a3``, ``_``, and ``softmax``, ``k1``, ``k4``, ``k8``, ``k16`` or ``k32``.  Published top-1
-(arXiv 2308.01547; not yet run here), vector head and k8: a3 79.36 and 79.64, a2 80.29 and 80.75, a1 80.53 and 81.00.
-As in the published runs, the vector head is trained with sigmoid cross-entropy, the Grassmann head with softmax; weight
-decay falls on kernels only.  Subspaces move at a peak rate of 0.3; of a1 and a2 that number is a guess, after a3.
+Variants: ``RECIPE_HEAD``, a recipe of ``a1``, ``a2``, ``a3`` and a head of ``softmax``, ``k1``, ``k4``, ``k8``,
+``k16``, ``k32``, such as ``a3_k8``.
+
+Published top-1 (arXiv 2308.01547; not run here), vector head and k8: a3 79.36 and 79.64, a2 80.29 and 80.75, a1 80.53
+and 81.00.  As in the published runs, the vector head is trained with sigmoid cross-entropy, the Grassmann head with
+softmax; weight decay applies to kernels only.  The subspaces' peak learning rate is 0.3; for a1 and a2 this is a guess,
+after a3.
 """
 
 from subspace_jax.represent.gcr import task as classify

@@ -1,10 +1,12 @@
 """ImageNet-1K with Swin-T, vector and Grassmann heads (arXiv 2308.01547).
 
     python -m subspace_jax.data.prepare imagenet2012
-    subspace-jax train --config configs/gcr/imagenet_swin.py:k8 --workdir work/swin_k8
+    subspace-jax train --config gcr/imagenet_swin:k8 --workdir work/swin_k8
 
-Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.  Published top-1 (not yet run here): softmax 81.06, k8
-81.63.  Subspaces move at a peak rate of 0.1 beside AdamW's 1e-3; weight decay falls on kernels only.
+Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.
+
+Published top-1 (not run here): softmax 81.06, k8 81.63.  The subspaces' peak learning rate is 0.1, beside AdamW's 1e-3;
+weight decay applies to kernels only.
 """
 
 from subspace_jax.represent.gcr import task as classify

@@ -1,10 +1,12 @@
 """ImageNet-1K with VGG13-BN, vector and Grassmann heads (arXiv 2308.01547).
 
     python -m subspace_jax.data.prepare imagenet2012
-    subspace-jax train --config configs/gcr/imagenet_vgg.py:k8 --workdir work/vgg13_k8
+    subspace-jax train --config gcr/imagenet_vgg:k8 --workdir work/vgg13_k8
 
-Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.  Published top-1 (not yet run here): softmax 72.02, k8
-73.40.  The learning rate falls to a tenth at epochs 30, 60 and 90, and the last dropout is left out.
+Variants: ``softmax``, ``k1``, ``k4``, ``k8``, ``k16``, ``k32``.
+
+Published top-1 (not run here): softmax 72.02, k8 73.40.  The learning rate drops to a tenth at epochs 30, 60 and 90;
+there is no last dropout.
 """
 
 from subspace_jax.represent.gcr import task as classify

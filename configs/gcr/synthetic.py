@@ -1,10 +1,11 @@
-"""Ten random subspaces of R^32 with noise: a problem that no linear classifier solves (specified for arXiv 2308.01547).
+"""Ten random subspaces of R^32 with noise, which no linear classifier separates (for arXiv 2308.01547).
 
-    subspace-jax train --config configs/gcr/synthetic.py:k4 --workdir work/synthetic_k4
+    subspace-jax train --config gcr/synthetic:k4 --workdir work/synthetic_k4
 
-Variants: ``softmax``, ``k1``, ``k2``, ``k4``, ``k8``.  The head sits on the raw input; 300 steps of batch 256,
-about 7 seconds on two CPU cores.  Figures to reach in test accuracy: ``k4`` 0.94 (the true subspaces score 0.978 to
-0.983), and 0.25 more than ``k1``.
+Variants: ``softmax``, ``k1``, ``k2``, ``k4``, ``k8``.
+
+The head acts on the raw input; 300 steps of batch 256, about 7 seconds on two CPU cores.  Figures to reach in test
+accuracy: ``k4`` 0.94 (the true subspaces score 0.978 to 0.983), and 0.25 more than ``k1``.
 """
 
 from subspace_jax.represent.gcr import task as classify

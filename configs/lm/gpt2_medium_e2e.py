@@ -1,13 +1,12 @@
-r"""GPT-2 medium, all parameters tuned on the restaurant descriptions of E2E (Novikova et al. 2017, arXiv 1706.09254).
+"""GPT-2 medium, all parameters fine-tuned on the restaurant descriptions of E2E (arXiv 1706.09254).
 
-    subspace-jax finetune --config configs/lm/gpt2_medium_e2e.py --model DIR --workdir work/e2e
-    subspace-jax finetune --config configs/lm/gpt2_medium_e2e.py --model DIR --workdir work/e2e \
-        --config.data.source=gem/e2e_nlg
+    subspace-jax finetune --config lm/gpt2_medium_e2e --model DIR --workdir work/e2e
+    subspace-jax finetune --config lm/gpt2_medium_e2e --model DIR --workdir work/e2e --config.data.source=gem/e2e_nlg
 
-DIR is a Hugging Face folder with its tokenizer.  The set is prepared once, with network, by TFDS: `tfds build
-e2e_cleaned`.  Meaning representation as prompt, description as completion; only the description is learnt.  Five
-epochs, batch 8, AdamW with decay 0.01 and 500 warm-up steps are those of the adapter literature (Hu et al. 2021,
-arXiv 2106.09685); the learning rate is for all parameters, which need a smaller one than adapters.
+DIR is a Hugging Face folder with its tokenizer.  TFDS prepares the set once, with network: ``tfds build e2e_cleaned``.
+Prompts are meaning representations, completions their descriptions; only completions are in the loss.  Five epochs,
+batch 8, AdamW with decay 0.01 and 500 warm-up steps are those of the adapter literature (arXiv 2106.09685); the
+learning rate is for all parameters, which need a smaller one than adapters.
 """
 
 from subspace_jax.language import finetune

@@ -1,18 +1,15 @@
-r"""Llama 3, Mistral and Qwen2, all parameters tuned on a file of prompts and answers, sharded.
+r"""Llama 3, Mistral and Qwen2, all parameters fine-tuned on a file of prompts and completions, sharded.
 
-    subspace-jax finetune --config configs/lm/large.py:llama3-8b --model DIR --workdir work/llama \
+    subspace-jax finetune --config lm/large:llama3-8b --model DIR --workdir work/llama \
         --config.data.source=train.jsonl --config.data.evaluation=test.jsonl
 
-Variants and the slices that they are laid out for (any other by --config.mesh.fsdp and --config.mesh.tensor):
-
-    llama3-8b     v5e:4x4     fsdp 8 x tensor 2
-    mistral-7b    v5e:4x4     fsdp 8 x tensor 2
-    qwen2-7b      v5e:4x4     fsdp 8 x tensor 2
-    llama3-70b    v5p:4x4x8   fsdp 32 x tensor 4
+Variants: ``llama3-8b``, ``mistral-7b``, ``qwen2-7b`` (for v5e:4x4, fsdp 8 x tensor 2) and ``llama3-70b`` (for
+v5p:4x4x8, fsdp 32 x tensor 4).
 
 DIR is a Hugging Face folder with its tokenizer.  Each line of a file has "prompt" and "completion"; only completions
-are learnt.  Activations are bfloat16, parameters and AdamW's moments float32; every layer is computed again in the
-backward pass, and scores of the vocabulary are there for 256 places at a time.
+are in the loss.  Activations are bfloat16, parameters and AdamW's moments float32; layers are rematerialized in the
+backward pass, and logits are computed for 256 positions at a time.  Another slice takes --config.mesh.fsdp and
+--config.mesh.tensor.
 """
 
 from subspace_jax.language import finetune

@@ -1,10 +1,11 @@
 """The intrinsic dimension of a network for scikit-learn's digits (arXiv 1804.08838).
 
-    subspace-jax intrinsic-dimension --config configs/optim/intrinsic_digits.py --workdir work/digits_dim
+    subspace-jax intrinsic-dimension --config optim/intrinsic_digits --workdir work/digits_dim
 
-Variants: ``fastfood``, ``dense``, ``sparse``, ``said``, which say how subspaces are drawn.  A network 64-64-10 with
-4810 parameters, 300 steps of Adam on all 1200 images, two runs of each dimension: about a minute on two CPU cores.
-Figure to reach: d_int90 between 100 and 170 (130 is usual).
+Variants: ``fastfood``, ``dense``, ``sparse``, ``said``: how subspaces are drawn.
+
+A network 64-64-10 with 4810 parameters, 300 steps of Adam on all 1200 images, two runs of each dimension: about a
+minute on two CPU cores.  Figure to reach: d_int90 between 100 and 170 (130 is usual).
 """
 
 from subspace_jax.interpret.intrinsic_dimension import fully_connected

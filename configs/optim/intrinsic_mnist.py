@@ -1,9 +1,9 @@
 """The intrinsic dimension of a fully connected network for MNIST (arXiv 1804.08838, section 3).
 
-    subspace-jax intrinsic-dimension --config configs/optim/intrinsic_mnist.py --workdir work/mnist_dim
+    subspace-jax intrinsic-dimension --config optim/intrinsic_mnist --workdir work/mnist_dim
 
-A network 784-200-200-10 with 199210 parameters, 100 epochs of Adam at the rate of the released scripts.  MNIST has to
-be prepared for TensorFlow Datasets.  Figure of the paper, with the baseline 1: d_int90 750.
+A network 784-200-200-10 with 199210 parameters, 100 epochs of Adam at the learning rate of the released scripts.  MNIST
+has to be prepared for TensorFlow Datasets.  Figure of the paper, with the baseline 1: d_int90 750.
 """
 
 from subspace_jax.interpret.intrinsic_dimension import fully_connected

@@ -1,11 +1,13 @@
-"""Optimizers of LoRA's factors on a regression onto a rank-4 matrix whose rows and columns differ in scale.
+"""Optimizers of LoRA's factors on a regression onto a matrix of rank 4 whose rows and columns differ in scale.
 
-    subspace-jax train --config configs/optim/low_rank_regression.py:adaprelora --workdir work/adaprelora
+    subspace-jax train --config optim/low_rank_regression:adaprelora --workdir work/adaprelora
 
 Variants: ``adaprelora`` (arXiv 2605.08734, with the energies of the true gradient), ``adaprelora_projected``, ``adam``,
-``lora_plus``, ``scaled_adamw_lora``, ``lora_rite`` and ``lora_pro``.  400 steps, some seconds; ``relative`` is the loss
-as a share of that at the start.  Figures to reach with ``adaprelora``, medians over ``seed=0`` to ``4``: 1e-8 with
-``model.rank=4``; 1e-5 with ``model.rank=8``, 100 times below ``scaled_adamw_lora``.
+``lora_plus``, ``scaled_adamw_lora``, ``lora_rite`` and ``lora_pro``.
+
+400 steps, some seconds; ``relative`` is the loss as a fraction of that at the start.  Figures to reach with
+``adaprelora``, medians over ``seed=0`` to ``4``: 1e-8 with ``model.rank=4``; 1e-5 with ``model.rank=8``, 100 times
+below ``scaled_adamw_lora``.
 """
 
 from examples import low_rank_regression

@@ -1,13 +1,15 @@
-r"""LoRA on the tiny language model, from signatures of functions to what they do, by optimizers of factors.
+"""LoRA on the tiny language model, from signatures of functions to their summaries, by optimizers of LoRA's factors.
 
     make tiny-lm
-    subspace-jax finetune --config configs/optim/tiny_e2e.py:adaprelora --model work/tiny/model --workdir work/e2e
+    subspace-jax finetune --config optim/tiny_e2e:adaprelora --model work/tiny/model --workdir work/e2e
 
-The shape of E2E (arXiv 1706.09254) without its download: prompts are signatures in the standard library, completions
-their summaries, and only these are learnt.  The files of the split "validation" are new to the model too.  Variants:
-``adamw``, ``lora_plus`` (arXiv 2402.12354), ``scaled_gd_lora`` and ``scaled_adamw_lora`` (2402.02347), ``lora_rite``
-(2410.20625), ``lora_pro`` (2407.18242), ``adaprelora`` (2605.08734, with the energies of whole gradients) and
-``adaprelora_projected``.  ``scripts/bench/tiny_e2e.py`` runs all of them at three learning rates each.
+Variants: ``adamw``, ``lora_plus`` (arXiv 2402.12354), ``scaled_gd_lora`` and ``scaled_adamw_lora`` (2402.02347),
+``lora_rite`` (2410.20625), ``lora_pro`` (2407.18242), ``adaprelora`` (2605.08734, with the statistics of whole
+gradients) and ``adaprelora_projected``.
+
+The shape of E2E (arXiv 1706.09254) without its download: prompts are signatures of the standard library, completions
+their summaries, and only these are in the loss.  The files of the split "validation" are new to the base model too.
+``scripts/bench/tiny_e2e.py`` runs all variants at three learning rates each.
 """
 
 from subspace_jax.language import finetune

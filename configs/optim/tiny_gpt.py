@@ -1,10 +1,12 @@
-"""The tiny model of configs/lm/tiny.py, trained from nothing by optimizers whose state is of low rank.
+"""The tiny model of lm/tiny, trained from scratch by optimizers with low-rank state.
 
-    subspace-jax pretrain --config configs/optim/tiny_gpt.py:galore --workdir work/galore
+    subspace-jax pretrain --config optim/tiny_gpt:galore --workdir work/galore
 
 Variants: ``adamw``, ``galore`` (arXiv 2403.03507), ``fira`` (2410.01623), ``apollo`` and ``apollo_mini`` (2412.05270),
-``online_subspace_descent`` (2408.12857) and ``coso`` (2505.11816).  Kernels at a quarter of their rank (1 for
-``apollo_mini``), everything else by Adam.  Figure to reach: the validation loss of ``adamw``, and 5 % more at most.
+``online_subspace_descent`` (2408.12857) and ``coso`` (2505.11816).
+
+Kernels at a quarter of their rank (1 for ``apollo_mini``), all other parameters by Adam.  Figure to reach: at most 5 %
+above the validation loss of ``adamw``.
 """
 
 from subspace_jax.language import finetune
