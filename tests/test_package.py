@@ -1,8 +1,13 @@
 import importlib
 import inspect
+import json
+import os
+import pathlib
 import pkgutil
 import subprocess
 import sys
+import sysconfig
+import venv
 
 import pytest
 
@@ -47,3 +52,29 @@ def test_every_public_name_exists_and_is_documented():
             thing = getattr(module, name)
             if inspect.isfunction(thing) or inspect.isclass(thing):
                 assert thing.__doc__, f"{folder}.{name}"
+
+
+@pytest.mark.slow
+def test_a_wheel_away_from_the_clone_trains_a_shipped_config(tmp_path):
+    def call(*command):
+        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}}
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
+
+    root = pathlib.Path(__file__).parents[1]
+    built = call(sys.executable, "-m", "pip", "wheel", root, "--no-deps", "-w", tmp_path)
+    assert built.returncode == 0, built.stderr
+    venv.create(tmp_path / "venv", with_pip=False)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python, command = (tmp_path / "venv" / "bin" / name for name in ("python", "subspace-jax"))
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps")
+    installed = call(*pip, *tmp_path.glob("*.whl"))
+    assert installed.returncode == 0, installed.stderr
+
+    run = ("train", "--quiet", "--workdir", tmp_path / "run", "--config.train.epochs=1")
+    trained = call(command, *run, "--config", "gcr/digits:k8")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] > 0.3
+    refused = call(command, *run, "--config", "adapters/rotated_digits:dora")
+    assert refused.returncode == 2
+    assert "comes with a clone of the repository" in refused.stderr

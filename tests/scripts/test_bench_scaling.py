@@ -32,6 +32,7 @@ def run(scaling, monkeypatch, *arguments):
     scaling.main()
 
 
+@pytest.mark.slow
 def test_plans_are_kept_shown_and_drawn(scaling, monkeypatch, tmp_path, capsys):
     kept, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     run(scaling, monkeypatch, "--only", "grows", "--chips", "2", "--json", kept)

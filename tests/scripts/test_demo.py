@@ -4,9 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
+@pytest.mark.slow
 def test_demo_trains_compares_draws_and_resumes(tmp_path):
     environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "data")}
     command = [sys.executable, SCRIPTS / "demo.py", "--workdir", tmp_path / "demo", "--seeds", "1", "--heads"]

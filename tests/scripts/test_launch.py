@@ -103,6 +103,7 @@ def test_the_image_copies_what_is_there():
     assert all((ROOT / source).exists() for source in sources)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_machines_saves_and_leaves_at_sigterm(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
