@@ -144,7 +144,7 @@ def steps(quick, rounds):
             "galore, all at once": optim.galore(1e-3, rank, staggered=False, **options),
             "fira": optim.fira(1e-3, rank, **options),
             "apollo": optim.apollo(1e-3, rank, **options),
-            "online_subspace_descent": optim.online_subspace_descent(1e-3, rank, period=period),
+            "online_subspace_descent": optim.online_subspace_descent(1e-3, rank, refresh_every=period),
             "galore, one stack": optim.galore(1e-3, rank, **options),
             "fira, one stack": optim.fira(1e-3, rank, **options),
         }
@@ -193,7 +193,7 @@ def decoder(width, layers, vocab):
 
 def lora_steps(config, tokens):
     """Train steps of factors by each optimizer, in JAX."""
-    params = nn.causal_lm_init(jax.random.key(0), config)
+    params = nn.init_params(jax.random.key(0), config)
     rules = {"attn/q": adapters.LoRA(**LORA), "attn/v": adapters.LoRA(**LORA)}
     trainable = adapters.init(jax.random.key(1), params, rules)
     scale = rules["attn/q"].scale
@@ -212,7 +212,7 @@ def lora_steps(config, tokens):
         "lora_rite": optim.lora_rite(1e-4),
         "lora_pro adamw": optim.lora_pro(1e-4, scale=scale),
     }.items():
-        start = adapters.add_energy_probes(trainable) if name.endswith("full") else trainable
+        start = adapters.add_gradient_probes(trainable) if name.endswith("full") else trainable
 
         def step(carry, params, tx=tx):
             factors, state = carry
@@ -371,7 +371,7 @@ def problem(quick, rounds):
 
     def run(tx, key, x, y, picks):
         params = adapters.init(key, {"kernel": jnp.zeros((64, 48))}, rules)
-        params = adapters.add_energy_probes(params)
+        params = adapters.add_gradient_probes(params)
 
         def step(carry, rows):
             params, state = carry

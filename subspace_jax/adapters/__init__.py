@@ -1,7 +1,7 @@
-"""Adapters of frozen models: name the weights, choose a method, train, merge.
+"""Adapters of frozen models: select weights, choose a method, train, merge.
 
-``init`` draws a small trainable tree beside the parameters; ``bind`` puts both together for the models of
-:mod:`subspace_jax.nn`, and ``materialize`` for any other.
+``init`` draws a small trainable tree beside the parameters; ``bind`` combines both for the models of
+:mod:`subspace_jax.nn`, and ``materialize`` for any other model.
 """
 
 from subspace_jax.adapters.api import (
@@ -11,24 +11,33 @@ from subspace_jax.adapters.api import (
     materialize,
     merge,
     prepare,
+    roles,
     unmerge,
 )
+from subspace_jax.adapters.config import AdapterConfig
 from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
 from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
 from subspace_jax.adapters.effort_penalty import effort_penalty, energy_loss, orthogonality_loss
-from subspace_jax.adapters.factors import lora_ga_factors
 from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
 from subspace_jax.adapters.full import Full
-from subspace_jax.adapters.gradient_probes import add_energy_probes, drop_energy_probes
+from subspace_jax.adapters.gradient_probes import add_gradient_probes, drop_gradient_probes
 from subspace_jax.adapters.lora import LoRA, LoRAWeight
-from subspace_jax.adapters.multi_adapter import MultiWeight, bind_many, combine, with_rows
-from subspace_jax.adapters.quantized import Int8Weight, quantize
+from subspace_jax.adapters.lora_init import lora_ga_factors
+from subspace_jax.adapters.multi_adapter import (
+    MultiAdapterWeight,
+    bind_multi_adapter,
+    combine,
+    with_adapter_indices,
+)
+from subspace_jax.adapters.quantized import Int8Weight, dequantize, quantize
 from subspace_jax.adapters.rules import match_rules
+from subspace_jax.adapters.structured import StructuredWeight
 from subspace_jax.adapters.summary import count, describe, label_fn
 from subspace_jax.adapters.svfit import SpectralBase, SpectralBases, SVFit, SVFitWeight, energy_rank
 
 __all__ = [
+    "AdapterConfig",
     "ConvDoRAWeight",
     "ConvLoRAWeight",
     "DoRA",
@@ -42,19 +51,21 @@ __all__ = [
     "Int8Weight",
     "LoRA",
     "LoRAWeight",
-    "MultiWeight",
+    "MultiAdapterWeight",
     "PrincipalBases",
     "SVFit",
     "SVFitWeight",
     "SpectralBase",
     "SpectralBases",
-    "add_energy_probes",
+    "StructuredWeight",
+    "add_gradient_probes",
     "bind",
-    "bind_many",
+    "bind_multi_adapter",
     "combine",
     "count",
+    "dequantize",
     "describe",
-    "drop_energy_probes",
+    "drop_gradient_probes",
     "effort_penalty",
     "energy_loss",
     "energy_rank",
@@ -68,6 +79,7 @@ __all__ = [
     "orthogonality_loss",
     "prepare",
     "quantize",
+    "roles",
     "unmerge",
-    "with_rows",
+    "with_adapter_indices",
 ]

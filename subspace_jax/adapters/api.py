@@ -1,151 +1,108 @@
-"""Adapters of a whole tree of parameters: drawing them, putting them in, baking them in, taking them out."""
+"""Adapters of a tree of parameters: init, bind, materialize, merge and unmerge."""
 
 import re
 import zlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
-from subspace_jax.adapters.dora import DoRAWeight
-from subspace_jax.adapters.effort import EffortBase, EffortWeight
-from subspace_jax.adapters.flora import FLoRA, FLoRAWeight
-from subspace_jax.adapters.full import Full
+from subspace_jax.adapters.config import AdapterConfig
 from subspace_jax.adapters.gradient_probes import PROBES, probe_axes
-from subspace_jax.adapters.lora import LoRAWeight
-from subspace_jax.adapters.quantized import Int8Weight
 from subspace_jax.adapters.rules import adapters_of, insert, match_rules, path_of
-from subspace_jax.adapters.svfit import SpectralBase, SVFitWeight
+from subspace_jax.adapters.structured import as_dense, axes_of, is_structured
 
 PyTree = Any
-
-WEIGHTS = (LoRAWeight, DoRAWeight, ConvLoRAWeight, ConvDoRAWeight, FLoRAWeight, SVFitWeight, EffortWeight)
-# What stands in a weight's place in a prepared tree, and brings what taking a merged adapter out needs.
-_BASES = (SpectralBase, EffortBase)
-_NOT_WEIGHTS = ("scale", "bias")
-
-
-class AdapterConfig(Protocol):
-    """What a method has to offer; :class:`LoRA` is an example."""
-
-    keeps_base: bool
-
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[Any, dict[str, jax.Array]]:
-        """Returns the frozen part of a weight, and the arrays to be trained."""
-
-    def bind(self, base: Any, arrays: dict[str, jax.Array]) -> Any:
-        """Returns the weight with its arrays in, structured; takes a ``key``, too, if the setting has dropout."""
-
-    def axes(self, names: P) -> tuple[Any, dict[str, P]]:
-        """Returns the logical axes of both parts."""
-
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: Any) -> jax.Array:
-        """Returns the weight without what was merged into it."""
-
-
 Rules = Mapping[str | re.Pattern, AdapterConfig]
 
 
 def init(key: jax.Array, params: PyTree, settings: Rules) -> PyTree:
-    """Draws adapters for the weights that rules name.
+    """Draws adapters for the weights that the rules match.
 
     Weights are floating-point leaves ``[..., in, out]``; leading axes are stacked weights, each with an adapter of its
-    own, unless the setting says that they are a convolution's window (``window`` of LoRA and DoRA, the number of ranks
-    of FLoRA).  Leaves called ``scale`` or ``bias`` and vectors are no weights, except for :class:`Full` and for
-    :class:`FLoRA` of one rank.  Weights out of :func:`quantize` may be adapted, too.
+    own, unless the config counts them as a convolution's window (``window`` of LoRA and DoRA, the number of ranks of
+    FLoRA).  Leaves called ``scale`` or ``bias`` and vectors are no weights, except for :class:`Full` and for
+    :class:`FLoRA` of one rank.  Weights of :func:`quantize` may be adapted too.
 
     Args:
-      key: Random key.  The values of an adapter depend on it, on the path and on the shape of its weight alone.
+      key: Random key.  The values of an adapter depend only on it and on the path and shape of the weight.
       params: Any tree of arrays: nested dicts, ``nnx.State``, Linen variables.
-      settings: Rule to setting; see :func:`match_rules`.  Of several rules that match, the first one counts.
+      settings: Rule to adapter config; see :func:`match_rules`.  The first rule that matches counts.
 
     Returns:
       The trainable tree, a nested dict: at the path of each weight a dict of its adapter's arrays, float32 (float64
       for float64 weights).
 
     Raises:
-      ValueError: A rule matches nothing, or a setting changes the frozen weight and so needs :func:`prepare`.
-      TypeError: A weight is not of floating point.
+      ValueError: A rule matches nothing, or a config changes the frozen weight and needs :func:`prepare`.
+      TypeError: A weight is not floating point.
     """
-    for setting in settings.values():
-        if not setting.keeps_base:
-            raise ValueError(f"settings: {setting} takes part of the weight away or factors it; call prepare instead")
+    for config in settings.values():
+        if not config.keeps_base:
+            raise ValueError(f"settings: {config} changes the frozen weight or factors it; call prepare instead")
     return prepare(key, params, settings)[1]
 
 
 def prepare(
     key: jax.Array, params: PyTree, settings: Rules, *, gradients: PyTree | None = None
 ) -> tuple[PyTree, PyTree]:
-    """Draws adapters, and makes what stays frozen beside them.
+    """Draws adapters, and computes the frozen tree.
 
-    For most settings that is the parameters themselves; for PiSSA and LoRA-GA the weight less the update that they
-    begin with; for the spectral methods the weight with its singular vectors.  All later functions take the returned
-    tree in place of ``params``.  Keep it, or its seed, in a checkpoint: singular vectors of equal singular values are
-    not unique.
+    For most configs the frozen tree is the parameters; for PiSSA and LoRA-GA the weight less the update at the start;
+    for the spectral methods the weight with its singular vectors.  All later functions take it in place of ``params``.
+    Keep it, or its seed, in a checkpoint: singular vectors of equal singular values are not unique.
 
     Args:
       key: See :func:`init`.
       params: See :func:`init`.
       settings: See :func:`init`.
-      gradients: Of the loss over some batches, with the structure of ``params``, for LoRA-GA.
+      gradients: Gradient of the loss over some batches, with the structure of ``params``, for LoRA-GA.
 
     Returns:
       The frozen tree, and the trainable tree.
 
     Raises:
-      ValueError: A rule matches nothing, or a setting doesn't fit its weight.
-      TypeError: A weight is not of floating point, or is quantised and would have to be taken apart.
+      ValueError: A rule matches nothing, or a config does not fit its weight.
+      TypeError: A weight is not floating point, or is quantized and would have to be factored or trained.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
-    at_gradient = {} if gradients is None else bases_of(gradients)
-    paths = [path_of(path) for path, _ in leaves]
-    chosen = _choose(settings, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
+    gradient_at = {} if gradients is None else bases_of(gradients)
+    weights = {path_of(path): leaf for path, leaf in leaves}
+    chosen = match_rules(settings, weights, lambda path, config: config.admits(path, weights[path].ndim))
     base, trainable = [], {}
-    for path, (_, w) in zip(paths, leaves, strict=True):
+    for path, w in weights.items():
         if path not in chosen:
             base.append(w)
             continue
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise TypeError(f"{path}: expected a floating-point weight, got {w.dtype}")
-        setting = chosen[path]
-        if _is_quantized(w) and (isinstance(setting, Full) or not setting.keeps_base):
-            raise TypeError(f"{path}: {setting} takes the weight apart or trains it, which is quantised")
-        more = {"gradient": at_gradient.get(path)} if getattr(setting, "init", "") == "lora_ga" else {}
+        config = chosen[path]
+        if is_structured(w) and not (config.quantizable_base and config.keeps_base):
+            raise TypeError(f"{path}: {config} factors or trains the weight, which is quantized")
         table = path.split("/")[-1] == "embedding"
-        frozen, arrays = setting.start(_key_at(key, path), w, table, **more)
+        frozen, arrays = config.initialize(_key_at(key, path), w, table=table, gradient=gradient_at.get(path))
         base.append(frozen)
         insert(trainable, path, arrays)
     return jax.tree_util.tree_unflatten(treedef, base), trainable
 
 
-def _choose(settings: Rules, leaves: dict[str, Any]) -> dict[str, AdapterConfig]:
-    def admits(path, setting):
-        if isinstance(setting, Full) or (isinstance(setting, FLoRA) and len(setting.ranks) == 1):
-            return True
-        return leaves[path].ndim >= 2 and path.split("/")[-1] not in _NOT_WEIGHTS
-
-    return match_rules(settings, leaves, admits)
-
-
 def bind(params: PyTree, trainable: PyTree, settings: Rules, *, key: jax.Array | None = None) -> PyTree:
-    """Puts adapters into the places of their weights: what a model of :mod:`subspace_jax.nn` is called with.
+    """Replaces weights by adapted weights: the parameters for a model of :mod:`subspace_jax.nn`.
 
-    :func:`subspace_jax.nn.linear` multiplies with the structured weights, whose update is never formed.  Takes no time
-    worth counting, under ``jax.jit`` or not; differentiate through it with respect to ``trainable``.  The frozen
-    weights get no gradient.
+    :func:`subspace_jax.nn.linear` multiplies by the adapted weights without forming their update.  The call itself is
+    free, under ``jax.jit`` or not; differentiate through it with respect to ``trainable``.  The frozen weights get no
+    gradient.
 
     Given trees of logical axes instead of arrays (those of :func:`logical_axes`), the result is the tree of axes of
     the bound parameters.
 
     Args:
       params: The frozen tree.
-      trainable: Of :func:`init` or :func:`prepare`.
+      trainable: Tree of :func:`init` or :func:`prepare`.
       settings: The same rules.
-      key: Random key of this step, for settings with dropout; without one nothing is dropped.  A weight that is
-        applied twice drops the same entries of inputs of one shape.
+      key: Random key of this step, for configs with dropout; without one nothing is dropped.  A weight that is
+        applied twice drops the same features of inputs of one shape.
 
     Returns:
       ``params`` with structured weights.
@@ -157,102 +114,91 @@ def bind(params: PyTree, trainable: PyTree, settings: Rules, *, key: jax.Array |
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"key: expected one of jax.random.key, got {key.dtype}")
 
-    def put(setting, base, arrays, path):
-        if key is None or not getattr(setting, "dropout", 0):
-            return setting.bind(base, arrays)
-        return setting.bind(base, arrays, _key_at(key, path))
+    def put(path, config, base, arrays):
+        return config.bind(base, arrays, _key_at(key, path) if key is not None and config.dropout else None)
 
-    return _replace(params, trainable, settings, put, with_path=True)
+    return _replace(params, trainable, settings, put)
 
 
 def materialize(params: PyTree, trainable: PyTree, settings: Rules) -> PyTree:
-    """Forms the effective weights: what any JAX model can be called with, at the price of their size.
+    """Computes the effective weights: the parameters for any JAX model.
 
-    Differentiable with respect to ``trainable``; weights keep their dtype, and are formed in float32 or better.
+    Differentiable with respect to ``trainable``; weights keep their dtype, and are computed in float32 or better.
 
     Args:
       params: The frozen tree.
-      trainable: Of :func:`init` or :func:`prepare`.
+      trainable: Tree of :func:`init` or :func:`prepare`.
       settings: The same rules.
 
     Returns:
       ``params`` with plain arrays.
 
     Raises:
-      ValueError: As :func:`bind`.
+      ValueError: See :func:`bind`.
     """
-    return _replace(params, trainable, settings, lambda setting, base, arrays: _dense(setting.bind(base, arrays)))
+    return _replace(params, trainable, settings, lambda path, config, base, own: as_dense(config.bind(base, own)))
 
 
 def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = False) -> PyTree | tuple[PyTree, PyTree]:
-    """Bakes adapters into the weights, for serving without them.
+    """Merges adapters into the weights, to serve without them.
 
-    The numbers are those of :func:`materialize`; this looks at them, hence not under ``jax.jit``.
+    The values are those of :func:`materialize`, checked to be finite; hence not under ``jax.jit``.
 
     Args:
       params: The frozen tree.
-      trainable: Of :func:`init` or :func:`prepare`.
+      trainable: Tree of :func:`init` or :func:`prepare`.
       settings: The same rules.
-      keep: Whether to return what :func:`unmerge` needs, too.
+      keep: Whether to return what :func:`unmerge` needs.
 
     Returns:
-      The merged parameters; with ``keep`` also a dict, path to what cannot be found out from them.
+      The merged parameters; with ``keep`` also a dict, from the path to what :func:`unmerge` can't compute from them.
 
     Raises:
-      ValueError: As :func:`bind`, or a merged weight is not finite.
+      ValueError: See :func:`bind`, or a merged weight is not finite.
     """
     merged = jax.jit(lambda params, trainable: materialize(params, trainable, settings))(params, trainable)
-    at = bases_of(merged)
-    for path in adapters_of(trainable):
+    at, found = bases_of(merged), adapters_of(trainable)
+    for path in found:
         if not bool(jnp.all(jnp.isfinite(at[path]))):
             raise ValueError(f"{path}: the merged weight is not finite")
     if not keep:
         return merged
-    bound = bases_of(bind(params, trainable, settings))
     before = bases_of(params)
-    kept = {}
-    for path, setting in settings_of(trainable, settings).items():
-        weight = bound[path]
-        if isinstance(weight, DoRAWeight | ConvDoRAWeight):
-            kept[path] = weight.gain
-        elif isinstance(setting, Full):
-            kept[path] = before[path]
-        elif isinstance(before[path], _BASES):
-            kept[path] = before[path].bases
-    return merged, kept
+    kept = {path: c.merge_state(before[path], found[path]) for path, c in settings_of(trainable, settings).items()}
+    return merged, {path: state for path, state in kept.items() if state is not None}
 
 
 def unmerge(merged: PyTree, trainable: PyTree, settings: Rules, kept: Mapping[str, Any]) -> PyTree:
-    """Takes adapters out of merged weights again, up to rounding.
+    """Removes merged adapters from the weights, up to rounding.
 
     Args:
-      merged: Of :func:`merge`.
+      merged: Parameters of :func:`merge`.
       trainable: The adapters that were merged.
       settings: The same rules.
-      kept: Of :func:`merge` with ``keep``.
+      kept: The second result of :func:`merge` with ``keep``.
 
     Returns:
       The frozen tree.
 
     Raises:
-      ValueError: As :func:`bind`, or ``kept`` lacks an entry.
+      ValueError: See :func:`bind`, or ``kept`` lacks an entry.
     """
 
-    def undo(setting, weight, arrays, path):
+    def restored(path, config, weight, arrays):
         try:
-            return setting.unmerge(weight, arrays, kept.get(path))
+            return config.unmerge(weight, arrays, kept.get(path))
         except (AttributeError, TypeError) as error:
             raise ValueError(f"kept: lacks what {path} needs; it comes from merge(..., keep=True)") from error
 
-    return _replace(merged, trainable, settings, undo, with_path=True)
+    return _replace(merged, trainable, settings, restored)
 
 
 def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTree, PyTree]:
-    """Names the axes of frozen and of trained arrays by those of the weights that they belong to.
+    """Names the axes of frozen and of trained arrays by those of their weights.
 
     Args:
-      axes: ``PartitionSpec`` of logical names for each parameter, such as :func:`subspace_jax.nn.causal_lm_axes`.
-      trainable: Of :func:`init` or :func:`prepare`, of arrays or of shapes.
+      axes: ``PartitionSpec`` of logical names for each parameter, such as :func:`subspace_jax.nn.param_axes`.
+      trainable: Tree of :func:`init` or :func:`prepare`, of arrays or of shapes.
       settings: The same rules.
 
     Returns:
@@ -260,66 +206,76 @@ def logical_axes(axes: PyTree, trainable: PyTree, settings: Rules) -> tuple[PyTr
     """
     names = {}
 
-    def put(setting, spec, arrays, path):
-        base, own = setting.axes(spec.values if _is_quantized(spec) else spec)
-        base = spec if _is_quantized(spec) else base
-        own = {**own, **(probe_axes(spec) if PROBES[0] in arrays else {})}
+    def put(path, config, spec, arrays):
+        base, own = config.axes(axes_of(spec))
+        own = {**own, **(probe_axes(axes_of(spec)) if PROBES[0] in arrays else {})}
         if own.keys() != arrays.keys():
             raise ValueError(f"{path}: expected arrays {sorted(own)}, got {sorted(arrays)}")
         insert(names, path, {name: own[name] for name in arrays})
-        return base
+        return spec if is_structured(spec) else base
 
-    return _replace(axes, trainable, settings, put, with_path=True), names
-
-
-def _key_at(key: jax.Array, path: str) -> jax.Array:
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return _replace(axes, trainable, settings, put), names
 
 
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, Int8Weight)
+def roles(trainable: PyTree, settings: Rules) -> dict[str, str]:
+    """Returns the roles of trained arrays, for :meth:`subspace_jax.train.Task.roles`.
 
+    Args:
+      trainable: Tree of :func:`init` or :func:`prepare`, of arrays or of shapes.
+      settings: The same rules.
 
-def _is_base(x: Any) -> bool:
-    return isinstance(x, (*_BASES, *WEIGHTS, Int8Weight))
-
-
-def _dense(weight: Any) -> jax.Array:
-    return weight.dense() if isinstance(weight, WEIGHTS) else weight
+    Returns:
+      Path of an array to "no_decay" (magnitudes of DoRA, cores of FLoRA, changes of singular values) or "probe" (of
+      :func:`add_gradient_probes`); other arrays have no role.
+    """
+    found, chosen = adapters_of(trainable), settings_of(trainable, settings)
+    return {
+        f"{path}/{name}": config.roles[name]
+        for path, config in chosen.items()
+        for name in found[path]
+        if name in config.roles
+    }
 
 
 def bases_of(tree: PyTree) -> dict[str, Any]:
-    """What stands at each path: an array, or a weight with what its method keeps beside it."""
-    return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_base)}
+    """Returns the leaves of a tree by path; a structured weight is one leaf."""
+    return {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_structured)}
 
 
 def settings_of(trainable: PyTree, settings: Rules) -> dict[str, AdapterConfig]:
-    """Gives each adapter its setting; raises ValueError where the two don't belong together."""
+    """Returns the config of each adapter by path; raises ValueError where tree and rules do not belong together."""
     found = adapters_of(trainable)
     try:
-        # A rule that may name a bias is not one that names weights, even where its text would match them.
-        chosen = match_rules(settings, found, lambda path, s: isinstance(s, Full) == (found[path].keys() == {"full"}))
+        # A rule for weights may match the text of a bias's path, which another rule trains.
+        chosen = match_rules(settings, found, lambda path, config: found[path].keys() <= config.labels.keys())
     except ValueError as error:
         raise ValueError(f"trainable: not the adapters of these settings: {error}") from error
     if strays := sorted(found.keys() - chosen.keys()):
-        raise ValueError(f"trainable: adapters that no rule of the settings names: {strays}")
+        raise ValueError(f"trainable: adapters that no rule of the settings matches: {strays}")
     return chosen
 
 
-def _replace(params: PyTree, trainable: PyTree, settings: Rules, make, with_path: bool = False) -> PyTree:
+def replace_at(params: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """Replaces leaves by others, or by subtrees, at some paths."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
+    return jax.tree_util.tree_unflatten(treedef, [new.get(path_of(path), leaf) for path, leaf in leaves])
+
+
+def _replace(
+    params: PyTree, trainable: PyTree, settings: Rules, make: Callable[[str, AdapterConfig, Any, dict], Any]
+) -> PyTree:
+    """Replaces each adapted weight by ``make(path, config, weight, arrays)``."""
     found, chosen = adapters_of(trainable), settings_of(trainable, settings)
     at, made = bases_of(params), {}
     if lost := sorted(found.keys() - at.keys()):
         raise ValueError(f"params: have no weights for the adapters {lost}")
     for path, arrays in found.items():
         try:
-            made[path] = make(chosen[path], at[path], arrays, *([path] if with_path else []))
+            made[path] = make(path, chosen[path], at[path], arrays)
         except KeyError as error:
             raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
     return replace_at(params, made)
 
 
-def replace_at(params: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """Puts other leaves, or subtrees, at some paths."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_base)
-    return jax.tree_util.tree_unflatten(treedef, [new.get(path_of(path), leaf) for path, leaf in leaves])
+def _key_at(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))

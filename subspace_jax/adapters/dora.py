@@ -1,35 +1,34 @@
-"""DoRA: a low-rank update whose columns are brought to trained lengths."""
+"""DoRA: a low-rank update, and a trained norm of each column."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import kernels, nn
-from subspace_jax.adapters.convolution import ConvDoRAWeight, conv_norm, formed
+from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.convolution import ConvDoRAWeight, conv_norm, dense_kernel
 from subspace_jax.adapters.factors import (
     adapted,
-    check_setting,
     column_norm,
+    drop_features,
     dropout_fields,
-    dropped,
-    factor_axes,
     gain,
-    keeps_base,
     remove,
     scale_fields,
-    scale_of,
-    start_adapter,
 )
 from subspace_jax.adapters.gradient_probes import probes_in
-from subspace_jax.adapters.quantized import Int8Weight, names_of
+from subspace_jax.adapters.lora import LoRA
+from subspace_jax.adapters.structured import StructuredWeight, axes_of, is_structured
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DoRAWeight:
+class DoRAWeight(StructuredWeight):
     """A weight ``(base + scale * a @ b) diag(magnitude / norm)`` that is never formed.
 
     Attributes:
@@ -38,15 +37,15 @@ class DoRAWeight:
       b: ``[..., r, out]``.
       magnitude: ``[..., out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
-      key: Random key, ``[...]``, while training with dropout; None without.
-      scale: The scale where they do not.
-      row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
-      column_energy: Energy probe ``[..., out]``.
-      dropout: Share of the entries of x that the adapter doesn't see, if there is a key.
+      row_energy: Gradient probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_gradient_probes`.
+      column_energy: Gradient probe ``[..., out]``.
+      key: Random key of dropout, ``[...]``; None without.
+      scale: The scale where stacked weights do not differ.
+      dropout: Probability of dropping an input feature of the adapter, if there is a key.
       detach_norm: Whether the norm is a constant for derivatives.
     """
 
-    base: jax.Array | Int8Weight
+    base: jax.Array | StructuredWeight
     a: jax.Array
     b: jax.Array
     magnitude: jax.Array
@@ -60,7 +59,7 @@ class DoRAWeight:
 
     @property
     def factor(self) -> jax.Array | float:
-        """The scale, whichever way it is kept."""
+        """The scale, of all stacked weights or of each."""
         return self.scale if self.scales is None else self.scales
 
     @property
@@ -79,12 +78,12 @@ class DoRAWeight:
         y = self._dora(x, base)
         if self.row_energy is None:
             return y
-        # The factors' gradients are those at the weight before it is brought to its lengths.
+        # The gradients of the factors are those at the weight before its columns are scaled.
         return kernels.energy_probes(x, y, self.row_energy, self.column_energy, self.gain)
 
-    def _dora(self, x: jax.Array, base: jax.Array | Int8Weight) -> jax.Array:
-        seen = None if self.key is None else dropped(x, self.key, self.dropout)
-        if not isinstance(base, Int8Weight):
+    def _dora(self, x: jax.Array, base: jax.Array | StructuredWeight) -> jax.Array:
+        seen = None if self.key is None else drop_features(x, self.key, self.dropout)
+        if not is_structured(base):
             return kernels.dora_linear(
                 x, base, self.a, self.b, self.magnitude, self.factor, dropped=seen, detach_norm=self.detach_norm
             )
@@ -106,66 +105,50 @@ class DoRAWeight:
         return base + jnp.asarray(self.factor, x.dtype) * update
 
     def dense(self) -> jax.Array:
-        """Returns the weight itself, in the dtype of ``base``."""
+        """Returns the weight, in the dtype of ``base``."""
         direction = adapted(self.base, self.a, self.b, self.factor)
         return (direction * self.gain[..., None, :].astype(direction.dtype)).astype(self.base.dtype)
 
 
 @dataclass(frozen=True)
-class DoRA:
-    """Weight-decomposed update ``(W + s a b) diag(magnitude / norm)``.
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation ``(W + s a b) diag(magnitude / norm)``.
 
-    The trained ``magnitude [..., out]`` begins as the norm of the columns, so that the start changes nothing.  Of a
-    table these run over the words, of a convolution over window and inputs.  The rest is as in :class:`LoRA`.
+    The trained ``magnitude [..., out]`` begins as the norms of the columns, so that the adapted weight begins as W.
+    The norms of an embedding table run over the vocabulary, those of a convolution over window and inputs.
 
-    Source: arXiv 2402.09353; arXiv 2603.22276 for how it is computed; dropout as in PEFT.
+    Source: arXiv 2402.09353; computation from arXiv 2603.22276; dropout as in PEFT.
 
     Attributes:
-      rank: See :class:`LoRA`; of a layer with rank zero the magnitude is passed over, too, and gets no gradient.
-      alpha: See :class:`LoRA`.
-      rslora: See :class:`LoRA`.
-      init: See :class:`LoRA`.
       detach_norm: Whether the norm is a constant for derivatives, as in the published training.
-      dropout: See :class:`LoRA`; the correction of the frozen part doesn't see the entries either.
-      window: See :class:`LoRA`.
-      groups: See :class:`LoRA`.
+
+    Other attributes: see :class:`LoRA`.  A layer of rank 0 ignores its magnitude, which gets no gradient; dropout is
+    applied to the correction of the frozen branch too.
 
     Raises:
-      ValueError: As :class:`LoRA`.
+      ValueError: See :class:`LoRA`.
     """
 
-    rank: int | tuple[int, ...]
-    alpha: float | tuple[float, ...]
-    rslora: bool = False
-    init: str = "kaiming"
     detach_norm: bool = True
-    dropout: float = 0.0
-    window: int = 0
-    groups: int = 1
 
-    def __post_init__(self):
-        check_setting(self)
+    labels: ClassVar = {**LoRA.labels, "magnitude": "magnitude"}
+    roles: ClassVar = {**LoRA.roles, "magnitude": "no_decay"}
 
     @property
-    def scale(self) -> float | tuple[float, ...]:
-        """The scale s, a tuple where layers differ."""
-        return scale_of(self.rank, self.alpha, self.rslora)
+    def method(self) -> str:
+        """Name of the method."""
+        return "DoRA"
 
-    @property
-    def keeps_base(self) -> bool:
-        """Whether the start leaves the frozen weight as it is."""
-        return keeps_base(self)
-
-    def start(
-        self, key: jax.Array, w: jax.Array, table: bool, gradient: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Draws the trained arrays for a weight ``[..., in, out]``; returns the frozen part with them."""
-        base, arrays = start_adapter(key, w, table, self, gradient)
-        # By the function that the layer uses: a norm that differs in its last bit would move the first output.
+    def initialize(
+        self, key: jax.Array, w: jax.Array, *, table: bool = False, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """Draws ``a`` and ``b`` and computes the magnitudes; see :class:`AdapterConfig`."""
+        base, arrays = super().initialize(key, w, table=table, gradient=gradient)
+        # By the function that the layer uses: a norm that differs in its last bit changes the first output.
         fields = scale_fields(self.scale, base)
         scale = fields.get("scales", fields["scale"])
-        # Of a product with zeros that it knows of, fused into a sum, a CPU's compiler makes garbage (JAX 0.10.2; 32 x
-        # 128 weights of rank 4, for one).
+        # XLA's CPU compiler fuses a product with constant zeros into a wrong sum (JAX 0.10.2; 32 x 128 weights of
+        # rank 4, for one).
         a, b = jax.lax.optimization_barrier((arrays["a"], arrays["b"]))
         if self.window:
             magnitude = conv_norm(base, a, b, scale, self.window, self.groups)
@@ -173,10 +156,8 @@ class DoRA:
             magnitude = column_norm(base, a, b, scale)
         return base, {**arrays, "magnitude": magnitude}
 
-    def bind(
-        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
-    ) -> DoRAWeight | ConvDoRAWeight:
-        """Puts the weight and its arrays together."""
+    def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> DoRAWeight | ConvDoRAWeight:
+        """Returns the adapted weight."""
         arrays = {name: x.astype(jnp.float32) if _is_coarse(name, x) else x for name, x in arrays.items()}
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
         parts = (base, arrays["a"], arrays["b"], self._magnitude(base, arrays))
@@ -186,31 +167,52 @@ class DoRA:
         return DoRAWeight(*parts, detach_norm=self.detach_norm, **fields, **probes_in(arrays))
 
     def _magnitude(self, base, arrays):
-        """The trained lengths, and of layers without an adapter those that they have."""
+        """The trained magnitudes; for layers of rank 0 the norms of the weight."""
         magnitude = arrays["magnitude"]
-        if not isinstance(self.rank, tuple) or 0 not in self.rank or names_of(base) is not None:
+        if not isinstance(self.rank, tuple) or 0 not in self.rank or axes_of(base) is not None:
             return magnitude
         base = jax.lax.stop_gradient(base)
         own = column_norm(base, *(jnp.zeros_like(arrays[name]) for name in "ab"), 0.0)
         return jnp.where(jnp.asarray(self.rank)[:, None] > 0, magnitude, own.astype(magnitude.dtype))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
-        """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
+        """Returns the logical axes of the frozen part, of the factors and of the magnitude."""
         lead = names[: len(names) - 2 - self.window]
-        return names, {**factor_axes(names, self.window), "magnitude": P(*lead, names[-1])}
+        base, factors = super().axes(names)
+        return base, {**factors, "magnitude": P(*lead, names[-1])}
 
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
-        """Takes the update out of a merged weight; ``kept`` is ``magnitude / norm`` as it was when merging."""
+    def merge_state(self, base: jax.Array, arrays: Arrays) -> jax.Array:
+        """Returns ``magnitude / norm``."""
+        return self.bind(base, arrays).gain
+
+    def unmerge(self, merged: jax.Array, arrays: Arrays, kept: jax.Array) -> jax.Array:
+        """Divides a merged weight by ``magnitude / norm``, and subtracts the update."""
         direction = merged.astype(kept.dtype) / jnp.expand_dims(kept, tuple(range(-2 - self.window, -1)))
         if self.window:
-            back = formed(direction, arrays["a"], arrays["b"], -self.scale, self.window, self.groups)
+            back = dense_kernel(direction, arrays["a"], arrays["b"], -self.scale, self.window, self.groups)
         else:
             back = remove(direction, arrays["a"], arrays["b"], self.scale)
         return back.astype(merged.dtype)
+
+    def scaled_factors(self, base: jax.Array, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns ``a``, ``scale * b`` and ``magnitude / norm``."""
+        a, b, _ = super().scaled_factors(base, arrays)
+        return a, b, self.bind(base, arrays).gain
+
+    @staticmethod
+    def combine(
+        configs: Sequence[AdapterConfig], arrays: Sequence[Arrays], weights: Sequence[ArrayLike]
+    ) -> tuple[AdapterConfig, Arrays]:
+        """Raises ValueError: DoRA is not linear in its arrays."""
+        return AdapterConfig.combine(configs, arrays, weights)
+
+    def peft_fields(self) -> dict[str, Any] | None:
+        """Returns the fields that say which layer this is."""
+        return {**super().peft_fields(), "use_dora": True}
 
 
 def _is_coarse(name: str, x: jax.Array | P) -> bool:
     if isinstance(x, P):
         return False
-    # Float16 has no room for norms and what they are made of, bfloat16 no digits for a gain near 1.
+    # The norms overflow in float16; bfloat16 has too few digits for a gain near 1.
     return x.dtype == jnp.float16 or (name == "magnitude" and x.dtype == jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Effort's two penalties, for any stack of weights, from products no larger than the residual part asks for."""
+"""The two penalties of Effort, for stacks of weights; no array of the size of a weight is formed."""
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,21 @@ from subspace_jax.adapters.rules import adapters_of
 
 
 def orthogonality_loss(u: jax.Array, vt: jax.Array, bases: PrincipalBases, *, squared: bool = False) -> jax.Array:
-    """How far principal and residual singular vectors together are from orthonormal.
+    """Distance of the principal and residual singular vectors together from orthonormality.
 
-    ``||[V, v]^T [V, v] - I||_F / 2 + ||[U, u] [U, u]^T - I||_F / 2`` as the authors have it, where V and v are the
-    vectors on the side of the inputs and U and u those of the outputs.  With more outputs than inputs the second norm
-    is at least ``sqrt(out - in)``, for the projector is not the identity.
+    ``||[V, v]^T [V, v] - I||_F / 2 + ||[U, u] [U, u]^T - I||_F / 2`` as in the authors' code, where V and v are the
+    vectors of the inputs and U and u those of the outputs.  With more outputs than inputs the second norm is at least
+    ``sqrt(out - in)``, as the projector is not the identity.
 
-    A norm has no gradient where it is zero, which is where training starts.  What is no larger than rounding there
-    gets none here; where ``squared``, the loss has half the squares, and a gradient everywhere.
+    A norm has no gradient at zero, where training starts; values up to rounding get none.  With ``squared`` the loss
+    is half the squares, and has a gradient everywhere.
 
     Source: arXiv 2411.15633, version 1.
 
     Args:
-      u: ``[..., in, q]``, residual.
-      vt: ``[..., q, out]``, residual.
-      bases: The principal ones.
+      u: Residual left singular vectors ``[..., in, q]``.
+      vt: Residual right singular vectors ``[..., q, out]``.
+      bases: The principal singular vectors.
       squared: Whether norms are squared.
 
     Returns:
@@ -42,10 +42,10 @@ def orthogonality_loss(u: jax.Array, vt: jax.Array, bases: PrincipalBases, *, sq
 
 
 def energy_loss(w: jax.Array, u: jax.Array, s: jax.Array, vt: jax.Array, bases: PrincipalBases) -> jax.Array:
-    """By how much the squared Frobenius norm of the weight has changed, ``| ||W_now||^2 - ||W||^2 |``.
+    """Change of the squared Frobenius norm of the weight, ``| ||W_now||^2 - ||W||^2 |``.
 
-    Nothing of the weight's size is formed, and its norm, beside which a change would be lost, does not enter.  A
-    change no larger than rounding has no gradient, as at the start, where the absolute value has none.
+    No array of the size of the weight is formed, and its norm, beside which a change would be lost, does not enter.  A
+    change up to rounding has no gradient, as the absolute value has none at the start.
 
     Args:
       w: The frozen principal part, ``[..., in, out]``.
@@ -61,7 +61,7 @@ def energy_loss(w: jax.Array, u: jax.Array, s: jax.Array, vt: jax.Array, bases: 
     own = linalg.gram(u, u) * linalg.times(vt, vt.mT)
     energy = jnp.einsum("...i,...ij,...j->...", s, own, s, precision=jax.lax.Precision.HIGHEST)
     change = energy - bases.energy + 2 * jnp.sum(s * cross, axis=-1)
-    # The principal part meets the residual one in rounding only, of its own size.
+    # The cross term is rounding, in proportion to the principal part.
     size = jnp.sum(jnp.square(w.astype(u.dtype)), axis=(-2, -1))
     least = 16 * float(jnp.finfo(u.dtype).eps) * jax.lax.stop_gradient(jnp.sqrt(size * energy) + energy)
     distance = jnp.abs(change)
@@ -69,21 +69,21 @@ def energy_loss(w: jax.Array, u: jax.Array, s: jax.Array, vt: jax.Array, bases: 
 
 
 def effort_penalty(params: PyTree, trainable: PyTree, settings: Rules, *, squared: bool = False) -> jax.Array:
-    """The mean over all Effort weights of :func:`orthogonality_loss` plus :func:`energy_loss`.
+    """Mean over all Effort weights of :func:`orthogonality_loss` plus :func:`energy_loss`.
 
-    Add it to the loss times a weight (the authors tried 1).  Works under ``jax.jit`` and ``jax.grad``.
+    Add it to the loss times a coefficient (the authors used 1).  Works under ``jax.jit`` and ``jax.grad``.
 
     Args:
       params: The frozen tree of :func:`prepare`.
       trainable: The adapters.
-      settings: The same rules, those of Effort with ``bases``.
+      settings: The same rules, Effort with ``bases``.
       squared: See :func:`orthogonality_loss`.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: No weight is Effort's, or one has no bases.
+      ValueError: No adapter is Effort, or one has no bases.
     """
     found, at, losses = adapters_of(trainable), bases_of(params), []
     for path, setting in settings_of(trainable, settings).items():
@@ -97,12 +97,12 @@ def effort_penalty(params: PyTree, trainable: PyTree, settings: Rules, *, square
             + energy_loss(base.weight, own["u"], own["s"], own["vt"], base.bases)
         )
     if not losses:
-        raise ValueError("settings: no weight is Effort's")
+        raise ValueError("settings: no adapter is Effort")
     return sum(jnp.sum(x) for x in losses) / sum(x.size for x in losses)
 
 
 def _defect(principal: jax.Array, residual: jax.Array) -> jax.Array:
-    """``||G - I||_F^2`` for the Gram matrix G of both, of which the principal ones are orthonormal."""
+    """Returns ``||G - I||_F^2`` for the Gram matrix G of orthonormal principal and residual vectors."""
     own = linalg.gram(residual, residual)
     own = own - jnp.broadcast_to(jnp.eye(own.shape[-1], dtype=own.dtype), own.shape)
     across = linalg.gram(principal, residual)

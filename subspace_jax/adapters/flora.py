@@ -1,8 +1,9 @@
-"""FLoRA: an update of low rank in every axis of a weight of any order."""
+"""FLoRA: a low-rank Tucker update of a weight of any order."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +11,33 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import linalg, nn
-from subspace_jax.adapters.factors import dropout_fields, dropped, mix
+from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.factors import drop_features, dropout_fields, grouped_matmul
 from subspace_jax.adapters.lora import LoRAWeight
-from subspace_jax.adapters.quantized import Int8Weight, dense_base, names_of
+from subspace_jax.adapters.structured import StructuredWeight, as_dense, axes_of
 
 FLORA_INITS = ("kaiming_normal", "normal002", "kaiming_uniform")
+MAX_ORDER = 9
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FLoRAWeight:
+class FLoRAWeight(StructuredWeight):
     """A weight ``base + scale * T`` where T is a core times a matrix along each axis, and is never formed.
 
-    Axes are counted as the authors do, inputs, outputs, then those of a convolution's window; the weight itself has
-    the window first.
+    The axes of the core are ordered as in the authors' code: inputs, outputs, then those of a convolution's window; the
+    weight has the window first.
 
     Attributes:
       base: Frozen ``[..., *window, in, out]``.
       core: ``[..., r_0, r_1, ...]``.
       factors: ``p0 [..., in, r_0]``, ``p1 [..., out, r_1]``, and ``p2 [..., window_0, r_2]`` and so on.
-      key: Random key, ``[...]``, while training with dropout; None without.
+      key: Random key of dropout, ``[...]``; None without.
       scale: The scale.
-      dropout: Share of the entries of x that the update doesn't see, if there is a key.
+      dropout: Probability of dropping an input feature of the update, if there is a key.
     """
 
-    base: jax.Array | Int8Weight
+    base: jax.Array | StructuredWeight
     core: jax.Array
     factors: Mapping[str, jax.Array]
     key: jax.Array | None = None
@@ -43,14 +46,14 @@ class FLoRAWeight:
 
     @property
     def order(self) -> int:
-        """Number of axes of the weight, less those of a stack."""
+        """Number of axes of the weight, without those of a stack."""
         return len(self.factors)
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
         self._check(2, "linear")
         p0, p1 = self.factors["p0"], self.factors["p1"]
-        # The core goes to the side that leaves the smaller rank between the two products.
+        # The core is multiplied into the side that leaves the smaller rank between the two matmuls.
         if self.core.shape[-1] < self.core.shape[-2]:
             return self._pair(linalg.times(p0, self.core), p1.mT).linear(x)
         return self._table().linear(x)
@@ -66,20 +69,20 @@ class FLoRAWeight:
         return self._table().scores(x)
 
     def conv(self, x: jax.Array, *, groups: int, **how) -> jax.Array:
-        """Returns what :func:`subspace_jax.nn.conv` does with the adapted kernel.
+        """Returns :func:`subspace_jax.nn.conv` of ``x`` with the adapted kernel.
 
-        The update is three convolutions: inputs to ``r_0`` by a window of one, ``r_0`` to ``r_1`` with the window,
-        and on to the outputs by a window of one.  With groups each group has the same core and the same ``p0``.
+        The update is three convolutions: 1x1 from the inputs to ``r_0``, with the window to ``r_1``, and 1x1 to the
+        outputs.  With groups all groups share the core and ``p0``.
         """
         self._check(x.ndim, "conv")
         p0, p1, *window = (self.factors[name] for name in factor_names(self.order))
         small = jnp.moveaxis(linalg.tucker_product(self.core, window), (0, 1), (-2, -1))
         small = jnp.tile(small, (*(1,) * (x.ndim - 1), groups))
-        seen = dropped(x, self.key, self.dropout)
+        seen = drop_features(x, self.key, self.dropout)
         inner = jnp.matmul(seen.reshape(*x.shape[:-1], groups, -1), p0.astype(x.dtype))
         inner = nn.conv(inner.reshape(*x.shape[:-1], -1), small, groups=groups, **how)
         base = nn.conv(x, jax.lax.stop_gradient(self.base), groups=groups, **how)
-        return base + jnp.asarray(self.scale, x.dtype) * mix(inner, p1.T, groups)
+        return base + jnp.asarray(self.scale, x.dtype) * grouped_matmul(inner, p1.T, groups)
 
     def update(self) -> jax.Array:
         """Returns what is added to the frozen weight, ``[..., *window, in, out]``, in float32 or better."""
@@ -89,9 +92,9 @@ class FLoRAWeight:
         return jnp.asarray(self.scale, tensor.dtype) * tensor
 
     def dense(self) -> jax.Array:
-        """Returns the weight itself, in the dtype of ``base``."""
+        """Returns the weight, in the dtype of ``base``."""
         update = self.update()
-        base = jax.lax.stop_gradient(dense_base(self.base))
+        base = jax.lax.stop_gradient(as_dense(self.base))
         dtype = linalg.working_dtype(base, update)
         return (base.astype(dtype) + update.astype(dtype)).astype(self.base.dtype)
 
@@ -108,60 +111,66 @@ class FLoRAWeight:
 
 
 @dataclass(frozen=True)
-class FLoRA:
-    """Update of low rank in every axis: a small core, and a matrix for each axis, all trained.
+class FLoRA(AdapterConfig):
+    """Low-rank Tucker update: a small core, and a matrix for each axis, all trained.
 
-    ``T[i, o, k...] = sum core[j_0, j_1, ...] p0[i, j_0] p1[o, j_1] p2[k, j_2] ...`` is added ``scale`` times.  The core
-    begins at zero, so the start changes nothing, and the first step changes the core only; keep weight decay from it.
-    Costs ``prod r_i + sum d_i r_i`` numbers.
+    ``W + scale T`` with ``T[i, o, k...] = sum core[j_0, j_1, ...] p0[i, j_0] p1[o, j_1] p2[k, j_2] ...``.  The core
+    begins at zero, so that the first step changes the core only.  The number of parameters is
+    ``prod r_i + sum d_i r_i``.
 
-    Matrices, tables and convolutions are applied without forming the update; for weights of other orders use
-    :func:`subspace_jax.adapters.materialize`.  Vectors (one rank) are bound as they are formed.
+    Matrices, embedding tables and convolutions are applied without forming the update; for weights of other orders use
+    :func:`subspace_jax.adapters.materialize`.  Adapted vectors (one rank) are bound as arrays.
 
-    Source: arXiv 2405.14739; orders of one, groups and tables as the authors leave them open.
+    Source: arXiv 2405.14739, which leaves order 1, groups and embedding tables open.
 
     Attributes:
-      ranks: One for each axis, in the order inputs, outputs, window, as in the authors' code; their number says how
-        many axes the weight has, and further leading axes are stacked weights.  With groups the first is of
-        ``in / groups``.
-      scale: Multiplies the update; there is no division by a rank.  What is best changes with the ranks, for the
-        factors' size depends on them.
-      init: Of the factors: "kaiming_normal" (variance ``0.5 / r_i``, the authors'), "normal002" (deviation 0.02) or
-        "kaiming_uniform" (within ``1 / sqrt(in)`` for inputs, ``1 / sqrt(r_i)`` otherwise).
-      dropout: Share of the inputs that the update doesn't see while training: with a key for
-        :func:`subspace_jax.adapters.bind`.  Tables have none.
+      ranks: One for each axis, in the order inputs, outputs, window, as in the authors' code; their number is the order
+        of the weight, and further leading axes are stacked weights.  With groups the first is of ``in / groups``.
+      scale: Factor of the update; it is not divided by a rank.  The best value depends on the ranks, as the size of the
+        factors does.
+      init: Of the factors: "kaiming_normal" (variance ``0.5 / r_i``, the authors'), "normal002" (standard deviation
+        0.02) or "kaiming_uniform" (within ``1 / sqrt(in)`` for inputs, ``1 / sqrt(r_i)`` otherwise).
+      dropout: See :class:`LoRA`.
 
     Raises:
-      ValueError: A rank is below 1, the scale is not positive, or a name or a share is out of range.
+      ValueError: A rank is below 1, the scale is not positive, or another field is out of range.
     """
 
     ranks: tuple[int, ...]
     scale: float = 1.0
     init: str = "kaiming_normal"
     dropout: float = 0.0
-    keeps_base = True
+
+    labels: ClassVar = {"core": "core", **{f"p{i}": "factor" for i in range(MAX_ORDER)}}
+    roles: ClassVar = {"core": "no_decay"}
 
     def __post_init__(self):
-        whole = isinstance(self.ranks, tuple) and all(
+        integers = isinstance(self.ranks, tuple) and all(
             isinstance(r, int) and not isinstance(r, bool) for r in self.ranks
         )
-        if not whole or not 1 <= len(self.ranks) <= 9 or min(self.ranks) < 1:
+        if not integers or not 1 <= len(self.ranks) <= MAX_ORDER or min(self.ranks) < 1:
             raise ValueError(f"ranks: expected a tuple of one to nine integers of at least 1, got {self.ranks!r}")
         if not (isinstance(self.scale, float | int) and math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale: expected a positive number, got {self.scale!r}")
         if self.init not in FLORA_INITS:
             raise ValueError(f"init: expected one of {FLORA_INITS}, got {self.init!r}")
         if not (isinstance(self.dropout, float | int) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout!r}")
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
 
     @property
     def rank(self) -> tuple[int, ...]:
         """The ranks."""
         return self.ranks
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Draws the trained arrays for a weight ``[..., *window, in, out]``; the frozen part is the weight."""
-        del table
+    def admits(self, path: str, ndim: int) -> bool:
+        """Admits vectors too, with one rank."""
+        return len(self.ranks) == 1 or super().admits(path, ndim)
+
+    def initialize(
+        self, key: jax.Array, w: jax.Array, *, table: bool = False, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """Draws the factors for a weight ``[..., *window, in, out]``; see :class:`AdapterConfig`."""
+        del table, gradient
         order = len(self.ranks)
         if w.ndim < order:
             raise ValueError(f"ranks: {order} of them, {self.ranks}, for a weight {w.shape}")
@@ -177,25 +186,25 @@ class FLoRA:
             arrays[f"p{i}"] = self._draw(own, (*lead, size, rank), dtype, size if i == 0 else rank)
         return w, arrays
 
-    def bind(
-        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
-    ) -> FLoRAWeight | jax.Array:
-        """Puts the weight and its arrays together."""
+    def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> FLoRAWeight | jax.Array:
+        """Returns the adapted weight."""
         order = len(self.ranks)
         factors = {name: arrays[name] for name in factor_names(order)}
         fields = dropout_fields(self.dropout, key, base, order - 2) if order > 1 else {}
         weight = FLoRAWeight(base, arrays["core"], factors, scale=self.scale, **fields)
-        return weight if order > 1 else base if names_of(base) is not None else weight.dense()
+        if order > 1:
+            return weight
+        return weight.dense() if axes_of(base) is None else base
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
-        """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
+        """Returns the logical axes of the frozen part, of the core and of the factors."""
         order = len(self.ranks)
         lead = names[: len(names) - order]
         factors = {f"p{i}": P(*lead, names[_axis(i, order)], None) for i in range(order)}
         return names, {"core": P(*lead, *(None,) * order), **factors}
 
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
-        """Takes the update out of a merged weight."""
+    def unmerge(self, merged: jax.Array, arrays: Arrays, kept: None) -> jax.Array:
+        """Subtracts the update from a merged weight."""
         del kept
         factors = {name: arrays[name] for name in factor_names(len(self.ranks))}
         return FLoRAWeight(merged, arrays["core"], factors, scale=-self.scale).dense()
@@ -208,12 +217,12 @@ class FLoRA:
 
 
 def factor_names(order: int) -> tuple[str, ...]:
-    """Names of the factors, in the order of the core's axes."""
+    """Returns the names of the factors, in the order of the axes of the core."""
     return tuple(f"p{i}" for i in range(order))
 
 
 def _axis(i: int, order: int) -> int:
-    """The axis of a weight ``[..., *window, in, out]`` to which the i-th axis of the core belongs."""
+    """Returns the axis of a weight ``[..., *window, in, out]`` of the i-th axis of the core."""
     if order == 1:
         return -1
     return (-2, -1)[i] if i < 2 else i - 2 - order

@@ -1,35 +1,55 @@
-"""A weight that is trained as a whole, beside adapters of others."""
+"""A parameter that trains itself, beside adapters of others."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from subspace_jax.adapters.config import AdapterConfig, Arrays
+
 
 @dataclass(frozen=True)
-class Full:
-    """Trains a copy of a parameter as a whole: a fresh head, say, or biases.
+class Full(AdapterConfig):
+    """Trains a copy of a parameter: a new head, or biases.
 
-    PEFT calls this ``modules_to_save``.  Of all settings this is the one that may name any floating-point parameter.
+    The counterpart of PEFT's ``modules_to_save``.  Any floating-point parameter may be named, vectors included.
     """
 
-    keeps_base = True
+    labels: ClassVar = {"full": "full"}
+    trains_weight = True
+    quantizable_base = False
+    rank = None
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The copy; the frozen part stays."""
-        del key, table
+    def admits(self, path: str, ndim: int) -> bool:
+        """Admits every parameter."""
+        del path, ndim
+        return True
+
+    def initialize(
+        self, key: jax.Array, w: jax.Array, *, table: bool = False, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """Returns the parameter, frozen and as the array that trains."""
+        del key, table, gradient
         return w, {"full": w}
 
-    def bind(self, base: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-        """The copy in the place of the weight."""
-        del base
+    def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """Returns the trained copy."""
+        del base, key
         return arrays["full"]
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
-        """Logical axes of the frozen part and of the copy, from those of the weight."""
+        """Returns the axes of the parameter, twice."""
         return names, {"full": names}
 
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
-        """The weight as it was."""
+    def merge_state(self, base: jax.Array, arrays: Arrays) -> jax.Array:
+        """Returns the parameter before training."""
+        del arrays
+        return base
+
+    def unmerge(self, merged: jax.Array, arrays: Arrays, kept: jax.Array) -> jax.Array:
+        """Returns the parameter before training."""
         del merged, arrays
+        if kept is None:
+            raise TypeError("kept: expected the parameter before training, got None")
         return kept

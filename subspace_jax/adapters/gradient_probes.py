@@ -1,4 +1,4 @@
-"""Energy probes: leaves beside the factors of an adapter whose gradients are energies of its weight's gradient."""
+"""Gradient probes: leaves beside the factors of an adapter that receive statistics of the weight's gradient."""
 
 from typing import Any
 
@@ -13,17 +13,16 @@ PyTree = Any
 PROBES = ("row_energy", "column_energy")
 
 
-def add_energy_probes(trainable: PyTree) -> PyTree:
-    """Adds probes to all adapters with factors ``a`` and ``b``, but to those of tables and convolutions.
+def add_gradient_probes(trainable: PyTree) -> PyTree:
+    """Adds probes to all adapters with factors ``a`` and ``b``, except those of embedding tables and convolutions.
 
-    :func:`subspace_jax.adapters.bind` puts them into the weights, and a gradient of the loss then has in their places
-    the sums of squares of the gradient of the whole weight, by rows and by columns: what the statistic "full" of
-    :func:`subspace_jax.optim.adaprelora` is made of.  The price is a product of the weight's size in the backward pass;
-    see :func:`subspace_jax.kernels.energy_probes`.  (Of a table, which is looked up, there are none; nor is the
-    gradient of a norm that is not a constant in them.)
+    :func:`subspace_jax.adapters.bind` puts them into the weights.  In a gradient of the loss, their leaves are the sums
+    of squares of the gradient of the full weight, by rows and by columns: the statistic "full" of
+    :func:`subspace_jax.optim.adaprelora`.  The cost is a matmul of the size of the weight in the backward pass; see
+    :func:`subspace_jax.kernels.energy_probes`.  The gradient through a norm that is not detached is not included.
 
     Args:
-      trainable: Of :func:`subspace_jax.adapters.init` or :func:`subspace_jax.adapters.prepare`.
+      trainable: Tree of :func:`subspace_jax.adapters.init` or :func:`subspace_jax.adapters.prepare`.
 
     Returns:
       A nested dict with ``row_energy [..., in]`` and ``column_energy [..., out]`` beside ``a`` and ``b``, zeros.
@@ -33,15 +32,15 @@ def add_energy_probes(trainable: PyTree) -> PyTree:
       >>> from subspace_jax import adapters
       >>> settings = {"q": adapters.LoRA(2, 4.0)}
       >>> trainable = adapters.init(jax.random.key(0), {"q": {"kernel": jax.numpy.ones((8, 4))}}, settings)
-      >>> sorted(adapters.add_energy_probes(trainable)["q"]["kernel"])
+      >>> sorted(adapters.add_gradient_probes(trainable)["q"]["kernel"])
       ['a', 'b', 'column_energy', 'row_energy']
     """
     out: dict[str, Any] = {}
     for path, arrays in adapters_of(trainable).items():
-        factors = {"a", "b"} <= arrays.keys() and arrays["a"].ndim == arrays["b"].ndim  # a convolution's have not
+        factors = {"a", "b"} <= arrays.keys() and arrays["a"].ndim == arrays["b"].ndim  # false for a convolution
         if factors and path.split("/")[-1] != "embedding":
             a, b = arrays["a"], arrays["b"]
-            # Through the factors, so that they are placed alike.
+            # Computed from the factors, so that they have the same sharding.
             dtype = linalg.working_dtype(a, b)
             probes = (jnp.zeros_like(jnp.max(a, axis=-1), dtype), jnp.zeros_like(jnp.max(b, axis=-2), dtype))
             arrays = {**arrays, **dict(zip(PROBES, probes, strict=True))}
@@ -49,11 +48,11 @@ def add_energy_probes(trainable: PyTree) -> PyTree:
     return out
 
 
-def drop_energy_probes(trainable: PyTree) -> PyTree:
-    """Takes the probes out again, for other optimizers, :func:`subspace_jax.adapters.count`, or an export.
+def drop_gradient_probes(trainable: PyTree) -> PyTree:
+    """Removes the probes, for other optimizers, :func:`subspace_jax.adapters.count`, or an export.
 
     Args:
-      trainable: A trainable tree, with probes or without.
+      trainable: A trainable tree, with or without probes.
 
     Returns:
       A nested dict without them.
@@ -65,11 +64,11 @@ def drop_energy_probes(trainable: PyTree) -> PyTree:
 
 
 def probes_in(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a structured weight that hold probes."""
+    """Returns the fields of a structured weight that hold probes."""
     return {name: arrays[name] for name in PROBES if name in arrays}
 
 
 def probe_axes(names: P) -> dict[str, P]:
-    """Logical axes of probes, from those of the weight."""
+    """Returns the logical axes of probes, from those of the weight."""
     *lead, rows, columns = names
     return dict(zip(PROBES, (P(*lead, rows), P(*lead, columns)), strict=True))

@@ -1,48 +1,53 @@
 """LoRA: a frozen weight and a low-rank update of it."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import kernels, nn
-from subspace_jax.adapters.convolution import ConvLoRAWeight
+from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.convolution import ConvLoRAWeight, dense_kernel
 from subspace_jax.adapters.factors import (
     adapted,
-    check_setting,
+    drop_features,
     dropout_fields,
-    dropped,
     factor_axes,
-    keeps_base,
     remove,
     scale_fields,
-    scale_of,
-    start_adapter,
+    scaled,
 )
-from subspace_jax.adapters.gradient_probes import probes_in
-from subspace_jax.adapters.quantized import Int8Weight
+from subspace_jax.adapters.gradient_probes import PROBES, probes_in
+from subspace_jax.adapters.lora_init import INITS, ZERO_UPDATE, init_adapter
+from subspace_jax.adapters.structured import StructuredWeight, is_structured
+
+_PROBE_LABELS = dict.fromkeys(PROBES, "factor")
+_PROBE_ROLES = dict.fromkeys(PROBES, "probe")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoRAWeight:
-    """A weight ``base + scale * a @ b`` that is never formed; takes a kernel's or a table's place.
+class LoRAWeight(StructuredWeight):
+    """A weight ``base + scale * a @ b`` that is never formed; replaces a kernel or an embedding table.
 
     Attributes:
       base: Frozen ``[..., in, out]``.
       a: ``[..., in, r]``.
       b: ``[..., r, out]``.
       scales: ``[...]`` where stacked weights differ in their scale, otherwise None.
-      key: Random key, ``[...]``, while training with dropout; None without.
-      scale: The scale where they do not.
-      row_energy: Energy probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_energy_probes`.
-      column_energy: Energy probe ``[..., out]``.
-      dropout: Share of the entries of x that the update doesn't see, if there is a key.
+      row_energy: Gradient probe ``[..., in]``, or None; see :func:`subspace_jax.adapters.add_gradient_probes`.
+      column_energy: Gradient probe ``[..., out]``.
+      key: Random key of dropout, ``[...]``; None without.
+      scale: The scale where stacked weights do not differ.
+      dropout: Probability of dropping an input feature of the update, if there is a key.
     """
 
-    base: jax.Array | Int8Weight
+    base: jax.Array | StructuredWeight
     a: jax.Array
     b: jax.Array
     scales: jax.Array | None = None
@@ -54,7 +59,7 @@ class LoRAWeight:
 
     @property
     def factor(self) -> jax.Array | float:
-        """The scale, whichever way it is kept."""
+        """The scale, of all stacked weights or of each."""
         return self.scale if self.scales is None else self.scales
 
     def linear(self, x: jax.Array) -> jax.Array:
@@ -64,11 +69,11 @@ class LoRAWeight:
             return y
         return kernels.energy_probes(x, y, self.row_energy, self.column_energy)
 
-    def _lora(self, x: jax.Array, base: jax.Array | Int8Weight) -> jax.Array:
-        if self.key is None and not isinstance(base, Int8Weight):
+    def _lora(self, x: jax.Array, base: jax.Array | StructuredWeight) -> jax.Array:
+        if self.key is None and not is_structured(base):
             return kernels.lora_linear(x, base, self.a, self.b, self.factor)
-        # The two branches see different inputs, or the base is no array: no one product makes both.
-        update = nn.linear(nn.linear(dropped(x, self.key, self.dropout), self.a), self.b)
+        # The two branches have different inputs, or the base is no array: the fused kernel does not apply.
+        update = nn.linear(nn.linear(drop_features(x, self.key, self.dropout), self.a), self.b)
         return nn.linear(x, base) + self._scaled(update)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -82,7 +87,7 @@ class LoRAWeight:
         return nn.unembed(x, jax.lax.stop_gradient(self.base)) + self._scaled(update)
 
     def dense(self) -> jax.Array:
-        """Returns the weight itself, in the dtype of ``base``."""
+        """Returns the weight, in the dtype of ``base``."""
         return adapted(self.base, self.a, self.b, self.factor).astype(self.base.dtype)
 
     def _scaled(self, x: jax.Array) -> jax.Array:
@@ -90,33 +95,33 @@ class LoRAWeight:
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """Low-rank update ``W + s a b`` with ``s = alpha / rank``.
+class LoRA(AdapterConfig):
+    """Low-rank adaptation ``W + s a b`` with ``s = alpha / rank``.
 
-    ``a [..., in, rank]`` and ``b [..., rank, out]`` are trained, the weight is not; leading axes are stacked weights.
-    Of a table (a weight called ``embedding``) the side of the words begins at zero, of others ``b``.
+    ``a [..., in, rank]`` and ``b [..., rank, out]`` train, the weight is frozen; leading axes are stacked weights.  The
+    update begins at zero: ``b`` does, or ``a`` for an embedding table (a weight called ``embedding``).
 
     A convolution's kernel ``[..., *window, in / groups, out]`` gets ``a [..., *window, in / groups, rank]``, a
-    convolution like its own, and ``b [..., rank / groups, out]``, one by a window of one.
+    convolution of the same window, and ``b [..., rank / groups, out]``, a 1x1 convolution.
 
     Source: arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA, arXiv 2404.02948; LoRA-GA, arXiv 2407.05000.
 
     Attributes:
-      rank: Rank of the update.  A tuple gives one for each layer of a stacked weight, zero for none: arrays then have
-        the largest, filled up with zeros that get no gradient.
-      alpha: Numerator of the scale; a tuple for one for each layer.
+      rank: Rank of the update.  A tuple has one for each layer of a stacked weight, 0 for none: the arrays have the
+        largest rank, padded with zeros that get no gradient.
+      alpha: Numerator of the scale; a tuple has one for each layer.
       rslora: Whether ``s = alpha / sqrt(rank)``.
-      init: "kaiming" (``a`` uniform within ``1 / sqrt(in)``), "gaussian" (deviation ``1 / rank``), or "pissa": the
-        leading singular triplets, which :func:`subspace_jax.adapters.prepare` then takes from the weight;
-        "pissa_randomized" finds them by a random sketch, for large weights.  "lora_ga": singular vectors of a gradient
-        that ``prepare`` is given, see :func:`subspace_jax.adapters.lora_ga_factors`.
-      dropout: Share of the inputs that the update doesn't see while training: with a key for
-        :func:`subspace_jax.adapters.bind`.  Tables have none, as in PEFT.
+      init: "kaiming" (``a`` uniform within ``1 / sqrt(in)``), "gaussian" (standard deviation ``1 / rank``), or
+        "pissa": the leading singular triplets, which :func:`subspace_jax.adapters.prepare` then subtracts from the
+        weight; "pissa_randomized" computes them by a randomized SVD, for large weights.  "lora_ga": singular vectors of
+        a gradient that ``prepare`` takes, see :func:`subspace_jax.adapters.lora_ga_factors`.
+      dropout: Probability of dropping an input feature of the update in training, with a key for
+        :func:`subspace_jax.adapters.bind`.  Embedding tables have none, as in PEFT.
       window: Number of axes of a convolution's window, 0 for a matrix.
-      groups: Those of the convolution; they divide the rank.
+      groups: Number of groups of the convolution; divides the rank.
 
     Raises:
-      ValueError: A rank is below 1, alpha is not positive, ``init`` is unknown, or another number is out of range.
+      ValueError: A rank is below 1, alpha is not positive, ``init`` is unknown, or another field is out of range.
     """
 
     rank: int | tuple[int, ...]
@@ -127,43 +132,122 @@ class LoRA:
     window: int = 0
     groups: int = 1
 
+    labels: ClassVar = {"a": "factor", "b": "factor", **_PROBE_LABELS}
+    roles: ClassVar = _PROBE_ROLES
+
     def __post_init__(self):
-        check_setting(self)
+        _check_rank_alpha(self.rank, self.alpha)
+        if self.init not in INITS:
+            raise ValueError(f"init: expected one of {INITS}, got {self.init!r}")
+        by_layer = isinstance(self.rank, tuple) or isinstance(self.alpha, tuple)
+        if isinstance(self.rank, tuple) and not self.keeps_base:
+            raise ValueError(f"init: {self.init!r} takes one rank for all layers, got {self.rank}")
+        if not (isinstance(self.dropout, float | int) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        if self.window not in (0, 1, 2, 3) or (self.window and by_layer):
+            raise ValueError(f"window: expected 0 to 3 axes, and one rank and alpha with any, got {self}")
+        if not isinstance(self.groups, int) or self.groups < 1 or (self.groups > 1 and not self.window):
+            raise ValueError(f"groups: expected at least 1, and more for convolutions only, got {self.groups!r}")
+        if self.groups > 1 and (self.rank % self.groups or not self.keeps_base):
+            raise ValueError(f"groups: expected to divide the rank, and no {self.init!r}, got {self}")
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return "rsLoRA" if self.rslora else "LoRA"
 
     @property
     def scale(self) -> float | tuple[float, ...]:
-        """The scale s, a tuple where layers differ."""
-        return scale_of(self.rank, self.alpha, self.rslora)
+        """The scale s; a tuple where layers differ."""
+        ranks, alphas = ((x,) if not isinstance(x, tuple) else x for x in (self.rank, self.alpha))
+        layers = max(len(ranks), len(alphas))
+        ranks, alphas = (x * layers if len(x) == 1 else x for x in (ranks, alphas))
+        scales = tuple(
+            0.0 if r == 0 else a / (math.sqrt(r) if self.rslora else r) for r, a in zip(ranks, alphas, strict=True)
+        )
+        return scales[0] if len(set(scales)) == 1 else scales
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the start leaves the frozen weight as it is."""
-        return keeps_base(self)
+        """Whether the update begins at zero."""
+        return self.init in ZERO_UPDATE
 
-    def start(
-        self, key: jax.Array, w: jax.Array, table: bool, gradient: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Draws the trained arrays for a weight ``[..., in, out]``; returns the frozen part with them."""
-        return start_adapter(key, w, table, self, gradient)
+    @property
+    def per_example(self) -> bool:
+        """Whether the weight is no convolution."""
+        return not self.window
 
-    def bind(
-        self, base: jax.Array, arrays: dict[str, jax.Array], key: jax.Array | None = None
-    ) -> LoRAWeight | ConvLoRAWeight:
-        """Puts the weight and its arrays together."""
+    def initialize(
+        self, key: jax.Array, w: jax.Array, *, table: bool = False, gradient: jax.Array | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """Draws ``a`` and ``b``; see :class:`AdapterConfig`."""
+        return init_adapter(key, w, self, table=table, gradient=gradient)
+
+    def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> LoRAWeight | ConvLoRAWeight:
+        """Returns the adapted weight."""
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
         if self.window:
             return ConvLoRAWeight(base, arrays["a"], arrays["b"], window=self.window, groups=self.groups, **fields)
         return LoRAWeight(base, arrays["a"], arrays["b"], **fields, **probes_in(arrays))
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
-        """Logical axes of the frozen part and of the trained arrays, from those of the weight."""
+        """Returns the logical axes of the frozen part and of the factors, whose rank is called "rank"."""
         return names, factor_axes(names, self.window)
 
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: None) -> jax.Array:
-        """Takes the update out of a merged weight."""
+    def unmerge(self, merged: jax.Array, arrays: Arrays, kept: None = None) -> jax.Array:
+        """Subtracts the update from a merged weight."""
         del kept
+        a, b = arrays["a"], arrays["b"]
         if self.window:
-            return ConvLoRAWeight(
-                merged, arrays["a"], arrays["b"], scale=-self.scale, window=self.window, groups=self.groups
-            ).dense()
-        return remove(merged, arrays["a"], arrays["b"], self.scale)
+            return dense_kernel(merged, a, b, -self.scale, self.window, self.groups).astype(merged.dtype)
+        return remove(merged, a, b, self.scale)
+
+    def start_state(self, base: jax.Array, arrays: Arrays) -> Arrays:
+        """Returns the arrays at the start, where the frozen part is the weight less their product."""
+        del base
+        return {} if self.keeps_base else dict(arrays)
+
+    def restore_base(self, w: jax.Array, start: Arrays) -> jax.Array:
+        """Subtracts the update of the start."""
+        return w if self.keeps_base else LoRA.unmerge(self, w, start)
+
+    def scaled_factors(self, base: jax.Array, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns ``a``, ``scale * b`` and None."""
+        del base
+        return arrays["a"], scaled(arrays["b"], self.scale), None
+
+    @staticmethod
+    def combine(
+        configs: Sequence[AdapterConfig], arrays: Sequence[Arrays], weights: Sequence[ArrayLike]
+    ) -> tuple[AdapterConfig, Arrays]:
+        """Concatenates the factors along the rank; the scales and the weights go into ``b``."""
+        windows = {(config.window, config.groups) for config in configs}
+        if len(windows) > 1:
+            raise ValueError(f"convolutions of different windows or groups can't be added up; got {list(configs)}")
+        [(window, groups)] = windows
+        if groups > 1:
+            raise ValueError("updates of grouped convolutions can't be added up")
+        each = zip(configs, arrays, weights, strict=True)
+        b = [jnp.asarray(w, own["b"].dtype) * scaled(own["b"], config.scale) for config, own, w in each]
+        made = {"a": jnp.concatenate([own["a"] for own in arrays], -1), "b": jnp.concatenate(b, -2)}
+        rank = made["a"].shape[-1]
+        return LoRA(rank, float(rank), window=window), made
+
+    def peft_fields(self) -> dict[str, Any] | None:
+        """Returns the fields that say which layer this is; rank and alpha go by module."""
+        return {"use_dora": False, "use_rslora": self.rslora, "lora_dropout": self.dropout}
+
+
+def _check_rank_alpha(rank, alpha) -> None:
+    """Raises unless rank and alpha are positive numbers, or tuples of one length."""
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    integers = all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
+    if not integers or min(ranks, default=0) < 0 or not any(ranks):
+        raise ValueError(f"rank: expected an integer of at least 1, or a tuple of them, got {rank!r}")
+    if not isinstance(rank, tuple) and rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,)
+    if not alphas or not all(isinstance(a, int | float) and math.isfinite(a) and a > 0 for a in alphas):
+        raise ValueError(f"alpha: expected a positive number, or a tuple of them, got {alpha!r}")
+    if isinstance(rank, tuple) and isinstance(alpha, tuple) and len(rank) != len(alpha):
+        raise ValueError(f"rank, alpha: expected one of each for every layer, got {len(rank)} and {len(alpha)}")

@@ -1,4 +1,4 @@
-"""Several adapters on one model: chosen by each row of a batch, or added up."""
+"""Several adapters on one model: selected by each example of a batch, or added up."""
 
 import re
 from collections.abc import Sequence
@@ -11,100 +11,99 @@ from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import linalg, nn
 from subspace_jax.adapters.api import PyTree, Rules, bases_of, replace_at, settings_of
-from subspace_jax.adapters.dora import DoRA
-from subspace_jax.adapters.lora import LoRA
-from subspace_jax.adapters.quantized import Int8Weight
+from subspace_jax.adapters.config import AdapterConfig, Arrays
 from subspace_jax.adapters.rules import adapters_of, insert
-from subspace_jax.adapters.svfit import SVFit
+from subspace_jax.adapters.structured import StructuredWeight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MultiWeight:
-    """A frozen weight with several updates, of which each row of a batch takes one.
+class MultiAdapterWeight(StructuredWeight):
+    """A frozen weight with several updates, of which each example of a batch selects one.
 
     Attributes:
       base: ``[..., in, out]``.
       a: ``[..., n, in, r]``.
       b: ``[..., n, r, out]``, times its scale.
-      rows: ``[..., batch]``, which update each row takes; -1 for none.
-      gain: ``[..., n, out]``, magnitude over norm where updates are DoRA's, otherwise None.
+      indices: ``[..., batch]``, the update of each example; -1 for none.
+      gain: ``[..., n, out]``, magnitude over norm of DoRA, otherwise None.
     """
 
-    base: jax.Array | Int8Weight
+    base: jax.Array | StructuredWeight
     a: jax.Array
     b: jax.Array
-    rows: jax.Array
+    indices: jax.Array
     gain: jax.Array | None = None
 
     def linear(self, x: jax.Array) -> jax.Array:
-        """Returns ``x @ W`` for ``x [batch, ..., in]``, with the W of each row."""
+        """Returns ``x @ W`` for ``x [batch, ..., in]``, with the W of each example."""
         self._check(x, "x")
-        inner = jnp.einsum("z...i,zir->z...r", x, self._taken(self.a, x.dtype))
+        inner = jnp.einsum("z...i,zir->z...r", x, self._selected(self.a, x.dtype))
         return self._joined(
-            nn.linear(x, self.base), jnp.einsum("z...r,zro->z...o", inner, self._taken(self.b, x.dtype))
+            nn.linear(x, self.base), jnp.einsum("z...r,zro->z...o", inner, self._selected(self.b, x.dtype))
         )
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Returns the rows of tokens ``[batch, ...]``, each with the update of its row of the batch."""
+        """Returns the rows of tokens ``[batch, ...]``, with the update of each example."""
         self._check(tokens, "tokens")
-        which = jnp.broadcast_to(self.rows.reshape(-1, *(1,) * (tokens.ndim - 1)), tokens.shape)
+        which = jnp.broadcast_to(self.indices.reshape(-1, *(1,) * (tokens.ndim - 1)), tokens.shape)
         inner = self.a.at[which, tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        # A row without an adapter looks into none.
         inner = jnp.where((which < 0)[..., None], 0, inner).astype(dtype)
-        update = jnp.einsum("z...r,zro->z...o", inner, self._taken(self.b, dtype))
+        update = jnp.einsum("z...r,zro->z...o", inner, self._selected(self.b, dtype))
         return self._joined(nn.embed(tokens, self.base, dtype), update)
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Returns ``x @ W.T`` for ``x [batch, ..., out]``, with the W of each row."""
+        """Returns ``x @ W.T`` for ``x [batch, ..., out]``, with the W of each example."""
         self._check(x, "x")
         if self.gain is not None:
             gains = self._gains(x.ndim)
             x = (x.astype(gains.dtype) * gains).astype(x.dtype)
-        inner = jnp.einsum("z...o,zro->z...r", x, self._taken(self.b, x.dtype))
-        return nn.unembed(x, self.base) + jnp.einsum("z...r,zir->z...i", inner, self._taken(self.a, x.dtype))
+        inner = jnp.einsum("z...o,zro->z...r", x, self._selected(self.b, x.dtype))
+        return nn.unembed(x, self.base) + jnp.einsum("z...r,zir->z...i", inner, self._selected(self.a, x.dtype))
 
-    def _taken(self, stack: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """What each row takes of a stack: NaN for an adapter that isn't there, zeros for none."""
-        taken = stack.at[self.rows].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        none = (self.rows < 0).reshape(-1, *(1,) * (stack.ndim - 1))
-        return jnp.where(none, 0, taken).astype(dtype)
+    def _selected(self, stack: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """The entry of a stack for each example: NaN for an index out of range, zeros for -1."""
+        selected = stack.at[self.indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        none = (self.indices < 0).reshape(-1, *(1,) * (stack.ndim - 1))
+        return jnp.where(none, 0, selected).astype(dtype)
 
     def _gains(self, ndim: int) -> jax.Array:
-        gains = self._taken(self.gain, self.gain.dtype)
-        gains = jnp.where((self.rows < 0)[:, None], 1, gains)
+        gains = self._selected(self.gain, self.gain.dtype)
+        gains = jnp.where((self.indices < 0)[:, None], 1, gains)
         return jnp.expand_dims(gains, tuple(range(1, ndim - 1)))
 
     def _joined(self, base: jax.Array, update: jax.Array) -> jax.Array:
         if self.gain is None:
             return base + update
-        # As DoRA composes: nothing is lost where the gain is near 1, and nothing changes where it is 1.
+        # As in kernels.dora_compose: accurate for a gain near 1, and exact for 1.
         gains = self._gains(base.ndim)
         wide, own = base.astype(gains.dtype), update.astype(gains.dtype)
         return (wide + ((gains - 1) * wide + gains * own)).astype(base.dtype)
 
     def _check(self, x: jax.Array, name: str) -> None:
-        if x.ndim < 1 or x.shape[:1] != self.rows.shape:
-            raise ValueError(f"{name}: expected [{self.rows.shape[0]}, ...] for rows {self.rows.shape}, got {x.shape}")
+        if x.ndim < 1 or x.shape[:1] != self.indices.shape:
+            raise ValueError(
+                f"{name}: expected [{self.indices.shape[0]}, ...] for indices {self.indices.shape}, got {x.shape}"
+            )
 
 
-def bind_many(
-    params: PyTree, trainables: Sequence[PyTree], settings: Rules | Sequence[Rules], rows: jax.Array
+def bind_multi_adapter(
+    params: PyTree, trainables: Sequence[PyTree], settings: Rules | Sequence[Rules], indices: jax.Array
 ) -> PyTree:
-    """Puts several adapters into a model at once, each row of a batch with its own: for serving many users.
+    """Binds several adapters at once; each example of a batch selects its own, to serve many users.
 
-    The frozen product is made once for the whole batch; each row's factors are gathered, and the updates of all rows
-    are two batched products.  For n adapters this holds n times their factors, and DoRA's norms are computed here: bind
-    once, and give each batch its rows by :func:`with_rows`.
+    The frozen matmul is computed once for the batch; the factors of each example are gathered, and the updates are two
+    batched matmuls.  This holds the factors of all n adapters, and computes the norms of DoRA: bind once, and set the
+    indices of each batch by :func:`with_adapter_indices`.
 
-    Adapters may differ in rank, in alpha and, for LoRA, in which weights they name; factors are filled up with zeros.
+    Adapters may differ in rank, in alpha and, for LoRA, in the weights that they name; factors are padded with zeros.
 
     Args:
       params: The frozen tree.
-      trainables: Adapters, LoRA or DoRA, of :func:`init`.
-      settings: Their rules: one for all, or one for each.
-      rows: Integers ``[batch]``, which adapter each row takes: from 0, or -1 for the model without one.  An adapter
-        that isn't there gives NaN.
+      trainables: Adapters of :func:`init`, LoRA or DoRA.
+      settings: Their rules: one mapping for all, or one for each.
+      indices: Integers ``[batch]``, the adapter of each example: from 0, or -1 for the model without one.  An index out
+        of range gives NaN.
 
     Returns:
       ``params`` with structured weights, for activations ``[batch, ...]``.
@@ -112,62 +111,62 @@ def bind_many(
     Raises:
       ValueError: There are no adapters, methods differ on one weight or are neither LoRA nor DoRA of a matrix or table,
         or :func:`bind` would raise.
-      TypeError: ``rows`` are not integers.
+      TypeError: ``indices`` are not integers.
     """
     each = _rules_of(trainables, settings)
-    if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim != 1:
-        raise TypeError(f"rows: expected integers [batch], got {rows.dtype}{rows.shape}")
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim != 1:
+        raise TypeError(f"indices: expected integers [batch], got {indices.dtype}{indices.shape}")
     found = [_parts(trainable, own) for trainable, own in zip(trainables, each, strict=True)]
     at, new = bases_of(params), {}
     for path in dict.fromkeys(path for parts in found for path in parts):
         if path not in at:
             raise ValueError(f"params: have no weights for the adapters [{path!r}]")
-        new[path] = _stacked(path, at[path], [parts.get(path) for parts in found], rows)
+        new[path] = _stacked(path, at[path], [parts.get(path) for parts in found], indices)
     return replace_at(params, new)
 
 
-def with_rows(params: PyTree, rows: jax.Array) -> PyTree:
-    """Gives bound parameters the rows of another batch.
+def with_adapter_indices(params: PyTree, indices: jax.Array) -> PyTree:
+    """Replaces the indices of bound parameters by those of another batch.
 
     Args:
-      params: Of :func:`bind_many`.
-      rows: Integers ``[batch]``, see there; the size of the batch may be another.
+      params: Parameters of :func:`bind_multi_adapter`.
+      indices: Integers ``[batch]``, see there; the batch size may differ.
 
     Returns:
-      ``params`` with these rows.
+      ``params`` with these indices.
 
     Raises:
-      ValueError: There is no weight with several adapters in them.
+      ValueError: ``params`` have no weight with several adapters.
     """
 
     def put(x):
-        if not _is_many(x):
+        if not _is_multi(x):
             return x
-        return replace(x, rows=jnp.broadcast_to(rows, (*x.rows.shape[:-1], *rows.shape)))
+        return replace(x, indices=jnp.broadcast_to(indices, (*x.indices.shape[:-1], *indices.shape)))
 
-    if not any(map(_is_many, jax.tree.leaves(params, is_leaf=_is_many))):
-        raise ValueError("params: expected those of bind_many, got none of its weights")
-    return jax.tree.map(put, params, is_leaf=_is_many)
+    if not any(map(_is_multi, jax.tree.leaves(params, is_leaf=_is_multi))):
+        raise ValueError("params: expected those of bind_multi_adapter, got none of its weights")
+    return jax.tree.map(put, params, is_leaf=_is_multi)
 
 
 def combine(
     trainables: Sequence[PyTree], settings: Rules | Sequence[Rules], weights: Sequence[ArrayLike]
 ) -> tuple[PyTree, Rules]:
-    """Adds adapters up, each times a number: its update of every weight is that sum, exactly.
+    """Returns the weighted sum of adapters: its update of every weight is the sum of theirs, exactly.
 
-    Ranks add up for LoRA, whose factors are put side by side; of SVFit the changes of the singular values are added,
-    so all have to be of one prepared tree.  DoRA is not linear in its arrays: merge it instead.
+    Ranks add up for LoRA, whose factors are concatenated; for SVFit the changes of the singular values are added, so
+    that all have to be of one prepared tree.  DoRA is not linear in its arrays: merge it instead.
 
     Args:
       trainables: Adapters.
-      settings: Their rules: one for all, or one for each.
+      settings: Their rules: one mapping for all, or one for each.
       weights: A number for each, of any sign.
 
     Returns:
       The combined adapter, and its rules.
 
     Raises:
-      ValueError: There are no adapters, numbers are not as many, or a method can't be added up.
+      ValueError: There are no adapters, as many weights are not given, or a method is not linear.
     """
     each = _rules_of(trainables, settings)
     if len(weights) != len(trainables):
@@ -177,27 +176,20 @@ def combine(
     rules: dict[re.Pattern, Any] = {}
     for path in dict.fromkeys(path for parts in found for path in parts):
         own = [(*parts[path], w) for parts, w in zip(found, weights, strict=True) if path in parts]
-        chosen = [setting for setting, _, _ in own]
-        if all(isinstance(s, SVFit) and s.param == "linear" for s in chosen) and len(set(chosen)) == 1:
-            arrays = {"delta": sum(jnp.asarray(w, x["delta"].dtype) * x["delta"] for _, x, w in own)}
-            setting = chosen[0]
-        elif all(isinstance(s, LoRA) for s in chosen) and len({(s.window, s.groups) for s in chosen}) == 1:
-            if chosen[0].groups > 1:
-                raise ValueError(f"settings: {path}: updates of grouped convolutions can't be put side by side")
-            # What is kept of each scale goes into b, so that the sum has a scale of one.
-            b = [jnp.asarray(w, x["b"].dtype) * _scaled(s, x["b"]) for s, x, w in own]
-            arrays = {"a": jnp.concatenate([x["a"] for _, x, _ in own], -1), "b": jnp.concatenate(b, -2)}
-            rank = arrays["a"].shape[-1]
-            setting = LoRA(rank, float(rank), window=chosen[0].window)
-        else:
-            raise ValueError(f"settings: {path}: only LoRA, or one linear SVFit, can be added up; got {chosen}")
-        insert(combined, path, arrays)
-        rules[re.compile(re.escape(path))] = setting
+        configs, arrays, numbers = zip(*own, strict=True)
+        kinds = {type(config) for config in configs}
+        method = kinds.pop() if len(kinds) == 1 else AdapterConfig
+        try:
+            config, made = method.combine(configs, arrays, numbers)
+        except ValueError as error:
+            raise ValueError(f"settings: {path}: {error}") from error
+        insert(combined, path, made)
+        rules[re.compile(re.escape(path))] = config
     return combined, rules
 
 
-def _is_many(x: Any) -> bool:
-    return isinstance(x, MultiWeight)
+def _is_multi(x: Any) -> bool:
+    return isinstance(x, MultiAdapterWeight)
 
 
 def _rules_of(trainables: Sequence[PyTree], settings: Rules | Sequence[Rules]) -> Sequence[Rules]:
@@ -209,53 +201,40 @@ def _rules_of(trainables: Sequence[PyTree], settings: Rules | Sequence[Rules]) -
     return each
 
 
-def _parts(trainable: PyTree, settings: Rules) -> dict[str, tuple[Any, dict[str, jax.Array]]]:
+def _parts(trainable: PyTree, settings: Rules) -> dict[str, tuple[AdapterConfig, Arrays]]:
     arrays = adapters_of(trainable)
-    return {path: (setting, arrays[path]) for path, setting in settings_of(trainable, settings).items()}
+    return {path: (config, arrays[path]) for path, config in settings_of(trainable, settings).items()}
 
 
-def _stacked(path: str, base: Any, parts: Sequence[tuple | None], rows: jax.Array) -> MultiWeight:
-    _check_mixture(path, [None if part is None else part[0] for part in parts])
+def _stacked(
+    path: str, base: Any, parts: Sequence[tuple[AdapterConfig, Arrays] | None], indices: jax.Array
+) -> MultiAdapterWeight:
+    """Stacks the factors of adapters of one weight, None for an adapter that does not name it."""
+    refused = [config for config, _ in filter(None, parts) if not config.per_example]
+    if refused:
+        raise ValueError(
+            f"settings: {path}: expected LoRA or DoRA of a matrix or table; {refused[0]} can't be selected by example"
+        )
+    factors = [None if part is None else part[0].scaled_factors(base, part[1]) for part in parts]
+    gains = [None if own is None else own[2] for own in factors]
+    if any(g is None for g in gains) and any(g is not None for g in gains):
+        named = ["none" if part is None else part[0].method for part in parts]
+        raise ValueError(
+            f"settings: {path}: DoRA can't be mixed with LoRA, or with an adapter that does not name this weight; got "
+            f"{named}"
+        )
     lead, (inputs, outputs) = base.shape[:-2], base.shape[-2:]
-    width = max(arrays["a"].shape[-1] for _, arrays in filter(None, parts))
+    width = max(a.shape[-1] for a, _, _ in filter(None, factors))
     dtype = linalg.working_dtype(base)
-    a, b, gains = [], [], []
-    for part in parts:
-        if part is None:
-            a.append(jnp.zeros((*lead, inputs, width), dtype))
-            b.append(jnp.zeros((*lead, width, outputs), dtype))
-            continue
-        setting, arrays = part
-        short = width - arrays["a"].shape[-1]
-        still = [(0, 0)] * len(lead)
-        a.append(jnp.pad(arrays["a"].astype(dtype), [*still, (0, 0), (0, short)]))
-        b.append(jnp.pad(_scaled(setting, arrays["b"]).astype(dtype), [*still, (0, short), (0, 0)]))
-        if isinstance(setting, DoRA):
-            gains.append(setting.bind(base, arrays).gain)
+
+    def padded(x: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+        if x is None:
+            return jnp.zeros((*lead, *shape), dtype)
+        short = [(0, wanted - size) for wanted, size in zip(shape, x.shape[-2:], strict=True)]
+        return jnp.pad(x.astype(dtype), [(0, 0)] * len(lead) + short)
+
     # Behind the axes of stacked layers, over which a scan goes.
-    a, b = (jnp.stack(x, len(lead)) for x in (a, b))
-    gain = jnp.stack(gains, len(lead)) if gains else None
-    return MultiWeight(base, a, b, jnp.broadcast_to(rows, (*lead, *rows.shape)), gain)
-
-
-def _check_mixture(path: str, settings: Sequence[Any]) -> None:
-    """Raises unless the rows of a batch can choose between these adapters of one weight, None for one without."""
-    named = ["none" if s is None else type(s).__name__ for s in settings]
-    windows = [i for i, s in enumerate(settings) if getattr(s, "window", 0)]
-    refused = sorted(set(named) - {"LoRA", "DoRA", "none"})
-    if windows:
-        why = f"convolutions can't be chosen by row, as numbers {windows} are"
-    elif refused:
-        why = f"{' and '.join(refused)} can't be chosen by row"
-    elif "DoRA" in named and set(named) != {"DoRA"}:
-        why = "DoRA can't be mixed with LoRA, or with an adapter that leaves this weight out"
-    else:
-        return
-    raise ValueError(
-        f"settings: {path}: expected LoRA, or DoRA in every adapter, of a matrix or table; {why}; got {named}"
-    )
-
-
-def _scaled(setting: LoRA | DoRA, b: jax.Array) -> jax.Array:
-    scale = jnp.asarray(setting.scale, b.dtype)
-    return scale.reshape(*scale.shape, *(1,) * (b.ndim - scale.ndim)) * b if scale.ndim else scale * b
+    a = jnp.stack([padded(own and own[0], (inputs, width)) for own in factors], len(lead))
+    b = jnp.stack([padded(own and own[1], (width, outputs)) for own in factors], len(lead))
+    gain = None if gains[0] is None else jnp.stack(gains, len(lead))
+    return MultiAdapterWeight(base, a, b, jnp.broadcast_to(indices, (*lead, *indices.shape)), gain)

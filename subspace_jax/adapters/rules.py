@@ -1,4 +1,4 @@
-"""Which weights a rule names: paths of a tree, globs and regular expressions."""
+"""Rules that select weights by path: globs and regular expressions."""
 
 import difflib
 import re
@@ -13,37 +13,37 @@ _WEIGHT_NAMES = ("kernel", "embedding", "weight")
 
 
 def path_of(path: tuple) -> str:
-    """Writes a key path of JAX as ``"layers/attn/q/kernel"``."""
+    """Formats a key path of JAX as ``"layers/attn/q/kernel"``."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def match_rules(
     rules: Mapping[str | re.Pattern, Any],
     paths: Iterable[str],
-    admits: Callable[[str, Any], bool] = lambda path, setting: True,
+    admits: Callable[[str, Any], bool] = lambda path, value: True,
 ) -> dict[str, Any]:
-    """Gives each path the setting of the first rule that matches it.
+    """Returns the value of the first rule that matches each path.
 
-    Rules are written in one of two ways:
+    A rule is one of:
 
-    * A glob, such as ``"attn/q"`` or ``"layers/**/kernel"``.  ``*`` stands for anything within one part of a path,
-      ``**`` for any parts, ``?`` for one character.  A glob may name the last parts only, as the entries of PEFT's
-      ``target_modules`` do: ``"q"`` means every ``.../q``, and no ``.../gate_q``.  A last part ``kernel``,
-      ``embedding`` or ``weight`` may be left off.
-    * A regular expression, ``"re:..."`` or a compiled pattern, which has to match the whole path
+    * A glob, such as ``"attn/q"`` or ``"layers/**/kernel"``.  ``*`` matches within one part of a path, ``**``
+      any number of parts, ``?`` one character.  A glob may name the last parts only, like the entries of PEFT's
+      ``target_modules``: ``"q"`` matches every ``.../q``, and no ``.../gate_q``.  A last part ``kernel``,
+      ``embedding`` or ``weight`` may be omitted.
+    * A regular expression, ``"re:..."`` or a compiled pattern, which has to match the full path
       (``"re:layers/(attn|mlp)/.*"``).
 
     Args:
-      rules: Rule to setting, in order of precedence.
-      paths: Paths of the weights there are.
-      admits: Whether a setting may be had by a path at all; where not, the rule is passed over.
+      rules: Rule to value, in order of precedence.
+      paths: Paths of the weights.
+      admits: Whether a value may be given to a path; otherwise the rule is skipped.
 
     Returns:
-      Path to setting, in the order of ``paths``; weights that no rule matches are left out.
+      Path to value, in the order of ``paths``; paths that no rule matches are left out.
 
     Raises:
       ValueError: There are no rules, a regular expression is malformed, or a rule matches nothing; the message then
-        shows the names that come near, or that earlier rules took what it matches.
+        shows close names, or that earlier rules match the same paths.
 
     Examples:
       >>> match_rules({"q": 1, "re:.*mlp.*": 2}, ["attn/q/kernel", "attn/k/kernel", "mlp/up/kernel"])
@@ -55,8 +55,8 @@ def match_rules(
     patterns = {rule: _pattern(rule) for rule in rules}
     chosen = {}
     for path in paths:
-        fits = (rule for rule in rules if patterns[rule].fullmatch(path) and admits(path, rules[rule]))
-        rule = next(fits, None)
+        matching = (rule for rule in rules if patterns[rule].fullmatch(path) and admits(path, rules[rule]))
+        rule = next(matching, None)
         if rule is not None:
             chosen[path] = rule
     for rule in rules:
@@ -70,7 +70,7 @@ def _pattern(rule: str | re.Pattern) -> re.Pattern:
     if isinstance(rule, re.Pattern):
         return rule
     if not isinstance(rule, str) or not rule:
-        raise ValueError(f"rules: a rule is a glob, 're:' and a regular expression, or a pattern; got {rule!r}")
+        raise ValueError(f"rules: expected a glob, 're:' and a regular expression, or a compiled pattern, got {rule!r}")
     if rule.startswith("re:"):
         try:
             return re.compile(rule[3:])
@@ -86,7 +86,7 @@ def _raise_unmatched(rule, pattern, paths, chosen) -> None:
     text = rule if isinstance(rule, str) else f"pattern {rule.pattern}"
     if taken := [path for path in paths if pattern.fullmatch(path)]:
         raise ValueError(
-            f"rules: all that {text!r} matches is taken by earlier rules: {chosen[taken[0]]!r} has {taken}"
+            f"rules: earlier rules match everything that {text!r} matches: {chosen[taken[0]]!r} has {taken}"
         )
     wanted = text.removeprefix("re:")
     names = {name: path for path in paths for name in _names(path)}
@@ -98,14 +98,14 @@ def _raise_unmatched(rule, pattern, paths, chosen) -> None:
 
 
 def _names(path: str) -> list[str]:
-    """The endings by which a glob could have meant a path."""
+    """Returns the endings by which a glob may name a path."""
     parts = path.split("/")
     ends = ["/".join(parts[i:]) for i in range(len(parts))]
     return ends + ["/".join(parts[i:-1]) for i in range(len(parts) - 1)]
 
 
 def insert(tree: dict, path: str, value: Any) -> None:
-    """Puts a value into a nested dict."""
+    """Sets a value of a nested dict."""
     *parents, last = path.split("/")
     for part in parents:
         tree = tree.setdefault(part, {})
@@ -113,7 +113,7 @@ def insert(tree: dict, path: str, value: Any) -> None:
 
 
 def adapters_of(trainable: PyTree) -> dict[str, dict[str, Any]]:
-    """Takes a trainable tree apart: path of each weight to its adapter's arrays by name."""
+    """Returns the arrays of each adapter of a trainable tree: path of the weight to arrays by name."""
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
         found.setdefault(path_of(path[:-1]), {})[path_of(path[-1:])] = leaf

@@ -1,15 +1,20 @@
-"""SVFit: a frozen weight whose leading singular values are trained."""
+"""SVFit: a frozen weight whose leading singular values train."""
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import linalg, nn
+from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.structured import StructuredWeight
 
 PARAMS = ("linear", "relu", "log")
 
@@ -32,8 +37,8 @@ class SpectralBases:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SpectralBase:
-    """A weight with its leading singular triplets: what :func:`prepare` puts in a weight's place.
+class SpectralBase(StructuredWeight):
+    """A weight with its leading singular triplets: the frozen part of :class:`SVFit`.
 
     Attributes:
       weight: ``[..., in, out]``.
@@ -45,19 +50,23 @@ class SpectralBase:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """Shape of the weight."""
         return self.weight.shape
+
+    def dense(self) -> jax.Array:
+        """Returns the weight."""
+        return self.weight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SVFitWeight:
+class SVFitWeight(StructuredWeight):
     """A weight ``base + u diag(shift) vt`` that is never formed.
 
     Attributes:
       base: Frozen weight and triplets.
       delta: Trained ``[..., r]``.
-      param: How ``delta`` moves the singular values.
+      param: How ``delta`` changes the singular values, see :class:`SVFit`.
     """
 
     base: SpectralBase
@@ -66,7 +75,7 @@ class SVFitWeight:
 
     @property
     def shift(self) -> jax.Array:
-        """By how much each singular value differs from that of the frozen weight, ``[..., r]``."""
+        """Change of each singular value, ``[..., r]``."""
         sigma = jax.lax.stop_gradient(self.base.bases.sigma)
         if self.param == "linear":
             return self.delta
@@ -76,15 +85,15 @@ class SVFitWeight:
 
     @property
     def sigma(self) -> jax.Array:
-        """The singular values as they are now, ``[..., r]``; they may have changed order or sign."""
+        """The current singular values, ``[..., r]``; unsorted, and of any sign."""
         return self.base.bases.sigma + self.shift
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
         base = jax.lax.stop_gradient(self.base)
-        return nn.linear(x, base.weight) + through(x, base.bases.u, self.shift, base.bases.vt)
+        return nn.linear(x, base.weight) + scaled_matmuls(x, base.bases.u, self.shift, base.bases.vt)
 
-    def lookup(self, tokens: jax.Array, dtype) -> jax.Array:
+    def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
         base = jax.lax.stop_gradient(self.base)
         rows = nn.embed(tokens, base.bases.u, dtype)
@@ -95,17 +104,17 @@ class SVFitWeight:
         """Returns ``x @ W.T``, ``[..., in]``."""
         base = jax.lax.stop_gradient(self.base)
         v, ut = (jnp.swapaxes(y, -1, -2) for y in (base.bases.vt, base.bases.u))
-        return nn.unembed(x, base.weight) + through(x, v, self.shift, ut)
+        return nn.unembed(x, base.weight) + scaled_matmuls(x, v, self.shift, ut)
 
     def dense(self) -> jax.Array:
-        """Returns the weight itself, in its dtype."""
+        """Returns the weight, in the dtype of ``base``."""
         base = jax.lax.stop_gradient(self.base)
         return shifted(base.weight, base.bases, self.shift)
 
 
-def through(x: jax.Array, first: jax.Array, shift: jax.Array, second: jax.Array) -> jax.Array:
+def scaled_matmuls(x: jax.Array, first: jax.Array, shift: jax.Array, second: jax.Array) -> jax.Array:
     """Returns ``((x @ first) * shift) @ second`` in the dtype of x."""
-    # The r numbers between stay in float32: a shift of 0.01 would be lost beside a singular value of 50 in bfloat16.
+    # The intermediate stays in float32: a shift of 0.01 would be lost beside a singular value of 50 in bfloat16.
     inner = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=shift.dtype)
     inner = inner * jnp.broadcast_to(shift, inner.shape)
     return jnp.matmul(inner, second.astype(inner.dtype)).astype(x.dtype)
@@ -120,43 +129,49 @@ def shifted(w: jax.Array, bases: SpectralBases, shift: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class SVFit:
-    """Trains the leading singular values of a weight: one number for each, nothing else.
+class SVFit(AdapterConfig):
+    """Trains the leading singular values of a weight and nothing else.
 
-    ``W' = W + u diag(delta) vt`` with ``delta`` zero at the start, so that the weight stays as it is and small changes
-    are not rounded away.  Needs :func:`subspace_jax.adapters.prepare`, which takes an SVD of each weight; keep what it
-    returns in a checkpoint, for the vectors of equal singular values are not unique.  Use a learning rate about ten
-    times LoRA's, and no weight decay.
+    ``W' = W + u diag(delta) vt`` with ``delta`` zero at the start, so that the weight begins unchanged and small
+    changes are not rounded away.  Needs :func:`subspace_jax.adapters.prepare`, which computes an SVD of each weight;
+    keep what it returns in a checkpoint, as the vectors of equal singular values are not unique.  Use a learning rate
+    about ten times that of LoRA, and no weight decay.
 
-    Source: arXiv 2409.05926; ``param`` "relu" is SVDiff's, arXiv 2303.11305.
+    Source: arXiv 2409.05926; ``param`` "relu" is that of SVDiff, arXiv 2303.11305.
 
     Attributes:
-      rank: How many singular values; None for all.  More than there are is cut down with a warning.  "energy": the
-        fewest whose squares make up ``tau`` of the sum of all squares; "sum": likewise without squares.  Of stacked
-        weights the one that needs most decides.
+      rank: Number of singular values; None for all.  A larger rank than the weight has is reduced with a warning.
+        "energy": the fewest whose squares make up ``tau`` of the sum of squares; "sum": likewise without squares.
+        The largest need among stacked weights counts.
       param: "linear" (``sigma + delta``), "relu" (``max(sigma + delta, 0)``) or "log" (``sigma exp(delta)``).
-      tau: Share, in (0, 1].
+      tau: Fraction, in (0, 1].
 
     Raises:
-      ValueError: The rank is below 1, or a name or the share is out of range.
+      ValueError: The rank is below 1, or another field is out of range.
     """
 
     rank: int | str | None = None
     param: str = "linear"
     tau: float = 0.99
+
+    labels: ClassVar = {"delta": "spectrum"}
+    roles: ClassVar = {"delta": "no_decay"}
+    quantizable_base = False
     keeps_base = False
 
     def __post_init__(self):
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
-        if not (self.rank is None or self.rank in ("energy", "sum") or whole):
+        positive = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+        if not (self.rank is None or self.rank in ("energy", "sum") or positive):
             raise ValueError(f"rank: expected None, 'energy', 'sum' or an integer of at least 1, got {self.rank!r}")
         if self.param not in PARAMS:
             raise ValueError(f"param: expected one of {PARAMS}, got {self.param!r}")
         _check_tau(self.tau)
 
-    def start(self, key: jax.Array, w: jax.Array, table: bool) -> tuple[SpectralBase, dict[str, jax.Array]]:
-        """Factors a weight ``[..., in, out]``; the singular values' changes begin at zero."""
-        del key, table
+    def initialize(
+        self, key: jax.Array, w: jax.Array, *, table: bool = False, gradient: jax.Array | None = None
+    ) -> tuple[SpectralBase, Arrays]:
+        """Computes the SVD of a weight ``[..., in, out]``; see :class:`AdapterConfig`."""
+        del key, table, gradient
         if w.ndim < 2:
             raise ValueError(f"SVFit: expected weights [..., in, out], got {w.shape}")
         dtype, least = linalg.working_dtype(w), min(w.shape[-2:])
@@ -172,37 +187,62 @@ class SVFit:
         bases = SpectralBases(u[..., :rank], vt[..., :rank, :], sigma[..., :rank])
         return SpectralBase(w, bases), {"delta": jnp.zeros((*w.shape[:-2], rank), dtype)}
 
-    def bind(self, base: SpectralBase, arrays: dict[str, jax.Array]) -> SVFitWeight:
-        """Puts the weight and its arrays together."""
+    def bind(self, base: SpectralBase, arrays: Arrays, key: jax.Array | None = None) -> SVFitWeight:
+        """Returns the adapted weight."""
+        del key
         if not isinstance(base, SpectralBase):
             raise ValueError("params: SVFit needs the tree that prepare returned, with its singular vectors")
         return SVFitWeight(base, arrays["delta"], self.param)
 
     def axes(self, names: P) -> tuple[SpectralBase, dict[str, P]]:
-        """Logical axes of the frozen part and of the trained array, from those of the weight."""
+        """Returns the logical axes of the frozen part and of ``delta``."""
         *lead, rows, columns = names
         bases = SpectralBases(P(*lead, rows, None), P(*lead, None, columns), P(*lead, None))
         return SpectralBase(names, bases), {"delta": P(*lead, None)}
 
-    def unmerge(self, merged: jax.Array, arrays: dict[str, jax.Array], kept: SpectralBases) -> SpectralBase:
-        """Takes the update out of a merged weight."""
+    def merge_state(self, base: SpectralBase, arrays: Arrays) -> SpectralBases:
+        """Returns the singular triplets of the start."""
+        del arrays
+        return base.bases
+
+    def unmerge(self, merged: jax.Array, arrays: Arrays, kept: SpectralBases) -> SpectralBase:
+        """Subtracts the changes from a merged weight."""
         weight = SVFitWeight(SpectralBase(merged, kept), arrays["delta"], self.param)
         return SpectralBase(shifted(merged, kept, -weight.shift), kept)
 
+    def start_state(self, base: SpectralBase, arrays: Arrays) -> Arrays:
+        """Returns the singular triplets."""
+        del arrays
+        return {"u": base.bases.u, "vt": base.bases.vt, "sigma": base.bases.sigma}
+
+    def attach_start(self, w: jax.Array, start: Arrays) -> SpectralBase:
+        """Returns the weight with its singular triplets."""
+        return SpectralBase(w, SpectralBases(**start))
+
+    @staticmethod
+    def combine(
+        configs: Sequence[AdapterConfig], arrays: Sequence[Arrays], weights: Sequence[ArrayLike]
+    ) -> tuple[AdapterConfig, Arrays]:
+        """Adds up the changes of linear configs, of one prepared tree."""
+        if len(set(configs)) > 1 or configs[0].param != "linear":
+            return AdapterConfig.combine(configs, arrays, weights)
+        delta = sum(jnp.asarray(w, own["delta"].dtype) * own["delta"] for own, w in zip(arrays, weights, strict=True))
+        return configs[0], {"delta": delta}
+
 
 def energy_rank(sigma: jax.Array, tau: float, *, kind: str = "energy") -> np.ndarray:
-    """Fewest leading singular values that make up a share of all; looks at values, hence not under ``jax.jit``.
+    """Returns the fewest leading singular values that make up a fraction of all; not under ``jax.jit``.
 
     Args:
       sigma: ``[..., p]``, descending, not negative.
-      tau: Share, in (0, 1].
-      kind: "energy" counts squares, "sum" the values themselves.
+      tau: Fraction, in (0, 1].
+      kind: "energy" counts squares, "sum" the values.
 
     Returns:
       ``[...]`` integers from 1 to p.
 
     Raises:
-      ValueError: The share or the kind is out of range.
+      ValueError: ``tau`` or ``kind`` is out of range.
     """
     _check_tau(tau)
     if kind not in ("energy", "sum"):
@@ -210,10 +250,10 @@ def energy_rank(sigma: jax.Array, tau: float, *, kind: str = "energy") -> np.nda
     values = np.asarray(sigma, np.float64)
     values = np.cumsum(values**2 if kind == "energy" else values, axis=-1)
     total = values[..., -1:]
-    # All of a share of 1 is reached where the rest is zero, not where rounding says so.
+    # A fraction of 1 is reached where the rest is zero, not where the rounded sum says so.
     return np.minimum(np.sum(values < tau * total, axis=-1) + 1, values.shape[-1])
 
 
 def _check_tau(tau: float) -> None:
     if not (isinstance(tau, float | int) and math.isfinite(tau) and 0 < tau <= 1):
-        raise ValueError(f"tau: expected a share in (0, 1], got {tau!r}")
+        raise ValueError(f"tau: expected a fraction in (0, 1], got {tau!r}")
