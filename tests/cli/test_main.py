@@ -42,7 +42,7 @@ def test_train_says_where_everything_is(train, tmp_path, capsys):
     assert result == {name: rows[-1][name] for name in ("accuracy", "loss")}
 
 
-def test_train_goes_on_where_it_stopped(train, tmp_path, caplog):
+def test_train_resumes_where_it_stopped(train, tmp_path, caplog):
     assert train(tmp_path) == 0
     assert train(tmp_path, "--config.train.steps=9") == 0
     assert "Going on from step 6" in caplog.text
@@ -90,8 +90,15 @@ def test_info_shows_versions_devices_and_mesh(capsys):
     assert "mesh: data=1, fsdp=2, tensor=4" in printed
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["plan"], ["info"]])
-def test_help_shows_examples(command, capsys):
+COMMANDS = (
+    "methods configs train eval pretrain finetune merge export generate perplexity accuracy features probe transfer"
+)
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in (*COMMANDS.split(), "intrinsic-dimension", "plan", "info"))]
+)
+def test_help_of_each_command_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
@@ -119,7 +126,7 @@ def test_help_shows_examples(command, capsys):
         (["--config.data.image.size=1000000000"], "data.image.size: expected a side of 0 to 4096, got 1000000000"),
     ],
 )
-def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, arguments, message):
+def test_train_refuses_bad_settings_before_anything_is_written(train, tmp_path, capsys, arguments, message):
     assert train(tmp_path / "run", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -127,32 +134,41 @@ def test_bad_settings_stop_before_anything_is_written(train, tmp_path, capsys, a
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
-def test_batches_that_do_not_divide_over_the_devices_are_refused(train, tmp_path, capsys, field):
+def test_train_refuses_batches_that_do_not_divide_over_the_devices(train, tmp_path, capsys, field):
     assert train(tmp_path / "run", f"--config.data.{field}=60") == 2
     assert re.search(f"{field}: 60 .* 8 devices", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_config_names_close_files(configs, tmp_path, capsys):
+def test_train_names_configs_close_to_a_missing_one(configs, tmp_path, capsys):
     assert main(["train", "--config", f"{configs}/gcr/digit.py", "--workdir", str(tmp_path)]) == 2
     assert "digits.py" in capsys.readouterr().err
 
 
-def test_unwritable_workdir_is_named(train, tmp_path, capsys):
+def test_methods_names_methods_close_to_a_misspelled_one(capsys):
+    assert main(["methods", "grasmann"]) == 0
+    assert "No method matches 'grasmann'; near it:\n\ngcr (represent)" in capsys.readouterr().out
+    assert main(["methods", "xyzzy"]) == 2
+    assert "no method matches 'xyzzy'" in capsys.readouterr().err
+    assert main(["methods"]) == 0
+    assert capsys.readouterr().out.count("\n") < 60
+
+
+def test_train_names_an_unwritable_workdir(train, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run") == 2
     assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workdir", ["", ".", "./"])
-def test_a_workdir_that_is_no_folder_of_its_own_is_refused(train, workdir, tmp_path, monkeypatch, capsys):
+def test_train_refuses_the_current_folder_as_workdir(train, workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train(workdir) == 2
     assert "--workdir: expected a folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_empty_paths_are_refused(capsys, tmp_path):
+def test_commands_refuse_empty_paths(capsys, tmp_path):
     for command in (
         ["eval", "--workdir", ""],
         ["train", "--config", "", "--workdir", str(tmp_path / "run")],
@@ -164,7 +180,7 @@ def test_empty_paths_are_refused(capsys, tmp_path):
         assert "got an empty path" in capsys.readouterr().err
 
 
-def test_mesh_and_topology_of_a_plan_come_with_the_nearest_name(configs, capsys):
+def test_plan_names_the_nearest_axis_and_topology(configs, capsys):
     config = ["plan", "--config", f"{configs}/gcr/digits.py"]
     for more, message in [
         (["--topology", "v5e:2x4", "--mesh", "fsdb=8"], "got 'fsdb'; did you mean 'fsdp'?"),
@@ -176,18 +192,18 @@ def test_mesh_and_topology_of_a_plan_come_with_the_nearest_name(configs, capsys)
         assert message in capsys.readouterr().err
 
 
-def test_eval_of_a_folder_without_run_is_refused(tmp_path, capsys):
+def test_eval_refuses_a_folder_without_a_run(tmp_path, capsys):
     assert main(["eval", "--workdir", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_field_without_equals_sign_is_refused_with_the_form(train, tmp_path, capsys):
+def test_train_refuses_a_field_without_equals_sign(train, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(tmp_path, "--config.seed", "3")
     assert "set by --config.FIELD=VALUE" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_command():
+def test_main_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "subspace_jax.cli.main", "info"], capture_output=True, text=True, check=True
     )
@@ -195,7 +211,7 @@ def test_the_module_runs_as_a_command():
 
 
 @pytest.mark.parametrize("command", [["pretrain"], ["finetune", "--model", "x"]])
-def test_a_config_of_no_language_model_is_refused_where_one_is_trained(command, tmp_path, capsys):
+def test_pretrain_and_finetune_refuse_a_config_of_another_task(command, tmp_path, capsys):
     config = pathlib.Path(__file__).parents[2] / "configs" / "gcr" / "digits.py"
     assert main([*command, "--config", f"{config}:k8", "--workdir", str(tmp_path / "run")]) == 2
     assert f"--config {config}:k8: expected a config of a language model" in capsys.readouterr().err
