@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and what its last cell asserts holds."""
+"""Every notebook runs from top to bottom, with the assertions of its last cell."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ def read(path):
 
 
 def execute(path, tmp_path, monkeypatch, **env):
-    """Runs a notebook with the kernel of this environment, whatever kernels the user has installed."""
+    """Runs a notebook with the kernel of this environment, regardless of installed kernels."""
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
@@ -52,10 +52,6 @@ def check(notebook):
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.id
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_stored_clean(path):
     notebook = read(path)
@@ -74,5 +70,5 @@ def test_notebook_runs_in_fast_mode(path, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_as_it_is(path, tmp_path, monkeypatch):
+def test_notebook_runs_in_full(path, tmp_path, monkeypatch):
     check(execute(path, tmp_path, monkeypatch, SUBSPACE_JAX_FAST="0"))

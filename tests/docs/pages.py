@@ -1,4 +1,4 @@
-"""Reading the pages under docs/."""
+"""Parsing of the pages under docs/."""
 
 import pathlib
 import re
@@ -22,7 +22,7 @@ def page_id(page):
 
 
 def fenced_blocks(page):
-    """The fenced blocks of a page; ``line`` is how many lines stand before the text."""
+    """The fenced blocks of a page; ``line`` is the number of lines before the text."""
     text = page.read_text()
     return [
         Block(match[1], match[2], text.count("\n", 0, match.start(3)), match[3])

@@ -1,4 +1,4 @@
-"""The pages under docs/ and the README: their Python runs, and what their commands name exists."""
+"""The pages under docs/ and the README: their Python runs, and their commands name existing configs and fields."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from tests.docs.pages import PAGES, README, REPOSITORY, fenced_blocks, page_id
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory that has the configs of the repository, as a reader's clone does."""
+    """A working directory with the configs of the repository, as in a clone."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run_page(page, folder):
-    """Executes the Python of a page in one namespace; what has a title is written to the file of that name instead."""
+    """Executes the Python of a page in one namespace; blocks with a title are written to a file of that name."""
     namespace = {"__name__": "__main__"}
     for block in fenced_blocks(page):
         if block.language != "python":
@@ -35,7 +35,7 @@ def run_page(page, folder):
         if title:
             (folder / title[1]).write_text(block.text)
         else:
-            # Empty lines in front, so that a traceback shows the line of the page.
+            # Empty lines in front make tracebacks show the line of the page.
             exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
     return namespace
 
@@ -45,9 +45,12 @@ PYTHON_PAGES = [page for page in (README, *PAGES) if any(block.language == "pyth
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=page_id)
 def test_python_of_a_page_runs(page, folder):
-    # JAX's own settings, which a reader has: the strict ones of our tests also reject what Optax's Adam does.
+    # JAX's default settings, as users have: the strict ones of the tests reject the dtypes of Optax's Adam.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert run_page(page, folder)
+
+
+TRAIN = {"train", "pretrain", "finetune", "plan"}
 
 
 def train_commands(page):
@@ -55,12 +58,12 @@ def train_commands(page):
         if block.language in ("bash", "console"):
             for line in block.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if "subspace-jax" in words and "train" in words:
+                if "subspace-jax" in words and TRAIN & set(words) and "--config" in words:
                     yield words
 
 
 @pytest.mark.parametrize("page", [page for page in (README, *PAGES) if any(train_commands(page))], ids=page_id)
-def test_configs_and_overrides_of_train_commands_exist(page, folder):
+def test_commands_of_a_page_name_configs_and_fields_that_exist(page, folder):
     for block in fenced_blocks(page):
         if title := re.search(r'title="([^"]+)"', block.options):
             (folder / title[1]).write_text(block.text)
@@ -68,10 +71,10 @@ def test_configs_and_overrides_of_train_commands_exist(page, folder):
         config = train.load_config(words[words.index("--config") + 1])
         overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
         train.override(config, overrides)
-        assert "--workdir" in words
+        assert "--workdir" in words or "plan" in words
 
 
-def test_every_make_target_that_is_named_exists():
+def test_make_targets_on_pages_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
     named = {target for page in (README, *PAGES) for target in re.findall(r"\bmake ([a-z-]+)", "".join(code_of(page)))}
     assert named

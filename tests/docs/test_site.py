@@ -1,4 +1,4 @@
-"""The site hangs together: its navigation, its links, and what it shows."""
+"""The site: its navigation, its links, and the names that it documents."""
 
 import importlib
 import inspect
@@ -27,7 +27,7 @@ def config():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as mkdocs makes them."""
+    """Anchors of the headings of a page, as MkDocs generates them."""
     headings = re.findall(r"^#+ +(.+?) *$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
@@ -38,7 +38,7 @@ def test_navigation_names_every_page_once():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if re.match(r"[a-z]+:", target):
             continue
@@ -49,15 +49,15 @@ def test_relative_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_reference_links_name_something(page):
+def test_reference_links_name_public_objects(page):
     for target in re.findall(r"\]\[([\w.]+)\]", without_code(page)):
         module, _, name = target.rpartition(".")
         assert hasattr(importlib.import_module(module), name), f"{target} in {page_id(page)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_files_that_are_named_exist(page):
-    named = re.findall(r"`((?:subspace_jax|configs|colabs|scripts|tests|docs)/[\w./]*)`", page.read_text())
+def test_files_named_on_pages_exist(page):
+    named = re.findall(r"`((?:subspace_jax|configs|colabs|scripts|tests|docs|examples)/[\w./]*)`", page.read_text())
     for name in named:
         assert (REPOSITORY / name).exists(), f"{name} in {page_id(page)}"
 
@@ -67,14 +67,14 @@ def test_every_subpackage_has_a_reference_page():
     assert {f"reference/{name}.md" for name in packages} <= {page_id(page) for page in PAGES}
 
 
-def test_nothing_comes_from_elsewhere():
+def test_site_loads_no_fonts_or_scripts_from_other_hosts():
     theme = config()["theme"]
     assert theme["font"] is False
     assert not {"site_url", "repo_url", "extra_javascript", "extra_css"} & config().keys()
 
 
 def public_names():
-    """Functions and classes that the reference is to show, each with the names under which it may."""
+    """Functions and classes of the reference, each as the set of its possible names."""
     for package in subspace_jax.__all__:
         module = importlib.import_module(f"subspace_jax.{package}") if package != "__version__" else None
         for name in getattr(module, "__all__", ()):
@@ -87,7 +87,7 @@ def public_names():
                 yield {f"{module.__name__}.{name}", f"{value.__module__}.{value.__qualname__}"}
 
 
-def test_site_builds_and_shows_every_public_name(tmp_path):
+def test_site_builds_strictly_and_documents_every_public_name(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,6 @@ def test_site_builds_and_shows_every_public_name(tmp_path):
 
 
 def test_docs_folder_has_no_stray_files():
-    strays = [path for path in DOCS.rglob("*") if path.is_file() and path.suffix not in {".md", ".png", ".svg"}]
-    assert [path.relative_to(DOCS).as_posix() for path in strays if "__pycache__" not in path.parts] == [
-        "_tools/griffe_extensions.py"
-    ]
+    files = {path.relative_to(DOCS) for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    known = {path for path in files if path.suffix in {".md", ".png", ".svg"} or path.match("figures/*.json")}
+    assert {path.as_posix() for path in files - known} == {"_tools/griffe_extensions.py"}
