@@ -85,9 +85,9 @@ def _network(name: str):
     """What draws the parameters of a network, and what maps them and images to logits."""
     config = CONFIGS[name]
     if name == "vit":
-        init = functools.partial(nn.vision_transformer_init, config=config)
+        init = functools.partial(nn.init_params, config=config)
         return init, lambda params, x: nn.vision_transformer_apply(config, params, x).logits
-    shapes = nn.resnet_shapes(config)[1]
+    shapes = nn.param_shapes(config)[1]
     # The network learns with the statistics that it begins with, means of 0 and variances of 1, so that the frozen base
     # is parameters alone.
     ones = {"mean": jnp.zeros, "var": jnp.ones}
@@ -96,4 +96,4 @@ def _network(name: str):
         stats = jax.tree_util.tree_map_with_path(lambda path, s: ones[path[-1].key](s.shape, s.dtype), shapes)
         return nn.resnet_apply(config, params, stats, x).logits
 
-    return lambda key: nn.resnet_init(key, config)[0], apply
+    return lambda key: nn.init_params(key, config)[0], apply

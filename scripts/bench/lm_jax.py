@@ -17,7 +17,7 @@ wait = jax.block_until_ready
 def write(folder, layers, width, heads, vocab, length):
     """Writes random weights of a GPT-2; returns the number of parameters and that of operations for a token."""
     config = nn.CausalLMConfig.gpt2(vocab, width, layers, heads)
-    interop.save_causal_lm(folder, config, nn.causal_lm_init(jax.random.key(0), config))
+    interop.save_causal_lm(folder, config, nn.init_params(jax.random.key(0), config))
     params = nn.count_params(config)
     # Two for each weight that takes part in a product (the table of positions does not), and two products with keys
     # and values; the half that causality spares is counted, as is the custom.

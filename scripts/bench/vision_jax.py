@@ -28,11 +28,11 @@ def write(folder, model, run):
         if run["quick"]:
             fields |= {"width": 32, "num_layers": 2, "num_heads": 2, "mlp_size": 64}
         config = nn.VisionTransformerConfig.vit("small", **fields)
-        params = counted = nn.vision_transformer_init(jax.random.key(0), config)
+        params = counted = nn.init_params(jax.random.key(0), config)
     else:
         sizes = {"depths": (1, 1), "widths": (16, 32), "stem": (8,)} if run["quick"] else {}
         config = nn.ResNetConfig.resnet(50, convention="hf", **fields, **sizes)
-        counted, stats = nn.resnet_init(jax.random.key(0), config)
+        counted, stats = nn.init_params(jax.random.key(0), config)
         # A fresh network's branches end with a scale of 0, and all inside them would go unchecked.
         counted = jax.tree.map(lambda x: x + 0.1 if x.ndim == 1 else x, counted)
         params = {"params": counted, "batch_stats": stats}

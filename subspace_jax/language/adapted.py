@@ -70,8 +70,8 @@ class AdaptedLMTask:
         quantized = base_dtype == "int8"
         self._base_dtype = jnp.float32 if quantized else base_dtype
         self._mesh, self._rules, self._seed = mesh, rules, seed
-        self._names = nn.causal_lm_axes(config)
-        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.causal_lm_shapes(config, self._base_dtype))
+        self._names = nn.param_axes(config)
+        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.param_shapes(config, self._base_dtype))
         self._in_int8 = self._int8_rules() if quantized else []
         if quantized and folder is None:
             raise ValueError("base_dtype: int8 weights are of a folder; a random model would be in the checkpoints")
@@ -91,7 +91,7 @@ class AdaptedLMTask:
     def init(self, key):
         """Returns fresh adapters, and as variables a random model."""
         weights_key, key = jax.random.split(key)
-        weights = nn.causal_lm_init(weights_key, self.config, self._base_dtype)
+        weights = nn.init_params(weights_key, self.config, self._base_dtype)
         trainable, start = self._draw(key, weights)
         return trainable, {"base": self._based(weights, start), "start": start}
 

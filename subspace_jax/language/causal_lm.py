@@ -53,11 +53,11 @@ class CausalLMTask:
         loss_chunk: int = 0,
     ):
         self.config = config
-        self._axes = nn.causal_lm_axes(config) if axes is None else axes
-        self._options = {"dtype": dtype, "remat": remat}
+        self._axes = nn.param_axes(config) if axes is None else axes
+        hooks = {"remat": remat}
         self._arranged = (lambda params: params) if stacked else nn.unstack_layers
         if stacked:
-            self._options["on_layer"] = train.layer_gatherer(self._axes["layers"], mesh, rules)
+            hooks["on_layer"] = train.layer_gatherer(self._axes["layers"], mesh, rules)
         else:
             layer = jax.tree.map(lambda names: P(*names[1:]), self._axes["layers"])
             self._axes = {**self._axes, "layers": (layer,) * config.num_layers}
@@ -67,8 +67,11 @@ class CausalLMTask:
         self._shares = math.prod(mesh.shape[axis] for axis in places)
         if places:
             rows, heads = (train.mesh_axes(name, mesh, rules) for name in ("batch", "heads"))
-            self._options["on_stream"] = self._split
-            self._options["attend_with"] = nn.sequence_attention(train.auto_mesh(mesh), places, rows=rows, heads=heads)
+            hooks["on_stream"] = self._split
+            hooks["attend_with"] = nn.sequence_attention(
+                train.auto_mesh(mesh), places, batch_axes=rows, head_axes=heads
+            )
+        self._options = {"dtype": dtype, "options": nn.LayerOptions(**hooks)}
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
             self.load = functools.partial(self._load, folder, mesh, rules)
@@ -81,7 +84,7 @@ class CausalLMTask:
 
     def init(self, key):
         """Returns fresh parameters, and no variables."""
-        return self._arranged(nn.causal_lm_init(key, self.config)), {}
+        return self._arranged(nn.init_params(key, self.config)), {}
 
     def axes(self):
         """Returns the logical axis names of parameters and variables."""

@@ -157,7 +157,7 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str 
     options["probes"] = config.optim.name == "adaprelora" and config.optim.lora.stats == "full"
     task = AdaptedLMTask(model, mesh, settings, **options)
     shapes = adapters.drop_energy_probes(task.shapes)
-    log.info("Adapters:\n%s", adapters.describe(nn.causal_lm_shapes(model), shapes, settings))
+    log.info("Adapters:\n%s", adapters.describe(nn.param_shapes(model), shapes, settings))
     return task
 
 
@@ -285,7 +285,7 @@ def is_peft(config: ConfigDict) -> bool:
     if not settings:
         return False
     shapes = functools.partial(adapters.prepare, settings=settings)
-    _, trainable = jax.eval_shape(shapes, jax.random.key(0), nn.causal_lm_shapes(model))
+    _, trainable = jax.eval_shape(shapes, jax.random.key(0), nn.param_shapes(model))
     try:
         interop.peft_fields(model, trainable, settings)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Parameters before they exist: shapes, logical axes and initial values, in the layout of the parameters themselves."""
+"""Specs of parameters: shapes, logical axes and initial values, as trees with the layout of the parameters."""
 
 import math
 import zlib
@@ -14,12 +14,12 @@ PyTree = Any
 
 
 class ParamSpec(NamedTuple):
-    """One parameter before it exists.
+    """The spec of one parameter.
 
     Attributes:
       shape: Its shape.
-      axes: Logical name of each axis, or None for one that is never split.
-      stddev: Standard deviation of the initial values; None for a parameter that begins constant.
+      axes: Logical name of each axis, or None for an axis that is never sharded.
+      stddev: Standard deviation of the normal initial values; None for constant ones.
       value: The constant.
     """
 
@@ -30,50 +30,49 @@ class ParamSpec(NamedTuple):
 
 
 def dense_specs(
-    rows: int, columns: int, axes: tuple[str | None, str | None], *, bias: bool = True, stddev: float = 0.02
+    fan_in: int, fan_out: int, axes: tuple[str | None, str | None], *, bias: bool = True, stddev: float = 0.02
 ) -> dict[str, ParamSpec]:
-    """The parameters of a linear map."""
-    spec = {"kernel": ParamSpec((rows, columns), axes, stddev)}
-    return {**spec, "bias": ParamSpec((columns,), axes[1:])} if bias else spec
+    """Returns the specs of a linear layer, ``{kernel, bias}``."""
+    spec = {"kernel": ParamSpec((fan_in, fan_out), axes, stddev)}
+    return {**spec, "bias": ParamSpec((fan_out,), axes[1:])} if bias else spec
 
 
 def norm_specs(width: int, scale: float = 1.0) -> dict[str, ParamSpec]:
-    """The parameters of a normalisation."""
+    """Returns the specs of a normalization, ``{scale, bias}``."""
     return {"scale": ParamSpec((width,), (None,), value=scale), "bias": ParamSpec((width,), (None,))}
 
 
-def conv_specs(side: int, entering: int, leaving: int, groups: int = 1) -> dict[str, ParamSpec]:
-    """A kernel ``[side, side, entering / groups, leaving]``.
+def conv_specs(side: int, fan_in: int, fan_out: int, groups: int = 1) -> dict[str, ParamSpec]:
+    """Returns the spec of a convolution, ``{kernel}`` of shape ``[side, side, fan_in / groups, fan_out]``.
 
-    Its deviation ``sqrt(2 groups / (side^2 leaving))`` keeps the variance of what flows back through a ReLU (He et al.,
-    arXiv 1502.01852).
+    The standard deviation is ``sqrt(2 groups / (side^2 fan_out))`` (He et al., arXiv 1502.01852, fan-out mode).
     """
-    stddev = math.sqrt(2 / (side * side * leaving / groups))
-    return {"kernel": ParamSpec((side, side, entering // groups, leaving), (None, None, "embed", None), stddev)}
+    stddev = math.sqrt(2 / (side * side * fan_out / groups))
+    return {"kernel": ParamSpec((side, side, fan_in // groups, fan_out), (None, None, "embed", None), stddev)}
 
 
 def spec_axes(specs: PyTree) -> PyTree:
-    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
+    """Returns the logical axis names of the parameters as ``PartitionSpec``."""
     return map_specs(lambda spec: P(*spec.axes), specs)
 
 
 def spec_shapes(specs: PyTree, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Returns every parameter as a ``ShapeDtypeStruct``."""
+    """Returns the parameters as ``ShapeDtypeStruct``."""
     return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs)
 
 
 def spec_count(specs: PyTree) -> int:
-    """Number of parameters."""
+    """Returns the number of parameters."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=_is_spec))
 
 
 def draw_params(key: jax.Array, specs: PyTree, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Draws fresh parameters: normal where a deviation is given, constant elsewhere.
+    """Initializes parameters: normal where a standard deviation is given, constant elsewhere.
 
     Args:
-      key: Random key.  A parameter's values depend on the key, its name and its shape, and on no other parameter.
+      key: Random key.  A parameter's values depend on the key, its name and its shape only.
       specs: Nested dict of :class:`ParamSpec`.
-      dtype: Type of the parameters.
+      dtype: Dtype of the parameters.
 
     Returns:
       Nested dict of arrays with the layout of ``specs``.

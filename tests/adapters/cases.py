@@ -33,7 +33,7 @@ RULES = {
 @functools.cache
 def params():
     """Parameters large enough that tokens are told apart."""
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, nn.causal_lm_init(jax.random.key(0), CONFIG))
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, nn.init_params(jax.random.key(0), CONFIG))
 
 
 def tokens(*shape):

@@ -97,7 +97,7 @@ def test_eight_devices_equal_one(name):
     base, _, trainable = prepared(name)
     rules, tokens = cases.RULES[name], cases.tokens(2, 8)
     mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
-    axes = adapters.logical_axes(nn.causal_lm_axes(cases.CONFIG), trainable, rules)
+    axes = adapters.logical_axes(nn.param_axes(cases.CONFIG), trainable, rules)
     placed = [
         jax.device_put(tree, train.param_shardings(tree, names, mesh))
         for tree, names in zip((base, trainable), axes, strict=True)
@@ -110,7 +110,7 @@ def test_eight_devices_equal_one(name):
     def run(base, trainable):
         params = adapters.bind(base, trainable, rules)
         with jax.default_matmul_precision("highest"):
-            return nn.causal_lm_apply(cases.CONFIG, params, tokens, on_layer=gather).logits
+            return nn.causal_lm_apply(cases.CONFIG, params, tokens, options=nn.LayerOptions(on_layer=gather)).logits
 
     expected = bound_logits(name)
     for got in (cases.logits(adapters.bind(*placed, rules), tokens), run(*placed)):

@@ -26,7 +26,7 @@ def standard_promotion():
 def folder(tmp_path_factory, standard_promotion):
     """A model, two texts, and a config."""
     folder = tmp_path_factory.mktemp("adapters")
-    interop.save_causal_lm(folder / "model", MODEL, nn.causal_lm_init(jax.random.key(0), MODEL))
+    interop.save_causal_lm(folder / "model", MODEL, nn.init_params(jax.random.key(0), MODEL))
     for name in ("train", "eval"):
         (folder / f"{name}.txt").write_text("\n\n".join(f"{i} and {i} is {2 * i}." for i in range(60)))
     (folder / "config.py").write_text(
@@ -247,7 +247,7 @@ def test_what_can_t_serve_is_refused_before_work_starts(folder, tmp_path, capsys
 
 def test_an_adapter_of_another_model_is_refused(tuned, tmp_path, capsys):
     other = nn.CausalLMConfig.gpt2(259, 8, 1, 2, max_length=32)
-    interop.save_causal_lm(tmp_path / "other", other, nn.causal_lm_init(jax.random.key(0), other))
+    interop.save_causal_lm(tmp_path / "other", other, nn.init_params(jax.random.key(0), other))
     arguments = ["--model", str(tmp_path / "other"), "--adapter", str(tuned / "adapter")]
     assert main(["merge", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert "expected" in capsys.readouterr().err

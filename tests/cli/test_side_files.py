@@ -45,7 +45,7 @@ def model(tmp_path_factory):
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_size": 24}
     config = nn.CausalLMConfig.tiny(40, **sizes, max_length=32, bos_token=1, eos_tokens=(2,), pad_token=3)
     # Large weights, so that one word follows another instead of itself.
-    params = jax.tree.map(lambda x: 8 * x, nn.causal_lm_init(jax.random.key(0), config))
+    params = jax.tree.map(lambda x: 8 * x, nn.init_params(jax.random.key(0), config))
     interop.save_causal_lm(folder, config, params)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3} | {f"w{i}": i for i in range(4, 40)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -201,7 +201,7 @@ def test_a_model_without_a_tokenizer_is_warned_of(tmp_path, capsys, caplog):
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "mlp_size": 8}
     for end, warned in ((2, True), (258, False)):
         config = nn.CausalLMConfig.tiny(259, **sizes, max_length=32, eos_tokens=(end,))
-        interop.save_causal_lm(tmp_path / str(end), config, nn.causal_lm_init(jax.random.key(0), config))
+        interop.save_causal_lm(tmp_path / str(end), config, nn.init_params(jax.random.key(0), config))
         caplog.clear()
         # Refused after the tokenizer is known, so that nothing is compiled.
         assert main(["generate", "--model", str(tmp_path / str(end)), "--prompt", "a" * 40]) == 2

@@ -162,7 +162,7 @@ def test_a_mesh_holds_the_same_numbers_in_shares(model, sizes, checkpoint, tmp_p
     mesh = train.make_mesh(*sizes)
     config, params = interop.load_causal_lm(checkpoint(model))
     _, split = interop.load_causal_lm(checkpoint(model), shardings=shardings_on(mesh))
-    wanted = shardings_on(mesh)(nn.causal_lm_shapes(config), nn.causal_lm_axes(config))
+    wanted = shardings_on(mesh)(nn.param_shapes(config), nn.param_axes(config))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), split, wanted))
     same(params, split)
     interop.save_causal_lm(tmp_path / "out", config, split)
@@ -286,7 +286,7 @@ def test_an_older_folder_needs_a_word_and_keeps_its_other_files(checkpoint, tmp_
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         interop.save_causal_lm(folder, config, params)
     changed = jax.tree.map(lambda x: x + 1, params)
-    interop.save_pretrained(nn.CausalLM(config, changed), folder, overwrite=True)
+    interop.save_pretrained(nn.Model(config, changed), folder, overwrite=True)
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     same(changed, interop.load_causal_lm(folder)[1])
     assert [f.name for f in tmp_path.iterdir()] == ["out"]

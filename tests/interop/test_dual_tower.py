@@ -129,7 +129,7 @@ def test_bad_texts_are_named_and_where_traced_give_nan():
     with pytest.raises(ValueError, match="text 0 has no end token 59"):
         encode(endless)
     assert jnp.all(jnp.isnan(jit(encode)(jnp.asarray(endless))))
-    with pytest.raises(ValueError, match=r"tokens: 60 at \(0, 0\) is outside the vocabulary of 60 words"):
+    with pytest.raises(ValueError, match=r"tokens: 60 at \(0, 0\) is outside the vocabulary of 60 tokens"):
         encode(jnp.full((1, 4), 60, jnp.int32))
     with pytest.raises(ValueError, match="tokens: 13 positions, the tower has 12"):
         encode(jnp.zeros((1, 13), jnp.int32))

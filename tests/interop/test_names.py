@@ -18,7 +18,7 @@ def test_tensors_are_those_of_the_file_and_cover_every_parameter_once(model, che
     config = interop.read_config(checkpoint(model))
     tensors = interop.tensor_names(config)
     assert {t.name for t in tensors} == interop.open_folder(checkpoint(model)).keys()
-    flat = jax.tree_util.tree_leaves_with_path(nn.causal_lm_shapes(config))
+    flat = jax.tree_util.tree_leaves_with_path(nn.param_shapes(config))
     wanted = {
         (tuple(k.key for k in path), layer)
         for path, leaf in flat

@@ -48,7 +48,7 @@ def write(folder, family, fields, tensors):
 
 
 def model(family, folder):
-    params = nn.causal_lm_init(jax.random.key(0), CONFIGS[family])
+    params = nn.init_params(jax.random.key(0), CONFIGS[family])
     interop.save_causal_lm(folder, CONFIGS[family], params)
     return np.asarray(params["embed"]["embedding"])
 
@@ -161,7 +161,7 @@ def test_merge_adapter_writes_an_untied_model(tmp_path):
 
 
 def test_load_adapted_keeps_the_type_of_a_table_that_an_adapter_holds_in_another(tmp_path):
-    params = nn.causal_lm_init(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16)
+    params = nn.init_params(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16)
     interop.save_causal_lm(tmp_path / "model", CONFIGS["llama"], params)
     tensors = {"model.embed_tokens.weight": drawn(3, 20, 8)}
     folder = write(tmp_path / "adapter", "llama", {"modules_to_save": ["embed_tokens"]}, tensors)
@@ -204,7 +204,7 @@ def test_save_peft_adapter_writes_a_trained_table_that_is_tied_in_both_places(fa
     config = CONFIGS[family]
     q = "attn/qkv" if family == "gpt2" else "attn/q"
     settings = {q: adapters.LoRA(2, 4.0), "embed/embedding": adapters.Full()}
-    trainable = adapters.init(jax.random.key(1), nn.causal_lm_init(jax.random.key(0), config), settings)
+    trainable = adapters.init(jax.random.key(1), nn.init_params(jax.random.key(0), config), settings)
     interop.save_peft_adapter(tmp_path / "out", config, trainable, settings)
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert fields["modules_to_save"] == [TABLE[family], "lm_head"]
@@ -225,14 +225,14 @@ def test_save_peft_adapter_writes_a_trained_table_that_is_tied_in_both_places(fa
 @pytest.mark.parametrize("method", [adapters.LoRA, adapters.DoRA])
 def test_save_peft_adapter_refuses_low_rank_updates_of_a_tied_table(method, tmp_path):
     settings = {"attn/q": method(2, 4.0), "embed": method(2, 4.0)}
-    trainable = adapters.init(jax.random.key(1), nn.causal_lm_init(jax.random.key(0), CONFIGS["llama"]), settings)
+    trainable = adapters.init(jax.random.key(1), nn.init_params(jax.random.key(0), CONFIGS["llama"]), settings)
     with pytest.raises(ValueError, match="settings: the embedding is tied to the head"):
         interop.save_peft_adapter(tmp_path / "out", CONFIGS["llama"], trainable, settings)
 
 
 def test_untie_causal_lm_changes_no_logits():
     config, tokens = CONFIGS["gpt2"], jnp.array([[1, 5, 9]])
-    params = nn.causal_lm_init(jax.random.key(0), config)
+    params = nn.init_params(jax.random.key(0), config)
     untied, own = nn.untie_causal_lm(config, params)
     assert untied == config.replace(tied=False)
     assert nn.untie_causal_lm(untied, own) == (untied, own)

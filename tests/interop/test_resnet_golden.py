@@ -125,7 +125,7 @@ def test_a_bare_model_without_prefix_and_head_is_read_and_written(tmp_path):
 )
 def test_a_fresh_network_goes_to_a_folder_of_timm_and_back(config, tmp_path):
     rng = np.random.default_rng(0)
-    params, stats = jax.tree.map(lambda s: rng.standard_normal(s.shape, s.dtype), nn.resnet_shapes(config))
+    params, stats = jax.tree.map(lambda s: rng.standard_normal(s.shape, s.dtype), nn.param_shapes(config))
     tree = {"params": params, "batch_stats": stats}
     interop.save_vision(tmp_path / "out", config, tree, "timm")
     again, same = interop.load_vision(tmp_path / "out")

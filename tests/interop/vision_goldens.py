@@ -50,7 +50,7 @@ def found(name):
     labels = jnp.asarray(golden["labels"], jnp.int32)
 
     def loss(params):
-        output = forward(name, params, pixels(name), remat=REMAT.get(name, "none"))
+        output = forward(name, params, pixels(name), options=nn.LayerOptions(remat=REMAT.get(name, "none")))
         return jnp.mean(losses.cross_entropy(output.logits, labels)), output
 
     # One program for all: compiling takes longer than all else here.

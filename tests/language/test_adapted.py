@@ -91,7 +91,7 @@ def test_one_step_delivers_the_energies_of_whole_weights_on_any_mesh(batch, sett
         assert np.all(at["a"].mean(-1) > 0)
         np.testing.assert_array_equal(arrays["row_energy"], 0)
     whole = own.merged(params, state.variables)
-    assert jax.tree.structure(whole) == jax.tree.structure(nn.causal_lm_shapes(own.config))
+    assert jax.tree.structure(whole) == jax.tree.structure(nn.param_shapes(own.config))
     assert jax.tree.structure(start) == jax.tree.structure(adapters.drop_energy_probes(params))
 
 

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("e2e") / "model"
     config = train.load_config(f"{CONFIG}:adamw")
     model, _ = finetune.model_of(config)
-    interop.save_causal_lm(folder, model, nn.causal_lm_init(jax.random.key(0), model))
+    interop.save_causal_lm(folder, model, nn.init_params(jax.random.key(0), model))
     return folder
 
 

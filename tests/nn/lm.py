@@ -23,7 +23,7 @@ CONFIGS = {
 @functools.cache
 def params_of(name, seed=0):
     """Parameters large enough that tokens are told apart, biases and norms included."""
-    params = nn.causal_lm_init(jax.random.key(seed), CONFIGS[name])
+    params = nn.init_params(jax.random.key(seed), CONFIGS[name])
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten(x + 0.2 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True))
@@ -33,7 +33,7 @@ def tokens_of(name, *shape, seed=2):
     return jax.random.randint(jax.random.key(seed), shape, 0, CONFIGS[name].vocab_size, jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("remat", "capture_hidden", "dtype", "logits_dtype"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("options", "capture_hidden", "dtype", "logits_dtype"))
 def run(config, params, tokens, **options):
     with jax.default_matmul_precision("highest"):
         return nn.causal_lm_apply(config, params, tokens, **options)

@@ -37,6 +37,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics(parts):
     np.testing.assert_allclose(nn.batch_norm(x, ones, zeros, zeros, ones - np.float32(1e-5))[0], x, rtol=1e-6)
 
 
+@pytest.mark.eight_devices
 def test_statistics_are_those_of_the_global_batch_however_it_is_split(parts):
     y, statistics = jax.jit(lambda *p: nn.batch_norm(*p, train=True))(*parts)
     mesh = train.make_mesh(2, 4, 1)
@@ -85,6 +86,7 @@ def test_channels_that_differ_and_single_values_are_refused(parts):
         nn.batch_norm(x[:1, :1, :1], *rest, train=True)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("offset", [1e4, -1e6])
 def test_a_batch_far_from_the_running_mean_keeps_its_variance_however_it_is_split(parts, offset):
     x = parts[0] + np.float32(offset)

@@ -11,6 +11,7 @@ from subspace_jax import nn
 from .lm import CONFIGS, next_token_loss, params_of, run, tokens_of
 
 FAMILIES = sorted(CONFIGS)
+FULL, DOTS = nn.LayerOptions(remat="full"), nn.LayerOptions(remat="dots")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=())
@@ -94,7 +95,8 @@ def test_reading_in_parts_through_a_cache_is_reading_at_once(name):
 def test_remat_changes_no_gradient(remat):
     config, params, tokens = CONFIGS["qwen2"], params_of("qwen2"), tokens_of("qwen2", 2, 12)
     plain, again = (
-        jax.jit(jax.grad(functools.partial(next_token_loss, config, remat=r)))(params, tokens) for r in ("none", remat)
+        jax.jit(jax.grad(functools.partial(next_token_loss, config, options=nn.LayerOptions(remat=r))))(params, tokens)
+        for r in ("none", remat)
     )
     for expected, got in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert jnp.max(jnp.abs(expected)) > 0
@@ -146,7 +148,9 @@ def test_bfloat16_keeps_parameters_float32_and_the_logits_near():
 def test_bfloat16_gradients_are_near_those_of_float32():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 2, 12)
     exact, rounded = (
-        jax.jit(jax.grad(functools.partial(next_token_loss, config, dtype=dtype, remat="dots")))(params, tokens)
+        jax.jit(
+            jax.grad(functools.partial(next_token_loss, config, dtype=dtype, options=DOTS))
+        )(params, tokens)
         for dtype in (jnp.float32, jnp.bfloat16)
     )
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
@@ -162,13 +166,14 @@ def test_hooks_see_each_layer_and_the_stream():
         seen.append(layer["mlp"]["up"]["kernel"].shape)
         return jax.tree.map(lambda x: 2 * x, layer)
 
-    doubled = nn.causal_lm_apply(config, params, tokens, on_layer=on_layer, on_stream=lambda x: x + 0.5)
+    hooks = nn.LayerOptions(on_layer=on_layer, on_stream=lambda x: x + 0.5)
+    doubled = nn.causal_lm_apply(config, params, tokens, options=hooks)
     assert seen[0] == (16, 32)
     expected = nn.causal_lm_apply(
         config,
         {**params, "layers": jax.tree.map(lambda x: 2 * x, params["layers"])},
         tokens,
-        on_stream=lambda x: x + 0.5,
+        options=nn.LayerOptions(on_stream=lambda x: x + 0.5),
     )
     np.testing.assert_allclose(doubled.logits, expected.logits, atol=1e-5)
     assert jnp.max(jnp.abs(expected.logits - run(config, params, tokens).logits)) > 1e-2
@@ -192,29 +197,30 @@ def test_scores_may_be_scaled_by_layer():
 
 def test_the_module_holds_the_same_tree_with_its_axes():
     config = CONFIGS["qwen2"]
-    model = nn.CausalLM(config, rngs=nnx.Rngs(params=0))
+    model = nn.Model(config, rngs=nnx.Rngs(params=0))
     tokens = tokens_of("qwen2", 2, 12)
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(model(tokens), run(config, model.params, tokens).logits, atol=1e-5)
+        np.testing.assert_allclose(model(tokens).logits, run(config, model.params, tokens).logits, atol=1e-5)
     graph, state = nnx.split(model)
-    assert jax.tree.structure(nnx.to_pure_dict(state)) == jax.tree.structure(nn.causal_lm_shapes(config))
+    assert jax.tree.structure(nnx.to_pure_dict(state)["weights"]) == jax.tree.structure(nn.param_shapes(config))
     variables = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
     for variable in variables:
         assert len(variable.get_metadata()["axes"]) == variable.get_value().ndim
     params = nnx.to_pure_dict(state)
-    params["layers"]["mlp"]["up"]["kernel"], _ = _wrap(params["layers"]["mlp"]["up"]["kernel"], jax.random.key(0))
+    up = params["weights"]["layers"]["mlp"]["up"]
+    up["kernel"], _ = _wrap(up["kernel"], jax.random.key(0))
     assert isinstance(nnx.merge(graph, params).params["layers"]["mlp"]["up"]["kernel"], LowRank)
     with pytest.raises(ValueError, match="expected params, or rngs"):
-        nn.CausalLM(config)
+        nn.Model(config)
 
 
 def test_initial_values_depend_on_the_name_only_and_axes_cover_all():
     for config in CONFIGS.values():
-        params, axes = nn.causal_lm_init(jax.random.key(0), config), nn.causal_lm_axes(config)
+        params, axes = nn.init_params(jax.random.key(0), config), nn.param_axes(config)
         assert all(jax.tree.leaves(jax.tree.map(lambda x, names: len(names) == x.ndim, params, axes)))
         assert nn.count_params(config) == sum(x.size for x in jax.tree.leaves(params))
-    shallow = nn.causal_lm_init(jax.random.key(0), CONFIGS["llama"].replace(num_layers=1))
-    deep = nn.causal_lm_init(jax.random.key(0), CONFIGS["llama"])
+    shallow = nn.init_params(jax.random.key(0), CONFIGS["llama"].replace(num_layers=1))
+    deep = nn.init_params(jax.random.key(0), CONFIGS["llama"])
     np.testing.assert_array_equal(shallow["embed"]["embedding"], deep["embed"]["embedding"])
 
 
@@ -266,11 +272,10 @@ def test_presets_of_unknown_size_are_refused():
             {"attention_mask": jnp.ones((1, 4))},
             "expected the shape \\(1, 5\\) of tokens, got \\(1, 4\\)",
         ),
-        ({"remat": "most"}, "remat: expected one of"),
         ({"cache": nn.init_cache(CONFIGS["llama"], 1, 4)}, "cache: 4 slots for 1 sequences can't take tokens"),
         (
             {"cache": nn.init_cache(CONFIGS["llama"], 1, 8), "segment_ids": jnp.zeros((1, 5), jnp.int32)},
-            "packed texts can't be read into a cache",
+            "a cache does not support packed texts",
         ),
     ],
 )
@@ -284,7 +289,7 @@ def test_tokens_have_to_be_integers_inside_the_vocabulary():
     with pytest.raises(TypeError, match="expected integers, got float32"):
         nn.causal_lm_apply(CONFIGS["llama"], params_of("llama"), jnp.zeros((1, 5)))
     nn.check_tokens(np.array([[0, 63]]), 64)
-    with pytest.raises(ValueError, match="64 at \\(0, 1\\) is outside the vocabulary of 64 words"):
+    with pytest.raises(ValueError, match="64 at \\(0, 1\\) is outside the vocabulary of 64 tokens"):
         nn.check_tokens(np.array([[0, 64]]), 64)
     with pytest.raises(ValueError, match="-1 at \\(2,\\)"):
         nn.check_tokens([1, 2, -1], 64)
@@ -317,5 +322,5 @@ def test_models_of_several_seeds_run_under_vmap():
     config, tokens = CONFIGS["llama"], tokens_of("llama", 2, 12)
     both = jax.tree.map(lambda *x: jnp.stack(x), params_of("llama"), params_of("llama", 5))
     with jax.default_matmul_precision("highest"):
-        logits = jax.jit(jax.vmap(lambda p: nn.causal_lm_apply(config, p, tokens, remat="full").logits))(both)
+        logits = jax.jit(jax.vmap(lambda p: nn.causal_lm_apply(config, p, tokens, options=FULL).logits))(both)
     np.testing.assert_allclose(logits[1], run(config, params_of("llama", 5), tokens).logits, atol=1e-5)

@@ -32,7 +32,7 @@ def gather(dtype, sharding, x):
 
 def fully_sharded(config, mesh, dtype, loss):
     """The loss of sharded parameters, and the shardings of parameters and batch."""
-    shardings = train.param_shardings(nn.causal_lm_shapes(config), nn.causal_lm_axes(config), mesh)
+    shardings = train.param_shardings(nn.param_shapes(config), nn.param_axes(config), mesh)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     of_layer = jax.tree.map(lambda s: NamedSharding(mesh, P(*s.spec[1:])), shardings["layers"])
     rest = {name: s for name, s in shardings.items() if name != "layers"}
@@ -44,15 +44,18 @@ def fully_sharded(config, mesh, dtype, loss):
             config,
             {**top, "layers": params["layers"]},
             tokens,
-            on_layer=lambda layer: whole(of_layer, layer),
-            on_stream=lambda x: jax.lax.with_sharding_constraint(x, rows),
-            remat="full",
             dtype=dtype,
+            options=nn.LayerOptions(
+                remat="full",
+                on_layer=lambda layer: whole(of_layer, layer),
+                on_stream=lambda x: jax.lax.with_sharding_constraint(x, rows),
+            ),
         )
 
     return sharded_loss, shardings, rows
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
 def test_loss_and_gradients_are_those_of_one_device(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 8, 12)
@@ -70,6 +73,7 @@ def test_loss_and_gradients_are_those_of_one_device(name):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
+@pytest.mark.eight_devices
 def test_generation_on_a_mesh_is_that_of_one_device():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 4, 6)
     mesh = train.make_mesh(2, 2, 2)
@@ -97,7 +101,7 @@ def compiled_for_tpu(config, topology, fsdp, tensor, length):
         out_shardings=(NamedSharding(mesh, P()), shardings),
     )
     tokens = jax.ShapeDtypeStruct((devices.size // tensor, length), jnp.int32)
-    return step.lower(nn.causal_lm_shapes(config), tokens).compile()
+    return step.lower(nn.param_shapes(config), tokens).compile()
 
 
 @pytest.mark.slow

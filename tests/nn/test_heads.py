@@ -183,6 +183,7 @@ def test_bfloat16_features_give_float32_gradients_of_the_bases_within_rounding()
     assert jnp.linalg.norm(rounded - exact) < 3 * 2.0**-8 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("dims", "axis_type"), [(2, AxisType.Auto), (2, AxisType.Explicit), ([1, 2] * 8, AxisType.Auto)]
 )

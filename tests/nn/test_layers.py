@@ -60,12 +60,12 @@ def test_the_same_tokens_are_generated():
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_gradients_are_the_same(remat):
     config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 2, 12)
-    grads = jax.jit(jax.grad(functools.partial(next_token_loss, config, remat=remat)))
+    grads = jax.jit(jax.grad(functools.partial(next_token_loss, config, options=nn.LayerOptions(remat=remat))))
     assert_close(nn.stack_layers(grads(nn.unstack_layers(params), tokens)), grads(params, tokens))
 
 
 def test_a_vision_transformer_is_the_same_with_paths_dropped_and_states_captured():
-    params = nn.vision_transformer_init(jax.random.key(0), VIT)
+    params = nn.init_params(jax.random.key(0), VIT)
     pixels = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     look = jax.jit(
         lambda params: nn.vision_transformer_apply(

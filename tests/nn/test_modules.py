@@ -91,7 +91,7 @@ def test_every_parameter_names_all_its_axes(make):
 
 
 def test_linear_rejects_integers_instead_of_rounding_the_kernel():
-    with pytest.raises(TypeError, match="floating point, got int32"):
+    with pytest.raises(TypeError, match="floating-point x, got int32"):
         nn.linear(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 4)))
 
 

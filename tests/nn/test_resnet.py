@@ -24,7 +24,7 @@ VGG = nn.VGGConfig((1, 1), (4, 8), (16, 12), (0.5, 0.0), image_size=(8, 8), num_
 def tiny():
     """Parameters whose blocks are not the identity, statistics, images and labels."""
     rng = np.random.default_rng(0)
-    params, stats = jax.tree.map(lambda s: rng.uniform(0.2, 0.6, s.shape).astype(s.dtype), nn.resnet_shapes(TINY))
+    params, stats = jax.tree.map(lambda s: rng.uniform(0.2, 0.6, s.shape).astype(s.dtype), nn.param_shapes(TINY))
     params = jax.tree.map(lambda x: x - np.float32(0.4) * (x.ndim > 1), params)
     return params, stats, rng.standard_normal((16, 17, 20, 3), np.float32), np.arange(16, dtype=np.int32) % 5
 
@@ -59,13 +59,14 @@ def test_vgg13_with_batch_normalisation_has_the_published_number_of_parameters()
     assert spec_count(nn.vgg_specs(nn.VGGConfig())[0]) == 133_053_736
 
 
+@pytest.mark.eight_devices
 def test_a_sharded_step_is_that_of_one_device_statistics_included(tiny):
     params, stats, pixels, labels = tiny
     key = jax.random.key(2)
     loss, grads, after = step(TINY, params, stats, pixels, labels, key)
     # Axes that split the batch, and one that copies it.
     mesh = train.make_mesh(2, 2, 2)
-    axes = nn.resnet_axes(TINY)
+    axes = nn.param_axes(TINY)
     shardings = train.param_shardings(params, axes[0], mesh)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     split = step(
@@ -133,7 +134,7 @@ def test_grouped_convolution_keeps_groups_apart():
 def test_bfloat16_activations_give_float32_logits_and_statistics():
     config = TINY.replace(drop_path=0.0)
     run = functools.partial(nn.resnet_apply, config, train=True, dtype=jnp.bfloat16, capture="all")
-    params, stats = jax.eval_shape(lambda: nn.resnet_init(jax.random.key(0), config))
+    params, stats = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), config))
     out = jax.eval_shape(run, params, stats, jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
     assert out.logits.dtype == jnp.float32
     assert out.tokens.dtype == jnp.bfloat16
@@ -152,7 +153,7 @@ def test_capture_names_hidden_states(tiny, capture):
     ("pixels", "options", "error", "message"),
     [
         (np.zeros((2, 16, 16, 4), np.float32), {}, ValueError, r"pixels: expected \[batch, height, width, 3\]"),
-        (np.zeros((2, 16, 16, 3), np.uint8), {}, TypeError, "standardised floating-point images, got uint8"),
+        (np.zeros((2, 16, 16, 3), np.uint8), {}, TypeError, "standardized floating-point images, got uint8"),
         (np.zeros((2, 16, 16, 3), np.float32), {"train": True}, ValueError, "key: a random key is needed"),
         (np.zeros((2, 16, 16, 3), np.float32), {"capture": (3,)}, ValueError, "hidden states 0 to 2"),
     ],
@@ -180,7 +181,7 @@ def test_networks_that_contradict_themselves_are_refused(make, message):
 def test_the_module_updates_its_statistics_in_training_mode_only(tiny):
     params, stats, pixels, _ = tiny
     config = TINY.replace(num_classes=0, drop_path=0.0)
-    model = nn.ResNet(config, {k: v for k, v in params.items() if k != "head"}, stats)
+    model = nn.Model(config, {k: v for k, v in params.items() if k != "head"}, stats)
     call = nnx.jit(lambda model, x: model(x).pooled)
     assert call(model, pixels).shape == (16, 32) == (16, model.out_features)
     jax.tree.map(np.testing.assert_array_equal, model.batch_stats, stats)
@@ -193,18 +194,20 @@ def test_the_module_updates_its_statistics_in_training_mode_only(tiny):
 
 
 def test_modules_need_parameters_or_a_source_of_them():
-    with pytest.raises(ValueError, match="SwinTransformer: expected params, or rngs"):
-        nn.SwinTransformer(nn.SwinConfig())
-    with pytest.raises(ValueError, match="VGG: expected batch_stats beside params"):
-        nn.VGG(VGG, params={})
+    with pytest.raises(ValueError, match="Model: expected params, or rngs"):
+        nn.Model(nn.SwinConfig())
+    with pytest.raises(ValueError, match="batch_stats: VGGConfig needs them"):
+        nn.Model(VGG, params={})
+    with pytest.raises(TypeError, match="config: expected one of"):
+        nn.Model("resnet50")
 
 
 def test_vgg_drops_features_in_training():
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: nn.vgg_init(jax.random.key(0), VGG))
+    shapes = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), VGG))
     params, stats = jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
     x = rng.standard_normal((4, 8, 8, 3), np.float32)
-    model = nn.VGG(VGG, params, stats)
+    model = nn.Model(VGG, params, stats)
     run = nnx.jit(lambda model, x, key: model(x, key=key, capture="all"))
     first, second = (run(model, x, jax.random.key(i)) for i in (0, 1))
     np.testing.assert_array_equal(first.logits, second.logits)

@@ -18,7 +18,7 @@ TINY = nn.SwinConfig((16, 16), 2, 8, (2, 1), (2, 2), window=3, num_classes=5, co
 def random_params(config):
     """Every parameter normal, of order one tenth."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: np.float32(0.1) * rng.standard_normal(s.shape, s.dtype), nn.swin_shapes(config))
+    return jax.tree.map(lambda s: np.float32(0.1) * rng.standard_normal(s.shape, s.dtype), nn.param_shapes(config))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -41,11 +41,12 @@ def test_well_known_models_have_the_published_number_of_parameters(size, params)
     assert spec_count(nn.swin_specs(nn.SwinConfig.swin(size))) == params
 
 
+@pytest.mark.eight_devices
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
     params, pixels = tiny
     loss, grads = step(TINY, params, pixels)
     mesh = train.make_mesh(2, 2, 2)
-    shardings = train.param_shardings(params, nn.swin_axes(TINY), mesh)
+    shardings = train.param_shardings(params, nn.param_axes(TINY), mesh)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     value, split = step(TINY, jax.device_put(params, shardings), jax.device_put(pixels, rows))
     np.testing.assert_allclose(value, loss, rtol=1e-5)
@@ -127,7 +128,7 @@ def test_bfloat16_activations_give_float32_logits(tiny):
 
 def test_absolute_positions_belong_to_one_size():
     config = TINY.replace(absolute_positions=True)
-    params = jax.eval_shape(lambda: nn.swin_init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), config))
     shapes = jax.eval_shape(functools.partial(nn.swin_apply, config), params, jnp.zeros((1, 16, 16, 3)))
     assert shapes.logits.shape == (1, 5)
     with pytest.raises(ValueError, match=r"positions are those of images \(16, 16\), got \(16, 18\)"):

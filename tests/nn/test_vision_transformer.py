@@ -27,7 +27,7 @@ def random(shapes):
 @pytest.fixture(scope="module")
 def model():
     pixels = np.random.default_rng(1).standard_normal((8, 16, 16, 3), np.float32)
-    return CONFIG, random(nn.vision_transformer_shapes(CONFIG)), jnp.asarray(pixels)
+    return CONFIG, random(nn.param_shapes(CONFIG)), jnp.asarray(pixels)
 
 
 @functools.cache
@@ -107,10 +107,11 @@ def test_a_dinov2_folder_is_written_and_read(golden, tmp_path):
         assert all(value.tobytes() == flat[key].tobytes() for key, value in written.items())
 
 
+@pytest.mark.eight_devices
 def test_a_sharded_pass_and_its_gradients_are_those_of_one_device(model):
     config, params, pixels = model
     mesh = train.make_mesh(2, 2, 2)
-    axes = nn.vision_transformer_axes(config)
+    axes = nn.param_axes(config)
     split = jax.device_put(params, train.param_shardings(params, axes, mesh))
 
     def loss(params, pixels):
@@ -138,7 +139,7 @@ def test_dropping_paths_scales_what_stays_and_leaves_inference_alone(model):
     assert 0.15 < same < 0.35
     assert not np.allclose(stacked[0].logits, stacked[1].logits)
     np.testing.assert_array_equal(run(jax.random.key(3)).logits, stacked[3].logits)
-    with pytest.raises(ValueError, match="key: dropping paths needs a random key"):
+    with pytest.raises(ValueError, match="key: stochastic depth needs a random key"):
         nn.vision_transformer_apply(dropping, params, pixels, train=True)
     assert config.replace(drop_path=0.2).drop_rates == (0.0, 0.1, 0.2)
     with pytest.raises(ValueError, match=r"drop_path: expected rates in \[0, 1\)"):
@@ -156,7 +157,7 @@ def test_attention_pooling_takes_patches_in_any_order():
     config = nn.VisionTransformerConfig(
         "siglip", **{**TINY, "num_layers": 1}, class_token=False, attention_pool=True, pool="attention"
     )
-    params = random(nn.vision_transformer_shapes(config))
+    params = random(nn.param_shapes(config))
     params = {**params, "position": jax.tree.map(jnp.zeros_like, params["position"])}
     pixels = random(jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
     run = jit(functools.partial(nn.vision_transformer_apply, config, params))
@@ -167,21 +168,21 @@ def test_attention_pooling_takes_patches_in_any_order():
 
 def test_the_module_holds_the_parameters_with_their_axes(model):
     config, params, pixels = model
-    module = nn.VisionTransformer(config, params)
+    module = nn.Model(config, params)
     jax.tree.map(np.testing.assert_array_equal, module.params, params)
-    assert module.layers["attn"]["q"]["kernel"].get_metadata()["axes"] == ("layers", "embed", "heads")
-    drawn = nnx.eval_shape(lambda: nn.VisionTransformer(config, rngs=nnx.Rngs(0)))
+    assert module.weights["layers"]["attn"]["q"]["kernel"].get_metadata()["axes"] == ("layers", "embed", "heads")
+    drawn = nnx.eval_shape(lambda: nn.Model(config, rngs=nnx.Rngs(0)))
     assert jax.tree.map(jnp.shape, drawn.params) == jax.tree.map(jnp.shape, params)
     assert jax.eval_shape(module, pixels).logits.shape == (8, 8)
-    fresh = jax.eval_shape(lambda key: nn.vision_transformer_init(key, config, jnp.bfloat16), jax.random.key(0))
-    assert fresh == nn.vision_transformer_shapes(config, jnp.bfloat16)
+    fresh = jax.eval_shape(lambda key: nn.init_params(key, config, jnp.bfloat16), jax.random.key(0))
+    assert fresh == nn.param_shapes(config, jnp.bfloat16)
     with pytest.raises(ValueError, match="expected params, or rngs"):
-        nn.VisionTransformer(config)
+        nn.Model(config)
 
 
 def test_sizes_of_well_known_models_are_theirs():
     def millions(config):
-        return round(sum(np.prod(s.shape) for s in jax.tree.leaves(nn.vision_transformer_shapes(config))) / 1e6, 1)
+        return round(sum(np.prod(s.shape) for s in jax.tree.leaves(nn.param_shapes(config))) / 1e6, 1)
 
     made = nn.VisionTransformerConfig
     # timm's own counts of vit_base_patch16_224, deit3_small and deit3_base; DINOv2's as its authors print them.
@@ -197,28 +198,28 @@ def test_bad_images_and_options_are_named(model):
     run = functools.partial(nn.vision_transformer_apply, config, params)
     with pytest.raises(ValueError, match=r"pixels: expected \[batch, height, width, 3\], got \(8, 16, 16, 1\)"):
         run(pixels[..., :1])
-    with pytest.raises(TypeError, match="pixels: expected floating point, normalised; got uint8"):
+    with pytest.raises(TypeError, match="pixels: expected standardized floating-point images, got uint8"):
         run(jnp.zeros((1, 16, 16, 3), jnp.uint8))
     with pytest.raises(ValueError, match=r"an image of \(3, 16\) is smaller than a patch of 4"):
         run(pixels[:, :3], resample=True)
     with pytest.raises(ValueError, match=r"positions are for images of \(16, 16\), got \(12, 16\)"):
         run(pixels[:, :12])
-    with pytest.raises(ValueError, match=r"capture: there are hidden states 0 to 3, got \[4\]"):
+    with pytest.raises(ValueError, match=r"capture: expected hidden states 0 to 3, got \(4,\)"):
         run(pixels, capture=[4])
     with pytest.raises(ValueError, match="remat: expected one of"):
-        run(pixels, remat="some")
+        nn.LayerOptions(remat="some")
     oblong, more = config.replace(image_size=(8, 16)), jnp.zeros((1, 16, 16, 3))
     with pytest.raises(ValueError, match="positions of a 2 x 4 grid can't be resampled"):
         nn.vision_transformer_apply(oblong, params, more, resample=True)
     for changes, message in [
-        ({"pool": "distilled"}, "pool: 'distilled' pools what this model has not"),
+        ({"pool": "distilled"}, "pool: the model has no 'distilled' to pool"),
         ({"family": "bert"}, "family: expected one of"),
         ({"activation": "mish"}, "activation: expected one of"),
         ({"num_heads": 3}, "num_heads: expected a divisor of the width 16, got 3"),
         ({"image_size": (2, 16)}, "image_size: expected height and width of at least a patch of 4"),
         ({"num_layers": 0}, "num_layers: expected a positive integer, got 0"),
         ({"distilled_head": True}, "distilled_head: expected a distillation token"),
-        ({"pool": "none"}, "num_classes: 8 classes can't be scored"),
+        ({"pool": "none"}, "num_classes: 8 classes need a pooled vector"),
     ]:
         with pytest.raises(ValueError, match=message):
             config.replace(**changes)

@@ -204,7 +204,7 @@ def test_features_of_the_largest_dinov2_fit_sixteen_chips_of_v5e():
     config = nn.VisionTransformerConfig.dinov2("giant", image_size=(224, 224))
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.vision_transformer_shapes(config)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.param_shapes(config)
     )
     rows = train.batch_sharding(mesh)
     shapes = {"inputs": ((512, 224, 224, 3), jnp.float32), "labels": ((512,), jnp.int32), "mask": ((512,), jnp.float32)}

@@ -10,7 +10,7 @@ from subspace_jax.interop.hf.config_fields import naming, read_fields, read_json
 from subspace_jax.interop.hf.names import is_buffer, tensor_names
 from subspace_jax.interop.placing import PyTree, Shardings, check_depth, match_tensors, read_params
 from subspace_jax.interop.safetensors_io import StoredTensor, has_weights, open_folder
-from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs
+from subspace_jax.nn import CausalLMConfig, Model, causal_lm_specs
 
 _HEAD = "lm_head.weight"
 
@@ -43,9 +43,9 @@ def load_causal_lm(
 
 def from_pretrained(
     folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
-) -> CausalLM:
+) -> Model:
     """Reads a checkpoint folder as a module; see :func:`load_causal_lm`."""
-    return CausalLM(*load_causal_lm(folder, shardings=shardings, dtype=dtype))
+    return Model(*load_causal_lm(folder, shardings=shardings, dtype=dtype))
 
 
 def read_config(folder: str | os.PathLike) -> CausalLMConfig:

@@ -20,7 +20,7 @@ from subspace_jax.interop.hf.causal_lm_config import config_to_hf
 from subspace_jax.interop.hf.names import TensorName, tensor_names
 from subspace_jax.interop.placing import stored_shape, to_stored
 from subspace_jax.interop.safetensors_io import some, write_safetensors
-from subspace_jax.nn import CausalLM, CausalLMConfig, causal_lm_specs, stack_layers
+from subspace_jax.nn import CausalLMConfig, Model, causal_lm_specs, stack_layers
 from subspace_jax.nn.params import spec_shapes
 
 PyTree = Any
@@ -70,7 +70,7 @@ def save_causal_lm(
     )
 
 
-def save_pretrained(model: CausalLM, folder: str | os.PathLike, **options) -> None:
+def save_pretrained(model: Model, folder: str | os.PathLike, **options) -> None:
     """Writes a module as a checkpoint folder; options as of :func:`save_causal_lm`."""
     save_causal_lm(folder, model.config, model.params, **options)
 

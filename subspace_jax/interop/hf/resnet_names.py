@@ -1,6 +1,6 @@
 """Residual networks in the files of Hugging Face transformers and of timm (whose names are torchvision's too).
 
-A file holds both trees of :func:`subspace_jax.nn.resnet_init`; here they are the branches ``params`` and
+A file holds both trees of :func:`subspace_jax.nn.init_params`; here they are the branches ``params`` and
 ``batch_stats`` of one.  The counters of training steps that files carry beside the running statistics are passed over
 and not written, for no output depends on them.
 """

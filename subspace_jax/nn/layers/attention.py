@@ -1,4 +1,4 @@
-"""Attention with grouped queries: causal with windows, padding and packed sequences, or to everything."""
+"""Attention with grouped queries: causal, with windows, padding and packed sequences, or bidirectional."""
 
 import functools
 import math
@@ -22,23 +22,22 @@ def causal_mask(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """Says which query sees which key.
+    """Returns the mask of causal attention.
 
-    A query sees the keys in its own and in earlier slots, except those that are padding, belong to another segment, or
-    lie ``window`` or more positions back.  It always sees itself: a row that sees nothing has no softmax, and what
-    a padded query returns only has to be finite.
+    A query attends to the keys in its own and in earlier slots, except padding, keys of other segments, and keys
+    ``window`` or more positions back.  It always attends to itself, so that the output of padding is finite.
 
     Args:
-      query_slots: Place of each query among the keys, ``[length]`` integers.
+      query_slots: Index of each query among the keys, ``[length]`` integers.
       query_positions: Positions of the queries, ``[batch or 1, length]`` integers.
       key_positions: Positions of the keys, ``[batch or 1, slots]``.
-      window: Positions that a query sees, itself included; may be traced.
+      window: Number of positions that a query attends to, its own included; may be traced.
       key_valid: ``[batch, slots]`` bool, False for padding.
       query_segments: ``[batch, length]`` integers.
       key_segments: ``[batch, slots]`` integers.
 
     Returns:
-      ``[batch or 1, 1, length, slots]`` bool.
+      ``[batch or 1, 1, length, slots]`` bool, True where a query attends to a key.
     """
     behind = query_slots[:, None] - jnp.arange(key_positions.shape[1], dtype=query_slots.dtype)[None, :]
     sees = (behind >= 0)[None]
@@ -70,25 +69,24 @@ def attention(
       query: ``[batch, length, heads, head_dim]``.
       key: ``[batch, slots, kv_heads, head_dim]``.
       value: ``[batch, slots, kv_heads, head_dim]``.
-      mask: ``[batch or 1, 1, length, slots]`` bool; None for plain causal attention, where ``slots == length``, or
-        without ``causal`` for attention to everything.
-      window: Of plain causal attention: how many tokens a query sees, itself included.
-      causal: Whether a query without a mask sees its own and earlier slots only.
+      mask: ``[batch or 1, 1, length, slots]`` bool, True where a query attends to a key.
+      window: Number of tokens that a query attends to, itself included; only for causal attention without a mask.
+      causal: Without a mask: whether attention is causal, where ``slots == length``, or bidirectional.
       scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default.
-      implementation: "xla", which takes blocks of queries one by one where there are 2048 or more; "cudnn" for
-        NVIDIA's flash attention, which keeps no scores (bfloat16 and float16 only); None for "cudnn" on a GPU where
-        attention is plain and its dtype and width serve, and "xla" elsewhere.
+      implementation: "xla", which computes 2048 queries or more in blocks; "cudnn" for flash attention on NVIDIA GPUs
+        (bfloat16 and float16); None for "cudnn" in programs for NVIDIA GPUs, where there is no mask, cuDNN is installed
+        and supports the arguments, and "xla" otherwise.
 
     Returns:
       The shape and dtype of ``query``.
 
     Raises:
-      ValueError: ``implementation`` is unknown, or heads don't divide.
+      ValueError: ``implementation`` is unknown, or ``kv_heads`` does not divide ``heads``.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} for attention, got {implementation!r}")
     if query.shape[2] % key.shape[2]:
-        raise ValueError(f"attention: {query.shape[2]} query heads can't share {key.shape[2]} key heads evenly")
+        raise ValueError(f"attention: {query.shape[2]} query heads are no multiple of {key.shape[2]} key heads")
 
     if implementation == "cudnn":
         return _cudnn(query, key, value, mask, window, causal, scale)
@@ -100,21 +98,20 @@ def attention(
 
 
 def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
-    # JAX's own version asks for a dot algorithm whose gradient can't be lowered under strict dtype promotion
-    # (bfloat16, JAX 0.10.2), and it keeps the scores of all queries at once.
+    # jax.nn.dot_product_attention requests a dot algorithm whose gradient can't be lowered under strict dtype promotion
+    # (bfloat16, JAX 0.10.2), and stores the scores of all queries at once.
     batch, length, _, head_dim = query.shape
     if mask is None and causal:
         slots = jnp.arange(length, dtype=jnp.int32)
         mask = causal_mask(slots, slots[None], slots[None], window=window)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    # Heads first, and the queries that share a key head in one axis with their places: both products then are plain
-    # batches of matrices.  With heads between the axes that are contracted a CPU takes twice as long.
+    # Heads first, and the query heads of a key head in one axis with their positions: both einsums are batched matmuls.
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-    # As flash attention does, the backward pass makes the scores again: kept, they outweigh all else of a layer.
+    # The backward pass recomputes the scores, as in flash attention.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def some(queries_and_mask):
+    def attend(queries_and_mask):
         grouped, mask = queries_and_mask
         flat = grouped.reshape(*grouped.shape[:2], -1, head_dim)
         scores = scale * jnp.einsum("bktd,bksd->bkts", flat, key, preferred_element_type=working_dtype(query))
@@ -122,21 +119,21 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
             scores = scores.reshape(*grouped.shape[:4], -1)
             scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
             scores = scores.reshape(*flat.shape[:3], -1)
-        # Weights that add up to one only once values are mixed: scores are passed over once less, in each direction.
+        # Normalised after the values are mixed, which saves a pass over the scores in each direction.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum("bkts,bksd->bktd", weights.astype(value.dtype), value, preferred_element_type=total.dtype)
         return (mixed / total).astype(value.dtype).reshape(grouped.shape)
 
     if length < 2 * BLOCK or length % BLOCK:
-        mixed = some((grouped, mask))
+        mixed = attend((grouped, mask))
     else:
-        # Of a long text the scores of one block of queries are there at a time, in the backward pass too.
+        # One block of queries at a time, in the backward pass too.
         count = length // BLOCK
         blocks = grouped.reshape(*grouped.shape[:3], count, BLOCK, head_dim)
         blocks = jnp.moveaxis(blocks, 3, 0)
         masks = None if mask is None else jnp.moveaxis(mask.reshape(*mask.shape[:2], count, BLOCK, -1), 2, 0)
-        mixed = jnp.moveaxis(jax.lax.map(some, (blocks, masks)), 0, 3)
+        mixed = jnp.moveaxis(jax.lax.map(attend, (blocks, masks)), 0, 3)
     return mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 

@@ -1,4 +1,4 @@
-"""Tables of word vectors: looking words up, and scoring words by them."""
+"""Embedding tables: lookup of tokens, and logits from the same table."""
 
 from typing import Protocol, runtime_checkable
 
@@ -10,25 +10,25 @@ from jax.typing import ArrayLike, DTypeLike
 
 @runtime_checkable
 class StructuredTable(Protocol):
-    """What must be offered to stand in the place of a table ``[vocab, d]``."""
+    """The protocol of weights that replace an embedding table ``[vocab, d]``."""
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Returns the rows of ``tokens``, ``[..., d]`` in ``dtype``."""
+        """Returns the embeddings of ``tokens``, ``[..., d]`` in ``dtype``."""
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Returns the products of ``x`` ``[..., d]`` with all rows, ``[..., vocab]`` in the dtype of ``x``."""
+        """Returns ``x @ table.T`` for ``x`` ``[..., d]``, as ``[..., vocab]`` in the dtype of ``x``."""
 
 
 def embed(tokens: jax.Array, table: jax.Array | StructuredTable, dtype: DTypeLike | None = None) -> jax.Array:
-    """Looks up the rows of tokens.
+    """Looks up the embeddings of tokens.
 
-    A table that is split over devices by its rows stays so: each device looks up the words that it holds, and the sum
-    over devices has them all.
+    A table sharded over the vocabulary is not gathered: each device looks up the tokens that it holds, and the results
+    are summed over devices.
 
     Args:
-      tokens: Integers ``[...]``.  A token outside the table gives NaN, for a wrong word would pass unseen.
+      tokens: Integers ``[...]``.  A token outside the vocabulary gives NaN.
       table: ``[vocab, d]``.
-      dtype: Type of the result; that of the table by default.
+      dtype: Dtype of the result; that of the table by default.
 
     Returns:
       ``[..., d]``.
@@ -45,12 +45,12 @@ def embed(tokens: jax.Array, table: jax.Array | StructuredTable, dtype: DTypeLik
 
 
 def unembed(x: jax.Array, table: jax.Array | StructuredTable, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """Scores every word by its row: ``x @ table.T``.
+    """Returns the logits of all tokens, ``x @ table.T``.
 
     Args:
       x: ``[..., d]``, floating point.
-      table: ``[vocab, d]``; rounded to the dtype of ``x``.
-      out_dtype: Type of the result, that of ``x`` by default; the products are accumulated in it.
+      table: ``[vocab, d]``; cast to the dtype of ``x``.
+      out_dtype: Dtype of the result and of the accumulation, that of ``x`` by default.
 
     Returns:
       ``[..., vocab]``.
@@ -63,19 +63,19 @@ def unembed(x: jax.Array, table: jax.Array | StructuredTable, out_dtype: DTypeLi
 
 
 def table_dtype(table: jax.Array | StructuredTable) -> jnp.dtype:
-    """The dtype of a table, or of the first array of a structured one."""
+    """Returns the dtype of a table, or of the first array of a structured one."""
     return jax.tree.leaves(table)[0].dtype
 
 
 def check_tokens(tokens: ArrayLike, vocab_size: int) -> None:
-    """Raises where a token lies outside the vocabulary; looks at values, hence not under ``jax.jit``.
+    """Checks that tokens are in the vocabulary; reads values, so it does not work under ``jax.jit``.
 
     Args:
       tokens: Integers of any shape.
-      vocab_size: Number of words.
+      vocab_size: Size of the vocabulary.
 
     Raises:
-      ValueError: A token is negative or at least ``vocab_size``; the message gives the first one and its place.
+      ValueError: A token is negative or at least ``vocab_size``; the message gives the first one and its index.
       TypeError: ``tokens`` are not integers.
     """
     values = np.asarray(tokens)
@@ -83,5 +83,5 @@ def check_tokens(tokens: ArrayLike, vocab_size: int) -> None:
         raise TypeError(f"tokens: expected integers, got {values.dtype}")
     outside = np.argwhere((values < 0) | (values >= vocab_size))
     if len(outside):
-        place = tuple(int(i) for i in outside[0])
-        raise ValueError(f"tokens: {values[place]} at {place} is outside the vocabulary of {vocab_size} words")
+        index = tuple(int(i) for i in outside[0])
+        raise ValueError(f"tokens: {values[index]} at {index} is outside the vocabulary of {vocab_size} tokens")

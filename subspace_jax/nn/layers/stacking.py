@@ -1,14 +1,17 @@
-"""Layers one after the other: stacked along an axis that a loop runs over, or each for itself.
+"""Layers as stacks along a leading axis, run by a scan, or as a tuple of layers.
 
-A loop is compiled once, whatever the depth, and where weights are split over devices it gathers one layer at a time.
-But it takes a layer's weights out of the stack, and on CPUs that is a copy of each, in every pass.
+A scan compiles one layer whatever the depth, and where weights are sharded it gathers one layer at a time.  It slices
+a layer's weights out of the stack in every pass; a tuple avoids these copies, and its program grows with the depth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from subspace_jax.nn.layers.attention import attention
 
 PyTree = Any
 
@@ -19,25 +22,56 @@ REMAT = {
 }
 
 
-def unstack_layers(params: PyTree) -> PyTree:
-    """Parameters with a tuple of layers in place of stacks: what a model on a CPU is fastest with.
+@dataclass(frozen=True)
+class LayerOptions:
+    """How the layers of a model run.
 
-    Reading a prompt gains little, and a new token much, which costs little but reading weights.  Programs grow with the
-    depth, and so does the time to compile them.  All is copied: drop the stacks soon.  On CPUs ``remat`` saves nothing
-    then: the compiler finds what is made again to be there already.
+    Attributes:
+      remat: What the backward pass stores of each layer: "none" leaves it to the compiler, "dots" stores the outputs of
+        matmuls with kernels, "full" only the layer's input.
+      on_layer: Applied to the parameters of one layer (without the leading axis) inside what ``remat`` recomputes.
+        Sharded weights are gathered here: gathered before the scan, all layers would be replicated at once.
+      on_stream: Applied to the residual stream ``[batch, length, d]`` before the first layer and after every layer,
+        for sharding constraints.
+      attend_with: Replaces :func:`attention`: a partial of it, or a function made by :func:`sequence_attention`.
+      unroll: Stacked layers in one iteration of the scan.
+
+    Raises:
+      ValueError: ``remat`` is unknown.
+    """
+
+    remat: str = "none"
+    on_layer: Callable[[PyTree], PyTree] = lambda layer: layer
+    on_stream: Callable[[jax.Array], jax.Array] = lambda x: x
+    attend_with: Callable[..., jax.Array] = attention
+    unroll: int = 1
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {self.remat!r}")
+
+
+DEFAULT_OPTIONS = LayerOptions()
+
+
+def unstack_layers(params: PyTree) -> PyTree:
+    """Replaces stacks of layers by tuples of layers.
+
+    Decoding is then faster, since a new token costs little but reading the weights; programs take longer to compile.
+    The arrays are copied.
 
     Args:
-      params: Nested dict; under each key ``"layers"`` is a tree of arrays ``[layers, ...]``, structured kernels among
-        them.
+      params: Nested dict; under each key ``"layers"`` is a tree of arrays ``[layers, ...]``, in which kernels may be
+        structured.
 
     Returns:
-      The same with tuples of trees under these keys; where there is a tuple already it stays.
+      The same with tuples of trees under these keys; tuples stay as they are.
 
     Examples:
       >>> import jax
       >>> from subspace_jax import nn
       >>> config = nn.CausalLMConfig.tiny(num_layers=2)
-      >>> params = nn.unstack_layers(nn.causal_lm_init(jax.random.key(0), config))
+      >>> params = nn.unstack_layers(nn.init_params(jax.random.key(0), config))
       >>> params["layers"][1]["mlp"]["up"]["kernel"].shape
       (128, 344)
     """
@@ -55,10 +89,10 @@ def stack_layers(params: PyTree) -> PyTree:
     """The inverse of :func:`unstack_layers`.
 
     Args:
-      params: Nested dict with tuples of like trees under keys ``"layers"``.
+      params: Nested dict with tuples of trees of one structure under keys ``"layers"``.
 
     Returns:
-      The same with stacks; where there are stacks already they stay.
+      The same with stacks; stacks stay as they are.
     """
     return _with_layers(lambda layers: _stacked(layers) if isinstance(layers, tuple) else layers, params)
 
@@ -74,35 +108,52 @@ def _with_layers(change, params):
 
 
 def run_layers(
-    block: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    block: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
     carry: PyTree,
     layers: PyTree,
     others: dict[str, jax.Array],
-    *,
-    remat: str,
-    unroll: int = 1,
+    options: LayerOptions,
 ) -> tuple[PyTree, PyTree]:
     """Runs a block for each layer, as ``jax.lax.scan`` does.
 
     Args:
-      block: ``block(carry, xs) -> (carry, kept)``; ``xs["params"]`` are the layer's parameters.
-      carry: What goes from layer to layer.
+      block: ``block(carry, params, others) -> (carry, output)`` for one layer.
+      carry: State passed from layer to layer.
       layers: Stacked parameters, or a tuple of those of each layer.
-      others: What else is in ``xs``, ``[layers, ...]``.
-      remat: A key of ``REMAT``: what the backward pass finds of each layer.
-      unroll: Stacked layers in one turn of the loop.
+      others: Further inputs of the layers, ``[layers, ...]``.
+      options: ``remat``, ``on_layer`` and ``unroll`` are used here.
 
     Returns:
-      The last carry, and what was kept, stacked.
+      The last carry, and the stacked outputs.
     """
+
+    def one(carry, xs):
+        params, others = xs
+        return block(carry, options.on_layer(params), others)
+
     stacked = not isinstance(layers, tuple)
-    if remat != "none":
-        # A loop keeps the two passes apart, so that nothing has to prevent their being merged.
-        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not stacked)
+    if options.remat != "none":
+        # A scan separates the passes, so that common subexpressions can't be merged.
+        one = jax.checkpoint(one, policy=REMAT[options.remat], prevent_cse=not stacked)
     if stacked:
-        return jax.lax.scan(block, carry, {"params": layers, **others}, unroll=unroll)
-    kept = []
+        return jax.lax.scan(one, carry, (layers, others), unroll=options.unroll)
+    outputs = []
     for i, layer in enumerate(layers):
-        carry, new = block(carry, {"params": layer, **jax.tree.map(lambda x, i=i: x[i], others)})
-        kept.append(new)
-    return carry, _stacked(kept)
+        carry, output = one(carry, (layer, jax.tree.map(lambda x, i=i: x[i], others)))
+        outputs.append(output)
+    return carry, _stacked(outputs)
+
+
+def captured_states(capture: Sequence[int] | str, states: int) -> list[int]:
+    """Returns the indices of the hidden states that ``capture`` asks for, ascending and without repetition.
+
+    Raises:
+      ValueError: An index is out of range, or a string is not "all".
+    """
+    if isinstance(capture, str):
+        if capture != "all":
+            raise ValueError(f"capture: expected indices or 'all', got {capture!r}")
+        return list(range(states))
+    if any(not -states <= i < states for i in capture):
+        raise ValueError(f"capture: expected hidden states 0 to {states - 1}, got {tuple(capture)}")
+    return sorted({int(i) % states for i in capture})

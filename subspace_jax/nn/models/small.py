@@ -1,4 +1,4 @@
-"""Small feature extractors: a multilayer perceptron and a convolutional network."""
+"""Small backbones: a multilayer perceptron and a convolutional network."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,18 @@ from jax.typing import DTypeLike
 
 from subspace_jax.nn.layers.conv import conv
 from subspace_jax.nn.layers.linear import Linear
+from subspace_jax.nn.layers.norms import group_norm
 
 
 class MLP(nnx.Module):
-    """Linear layers with a ReLU between them; the last one is linear, so that features may have any sign.
-
-    Inputs of more than two axes are flattened.
+    """Linear layers with a ReLU between them; inputs of more than two axes are flattened.
 
     Args:
       in_features: Width of a flattened input.
-      features: Widths of the layers; the last is the feature width.  With none, the input is the feature.
-      dtype: Type of the activations.
-      param_dtype: Type in which the parameters are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      features: Widths of the layers; the last is the feature width.  Without layers, the module is the identity.
+      dtype: Dtype of the activations.
+      param_dtype: Dtype of the parameters.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         widths = (in_features, *features)
-        # Names alternate, so that consecutive layers are split over opposite axes of their kernels.
+        # Names alternate, so that consecutive kernels are sharded along opposite axes.
         names = [("embed", "mlp") if i % 2 == 0 else ("mlp", "embed") for i in range(len(features))]
         self.layers = nnx.List(
             Linear(m, n, axes=axes, param_dtype=param_dtype, rngs=rngs)
@@ -52,41 +51,15 @@ class MLP(nnx.Module):
         return x
 
 
-def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps: float = 1e-5) -> jax.Array:
-    """Normalises each example over space and groups of channels (Wu and He, arXiv 1803.08494), in float32.
-
-    Args:
-      x: ``[batch, height, width, channels]``.
-      scale: ``[channels]``.
-      bias: ``[channels]``.
-      groups: Number of groups; divides ``channels``.
-      eps: Added to the variance.
-
-    Returns:
-      The shape and dtype of ``x``.
-
-    Raises:
-      ValueError: ``x`` has not four axes, or ``groups`` does not divide its channels.
-    """
-    if x.ndim != 4 or groups < 1 or x.shape[-1] % groups:
-        raise ValueError(f"group_norm: expected x [batch, height, width, multiple of {groups}], got {x.shape}")
-    grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
-    mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
-    variance = jnp.var(grouped, axis=(1, 2, 4), keepdims=True)
-    y = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
-    channels = (1,) * (x.ndim - 1) + scale.shape
-    return (y * scale.reshape(channels) + bias.reshape(channels)).astype(x.dtype)
-
-
 class ConvBlock(nnx.Module):
-    """Convolution 3 x 3, group normalisation, ReLU.
+    """Convolution of 3 x 3, group normalization, ReLU.
 
     Args:
       in_channels: Channels of the input.
       out_channels: Channels of the output.
-      strides: Step of the convolution.
-      param_dtype: Type in which the parameters are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      strides: Stride of the convolution.
+      param_dtype: Dtype of the parameters.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, strides: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -105,14 +78,14 @@ class ConvBlock(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Stages of two convolution blocks, each stage after the first at half the resolution; then the spatial mean.
+    """Stages of two convolution blocks, each stage after the first at half the resolution, then average pooling.
 
     Args:
       in_channels: Channels of the images.
       features: Channels of the stages; the last is the feature width.
-      dtype: Type of the activations.
-      param_dtype: Type in which the kernels are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      dtype: Dtype of the activations.
+      param_dtype: Dtype of the kernels.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(

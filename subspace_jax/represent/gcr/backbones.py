@@ -38,23 +38,20 @@ class VisionBackbone(nnx.Module):
     ):
         size, fields = tuple(input_shape[:2]), {"num_classes": 0, "channels": input_shape[2]}
         if name in _RESNETS:
-            self.net = nn.ResNet(_RESNETS[name](drop_path=drop_path, **fields), dtype=dtype, rngs=rngs)
+            config = _RESNETS[name](drop_path=drop_path, **fields)
         elif name == "vgg13_bn":
             if drop_path:
                 raise ValueError(f"model.drop_path: {name!r} has no stochastic depth, expected 0, got {drop_path}")
             # Without the last dropout, as in the Grassmann study (arXiv 2308.01547).
             config = nn.VGGConfig(dropout=(0.5, 0.0), image_size=size, **fields)
-            self.net = nn.VGG(config, dtype=dtype, rngs=rngs)
         elif name == "swin_tiny":
             config = nn.SwinConfig.swin("tiny", image_size=size, drop_path=drop_path, **fields)
-            self.net = nn.SwinTransformer(config, dtype=dtype, rngs=rngs)
         elif name == "deit3_small":
             config = nn.VisionTransformerConfig.deit3("small", drop_path=drop_path, **fields).replace(image_size=size)
-            self.net = nn.VisionTransformer(config, rngs=rngs)
         else:
             raise ValueError(f"model.backbone: expected one of {VISION_BACKBONES}, got {name!r}")
-        self.name, self.dtype, self.deterministic = name, dtype, True
-        self.out_features = config.width if name == "deit3_small" else self.net.out_features
+        self.net = nn.Model(config, dtype=dtype, rngs=rngs)
+        self.out_features = config.out_features
 
     def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps images ``[batch, height, width, channels]`` to features ``[batch, out_features]``.
@@ -63,5 +60,4 @@ class VisionBackbone(nnx.Module):
           pixels: Standardized images.
           key: Random key of dropout and stochastic depth in training mode.
         """
-        mode = {"train": not self.deterministic, "dtype": self.dtype} if self.name == "deit3_small" else {}
-        return self.net(pixels, key=key, **mode).pooled
+        return self.net(pixels, key=key).pooled

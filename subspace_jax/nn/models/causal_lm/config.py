@@ -1,34 +1,12 @@
-"""What distinguishes one causal language model from another, as plain fields, and the sizes of well-known ones."""
+"""Configs of causal language models, and the sizes of published ones."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
-import jax
-import jax.numpy as jnp
-
-from subspace_jax.linalg import working_dtype
+from subspace_jax.nn.layers.activations import ACTIVATIONS
 from subspace_jax.nn.layers.rope import Rope, rope_frequencies
 
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU (arXiv 1606.08415) by erf: JAX's own uses erfc, which takes a CPU three times as long.
-
-    In float32 at least, where what is lost to 1 + erf(-3) does not matter.
-    """
-    wide = x.astype(working_dtype(x))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": _gelu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-}
 
 
 @dataclass(frozen=True)
@@ -36,31 +14,33 @@ class CausalLMConfig:
     """A decoder of pre-norm residual blocks: attention, then a multilayer perceptron.
 
     Attributes:
-      family: Whose module names a checkpoint uses: "gpt2", "llama", "mistral" or "qwen2".  It changes no number.
-      vocab_size: Words, ``V``.
+      family: The family whose tensor names checkpoints use: "gpt2", "llama", "mistral" or "qwen2".  It does not affect
+        the computation.
+      vocab_size: Size of the vocabulary, ``V``.
       hidden_size: Width of the residual stream, ``d``.
-      num_layers: Blocks.
-      num_heads: Query heads, ``H``.
-      num_kv_heads: Key and value heads, ``K``; a divisor of ``num_heads`` (grouped queries, arXiv 2305.13245).
+      num_layers: Number of layers.
+      num_heads: Number of query heads, ``H``.
+      num_kv_heads: Number of key and value heads, ``K``; a divisor of ``num_heads`` (grouped queries, arXiv
+        2305.13245).
       head_dim: Width of a head, ``h``; ``H h`` need not be ``d``.
-      mlp_size: Width inside the perceptron, ``f``.
+      mlp_size: Inner width of the perceptron, ``f``.
       max_length: Longest sequence.
       norm: "rms" or "layer".
       norm_eps: Its epsilon.
-      rope: Rotary positions, or None for a learned table of ``max_length`` rows.
-      activation: One of :data:`ACTIVATIONS`.
+      rope: Rotary positions, or None for a learned table of ``max_length`` positions.
+      activation: Name of the activation function.
       gated_mlp: ``down(act(gate x) * up x)`` (arXiv 2002.05202) instead of ``down(act(up x))``.
       fused_qkv: One kernel for queries, keys and values, in this order along its output.
       qkv_bias: Whether queries, keys and values have biases.
-      out_bias: Whether the attention's output has one.
-      mlp_bias: Whether the perceptron's kernels have them.
-      windows: For each layer the number of latest tokens that it sees, itself included, or None for all of them.
-      tied: Whether words are scored by the rows of the embedding instead of a head of their own.
+      out_bias: Whether the attention's output has a bias.
+      mlp_bias: Whether the perceptron has biases.
+      windows: Sliding window of each layer, in tokens and the query's own included, or None for full attention.
+      tied: Whether the logits come from the embedding table instead of a head.
       scale_scores: Whether scores are divided by ``sqrt(head_dim)``.
-      scale_by_layer: Whether the scores of layer ``l`` are divided by ``l + 1`` as well.
-      bos_token: Token that opens a text, or None.
-      eos_tokens: Tokens that end one.
-      pad_token: Token that fills up a batch, or None.
+      scale_by_layer: Whether the scores of layer ``l`` are also divided by ``l + 1``.
+      bos_token: Token at the start of a text, or None.
+      eos_tokens: Tokens that end a text.
+      pad_token: Padding token, or None.
     """
 
     family: str
@@ -114,12 +94,12 @@ class CausalLMConfig:
 
     @property
     def window(self) -> int | None:
-        """The one window of all layers; None where there is none or where layers differ."""
+        """The common window of all layers; None where there is none or layers differ."""
         return self.windows[0] if self.windows and len(set(self.windows)) == 1 else None
 
     @property
     def windows_differ(self) -> bool:
-        """Whether some layers see farther than others."""
+        """Whether layers have different windows."""
         return self.windows is not None and len(set(self.windows)) > 1
 
     def replace(self, **changes) -> "CausalLMConfig":
@@ -157,13 +137,13 @@ class CausalLMConfig:
 
     @classmethod
     def llama3(cls, size: str = "8b", **changes) -> "CausalLMConfig":
-        """Llama 3 (arXiv 2407.21783) of 8 or 70 milliard parameters: ``size`` is "8b" or "70b"."""
+        """Llama 3 (arXiv 2407.21783): ``size`` is "8b" or "70b"."""
         wide = _choose("llama3", size, {"8b": (4096, 32, 32, 14336), "70b": (8192, 80, 64, 28672)})
         return cls(**{**_decoder("llama", 128256, wide, 8, 8192, Rope(theta=500000.0)), **changes})
 
     @classmethod
     def mistral(cls, size: str = "7b", **changes) -> "CausalLMConfig":
-        """Mistral 7B (arXiv 2310.06825), its first version, every layer with a window of 4096 tokens."""
+        """Mistral 7B v0.1 (arXiv 2310.06825), with a window of 4096 tokens in every layer."""
         wide = _choose("mistral", size, {"7b": (4096, 32, 32, 14336)})
         fields = _decoder("mistral", 32000, wide, 8, 32768, Rope())
         return cls(**{**fields, "windows": (4096,) * changes.get("num_layers", 32), **changes})
@@ -178,11 +158,7 @@ class CausalLMConfig:
 
     @classmethod
     def tiny(cls, vocab_size: int = 256, **changes) -> "CausalLMConfig":
-        """A Llama of 0.8 M parameters and 256 positions, to be trained from nothing on a laptop.
-
-        Its positions are rotary: with a learned table so small a model stays for long with the statistics of pairs of
-        tokens, for it has to find out place by place which one comes before.
-        """
+        """A Llama of 0.8 M parameters and 256 positions, to be trained from scratch on a laptop."""
         fields = _decoder("llama", vocab_size, (128, 4, 4, 344), 4, 256, Rope())
         return cls(**{**fields, "tied": True, **changes})
 

@@ -1,4 +1,4 @@
-"""Text from a causal language model: the prompt is read at once, then one token follows another."""
+"""Generation with a cache of keys and values, greedy or by nucleus sampling."""
 
 import functools
 import math
@@ -11,23 +11,34 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from subspace_jax.nn.layers.embedding import table_dtype
-from subspace_jax.nn.layers.kv_cache import init_cache
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
+from subspace_jax.nn.models.causal_lm.kv_cache import init_cache
 from subspace_jax.nn.models.causal_lm.model import causal_lm_apply, causal_lm_logits
 
 PyTree = Any
 
 
 class Generated(NamedTuple):
-    """New tokens.
+    """Generated tokens.
 
     Attributes:
-      tokens: ``[batch, max_new_tokens]`` int32; after a token that ends the text, padding.
-      lengths: ``[batch]`` int32, new tokens of each row, the one that ends it included.
+      tokens: ``[batch, max_new_tokens]`` int32, padded after an end token.
+      lengths: ``[batch]`` int32, number of new tokens, the end token included.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+
+
+class _Decoding(NamedTuple):
+    """What a program of :func:`generate` depends on besides shapes."""
+
+    max_new_tokens: int
+    sampled: bool
+    nucleus: bool
+    eos: tuple[int, ...]
+    pad: int
+    dtype: Any
 
 
 def generate(
@@ -44,27 +55,26 @@ def generate(
     pad_token: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Generated:
-    """Continues prompts, with a cache of keys and values; one program, which ends when every row has ended.
+    """Continues prompts with a cache of keys and values, until every text has ended.
 
     Args:
       config: The model.
-      params: Its parameters; structured kernels serve.
+      params: Its parameters; kernels may be structured.
       tokens: Prompts ``[batch, length]``, padded on either side.
-      max_new_tokens: How many tokens to add at most.
-      attention_mask: ``[batch, length]``, zero for padding; at least one token in each row.
+      max_new_tokens: Largest number of new tokens.
+      attention_mask: ``[batch, length]``, zero for padding; at least one token in each prompt.
       key: Random key; needed where ``temperature > 0``.
-      temperature: Logits are divided by it before a token is drawn; 0 takes the likeliest token.
-      top_p: A token is drawn among the likeliest ones whose probabilities first add up to this (arXiv 1904.09751).
-      eos_tokens: Token or tokens that end a text; those of the config by default, which are those of
-        ``generation_config.json`` where it comes from a folder with one.
-      pad_token: What follows the end; the config's by default, or 0.
-      dtype: Type of activations and cache, that of the embedding by default.
+      temperature: Divisor of the logits in sampling; 0 for greedy decoding.
+      top_p: Probability of the nucleus that tokens are sampled from (arXiv 1904.09751).
+      eos_tokens: Token or tokens that end a text; those of the config by default.
+      pad_token: Token after the end; the config's by default, or 0.
+      dtype: Dtype of activations and cache, that of the embedding table by default.
 
     Returns:
       The new tokens, without the prompts.
 
     Raises:
-      ValueError: Prompt and new tokens exceed the model's length, or an option is out of range or missing.
+      ValueError: Prompt and new tokens exceed ``config.max_length``, or an option is out of range or missing.
     """
     _check(config, tokens, max_new_tokens, key, temperature, top_p)
     eos = config.eos_tokens if eos_tokens is None else eos_tokens
@@ -73,22 +83,16 @@ def generate(
         raise ValueError(f"eos_tokens: expected tokens below vocab_size {config.vocab_size}, got {eos_tokens}")
     if attention_mask is None:
         attention_mask = jnp.ones(tokens.shape, bool)
-    pad = pad_token if pad_token is not None else config.pad_token or 0
-    return _generate(
-        config,
-        params,
-        tokens.astype(jnp.int32),
-        attention_mask.astype(bool),
-        jax.random.key(0) if key is None else key,
-        jnp.float32(temperature),
-        jnp.float32(top_p),
+    how = _Decoding(
         max_new_tokens=max_new_tokens,
         sampled=temperature > 0,
         nucleus=top_p < 1,
         eos=tuple(int(token) for token in eos),
-        pad=pad,
+        pad=pad_token if pad_token is not None else config.pad_token or 0,
         dtype=jnp.dtype(table_dtype(params["embed"]["embedding"]) if dtype is None else dtype),
     )
+    sampling = (jax.random.key(0) if key is None else key, jnp.float32(temperature), jnp.float32(top_p))
+    return _generate(config, how, params, tokens.astype(jnp.int32), attention_mask.astype(bool), sampling)
 
 
 def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
@@ -115,49 +119,47 @@ def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
         raise ValueError(f"key: sampling at temperature {temperature} needs a random key, got None")
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "sampled", "nucleus", "eos", "pad", "dtype")
-)
-def _generate(
-    config, params, tokens, valid, key, temperature, top_p, *, max_new_tokens, sampled, nucleus, eos, pad, dtype
-):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(config, how, params, tokens, valid, sampling):
     batch, length = tokens.shape
+    key, temperature, top_p = sampling
 
     def choose(logits, step):
         logits = logits.astype(jnp.float32)
-        if not sampled:
+        if not how.sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / temperature
-        if nucleus:
+        if how.nucleus:
             logits = keep_top_p(logits, top_p)
         return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
     def ends(token):
-        return jnp.isin(token, jnp.array(eos, jnp.int32)) if eos else jnp.zeros(token.shape, bool)
+        return jnp.isin(token, jnp.array(how.eos, jnp.int32)) if how.eos else jnp.zeros(token.shape, bool)
 
-    # Keys of the last new token are never asked for.
-    cache = init_cache(config, batch, length + max_new_tokens - 1, dtype)
-    read = causal_lm_apply(config, params, tokens, attention_mask=valid, cache=cache, dtype=dtype, with_logits=False)
+    # Without a slot for the last new token, whose key is never used.
+    cache = init_cache(config, batch, length + how.max_new_tokens - 1, how.dtype)
+    run = functools.partial(causal_lm_apply, config, params, dtype=how.dtype, with_logits=False)
+    read = run(tokens, attention_mask=valid, cache=cache)
     last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     final = jnp.take_along_axis(read.final, last[:, None, None], axis=1)
     first = choose(_logits(config, params, final), 0)
-    new = jnp.full((batch, max_new_tokens), pad, jnp.int32).at[:, 0].set(first)
+    new = jnp.full((batch, how.max_new_tokens), how.pad, jnp.int32).at[:, 0].set(first)
 
     def more(state):
         step, done, *_ = state
-        return (step < max_new_tokens) & ~jnp.all(done)
+        return (step < how.max_new_tokens) & ~jnp.all(done)
 
     def one(state):
         step, done, token, new, cache = state
-        out = causal_lm_apply(config, params, token[:, None], cache=cache, dtype=dtype, with_logits=False)
-        token = jnp.where(done, pad, choose(_logits(config, params, out.final), step))
+        out = run(token[:, None], cache=cache)
+        token = jnp.where(done, how.pad, choose(_logits(config, params, out.final), step))
         new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.int32(0), step))
         return step + 1, done | ends(token), token, new, out.cache
 
     state = (jnp.int32(1), ends(first), first, new, read.cache)
     new = jax.lax.while_loop(more, one, state)[3]
     ended = ends(new)
-    lengths = jnp.where(jnp.any(ended, axis=1), jnp.argmax(ended, axis=1) + 1, max_new_tokens)
+    lengths = jnp.where(jnp.any(ended, axis=1), jnp.argmax(ended, axis=1) + 1, how.max_new_tokens)
     return Generated(new, lengths.astype(jnp.int32))
 
 
@@ -166,12 +168,11 @@ def _logits(config, params, final):
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
-    """Sets all logits to ``-inf`` but the greatest ones whose probabilities first add up to ``top_p``.
+    """Sets logits outside the nucleus of probability ``top_p`` to ``-inf`` (arXiv 1904.09751).
 
     Args:
       logits: ``[..., vocab]`` float32.
-      top_p: Share of the probability, in ``(0, 1]``; the likeliest token always stays.  Equals of the last one that
-        stays do so too.
+      top_p: Probability of the nucleus, in ``(0, 1]``; the likeliest token always stays, as do ties of the last one.
 
     Returns:
       ``[..., vocab]``.

@@ -1,41 +1,37 @@
-"""The parameters of a causal language model: one table of shapes, logical axes and initial values."""
+"""The parameters of causal language models: shapes, logical axes, initial values."""
 
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
-from subspace_jax.nn.params import ParamSpec, draw_params, spec_axes, spec_count, spec_shapes
+from subspace_jax.nn.params import ParamSpec
 
 PyTree = Any
 
 
 def causal_lm_specs(config: CausalLMConfig) -> PyTree:
-    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+    """Returns the specs of the parameters.
 
     ::
 
         embed/embedding                     [V, d]
-        position/embedding                  [max_length, d]      learned positions only
-        layers/attn_norm/{scale, bias}      [L, d]               bias with norm = "layer" only
+        position/embedding                  [max_length, d]      with learned positions
+        layers/attn_norm/{scale, bias}      [L, d]               bias with norm="layer"
         layers/attn/{q, k, v}/{kernel, bias} [L, d, H h] or [L, d, K h]
-        layers/attn/qkv/{kernel, bias}      [L, d, (H + 2 K) h]  fused_qkv only, instead of the three
+        layers/attn/qkv/{kernel, bias}      [L, d, (H + 2 K) h]  with fused_qkv, instead of q, k, v
         layers/attn/out/{kernel, bias}      [L, H h, d]
         layers/mlp_norm/{scale, bias}       [L, d]
-        layers/mlp/{gate, up}/{kernel, bias} [L, d, f]           gate with gated_mlp only
+        layers/mlp/{gate, up}/{kernel, bias} [L, d, f]           gate with gated_mlp
         layers/mlp/down/{kernel, bias}      [L, f, d]
         norm/{scale, bias}                  [d]
-        head/kernel                         [d, V]               untied only
+        head/kernel                         [d, V]               without tied
 
     Args:
       config: The model.
     """
     d, f, v, n = config.hidden_size, config.mlp_size, config.vocab_size, config.num_layers
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    # What is added to the residual stream 2 n times is made smaller, so that its variance does not grow (GPT-2).
+    # Scaled down, so that the variance of the residual stream does not grow with its 2 n additions (GPT-2).
     usual, added = 0.02, 0.02 / math.sqrt(2 * n)
 
     def dense(m: int, k: int, axes: tuple[str, str], bias: bool, stddev: float = usual) -> dict[str, ParamSpec]:
@@ -72,47 +68,18 @@ def causal_lm_specs(config: CausalLMConfig) -> PyTree:
     return specs
 
 
-def causal_lm_axes(config: CausalLMConfig) -> PyTree:
-    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return spec_axes(causal_lm_specs(config))
-
-
-def causal_lm_shapes(config: CausalLMConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return spec_shapes(causal_lm_specs(config), dtype)
-
-
-def causal_lm_init(key: jax.Array, config: CausalLMConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Draws fresh parameters: normal with deviation 0.02 (less where a block adds to the stream), norms 1, biases 0.
-
-    Args:
-      key: Random key.  A parameter's values depend on the key, its name and its shape, and on no other parameter.
-      config: The model.
-      dtype: Type of the parameters.
-
-    Returns:
-      Nested dict of arrays, as :func:`causal_lm_specs` lays them out.
-    """
-    return draw_params(key, causal_lm_specs(config), dtype)
-
-
-def count_params(config: CausalLMConfig) -> int:
-    """Number of parameters of a model."""
-    return spec_count(causal_lm_specs(config))
-
-
 def untie_causal_lm(config: CausalLMConfig, params: PyTree) -> tuple[CausalLMConfig, PyTree]:
-    """Gives a model whose head is its embedding a head of its own, with the same numbers.
+    """Gives a tied model a head with the values of its embedding table.
 
-    What changes the one then leaves the other: an adapter of Hugging Face PEFT, say.
+    An adapter of one of them then leaves the other unchanged.
 
     Args:
       config: The model.
       params: Its parameters, plain arrays.
 
     Returns:
-      The config with ``tied`` false, and the parameters with ``head/kernel [d, V]``; both as they came if the model
-      has a head already.
+      The config with ``tied=False``, and the parameters with ``head/kernel [d, V]``; both unchanged if the model has a
+      head already.
     """
     if not config.tied:
         return config, params

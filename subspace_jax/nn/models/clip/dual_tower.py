@@ -1,4 +1,4 @@
-"""Dual towers: images and texts in one space, as CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343) have them."""
+"""Dual encoders of images and texts: CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,28 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from subspace_jax.linalg import unit_vectors, working_dtype
 from subspace_jax.nn.layers.linear import linear
 from subspace_jax.nn.models.clip.text_tower import TextTowerConfig, text_tower_apply, text_tower_specs
 from subspace_jax.nn.models.vit.config import VisionTransformerConfig
 from subspace_jax.nn.models.vit.model import vision_transformer_apply, vision_transformer_specs
-from subspace_jax.nn.params import ParamSpec, draw_params, spec_axes, spec_shapes
+from subspace_jax.nn.params import ParamSpec
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
 class DualTowerConfig:
-    """A tower for images and one for texts.
+    """An image tower and a text tower.
 
     Attributes:
-      vision: The tower for images, without a classifier.
-      text: The tower for texts.
-      projection_size: Width to which both pooled vectors are projected, without biases; 0 where the towers themselves
-        end in vectors of one width.
-      biased: Whether similarities have a bias, as those of SigLIP.
+      vision: The image tower, without a classifier.
+      text: The text tower.
+      projection_size: Width of the linear projections of both pooled vectors; 0 for none.
+      biased: Whether similarities have a bias, as in SigLIP.
     """
 
     vision: VisionTransformerConfig
@@ -48,14 +46,14 @@ class DualTowerConfig:
 
 
 def dual_tower_specs(config: DualTowerConfig) -> PyTree:
-    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+    """Returns the specs of the parameters.
 
     ::
 
-        vision/..., text/...                     as the towers have them
+        vision/..., text/...                     see vision_transformer_specs, text_tower_specs
         image_projection/kernel                  [d_v, projection_size]
         text_projection/kernel                   [d_t, projection_size]
-        similarity/{scale, bias}                 []   the logarithm of the scale; the bias where there is one
+        similarity/{scale, bias}                 []   logarithm of the scale; bias with biased
     """
     specs = {"vision": vision_transformer_specs(config.vision), "text": text_tower_specs(config.text)}
     if config.projection_size:
@@ -65,42 +63,27 @@ def dual_tower_specs(config: DualTowerConfig) -> PyTree:
         }
         for name, width in widths.items():
             specs[name] = {"kernel": ParamSpec((width, config.projection_size), ("embed", None), width**-0.5)}
-    # The values that both papers start with.
+    # The initial values of both papers.
     specs["similarity"] = {"scale": ParamSpec((), (), value=2.3026 if config.biased else 2.6592)}
     if config.biased:
         specs["similarity"]["bias"] = ParamSpec((), (), value=-10.0)
     return specs
 
 
-def dual_tower_axes(config: DualTowerConfig) -> PyTree:
-    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return spec_axes(dual_tower_specs(config))
-
-
-def dual_tower_shapes(config: DualTowerConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return spec_shapes(dual_tower_specs(config), dtype)
-
-
-def dual_tower_init(key: jax.Array, config: DualTowerConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Draws fresh parameters, as :func:`dual_tower_specs` lays them out."""
-    return draw_params(key, dual_tower_specs(config), dtype)
-
-
 def encode_image(
     config: DualTowerConfig, params: PyTree, pixels: jax.Array, *, normalize: bool = True, **options: Any
 ) -> jax.Array:
-    """Returns one vector for each image.
+    """Returns the embeddings of images.
 
     Args:
-      config: The towers.
-      params: Their parameters, as :func:`dual_tower_specs` lays them out.
+      config: The model.
+      params: Parameters as laid out by :func:`dual_tower_specs`.
       pixels: ``[batch, height, width, channels]``, floating point.
-      normalize: Whether vectors have length 1.
-      **options: Of :func:`vision_transformer_apply`.
+      normalize: Whether to scale embeddings to length 1.
+      **options: Further arguments of :func:`vision_transformer_apply`.
 
     Returns:
-      ``[batch, features]`` in float32 or wider where normalised, otherwise in the type of the activations.
+      ``[batch, features]``, in at least float32 where normalised, otherwise in the dtype of the activations.
     """
     pooled = vision_transformer_apply(config.vision, params["vision"], pixels, **options).pooled
     return _project(params.get("image_projection"), pooled, normalize)
@@ -115,15 +98,15 @@ def encode_text(
     normalize: bool = True,
     **options: Any,
 ) -> jax.Array:
-    """Returns one vector for each text.
+    """Returns the embeddings of texts.
 
     Args:
-      config: The towers.
-      params: Their parameters.
-      tokens: ``[batch, length]`` integers; for SigLIP padded to all its positions.
-      mask: ``[batch, length]``, nonzero for tokens that may be seen.
-      normalize: Whether vectors have length 1.
-      **options: Of :func:`text_tower_apply`.
+      config: The model.
+      params: Its parameters.
+      tokens: ``[batch, length]`` integers; for SigLIP padded to ``max_length``.
+      mask: ``[batch, length]``, zero for padding.
+      normalize: Whether to scale embeddings to length 1.
+      **options: Further arguments of :func:`text_tower_apply`.
 
     Returns:
       ``[batch, features]``, see :func:`encode_image`.
@@ -132,20 +115,36 @@ def encode_text(
     return _project(params.get("text_projection"), pooled, normalize)
 
 
-def similarity(config: DualTowerConfig, params: PyTree, image: jax.Array, text: jax.Array) -> jax.Array:
-    """Scores every image with every text: ``exp(scale) cos(image, text)``, plus the bias where there is one.
+def dual_tower_apply(
+    config: DualTowerConfig, params: PyTree, pixels: jax.Array, tokens: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Returns the similarities of all images and texts, ``[images, texts]``; see :func:`similarity`.
 
     Args:
-      config: The towers.
-      params: Their parameters; only ``params["similarity"]`` is used.
-      image: ``[images, features]``.
-      text: ``[texts, features]``.
+      config: The model.
+      params: Its parameters.
+      pixels: See :func:`encode_image`.
+      tokens: See :func:`encode_text`.
+      mask: See :func:`encode_text`.
+    """
+    image, text = encode_image(config, params, pixels), encode_text(config, params, tokens, mask)
+    return similarity(config, params, image, text)
+
+
+def similarity(config: DualTowerConfig, params: PyTree, image: jax.Array, text: jax.Array) -> jax.Array:
+    """Returns the similarities of images and texts, ``exp(scale) cos(image, text) + bias``.
+
+    Args:
+      config: The model.
+      params: Its parameters; only ``params["similarity"]`` is used.
+      image: Embeddings ``[images, features]``.
+      text: Embeddings ``[texts, features]``.
 
     Returns:
-      ``[images, texts]`` in float32 or wider; of SigLIP the sigmoid of it is a probability.
+      ``[images, texts]`` in at least float32; in SigLIP, logits of the probability of a match.
 
     Raises:
-      ValueError: The vectors have different widths.
+      ValueError: The embeddings have different widths.
     """
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
         raise ValueError(f"similarity: expected [images, features], [texts, features]; got {image.shape}, {text.shape}")
@@ -156,7 +155,7 @@ def similarity(config: DualTowerConfig, params: PyTree, image: jax.Array, text: 
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Brings vectors to length 1, in float32 or wider and without an epsilon; zeros stay zeros."""
+    """Scales vectors to length 1 in at least float32, without an epsilon; zeros stay zeros."""
     return unit_vectors(x.astype(working_dtype(x)))
 
 

@@ -1,7 +1,7 @@
-"""The text towers of CLIP and SigLIP as pure functions: one vector for a text."""
+"""The text towers of CLIP and SigLIP as pure functions."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from subspace_jax.nn.layers.embedding import check_tokens, embed, table_dtype
 from subspace_jax.nn.layers.encoder import Encoder, check_size, encode, encoder_specs
 from subspace_jax.nn.layers.linear import linear
 from subspace_jax.nn.layers.norms import layer_norm
-from subspace_jax.nn.params import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
+from subspace_jax.nn.layers.stacking import DEFAULT_OPTIONS, LayerOptions
+from subspace_jax.nn.params import ParamSpec, dense_specs, norm_specs
 
 PyTree = Any
 
@@ -23,23 +24,23 @@ POOLS = ("end", "largest", "last")
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """A text tower of pre-norm blocks with learned positions.
+    """A text tower of pre-norm layers with learned positions.
 
     Attributes:
-      vocab_size: Words.
+      vocab_size: Size of the vocabulary.
       max_length: Longest text, ``T``.
       width: Width of the residual stream, ``d``.
-      num_layers: Blocks.
-      num_heads: Heads.
-      mlp_size: Width inside the perceptron.
+      num_layers: Number of layers.
+      num_heads: Number of heads.
+      mlp_size: Inner width of the perceptron.
       norm_eps: Epsilon of all norms.
-      activation: See :class:`subspace_jax.nn.encoder.Encoder`.
-      causal: Whether a word sees itself and earlier ones only.
-      pool: Which word's state is the text's: that of the first ``end_token`` ("end"), of the first largest token
-        ("largest", the rule of CLIP's first checkpoints, whose end token is the largest), or of the "last" token,
-        padding or not.
+      activation: Name of the activation function.
+      causal: Whether attention is causal.
+      pool: Position whose state is pooled: that of the first ``end_token`` ("end"), of the first largest token
+        ("largest", the rule of CLIP's first checkpoints, whose end token is the largest), or the "last" one, padding
+        included.
       end_token: Token that ends a text.
-      head_size: Width of a further map behind the pooled state; 0 for none.
+      head_size: Width of a dense layer after pooling; 0 for none.
     """
 
     vocab_size: int
@@ -60,12 +61,12 @@ class TextTowerConfig:
             check_size(name, getattr(self, name))
         if self.pool not in POOLS:
             raise ValueError(f"pool: expected one of {POOLS}, got {self.pool!r}")
-        _ = self.encoder  # Checks the sizes of the blocks.
+        _ = self.encoder  # Checks the sizes of the layers.
 
     @property
     def encoder(self) -> Encoder:
-        """The blocks."""
-        names = ("width", "num_layers", "num_heads", "mlp_size", "norm_eps", "activation")
+        """The layers."""
+        names = ("width", "num_layers", "num_heads", "mlp_size", "norm_eps", "activation", "causal")
         return Encoder(**{name: getattr(self, name) for name in names})
 
     def replace(self, **changes) -> "TextTowerConfig":
@@ -74,11 +75,11 @@ class TextTowerConfig:
 
 
 class TextOutput(NamedTuple):
-    """What a text tower returns.
+    """The output of a text tower.
 
     Attributes:
-      pooled: One vector for each text, ``[batch, head_size or d]``.
-      tokens: States of the words behind the last norm, ``[batch, length, d]``.
+      pooled: Pooled states, ``[batch, head_size or d]``.
+      tokens: States after the last norm, ``[batch, length, d]``.
       hidden: The captured hidden states in the order of depth; None where none was asked for.
     """
 
@@ -88,13 +89,13 @@ class TextOutput(NamedTuple):
 
 
 def text_tower_specs(config: TextTowerConfig) -> PyTree:
-    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+    """Returns the specs of the parameters.
 
     ::
 
         embed/embedding     [V, d]
         position/embedding  [T, d]
-        layers/...          [L, ...]      as encoder_specs has them
+        layers/...          [L, ...]      see encoder_specs
         norm/{scale, bias}  [d]
         head/{kernel, bias} [d, head_size]
     """
@@ -110,21 +111,6 @@ def text_tower_specs(config: TextTowerConfig) -> PyTree:
     return specs
 
 
-def text_tower_axes(config: TextTowerConfig) -> PyTree:
-    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return spec_axes(text_tower_specs(config))
-
-
-def text_tower_shapes(config: TextTowerConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return spec_shapes(text_tower_specs(config), dtype)
-
-
-def text_tower_init(key: jax.Array, config: TextTowerConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Draws fresh parameters, as :func:`text_tower_specs` lays them out."""
-    return draw_params(key, text_tower_specs(config), dtype)
-
-
 def text_tower_apply(
     config: TextTowerConfig,
     params: PyTree,
@@ -133,69 +119,47 @@ def text_tower_apply(
     attention_mask: jax.Array | None = None,
     capture: Sequence[int] | str = (),
     dtype: DTypeLike | None = None,
-    remat: str = "none",
-    on_layer: Callable[[PyTree], PyTree] | None = None,
-    on_stream: Callable[[jax.Array], jax.Array] | None = None,
-    implementation: str | None = None,
-    unroll: int = 1,
+    options: LayerOptions = DEFAULT_OPTIONS,
 ) -> TextOutput:
-    """Reads a batch of texts.
+    """Runs a text tower.
 
-    CLIP's padding comes behind the end token and, the tower being causal, can't change the pooled vector.  SigLIP was
-    trained on texts that are padded to exactly ``max_length`` with its end token, and without a mask; a mask hides
-    padding and so changes the result.
+    CLIP's padding follows the end token, so that with causal attention it does not affect the pooled state.  SigLIP
+    was trained without a mask on texts padded to ``max_length`` with its end token; a mask changes its result.
 
     Args:
-      config: The tower.
-      params: Nested dict, as :func:`text_tower_specs` lays it out.
+      config: The model.
+      params: Parameters as laid out by :func:`text_tower_specs`.
       tokens: ``[batch, length]`` integers.  Where they are traced, a token outside the vocabulary and a text without
         end token give NaN; otherwise they raise.
-      attention_mask: ``[batch, length]``, nonzero for tokens that may be seen.
-      capture: Entries of the list of ``layers + 1`` hidden states that are wanted: 0 is the embeddings, ``l`` what
-        block ``l`` leaves, without the last norm; negative ones count from the end.  "all" for all.
-      dtype: Type of the activations, that of the embedding by default.
-      remat: See :func:`vision_transformer_apply`, as all that follow.
-      on_layer: Applied to the parameters of one block.
-      on_stream: Applied to the stream after the embedding and after every block.
-      implementation: Of attention.
-      unroll: Blocks in a step of the loop.
+      attention_mask: ``[batch, length]``, zero for padding.
+      capture: Indices of the hidden states to return, or "all": 0 is the embeddings, ``l`` the output of layer ``l``,
+        without the last norm; negative indices count from the end.
+      dtype: Dtype of the activations, that of the embedding table by default.
+      options: How the layers run.
 
     Returns:
       The output.
 
     Raises:
-      ValueError: The texts are longer than the tower has positions, shapes don't match, or a token is outside the
-        vocabulary or a text without end token and neither is traced.
+      ValueError: The texts are longer than ``max_length``, or shapes don't match; or, where tokens are not traced, one
+        is outside the vocabulary or a text has no end token.
       TypeError: Tokens are not integers.
     """
     _check(config, tokens, attention_mask)
     batch, length = tokens.shape
     dtype = table_dtype(params["embed"]["embedding"]) if dtype is None else jnp.dtype(dtype)
-    on_stream = on_stream or (lambda x: x)
     x = embed(tokens, params["embed"]["embedding"], dtype)
-    x = on_stream(x + params["position"]["embedding"][None, :length].astype(dtype))
+    x = options.on_stream(x + params["position"]["embedding"][None, :length].astype(dtype))
     mask = None
     if attention_mask is not None:
-        sees = jnp.broadcast_to(attention_mask.astype(bool)[:, None, None, :], (batch, 1, length, length))
-        mask = sees & jnp.tri(length, dtype=bool)[None, None] if config.causal else sees
-    x, hidden = encode(
-        config.encoder,
-        params["layers"],
-        x,
-        mask=mask,
-        causal=config.causal,
-        capture=range(config.num_layers + 1) if capture == "all" else capture,
-        remat=remat,
-        on_layer=on_layer,
-        on_stream=on_stream,
-        implementation=implementation,
-        unroll=unroll,
-    )
+        mask = jnp.broadcast_to(attention_mask.astype(bool)[:, None, None, :], (batch, 1, length, length))
+        mask = mask & jnp.tri(length, dtype=bool)[None, None] if config.causal else mask
+    x, hidden = encode(config.encoder, params["layers"], x, mask=mask, capture=capture, options=options)
     states = layer_norm(x, params["norm"]["scale"], params["norm"]["bias"], config.norm_eps)
     pooled = _pool(config, states, tokens)
     if config.head_size:
         pooled = linear(pooled, params["head"]["kernel"], params["head"]["bias"])
-    return TextOutput(pooled=pooled, tokens=states, hidden=hidden if len(hidden) else None)
+    return TextOutput(pooled=pooled, tokens=states, hidden=hidden or None)
 
 
 def _pool(config: TextTowerConfig, states: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -209,7 +173,7 @@ def _pool(config: TextTowerConfig, states: jax.Array, tokens: jax.Array) -> jax.
 
 
 def _at(states: jax.Array, index: jax.Array) -> jax.Array:
-    # A sum over one of many rather than a gather, which would bring a split batch together.
+    # A masked sum instead of a gather, which would all-gather a sharded batch.
     chosen = jax.nn.one_hot(index, states.shape[1], dtype=bool)[..., None]
     return jnp.sum(jnp.where(chosen, states, jnp.zeros((), states.dtype)), axis=1)
 

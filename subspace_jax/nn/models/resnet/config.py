@@ -1,4 +1,4 @@
-"""What distinguishes one residual network from another, as plain fields, and the sizes of well-known ones."""
+"""Configs of residual networks, and the sizes of published ones."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ _DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23,
 
 
 class ResNetBlock(NamedTuple):
-    """One residual block of a network.
+    """One residual block.
 
     Attributes:
       name: Its path in the parameters, ``("stage0", "block1")``.
-      widths: Channels going in, inside, and going out.
-      strides: Step of the block.
+      widths: Input, inner and output channels.
+      strides: Stride of the block.
       projects: Whether its shortcut has a convolution.
     """
 
@@ -26,28 +26,28 @@ class ResNetBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """A residual network: a stem, stages of blocks at falling resolution, the spatial mean, a linear head.
+    """A residual network: a stem, stages of blocks at decreasing resolution, global average pooling, a linear head.
 
     Attributes:
-      depths: Blocks of each stage.
-      widths: Channels that leave each stage.
+      depths: Number of blocks of each stage.
+      widths: Output channels of each stage.
       inner_widths: Channels inside the blocks of each stage; None for a quarter of ``widths`` (bottleneck) or for
         ``widths`` (basic).
       block: "bottleneck" (1x1, 3x3, 1x1 convolutions) or "basic" (two of 3x3).
       stem: Channels of the stem's convolutions: one of 7x7, or three of 3x3, the first with stride 2.
-      average_shortcut: Whether a shortcut with stride averages cells of 2x2 before its convolution (ResNet-D,
-        arXiv 1812.01187) instead of dropping three pixels of four.
+      average_shortcut: Whether a strided shortcut applies average pooling of 2x2 before its convolution (ResNet-D,
+        arXiv 1812.01187) instead of a strided convolution.
       stride_first: Whether the stride of a bottleneck is in its first convolution (2015) instead of the 3x3 ("v1.5").
-      first_strides: Step of the first stage, 1 or 2; it is 2 in all others.
+      first_strides: Stride of the first stage, 1 or 2; it is 2 in all others.
       groups: Groups of the 3x3 convolutions of bottlenecks (ResNeXt, arXiv 1611.05431).
-      num_classes: Classes of the linear head; 0 for a network without one.
+      num_classes: Number of classes; 0 for no head.
       channels: Channels of the images.
-      drop_path: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
-      norm_eps: Added to the variance in every normalisation.
+      drop_path: Rate of stochastic depth at the last block, growing linearly from 0 at the first.
+      norm_eps: Epsilon of batch normalization.
       norm_momentum: Weight of the old running statistics.
-      convention: "hf" or "timm": hidden state 0 is what leaves the stem after its max-pool, or before it.  It changes
-        no other number.
-      architecture: timm's name of the architecture, of a model that came from there.
+      convention: Hidden state 0 is the output of the stem after its max-pool ("hf") or before it ("timm"); all else is
+        the same.
+      architecture: timm's name of the architecture, for models from timm.
     """
 
     depths: tuple[int, ...]
@@ -76,8 +76,8 @@ class ResNetConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         if self.inner_widths is None:
-            share = 4 if self.block == "bottleneck" else 1
-            object.__setattr__(self, "inner_widths", tuple(width // share for width in self.widths))
+            factor = 4 if self.block == "bottleneck" else 1
+            object.__setattr__(self, "inner_widths", tuple(width // factor for width in self.widths))
         for name in ("depths", "widths", "inner_widths"):
             sizes = getattr(self, name)
             if not sizes or len(sizes) != len(self.depths) or any(size < 1 for size in sizes):
@@ -103,7 +103,7 @@ class ResNetConfig:
         return self.widths[-1]
 
     def blocks(self) -> Iterator[ResNetBlock]:
-        """Lists the blocks in order."""
+        """Iterates over the blocks in order."""
         entering = self.stem[-1]
         stages = zip(self.depths, self.inner_widths, self.widths, strict=True)
         for stage, (depth, inner, width) in enumerate(stages):
@@ -132,10 +132,10 @@ class ResNetConfig:
 
     @classmethod
     def resnet_d(cls, depth: int = 50, **changes) -> "ResNetConfig":
-        """ResNet-D (He et al., arXiv 1812.01187): a deep stem, shortcuts that average."""
+        """ResNet-D (He et al., arXiv 1812.01187): a deep stem, shortcuts with average pooling."""
         return cls.resnet(depth, **{"stem": (32, 32, 64), "average_shortcut": True, **changes})
 
     @classmethod
     def resnext50(cls, **changes) -> "ResNetConfig":
-        """ResNeXt-50 32x4d (Xie et al., arXiv 1611.05431): 32 groups of 4 channels, and wider with depth."""
+        """ResNeXt-50 32x4d (Xie et al., arXiv 1611.05431): 32 groups of 4 channels in the first stage."""
         return cls.resnet(50, **{"groups": 32, "inner_widths": (128, 256, 512, 1024), **changes})

@@ -8,43 +8,33 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from subspace_jax.linalg import working_dtype
 from subspace_jax.nn.layers.batch_norm import batch_norm
 from subspace_jax.nn.layers.conv import conv
-from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
-from subspace_jax.nn.layers.linear import linear
+from subspace_jax.nn.layers.drop_path import drop_path, drop_path_keys, drop_path_rates
 from subspace_jax.nn.layers.pooling import halve, max_pool
+from subspace_jax.nn.layers.stacking import captured_states
 from subspace_jax.nn.models.resnet.config import ResNetBlock, ResNetConfig
-from subspace_jax.nn.models.vision_output import VisionOutput
-from subspace_jax.nn.params import (
-    ParamSpec,
-    conv_specs,
-    dense_specs,
-    draw_params,
-    norm_specs,
-    spec_axes,
-    spec_shapes,
-)
+from subspace_jax.nn.models.vision import VisionOutput, check_pixels, head_logits
+from subspace_jax.nn.params import ParamSpec, conv_specs, dense_specs, norm_specs
 
 PyTree = Any
 
 
 def resnet_specs(config: ResNetConfig) -> tuple[PyTree, PyTree]:
-    """Describes parameters and running statistics: two nested dicts of :class:`ParamSpec`.
+    """Returns the specs of parameters and of running statistics.
 
-    A "layer" is a convolution without bias and the batch normalisation after it::
+    A "layer" is a convolution without bias, followed by batch normalization::
 
         stem/layer{0..}/conv/kernel                      [7, 7, 3, width], or three of 3x3
         stem/layer{0..}/norm/{scale, bias}               [width]
         stage{s}/block{b}/layer{0..}/conv/kernel         [1 or 3, 1 or 3, in / groups, out]
         stage{s}/block{b}/layer{0..}/norm/{scale, bias}  [out]
         stage{s}/block{b}/shortcut/{conv, norm}/...      where a block changes width or resolution
-        head/{kernel, bias}                              [features, classes], where there are classes
+        head/{kernel, bias}                              [features, classes], with num_classes
 
-    The running statistics are a tree of their own, which no optimizer meets: the same paths, ``norm/{mean, var}``.
+    Running statistics are a separate tree with the same paths, ``norm/{mean, var}``.
 
-    The last normalisation of every block begins with scale 0, so that a fresh network is shallow (Goyal et al.,
-    arXiv 1706.02677, section 5.1).
+    The last normalization of every block is initialized with scale 0 (Goyal et al., arXiv 1706.02677, section 5.1).
 
     Args:
       config: The network.
@@ -68,7 +58,7 @@ def resnet_specs(config: ResNetConfig) -> tuple[PyTree, PyTree]:
 
 
 def _layers(config: ResNetConfig, block: ResNetBlock) -> dict[str, tuple[int, int, int, int]]:
-    """Side, input and output channels and groups of each convolution of a block."""
+    """Returns window side, input and output channels and groups of each convolution of a block."""
     entering, inner, width = block.widths
     if config.block == "basic":
         layers = {"layer0": (3, entering, width, 1), "layer1": (3, width, width, 1)}
@@ -84,32 +74,6 @@ def _layers(config: ResNetConfig, block: ResNetBlock) -> dict[str, tuple[int, in
 def _layer_specs(side: int, m: int, n: int, groups: int = 1) -> tuple[dict, dict]:
     params = {"conv": conv_specs(side, m, n, groups), "norm": norm_specs(n)}
     return params, {"norm": {"mean": ParamSpec((n,), (None,)), "var": ParamSpec((n,), (None,), value=1.0)}}
-
-
-def resnet_axes(config: ResNetConfig) -> tuple[PyTree, PyTree]:
-    """Returns the logical axis names of parameters and running statistics, two trees of ``PartitionSpec``."""
-    return spec_axes(resnet_specs(config))
-
-
-def resnet_shapes(config: ResNetConfig, dtype: DTypeLike = jnp.float32) -> tuple[PyTree, PyTree]:
-    """Returns parameters (of type ``dtype``) and running statistics (float32) as ``ShapeDtypeStruct``."""
-    params, stats = resnet_specs(config)
-    return spec_shapes(params, dtype), spec_shapes(stats, jnp.float32)
-
-
-def resnet_init(key: jax.Array, config: ResNetConfig, dtype: DTypeLike = jnp.float32) -> tuple[PyTree, PyTree]:
-    """Draws fresh parameters, and running statistics of mean 0 and variance 1.
-
-    Args:
-      key: Random key.
-      config: The network.
-      dtype: Type of the parameters; the statistics are float32.
-
-    Returns:
-      ``(params, batch_stats)``, as :func:`resnet_specs` lays them out.
-    """
-    params, stats = resnet_specs(config)
-    return draw_params(key, params, dtype), draw_params(key, stats, jnp.float32)
 
 
 def resnet_apply(
@@ -129,30 +93,31 @@ def resnet_apply(
     """Runs a residual network.
 
     Args:
-      config: The network.
-      params: Its parameters; kernels may be structured weights.
+      config: The model.
+      params: Its parameters; kernels may be structured.
       batch_stats: Its running statistics.
-      pixels: Images ``[batch, height, width, channels]``, standardised, floating point.
-      train: Whether to normalise by the statistics of the batch, which are those of the global batch under ``jit``,
-        and to drop branches.
-      frozen_stats: Whether to use and keep the running statistics in training too, as a frozen base does.
-      key: Random key of stochastic depth; needed to train with a ``drop_path``.
-      capture: Hidden states to return: indices, or "all".  State 0 leaves the stem, state ``s + 1`` leaves stage ``s``.
-      axis_name: Mesh axes that split the batch, inside ``shard_map``.
-      remat: Whether to compute the inside of a block again in the backward pass instead of keeping it.
-      dtype: Type of the activations, that of ``pixels`` by default.
+      pixels: Images ``[batch, height, width, channels]``, standardized, floating point.
+      train: Whether to normalize by the statistics of the (global) batch and to apply stochastic depth.
+      frozen_stats: Whether to use and keep the running statistics in training too.
+      key: Random key of stochastic depth.
+      capture: Indices of the hidden states to return, or "all".  State 0 is the output of the stem, ``s + 1`` that of
+        stage ``s``.
+      axis_name: Mesh axes over which the batch is sharded, inside ``shard_map``.
+      remat: Whether the backward pass recomputes the inside of a block.
+      dtype: Dtype of the activations, that of ``pixels`` by default.
 
     Returns:
       Logits (at least float32), pooled features ``[batch, out_features]``, tokens ``[batch, h, w, out_features]``,
-      hidden states ``[batch, h, w, channels]``, and ``batch_stats`` after a training pass.
+      hidden states ``[batch, h, w, channels]``, and ``batch_stats`` after a training step.
 
     Raises:
-      ValueError: The images have other channels, ``capture`` names no hidden state, or a key is missing.
+      ValueError: The images have other channels, ``capture`` is out of range, or a key is missing.
+      TypeError: ``pixels`` are not floating point.
     """
     check_pixels(pixels, config.channels)
-    wanted = captured(capture, len(config.depths) + 1)
+    wanted = captured_states(capture, len(config.depths) + 1)
     training = train and not frozen_stats
-    keys = branch_keys(key, train, config.drop_path, sum(config.depths))
+    keys = drop_path_keys(key, train, config.drop_path, sum(config.depths))
     norm = functools.partial(
         batch_norm, train=training, eps=config.norm_eps, momentum=config.norm_momentum, axis_name=axis_name
     )
@@ -174,9 +139,9 @@ def resnet_apply(
     rates = drop_path_rates(config.drop_path, sum(config.depths))
     for i, block in enumerate(config.blocks()):
         stage, name = block.name
-        run = functools.partial(_block, config, block, norm, rates[i])
+        run = functools.partial(_block, config, block, norm, rate=rates[i])
         run = jax.checkpoint(run) if remat else run
-        x, statistics = run(params[stage][name], batch_stats[stage][name], x, keys[i])
+        x, statistics = run((params[stage][name], batch_stats[stage][name]), x, keys[i])
         after.setdefault(stage, {})[name] = statistics
         hidden[int(stage.removeprefix("stage")) + 1] = x
 
@@ -197,8 +162,8 @@ def _layer(norm, params, stats, x, *, strides=1, padding=0, groups=1) -> tuple[j
     return x, {"norm": {"mean": mean, "var": var}}
 
 
-def _block(config, block, norm, rate, params, stats, x, key) -> tuple[jax.Array, dict]:
-    after = {}
+def _block(config, block, norm, weights, x, key, rate) -> tuple[jax.Array, dict]:
+    (params, stats), after = weights, {}
 
     def layer(name, x, **options):
         y, after[name] = _layer(norm, params[name], stats[name], x, **options)
@@ -218,38 +183,3 @@ def _block(config, block, norm, rate, params, stats, x, key) -> tuple[jax.Array,
     if block.projects:
         x = layer("shortcut", x, strides=strides)
     return jax.nn.relu(x + drop_path(key, y, rate)), after
-
-
-def head_logits(params: PyTree, pooled: jax.Array) -> jax.Array | None:
-    """Class scores of pooled features, in at least float32; None where the parameters have no head."""
-    if "head" not in params:
-        return None
-    return linear(pooled, params["head"]["kernel"], params["head"].get("bias"), out_dtype=working_dtype(pooled))
-
-
-def check_pixels(pixels: jax.Array, channels: int) -> None:
-    """Raises unless ``pixels`` are floating-point images ``[batch, height, width, channels]``."""
-    if pixels.ndim != 4 or pixels.shape[-1] != channels:
-        raise ValueError(f"pixels: expected [batch, height, width, {channels}], got shape {list(pixels.shape)}")
-    if not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise TypeError(f"pixels: expected standardised floating-point images, got {pixels.dtype}")
-
-
-def captured(capture: Sequence[int] | str, states: int) -> list[int]:
-    """Returns the indices of the hidden states that ``capture`` asks for, negative ones counted from the end."""
-    if isinstance(capture, str):
-        if capture != "all":
-            raise ValueError(f"capture: expected indices or 'all', got {capture!r}")
-        return list(range(states))
-    if any(not -states <= i < states for i in capture):
-        raise ValueError(f"capture: expected hidden states 0 to {states - 1}, got {tuple(capture)}")
-    return sorted({i % states for i in capture})
-
-
-def branch_keys(key: jax.Array | None, train: bool, rate: float, blocks: int) -> Sequence[jax.Array | None]:
-    """One key for each block, None where no branch is dropped."""
-    if not train or rate == 0:
-        return [None] * blocks
-    if key is None:
-        raise ValueError(f"key: a random key is needed to train with drop_path = {rate}, got None")
-    return list(jax.random.split(key, blocks))

@@ -1,34 +1,34 @@
-"""What distinguishes one Swin transformer from another, as plain fields, and the sizes of well-known ones."""
+"""Configs of Swin transformers, and the sizes of published ones."""
 
 import dataclasses
 from dataclasses import dataclass
 
-from subspace_jax.nn.models.causal_lm.config import ACTIVATIONS
+from subspace_jax.nn.layers.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
 class SwinConfig:
-    """A Swin transformer (Liu et al., arXiv 2103.14030): attention inside windows, shifted in every other block.
+    """A Swin transformer (Liu et al., arXiv 2103.14030): attention in windows, shifted in every other block.
 
     Attributes:
-      image_size: Height and width of the images that the model was made for.
+      image_size: Height and width of the images that the model was trained on.
       patch_size: Side of a patch.
-      embed_dim: Width of the first stage; it doubles from stage to stage.
-      depths: Blocks of each stage.
-      num_heads: Attention heads of each stage.
+      embed_dim: Width of the first stage; it doubles with every stage.
+      depths: Number of blocks of each stage.
+      num_heads: Number of heads of each stage.
       window: Side of a window, in patches.
-      mlp_ratio: Width inside the perceptrons, in widths of the stage.
+      mlp_ratio: Inner width of the perceptrons over the width of the stage.
       norm_eps: Epsilon of the blocks' norms and of the last one; that of patch embedding and merging is 1e-5.
-      activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+      activation: Name of the activation function.
       qkv_bias: Whether queries, keys and values have biases.
-      absolute_positions: Whether a learned table of positions is added to the patches.
-      num_classes: Classes of the linear head; 0 for a model without one.
+      absolute_positions: Whether learned position embeddings are added to the patches.
+      num_classes: Number of classes; 0 for no head.
       channels: Channels of the images.
-      drop_path: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
-      convention: "hf" or "timm".  Of "hf", hidden state ``s + 1`` is taken after the patches of stage ``s`` are merged,
-        and whether windows are shifted depends on the image at hand.  Of "timm", it is taken before, shifts are those
-        of ``image_size``, and every stage has to be a whole number of windows.
-      architecture: timm's name of the architecture, of a model that came from there.
+      drop_path: Rate of stochastic depth at the last block, growing linearly from 0 at the first.
+      convention: "hf" or "timm".  With "hf", hidden state ``s + 1`` is taken after patch merging of stage ``s``, and
+        shifts depend on the size of the given images.  With "timm", it is taken before, shifts are those of
+        ``image_size``, and every stage must be a multiple of the window.
+      architecture: timm's name of the architecture, for models from timm.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -80,7 +80,7 @@ class SwinConfig:
         return self.widths[-1]
 
     def maps(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Patches of an image along each side, at each stage."""
+        """Returns the patches of an image along each side, for each stage."""
         sides = (-(-height // self.patch_size), -(-width // self.patch_size))
         maps = [sides]
         for _ in self.depths[1:]:
@@ -93,7 +93,7 @@ class SwinConfig:
 
     @classmethod
     def swin(cls, size: str = "tiny", **changes) -> "SwinConfig":
-        """Swin of 224 x 224 images and windows of 7: ``size`` is "tiny", "small", "base" or "large"."""
+        """Swin for 224 x 224 images with windows of 7: ``size`` is "tiny", "small", "base" or "large"."""
         sizes = {"tiny": (96, 6, 3), "small": (96, 18, 3), "base": (128, 18, 4), "large": (192, 18, 6)}
         if size not in sizes:
             raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r}")

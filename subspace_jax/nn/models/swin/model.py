@@ -10,39 +10,39 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from subspace_jax.linalg import working_dtype
-from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
+from subspace_jax.nn.layers.activations import ACTIVATIONS
+from subspace_jax.nn.layers.drop_path import drop_path, drop_path_keys, drop_path_rates
 from subspace_jax.nn.layers.linear import linear
 from subspace_jax.nn.layers.norms import layer_norm
-from subspace_jax.nn.models.causal_lm.config import ACTIVATIONS
-from subspace_jax.nn.models.resnet.model import branch_keys, captured, check_pixels, head_logits
+from subspace_jax.nn.layers.stacking import captured_states
 from subspace_jax.nn.models.swin.config import SwinConfig
 from subspace_jax.nn.models.swin.windows import relative_position_index, shifted_window_mask
-from subspace_jax.nn.models.vision_output import VisionOutput
-from subspace_jax.nn.params import ParamSpec, dense_specs, draw_params, norm_specs, spec_axes, spec_shapes
+from subspace_jax.nn.models.vision import VisionOutput, check_pixels, head_logits
+from subspace_jax.nn.params import ParamSpec, dense_specs, norm_specs
 
 PyTree = Any
 
-# The epsilon of the norms in patch embedding and merging, which no checkpoint's config can change.
+# Epsilon of the norms in patch embedding and merging, which checkpoints don't configure.
 FIXED_EPS = 1e-5
 
 
 def swin_specs(config: SwinConfig) -> PyTree:
-    """Describes every parameter: a nested dict of :class:`ParamSpec` with the layout of the parameters.
+    """Returns the specs of the parameters.
 
     ::
 
         patch_embed/{kernel, bias}                        [patch^2 channels, e]: rows, columns, channels of a patch
         embed_norm/{scale, bias}                          [e]
-        position/embedding                                [patches, e], with absolute positions only
+        position/embedding                                [patches, e], with absolute_positions
         stage{s}/block{b}/norm1/{scale, bias}             [c], c = e 2^s
         stage{s}/block{b}/attn/{q, k, v, out}/{kernel, bias}  [c, c]
         stage{s}/block{b}/attn/relative_bias/table        [(2 window - 1)^2, heads]
         stage{s}/block{b}/norm2/{scale, bias}             [c]
         stage{s}/block{b}/mlp/{up, down}/{kernel, bias}   [c, f], [f, c]
-        stage{s}/merge/norm/{scale, bias}                 [4 c], of all stages but the last
+        stage{s}/merge/norm/{scale, bias}                 [4 c], in all stages but the last
         stage{s}/merge/reduction/kernel                   [4 c, 2 c]
         norm/{scale, bias}                                [features]
-        head/{kernel, bias}                               [features, classes], where there are classes
+        head/{kernel, bias}                               [features, classes], with num_classes
 
     Args:
       config: The model.
@@ -83,27 +83,6 @@ def swin_specs(config: SwinConfig) -> PyTree:
     return specs
 
 
-def swin_axes(config: SwinConfig) -> PyTree:
-    """Returns the logical axis names of every parameter, a tree of ``PartitionSpec``."""
-    return spec_axes(swin_specs(config))
-
-
-def swin_shapes(config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Returns every parameter as a ``ShapeDtypeStruct``."""
-    return spec_shapes(swin_specs(config), dtype)
-
-
-def swin_init(key: jax.Array, config: SwinConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """Draws fresh parameters: normal with deviation 0.02, norms 1, biases 0.
-
-    Args:
-      key: Random key.
-      config: The model.
-      dtype: Type of the parameters.
-    """
-    return draw_params(key, swin_specs(config), dtype)
-
-
 def swin_apply(
     config: SwinConfig,
     params: PyTree,
@@ -119,28 +98,29 @@ def swin_apply(
 
     Args:
       config: The model.
-      params: Its parameters; kernels may be structured weights.
-      pixels: Images ``[batch, height, width, channels]``, standardised, floating point.
-      train: Whether to drop branches.
-      key: Random key of stochastic depth; needed to train with a ``drop_path``.
-      capture: Hidden states to return: indices, or "all".  State 0 are the embedded patches; see
-        :class:`SwinConfig` on the others.
-      remat: Whether to compute the inside of a block again in the backward pass instead of keeping it.
-      dtype: Type of the activations, that of ``pixels`` by default; softmax and norms are at least float32.
+      params: Its parameters; kernels may be structured.
+      pixels: Images ``[batch, height, width, channels]``, standardized, floating point.
+      train: Whether to apply stochastic depth.
+      key: Random key of stochastic depth.
+      capture: Indices of the hidden states to return, or "all".  State 0 is the patch embeddings; see
+        :class:`SwinConfig` for the others.
+      remat: Whether the backward pass recomputes the inside of a block.
+      dtype: Dtype of the activations, that of ``pixels`` by default; softmax and norms are at least float32.
 
     Returns:
       Logits (at least float32), pooled features ``[batch, out_features]``, tokens ``[batch, patches, out_features]``
       after the last norm, and hidden states ``[batch, patches, width]``, patches row by row.
 
     Raises:
-      ValueError: The images have other channels, a stage has fewer patches than a window, or does not fit the windows
-        of a "timm" model; the positions are those of another size; ``capture`` names no hidden state; or a key is
+      ValueError: The images have other channels, a stage has fewer patches than a window, or is no multiple of the
+        window of a "timm" model; the position embeddings are for another size; ``capture`` is out of range; or a key is
         missing.
+      TypeError: ``pixels`` are not floating point.
     """
     check_pixels(pixels, config.channels)
     _check_size(config, *pixels.shape[1:3])
-    wanted = captured(capture, len(config.depths) + 1)
-    keys = branch_keys(key, train, config.drop_path, sum(config.depths))
+    wanted = captured_states(capture, len(config.depths) + 1)
+    keys = drop_path_keys(key, train, config.drop_path, sum(config.depths))
     rates = drop_path_rates(config.drop_path, sum(config.depths))
 
     x = _embed(config, params, pixels if dtype is None else pixels.astype(dtype))
@@ -185,13 +165,13 @@ def _linear(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Adds zeros below and right, up to a multiple of a side."""
+    """Pads with zeros below and right to a multiple of ``multiple``."""
     below, right = (-n % multiple for n in x.shape[1:3])
     return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else x
 
 
 def _cells(x: jax.Array, side: int) -> jax.Array:
-    """Cuts ``[batch, h, w, c]`` into squares ``[batch, h / side, w / side, side, side, c]``."""
+    """Splits ``[batch, h, w, c]`` into squares ``[batch, h / side, w / side, side, side, c]``."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
     return x.swapaxes(2, 3)
@@ -207,7 +187,7 @@ def _embed(config: SwinConfig, params: PyTree, pixels: jax.Array) -> jax.Array:
 
 
 def _merge(params: PyTree, x: jax.Array) -> jax.Array:
-    """Makes one patch of each 2 x 2, its channels in the order upper left, lower left, upper right, lower right."""
+    """Merges 2 x 2 patches, channels in the order upper left, lower left, upper right, lower right."""
     cells = _cells(_pad(x, 2), 2).swapaxes(3, 4)
     x = _norm(params["norm"], cells.reshape(*cells.shape[:3], -1), FIXED_EPS)
     return _linear(params["reduction"], x)
@@ -216,14 +196,14 @@ def _merge(params: PyTree, x: jax.Array) -> jax.Array:
 def _blocks(config, stage, params, x, keys, rates, remat) -> jax.Array:
     """Runs the blocks of a stage, windows shifted in every other.
 
-    Rounds of a plain and a shifted block are alike, and a scan over them is compiled once: a TPU's compiler takes tens
-    of seconds for the gradient of each block that it sees.
+    Pairs of a plain and a shifted block run in a scan: the compiler for TPUs takes tens of seconds for the gradient of
+    each block.
     """
-    # A map that is one window has nothing to be shifted against.
+    # A stage of one window has no shifts.
     native = config.maps(*config.image_size)[stage] if config.convention == "timm" else x.shape[1:3]
     shifts = (0,) if min(native) <= config.window else (0, config.window // 2)
 
-    def round_of(x, params, keys, rates):
+    def pair_of_blocks(x, params, keys, rates):
         for shift, *own in zip(shifts, params, keys, rates, strict=False):
             run = functools.partial(_block, config, stage, shift)
             x = (jax.checkpoint(run) if remat else run)(x, *own)
@@ -232,22 +212,22 @@ def _blocks(config, stage, params, x, keys, rates, remat) -> jax.Array:
     count = len(params) // len(shifts) * len(shifts)
     if count > len(shifts) and _alike(params):
 
-        def rounds(items):
-            """For each block of a round, a stack over all rounds."""
+        def stacked(items):
+            """Stacks the plain and the shifted blocks."""
             return [
                 jax.tree.map(lambda *xs: jnp.stack(xs), *items[i : count : len(shifts)]) for i in range(len(shifts))
             ]
 
-        stacks = rounds(params), rounds(keys), rounds([jnp.float32(rate) for rate in rates])
-        x, _ = jax.lax.scan(lambda x, own: (round_of(x, *own), None), x, stacks)
+        stacks = stacked(params), stacked(keys), stacked([jnp.float32(rate) for rate in rates])
+        x, _ = jax.lax.scan(lambda x, own: (pair_of_blocks(x, *own), None), x, stacks)
         params, keys, rates = params[count:], keys[count:], rates[count:]
     for i in range(0, len(params), len(shifts)):
-        x = round_of(x, params[i:], keys[i:], rates[i:])
+        x = pair_of_blocks(x, params[i:], keys[i:], rates[i:])
     return x
 
 
 def _alike(trees: Sequence[PyTree]) -> bool:
-    """Whether trees can be stacked; adapters may sit in some blocks only."""
+    """Whether trees can be stacked; some blocks may have adapters and others not."""
     kinds = [(jax.tree.structure(tree), *((x.shape, x.dtype) for x in jax.tree.leaves(tree))) for tree in trees]
     return all(kind == kinds[0] for kind in kinds)
 
@@ -264,7 +244,7 @@ def _block(config, stage, shift, x, params, key, rate) -> jax.Array:
 
 
 def _window_attention(config: SwinConfig, heads: int, shift: int, params: PyTree, x: jax.Array) -> jax.Array:
-    """Attention inside windows of ``x [batch, h, w, c]``; what is padded stays visible, as the models were trained."""
+    """Attention in windows of ``x [batch, h, w, c]``; padding is not masked, as in training of the published models."""
     batch, height, width, channels = x.shape
     side = config.window
     x = _pad(x, side)

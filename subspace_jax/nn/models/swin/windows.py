@@ -1,26 +1,26 @@
-"""What depends on the shapes of Swin's windows alone, computed in NumPy when a program is traced."""
+"""Index tables and masks of Swin's windows, constants computed in NumPy."""
 
 import numpy as np
 
-# Added to the scores of keys that a query must not see, as the published models were trained.
+# Added to masked scores, as in training of the published models.
 HIDDEN = -100.0
 
 
 def relative_position_index(window: int) -> np.ndarray:
-    """Row of the bias table for each query and key of a window, ``[window^2, window^2]`` int32, rows first."""
+    """Returns the index into the bias table for each query and key of a window, ``[window^2, window^2]`` int32."""
     rows, columns = (part.reshape(-1) for part in np.indices((window, window)))
     down, right = (part[:, None] - part[None, :] + window - 1 for part in (rows, columns))
     return (down * (2 * window - 1) + right).astype(np.int32)
 
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """What is added to the scores of shifted windows: -100 where query and key come from opposite edges of the map.
+    """Returns the additive mask of shifted windows: -100 where query and key come from opposite edges.
 
     Args:
-      height: Rows of the padded map, a multiple of ``window``.
-      width: Its columns, likewise.
+      height: Rows of the padded feature map, a multiple of ``window``.
+      width: Columns of it, a multiple of ``window``.
       window: Side of a window.
-      shift: By how much the map was rolled, 1 to ``window - 1``.
+      shift: Shift of the feature map, 1 to ``window - 1``.
 
     Returns:
       ``[windows, window^2, window^2]`` float32, query before key.

@@ -1,9 +1,11 @@
-"""What distinguishes one vision transformer from another, as plain fields, and the sizes of well-known ones."""
+"""Configs of vision transformers, and the sizes of published ones."""
 
 import dataclasses
 from dataclasses import dataclass
 
-from subspace_jax.nn.layers.encoder import ACTIVATIONS, Encoder, check_size
+from subspace_jax.nn.layers.activations import ACTIVATIONS
+from subspace_jax.nn.layers.drop_path import drop_path_rates
+from subspace_jax.nn.layers.encoder import Encoder, check_size
 
 FAMILIES = ("vit", "deit", "deit3", "clip", "siglip", "dinov2")
 POOLS = ("token", "distilled", "mean", "attention", "none")
@@ -21,46 +23,46 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class VisionTransformerConfig:
-    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929) of any of the families that share its blocks.
+    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929) of one of the families that share its layers.
 
-    Tokens stand in the order class, distillation, registers, patches row by row.
+    The order of tokens is class, distillation, registers, patches row by row.
 
     Attributes:
-      family: Whose tensor names a checkpoint uses: "vit", "deit", "deit3", "clip", "siglip" or "dinov2".  It changes
-        no number.
-      image_size: Height and width of the images that the positions are for.
+      family: The family whose tensor names checkpoints use: "vit", "deit", "deit3", "clip", "siglip" or "dinov2".  It
+        does not affect the computation.
+      image_size: Height and width of the images that the position embeddings are for.
       patch_size: Side of a patch.
       width: Width of the residual stream, ``d``.
-      num_layers: Blocks.
-      num_heads: Heads.
-      mlp_size: Width inside the perceptron.
-      num_classes: Classes that the head scores; 0 for no head.
+      num_layers: Number of layers.
+      num_heads: Number of heads.
+      mlp_size: Inner width of the perceptron.
+      num_classes: Number of classes; 0 for no head.
       channels: Channels of an image.
       norm_eps: Epsilon of all norms.
       activation: See :class:`Encoder`.
       gated_mlp: See :class:`Encoder`; DINOv2's giant has it, with "silu" (SwiGLU).
-      fused_qkv: See :class:`Encoder`; timm's checkpoints have it, and adapters of theirs are of the fused kernel.
+      fused_qkv: See :class:`Encoder`; timm's checkpoints have it.
       qkv_bias: See :class:`Encoder`.
       layer_scale: See :class:`Encoder`.
       patch_bias: Whether the patch embedding has a bias.
       class_token: Whether there is a class token.
       distillation_token: Whether there is DeiT's second token (arXiv 2012.12877).
-      registers: Further tokens without positions (arXiv 2309.16588).
-      mask_token: Whether the checkpoint keeps the token that masked patches had in pretraining; it is never used.
-      class_position: Whether class and distillation token have rows in the table of positions; DeiT3's have not.
-      pre_norm: Whether the embeddings are normalised before the first block, as CLIP's are.
-      norm_at: Where the last norm stands: over all "tokens", over the "pooled" vector, or over "nothing" (a classifier
-        on CLIP's tokens, whose files keep it all the same).
-      pool: What becomes of the tokens: the class "token", the mean of class and distillation token ("distilled"), the
-        "mean" over patches, "attention" by a learned query (SigLIP), or "none".
-      attention_pool: Whether the parameters of attention pooling are there; a SigLIP classifier keeps them unused.
-      pooler_size: Width of a further map with ``tanh`` behind the pooled vector; 0 for none.
+      registers: Number of register tokens, which have no positions (arXiv 2309.16588).
+      mask_token: Whether checkpoints hold the mask token of pretraining; it is never used.
+      class_position: Whether class and distillation token have position embeddings; those of DeiT III have none.
+      pre_norm: Whether the embeddings are normalised before the first layer, as in CLIP.
+      norm_at: Input of the last norm: all "tokens", the "pooled" vector, or "nothing" (a classifier on CLIP's tokens,
+        whose checkpoints hold the norm unused).
+      pool: Pooling: the class "token", the mean of class and distillation token ("distilled"), the "mean" over
+        patches, "attention" with a learned query (SigLIP), or "none".
+      attention_pool: Whether there are parameters of attention pooling; a SigLIP classifier holds them unused.
+      pooler_size: Width of a further dense layer after pooling; 0 for none.
       pooler_activation: Its activation.
-      distilled_head: Whether the distillation token has a head of its own; logits are then the mean of both.
-      antialias_positions: How positions are resampled; see :func:`resample_positions`.
-      drop_path: Probability that a block is left out for a sample in training, growing linearly from 0 at the first
-        block to this at the last (arXiv 1603.09382); or one for each block.
-      architecture: timm's name of the architecture, of a model that came from there.
+      distilled_head: Whether the distillation token has a head of its own; the logits are the mean of both heads.
+      antialias_positions: How position embeddings are resampled; see :func:`resample_positions`.
+      drop_path: Rate of stochastic depth at the last layer, growing linearly from 0 at the first (arXiv 1603.09382);
+        or a rate for each layer.
+      architecture: timm's name of the architecture, for models from timm.
     """
 
     family: str
@@ -101,7 +103,7 @@ class VisionTransformerConfig:
         for name, known in (("family", FAMILIES), ("norm_at", NORMS), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        _ = self.encoder  # Checks the sizes of the blocks.
+        _ = self.encoder  # Checks the sizes of the layers.
         object.__setattr__(self, "image_size", tuple(self.image_size))
         if len(self.image_size) != 2 or min(self.image_size) < self.patch_size:
             raise ValueError(
@@ -111,13 +113,13 @@ class VisionTransformerConfig:
             raise ValueError("num_classes, registers and pooler_size: expected no negative number")
         needs = {"token": self.class_token, "distilled": self.distillation_token, "attention": self.attention_pool}
         if not needs.get(self.pool, True):
-            raise ValueError(f"pool: {self.pool!r} pools what this model has not")
+            raise ValueError(f"pool: the model has no {self.pool!r} to pool")
         if self.num_classes and self.pool == "none":
-            raise ValueError(f"num_classes: {self.num_classes} classes can't be scored where nothing is pooled")
+            raise ValueError(f"num_classes: {self.num_classes} classes need a pooled vector, got pool='none'")
         if self.distilled_head and not (self.distillation_token and self.num_classes):
             raise ValueError("distilled_head: expected a distillation token and classes")
         if not all(0 <= rate < 1 for rate in self.drop_rates) or len(self.drop_rates) != self.num_layers:
-            raise ValueError(f"drop_path: expected rates in [0, 1) of {self.num_layers} blocks, got {self.drop_path}")
+            raise ValueError(f"drop_path: expected rates in [0, 1) of {self.num_layers} layers, got {self.drop_path}")
         if self.pooler_activation not in ACTIVATIONS:
             raise ValueError(
                 f"pooler_activation: expected one of {sorted(ACTIVATIONS)}, got {self.pooler_activation!r}"
@@ -125,32 +127,34 @@ class VisionTransformerConfig:
 
     @property
     def encoder(self) -> Encoder:
-        """The blocks."""
-        return Encoder(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Encoder)})
+        """The layers."""
+        return Encoder(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Encoder) if f.name != "causal"})
+
+    @property
+    def out_features(self) -> int:
+        """Width of the pooled features, before ``pooler_size``."""
+        return self.width
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along height and width of a native image."""
+        """Patches along height and width of an image of ``image_size``."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def prefix(self) -> int:
-        """Tokens in front of the patches."""
+        """Number of tokens before the patches."""
         return self.class_token + self.distillation_token + self.registers
 
     @property
     def position_rows(self) -> int:
-        """Rows of the table of positions."""
+        """Number of position embeddings."""
         own = self.class_token + self.distillation_token if self.class_position else 0
         return own + self.grid[0] * self.grid[1]
 
     @property
     def drop_rates(self) -> tuple[float, ...]:
-        """For each block the probability that it is left out in training."""
-        if isinstance(self.drop_path, tuple):
-            return self.drop_path
-        last = max(self.num_layers - 1, 1)
-        return tuple(self.drop_path * layer / last for layer in range(self.num_layers))
+        """Rate of stochastic depth of each layer."""
+        return self.drop_path if isinstance(self.drop_path, tuple) else drop_path_rates(self.drop_path, self.num_layers)
 
     def replace(self, **changes) -> "VisionTransformerConfig":
         """Returns a copy with some fields changed."""
@@ -160,7 +164,7 @@ class VisionTransformerConfig:
     def vit(
         cls, size: str = "base", patch_size: int = 16, image_size: int = 224, **changes
     ) -> "VisionTransformerConfig":
-        """ViT of the size "tiny", "small", "base", "large" or "huge" with 1000 classes, as timm has those of augreg."""
+        """ViT of the size "tiny", "small", "base", "large" or "huge" with 1000 classes, as timm's augreg models."""
         fields = {"num_classes": 1000, "fused_qkv": True, "antialias_positions": True}
         return cls._sized("vit", size, patch_size, image_size, {**fields, **changes})
 
@@ -168,7 +172,7 @@ class VisionTransformerConfig:
     def deit3(
         cls, size: str = "base", patch_size: int = 16, image_size: int = 224, **changes
     ) -> "VisionTransformerConfig":
-        """DeiT III (arXiv 2204.07118): LayerScale, and a class token without a position."""
+        """DeiT III (arXiv 2204.07118): LayerScale, and a class token without a position embedding."""
         fields = {"num_classes": 1000, "fused_qkv": True, "antialias_positions": True}
         fields |= {"layer_scale": True, "class_position": False}
         return cls._sized("deit3", size, patch_size, image_size, {**fields, **changes})
@@ -195,5 +199,5 @@ class VisionTransformerConfig:
 
 
 def swiglu_size(width: int, mlp_ratio: float = 4) -> int:
-    """Width inside DINOv2's gated perceptron: two thirds of the usual one, rounded up to a multiple of 8."""
+    """Returns the inner width of DINOv2's gated perceptron: two thirds of the usual one, up to a multiple of 8."""
     return 8 * ((int(int(width * mlp_ratio) * 2 / 3) + 7) // 8)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read, so that the next token needs no second reading."""
+"""The cache of keys and values for decoding."""
 
 import functools
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
 )
 @dataclass(frozen=True)
 class KVCache:
-    """What is remembered of a batch of sequences; every token takes one slot in all rows.
+    """Keys and values of a batch of sequences; a token takes one slot in every sequence.
 
     Attributes:
-      keys: ``[layers, batch, slots, kv_heads, head_dim]``, already rotated.
+      keys: ``[layers, batch, slots, kv_heads, head_dim]``, rotated.
       values: The same shape.
       positions: ``[batch, slots]`` int32.
       valid: ``[batch, slots]`` bool; False for padding.
-      length: Slots filled so far, int32.
+      length: Number of filled slots, int32.
     """
 
     keys: jax.Array
@@ -35,7 +35,7 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """How many tokens fit."""
+        """Number of tokens that fit."""
         return self.positions.shape[1]
 
 
@@ -45,8 +45,8 @@ def init_cache(config: CausalLMConfig, batch: int, slots: int, dtype: DTypeLike 
     Args:
       config: The model.
       batch: Number of sequences.
-      slots: How many tokens are to fit, padding included.  Positions, not slots, are bounded by the model.
-      dtype: Type of keys and values; that of the activations.
+      slots: Number of tokens that fit, padding included.  It may exceed ``config.max_length``, which bounds positions.
+      dtype: Dtype of keys and values; that of the activations.
 
     Raises:
       ValueError: ``batch`` or ``slots`` is below 1.

@@ -1,0 +1,1 @@
+"""VGG networks with batch normalization."""
