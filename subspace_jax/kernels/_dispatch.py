@@ -1,8 +1,8 @@
-"""Which implementation of an op runs.
+"""Selects the implementation of an op.
 
 An op has a reference, ``xla``, for every platform, and perhaps a Pallas kernel, ``mosaic_tpu``.  The choice falls when
-a program is lowered: only then are its platform and its devices known, and one traced function serves a CPU test, a
-GPU, and a program compiled ahead of time for a TPU.
+a program is lowered, where its platform and devices are known: one traced function serves a CPU test, a GPU, and a
+program compiled ahead of time for a TPU.
 """
 
 import functools
@@ -15,57 +15,50 @@ from jax.interpreters import batching, mlir
 _NAMES = (None, "xla", "mosaic_tpu", "mosaic_tpu_interpret")
 
 
-def check_implementation(op: str, implementation: str | None, *args: jax.Array, refusal: str | None = None) -> None:
-    """Raises where an implementation that was asked for by name can't serve.
+def check_implementation(op: str, implementation: str | None, refusal: str | None = None) -> None:
+    """Raises if the implementation does not exist or does not support the arguments.
+
+    The platform is checked when the program is lowered, see :func:`choose`.
 
     Args:
       op: Public name of the op, for messages.
-      implementation: What the caller asked for.
-      *args: Arrays; they tell the platform where the call is not traced.
-      refusal: Why the kernel can't serve these arguments, None where it can.
+      implementation: Name of the implementation, None for an automatic choice.
+      refusal: Why the kernel does not support the arguments, None if it does.
 
     Raises:
-      ValueError: There is no implementation of that name, or it can't serve these arguments or this platform.
+      ValueError: There is no implementation of that name, or it does not support these arguments.
     """
     if implementation not in _NAMES:
         raise ValueError(f"implementation: expected one of {_NAMES} for {op}, got {implementation!r}")
-    if implementation in (None, "xla"):
-        return
-    if refusal is not None:
+    if implementation not in (None, "xla") and refusal is not None:
         raise ValueError(f"implementation: {implementation!r} can't serve {op} here: {refusal}")
-    # Under a trace the platform is not known yet; there Pallas refuses when the program is lowered.
-    if implementation == "mosaic_tpu" and not any(isinstance(x, jax.core.Tracer) for x in args):
-        platforms = {d.platform for x in args if isinstance(x, jax.Array) for d in x.devices()}
-        platforms = platforms or {jax.default_backend()}
-        if platforms != {"tpu"}:
-            raise ValueError(
-                f"implementation: 'mosaic_tpu' of {op} runs on TPUs, the arguments are on {sorted(platforms)}; "
-                "expected None or 'xla' here, or 'mosaic_tpu_interpret' to test the kernel"
-            )
 
 
 def choose(implementation: str | None, xla: Callable, kernel: Callable | None, *args: jax.Array):
     """Runs an op in one of its implementations.
 
     Args:
-      implementation: None for the kernel where it serves (a TPU, and a program for one device or within ``shard_map``,
-        for a compiler can't split a kernel over devices) and the reference elsewhere.  A name that
-        :func:`check_implementation` let pass forces one; ``mosaic_tpu_interpret`` runs the kernel's code through XLA on
-        any platform, slowly, for tests.
+      implementation: None for the kernel on TPUs, in programs for one device or within ``shard_map`` (a compiler cannot
+        partition a kernel), and for the reference elsewhere.  A name that :func:`check_implementation` accepts forces
+        one; ``mosaic_tpu_interpret`` runs the kernel through XLA on any platform, slowly, for tests.
       xla: The reference, a function of ``args``.
-      kernel: ``kernel(*args, interpret)`` with results like the reference's; None where it can't serve.
+      kernel: ``kernel(*args, interpret)`` with results like the reference's; None if there is none for these arguments.
       *args: Arrays.
 
     Returns:
-      What the implementation returns.
+      The results of the implementation.
+
+    Raises:
+      ValueError: ``mosaic_tpu`` is forced in a program that is lowered for another platform.
     """
     if implementation == "xla" or (implementation is None and kernel is None):
         return xla(*args)
-    if implementation is not None:
-        return kernel(*args, interpret=implementation == "mosaic_tpu_interpret")
+    if implementation == "mosaic_tpu_interpret":
+        return kernel(*args, interpret=True)
     reference, shapes = jax.make_jaxpr(xla, return_shape=True)(*args)
     compiled = jax.make_jaxpr(functools.partial(kernel, interpret=False))(*args)
-    outs = _either_p.bind(*args, reference=reference, compiled=compiled)
+    forced = implementation == "mosaic_tpu"
+    outs = _either_p.bind(*args, reference=reference, compiled=compiled, forced=forced)
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
@@ -75,33 +68,39 @@ _either_p.multiple_results = True
 
 
 @_either_p.def_impl
-def _run(*args, **jaxprs):
-    return jax.jit(functools.partial(_either_p.bind, **jaxprs))(*args)
+def _run(*args, **params):
+    return jax.jit(functools.partial(_either_p.bind, **params))(*args)
 
 
 @_either_p.def_abstract_eval
-def _shapes(*args, reference, compiled):
+def _shapes(*args, reference, compiled, forced):
+    del args, forced
     wanted, got = ([(x.shape, x.dtype) for x in jaxpr.out_avals] for jaxpr in (reference, compiled))
     if wanted != got:
         raise TypeError(f"the kernel returns {got}, the reference {wanted}")
     return compiled.out_avals
 
 
-def _batch(args, dims, *, reference, compiled):
+def _batch(args, dims, *, reference, compiled, forced):
     def mapped(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         return jax.make_jaxpr(jax.vmap(jaxpr_as_fun(jaxpr), tuple(dims)))(*args)
 
-    outs = _either_p.bind(*args, reference=mapped(reference), compiled=mapped(compiled))
+    outs = _either_p.bind(*args, reference=mapped(reference), compiled=mapped(compiled), forced=forced)
     return outs, [0] * len(outs)
 
 
-def _lower(ctx, *args, reference, compiled, on_tpu):
-    jaxpr = compiled if on_tpu and _is_whole(ctx.module_context.axis_context) else reference
-    return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *args)
+def _lower(ctx, *args, reference, compiled, forced, on_tpu):
+    if forced and not on_tpu:
+        raise ValueError(
+            f"implementation: 'mosaic_tpu' runs on TPUs, this program is for {'/'.join(ctx.module_context.platforms)}; "
+            "expected None or 'xla' here, or 'mosaic_tpu_interpret' to test the kernel"
+        )
+    kernel = on_tpu and (forced or _is_unpartitioned(ctx.module_context.axis_context))
+    return mlir.lower_fun(jaxpr_as_fun(compiled if kernel else reference), multiple_results=True)(ctx, *args)
 
 
-def _is_whole(axis_context) -> bool:
-    """Whether a lowered program sees whole arrays or, within ``shard_map``, shards: nothing is left to be split."""
+def _is_unpartitioned(axis_context) -> bool:
+    """Whether the compiler has nothing to partition: a program for one device, or the inside of ``shard_map``."""
     if manual := getattr(axis_context, "manual_axes", None):
         mesh = axis_context.mesh
         return set(manual) | set(mesh.manual_axes) == set(mesh.axis_names)

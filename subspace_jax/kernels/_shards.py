@@ -1,7 +1,7 @@
 """Ops on shards: arrays sharded over Explicit mesh axes, and arrays within ``shard_map``.
 
-What is sharded over Auto axes is seen only where the caller says how.  Otherwise the compiler splits the reference of
-an op by itself, and can't split a kernel (:func:`subspace_jax.kernels._dispatch.choose` takes the reference then).
+A sharding over Auto axes is known only if the caller passes it.  Otherwise the compiler partitions the reference of an
+op (it cannot partition a kernel: :func:`subspace_jax.kernels._dispatch.choose` selects the reference then).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from jax.sharding import AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
 
 def vary_alike(*args: jax.Array) -> tuple[jax.Array, ...]:
-    """Within a ``shard_map`` that checks types, makes all arrays vary over the mesh axes over which any does."""
+    """Makes all arrays vary over the mesh axes over which any does, within a ``shard_map`` that checks types."""
     varying = _varying(args)
     missing = (tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying)) for x in args)
     return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(args, missing, strict=True))
 
 
 def result(shape: Sequence[int], dtype: jax.typing.DTypeLike, *args: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a kernel's result, varying over mesh axes as its arguments do."""
+    """Returns the shape and dtype of a kernel's result, varying over the mesh axes of its arguments."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=_varying(args)))
 
 
@@ -30,25 +30,25 @@ def _varying(args: Sequence[jax.Array]) -> frozenset[str]:
 def over_shards(
     f: Callable,
     rule: str,
-    together: Sequence[str] = (),
+    gathered: Sequence[str] = (),
     inside: Sequence[str] = (),
     sharding: NamedSharding | None = None,
 ) -> Callable:
-    """Makes a function of whole arrays one of arrays that are sharded over Explicit mesh axes, or as the caller says.
+    """Maps a function over the shards of its arguments, which are sharded over Explicit mesh axes or by ``sharding``.
 
-    The rule names the axes of operands and results, one word for each: in ``"b n, n p -> b"`` a device that holds some
-    rows ``b`` computes those rows of the result.  An axis that is missing from a result is one over which the result
-    is a sum, and is summed over the devices that share the axis.  ``vmap`` adds an axis to the rule.  Without Explicit
-    axes ``f`` is called as it is.
+    The rule names the axes of operands and results, one word each: in ``"b n, n p -> b"`` a device that holds some
+    rows ``b`` computes those rows of the result.  A result is a sum over the axes that it lacks, and is summed over
+    the devices that shard them.  ``vmap`` adds an axis to the rule.  Without Explicit axes and ``sharding``, ``f`` is
+    called directly.
 
     Args:
-      f: Function of arrays to an array or a tuple of arrays, right for any sizes of the axes that may be split.
-      rule: As above, operands and results separated by commas.
-      together: Axes that can't be split: operands are gathered along them.
-      inside: Axes missing from results for which ``f`` does what is needed itself: it is called with a keyword of that
-        name, the tuple of mesh axes over which the axis is split, empty where it isn't.
-      sharding: Of the first operand, over Auto mesh axes, which no array tells of while it is traced; under Explicit
-        axes it is not looked at.
+      f: Function of arrays to an array or a tuple of arrays, valid for any sizes of the axes that may be sharded.
+      rule: See above; operands and results are separated by commas.
+      gathered: Axes that cannot be sharded: operands are gathered along them.
+      inside: Axes that results lack and ``f`` reduces itself: it is called with a keyword of that name, the tuple of
+        mesh axes that shard the axis, empty if none does.
+      sharding: Sharding of the first operand over Auto mesh axes, which a traced array does not carry; ignored under
+        Explicit axes.
 
     Returns:
       A function like ``f``, without the keywords of ``inside``.
@@ -58,7 +58,7 @@ def over_shards(
     def run(*args):
         told = not _explicit()
         specs = [_ways(sharding)] if told else [jax.typeof(x).sharding.spec for x in args]
-        found = _mesh_axes(operands, specs, together)
+        found = _mesh_axes(operands, specs, gathered)
 
         def spec(axes):
             return PartitionSpec(*(found.get(axis) for axis in axes))
@@ -97,14 +97,25 @@ def over_shards(
         longer_sharding = sharding
         if sharding is not None and in_batched[0]:
             longer_sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-        outs = over_shards(mapped_f, longer, together, inside, longer_sharding)(*args)
+        outs = over_shards(mapped_f, longer, gathered, inside, longer_sharding)(*args)
         return outs, jax.tree.map(lambda _: True, outs)
 
     return call
 
 
+def sharded_like(grad: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshards ``grad`` over Explicit mesh axes as ``x`` is sharded."""
+    wanted = jax.typeof(x).sharding.spec
+    return grad if jax.typeof(grad).sharding.spec == wanted else jax.sharding.reshard(grad, wanted)
+
+
+def leading_axes(x: jax.Array, trailing: int) -> str:
+    """Names the axes of ``x`` before the last ``trailing`` ones, for a rule of :func:`over_shards`."""
+    return " ".join(f"axis{i}" for i in range(x.ndim - trailing))
+
+
 def _ways(sharding: NamedSharding) -> list[tuple[str, ...]]:
-    """The mesh axes that split each axis; one of size 1 splits nothing."""
+    """The mesh axes of more than one device that shard each axis."""
     groups = [(names,) if isinstance(names, str) else (names or ()) for names in sharding.spec]
     return [tuple(name for name in group if sharding.mesh.shape[name] > 1) for group in groups]
 
@@ -113,13 +124,13 @@ def _explicit() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def _mesh_axes(operands, specs, together) -> dict[str, tuple[str, ...]]:
-    """Over which mesh axes each axis of a rule is split; the first operand that splits one decides."""
+def _mesh_axes(operands, specs, gathered) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that shard each axis of a rule, by the first operand that is sharded along it."""
     found, taken = {}, set()
     for axes, spec in zip(operands, specs, strict=False):
         for axis, names in zip(axes, spec, strict=False):
             names = (names,) if isinstance(names, str) else tuple(names or ())
-            if names and axis not in together and axis not in found and not taken & set(names):
+            if names and axis not in gathered and axis not in found and not taken & set(names):
                 found[axis] = names
                 taken |= set(names)
     return found

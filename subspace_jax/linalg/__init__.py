@@ -12,7 +12,6 @@ from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.products import (
-    across,
     broadcast_leading,
     eye_like,
     gram,
@@ -29,7 +28,6 @@ from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "FDState",
-    "across",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_matrix
-from subspace_jax.linalg.products import across, broadcast_leading, gram, nan_for_infinite, times
+from subspace_jax.linalg.products import broadcast_leading, gram, nan_for_infinite, times
 from subspace_jax.linalg.qr import positive_qr
 
 
@@ -109,7 +109,7 @@ def subspace_iteration(x: jax.Array, basis: jax.Array, steps: int = 2) -> tuple[
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     x, basis = broadcast_leading(x, basis)
-    sketch = positive_qr(across(x, basis))[0]
+    sketch = positive_qr(gram(x, basis))[0]
     return _from_range(x, _iterate(x, sketch, steps - 1), basis.shape[-1])
 
 
@@ -122,7 +122,7 @@ def _iterate(x: jax.Array, right: jax.Array, steps: int) -> jax.Array:
     """Returns an orthonormal basis of the range of ``(x x^T)^steps x right``."""
     left = positive_qr(times(x, right))[0]
     for _ in range(steps):
-        right = positive_qr(across(x, left))[0]
+        right = positive_qr(gram(x, left))[0]
         left = positive_qr(times(x, right))[0]
     return left
 

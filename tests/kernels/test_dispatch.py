@@ -40,7 +40,7 @@ def energy(x, c, implementation=None):
     """Rows' energy in a subspace: a sum over ``p``, so that ``p`` may be split, but ``n`` may not."""
     x, c = vary_alike(x, c)
     run = functools.partial(choose, implementation, _reference, _kernel)
-    return over_shards(run, "b n, n p -> b", together=("n",))(x, c)
+    return over_shards(run, "b n, n p -> b", gathered=("n",))(x, c)
 
 
 IMPLEMENTATIONS = (None, "xla", "mosaic_tpu_interpret")
@@ -67,6 +67,7 @@ def test_every_implementation_gives_the_same_under_vmap_of_vmap(x, c, implementa
     _same(jax.vmap(jax.vmap(op, (0, None)), (0, None))(x.reshape(2, 2, 4, 24), c).reshape(16), x, c)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "tensor"), None)])
@@ -78,6 +79,7 @@ def test_shards_give_what_whole_arrays_give(x, c, implementation, axis_type, spe
     _same(jax.device_get(got), x, c)
 
 
+@pytest.mark.eight_devices
 def test_rows_split_over_an_explicit_axis_stay_split(x, c, cpu_mesh, put):
     mesh = cpu_mesh({"data": 4, "tensor": 2})
     with jax.set_mesh(mesh):
@@ -85,6 +87,7 @@ def test_rows_split_over_an_explicit_axis_stay_split(x, c, cpu_mesh, put):
     assert got.sharding.spec == PartitionSpec("data")
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("spec", [("data", None, None), (None, "data", None)])
 def test_vmap_over_an_explicit_axis(x, c, spec, cpu_mesh, put):
     mesh = cpu_mesh({"data": 4, "tensor": 2})
@@ -95,6 +98,7 @@ def test_vmap_over_an_explicit_axis(x, c, spec, cpu_mesh, put):
     _same(jax.device_get(got).reshape(16), x, c)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_within_shard_map_the_op_takes_shards_as_they_are(x, c, check_vma, cpu_mesh):
     mesh = cpu_mesh({"data": 4, "tensor": 2}, AxisType.Auto)
@@ -138,17 +142,19 @@ def test_a_gpu_runs_the_reference(lower_for_cuda):
 
 def test_unknown_implementation_is_refused(x):
     with pytest.raises(ValueError, match=r"implementation: expected one of .* for energy, got 'triton'"):
-        check_implementation("energy", "triton", x)
+        check_implementation("energy", "triton")
 
 
 def test_a_kernel_that_cannot_serve_says_why(x):
     with pytest.raises(ValueError, match="can't serve energy here: it takes no float64"):
-        check_implementation("energy", "mosaic_tpu", x, refusal="it takes no float64")
+        check_implementation("energy", "mosaic_tpu", "it takes no float64")
 
 
-def test_a_kernel_asked_for_on_another_platform_is_refused_before_tracing(x):
-    with pytest.raises(ValueError, match=r"'mosaic_tpu' of energy runs on TPUs, the arguments are on \['cpu'\]"):
-        check_implementation("energy", "mosaic_tpu", x)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_choose_refuses_a_forced_kernel_when_it_lowers_for_another_platform(x, c, wrap):
+    op = wrap(functools.partial(choose, "mosaic_tpu", _reference, _kernel))
+    with pytest.raises(ValueError, match="'mosaic_tpu' runs on TPUs, this program is for cpu"):
+        op(x, c)
 
 
 def test_a_kernel_that_disagrees_with_the_reference_on_shapes_is_found_when_traced(x, c):

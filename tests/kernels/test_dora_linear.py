@@ -151,6 +151,7 @@ def test_bfloat16_is_near_float32():
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 1e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode):
     x, w, a, b, m = layer_args((8,), 16, 12, 4)

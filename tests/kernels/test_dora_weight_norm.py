@@ -142,6 +142,7 @@ def test_a_column_of_zeros_has_a_gradient_of_zeros():
         np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [("fsdp", None), (None, "tensor"), ("fsdp", "tensor")])
 @pytest.mark.parametrize("cancels", [False, True])
@@ -169,6 +170,7 @@ def test_shards_give_what_one_device_does(cpu_mesh, put, mode, spec, cancels):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, **tolerance), got, want)
 
 
+@pytest.mark.eight_devices
 def test_under_shard_map_rows_of_a_shard_are_its_own(cpu_mesh):
     w, a, b = factors(32, 16, 4, lead=(8,))
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)

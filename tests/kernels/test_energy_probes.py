@@ -69,6 +69,7 @@ def test_bfloat16_activations_give_float32_energies():
     assert_energies(got, gradient(x, w, target), rtol=0.03)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode):
     x, w, target, probes = layer()
@@ -88,6 +89,7 @@ def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode
     assert_energies(got, gradient(x, w, target))
 
 
+@pytest.mark.eight_devices
 def test_under_a_shard_map_that_checks_types_tokens_are_summed_before_the_square(cpu_mesh):
     x, w, target, probes = layer()
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)

@@ -211,6 +211,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_give_what_whole_arrays_give(layout, axis_type, cpu_mesh, put):
@@ -231,6 +232,7 @@ def test_shards_give_what_whole_arrays_give(layout, axis_type, cpu_mesh, put):
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.eight_devices
 def test_explicit_shards_of_batch_and_classes_stay_split(cpu_mesh, put):
     mesh = cpu_mesh({"data": 4, "tensor": 2})
     x, bases, _ = problem(0, 16, 24, 40, 4)
@@ -239,6 +241,7 @@ def test_explicit_shards_of_batch_and_classes_stay_split(cpu_mesh, put):
     assert logits.sharding.spec == P("data", "tensor")
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("axes", ["tensor", ("tensor", "data")])
 @pytest.mark.parametrize("inside", [True, False])
 def test_within_shard_map_the_loss_and_its_gradients_are_exact(axes, inside, cpu_mesh):
@@ -298,6 +301,7 @@ def _only_sums(found, batch, n, classes, k):
             assert size in (1, batch, batch * n, classes * n * k) or size < batch * n, found
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_no_logits_travel_between_cpu_devices(axis_type, cpu_mesh):
     mesh = cpu_mesh({"data": 2, "tensor": 4}, axis_type)

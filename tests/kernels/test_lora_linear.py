@@ -89,6 +89,7 @@ SPECS = {
 }
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode, specs):
@@ -105,6 +106,7 @@ def test_shards_give_what_one_device_does(cpu_mesh, put, mode, specs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
 
 
+@pytest.mark.eight_devices
 def test_under_shard_map_gradients_of_shared_factors_are_summed(cpu_mesh):
     x, w, a, b = inputs((8,), 16, 12, 4)
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)

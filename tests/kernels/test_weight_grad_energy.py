@@ -72,6 +72,7 @@ SPECS = {
 }
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode, specs):
@@ -82,6 +83,7 @@ def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode
         assert_near(jax.jit(energy)(*placed), reference(*args))
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("checked", [True, False])
 def test_under_shard_map_named_axes_are_summed(cpu_mesh, checked):
     args = inputs()

@@ -92,6 +92,7 @@ def test_jit_and_vmap_agree():
     assert_close(jax.jit(jax.vmap(linalg.versine_sinc_sqrt))(m), want, 1e-6)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 def test_batches_spread_over_devices_give_the_same(mode):
     m = jnp.asarray(np.stack([matrices(i, (), (0.1, 0.5 * i, 1.0)) for i in range(8)]), jnp.float32)

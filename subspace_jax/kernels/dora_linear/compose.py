@@ -1,6 +1,6 @@
-"""The compose step with a backward pass that keeps no more than it needs.
+"""The compose step with a custom backward pass of few residuals.
 
-There is no Pallas kernel: on TPUs and GPUs alike this is one loop over its arguments, which XLA fuses.
+There is no Pallas kernel: XLA fuses the step into one loop over its arguments on TPUs and GPUs.
 """
 
 import functools
@@ -13,19 +13,19 @@ from subspace_jax import linalg
 from subspace_jax.kernels._dispatch import check_implementation
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
-_NO_KERNEL = "it has no kernel, because XLA makes one pass of it too"
+_NO_KERNEL = "it has no kernel, because XLA fuses it into one pass too"
 
 
 def dora_compose(
     base: jax.Array, lora: jax.Array, g: jax.Array, scale: ArrayLike, *, implementation: str | None = None
 ) -> jax.Array:
-    """What DoRA adds to the output of a layer, ``(g - 1) base + g (s lora)``.
+    """Returns the DoRA update of a layer's output, ``(g - 1) base + g (s lora)``.
 
-    This form loses nothing where g is near 1; ``g (s lora + base) - base`` would cancel.  Arithmetic is float32
-    (float64 for a float64 argument), g included, and is rounded once, at the end.
+    This form is accurate for g near 1, where ``g (s lora + base) - base`` would cancel.  Arithmetic, g included, is
+    float32 (float64 for a float64 argument) and rounded once, at the end.
 
     With d the gradient of the result: ``d_lora = g s d``, ``d_base = (g - 1) d``, ``d_g = sum (s lora + base) d`` over
-    all but the last axis.  ``s lora + base`` is kept for that, in the dtype of ``base``, and only if g is trained.
+    all but the last axis.  The residual is ``s lora + base``, in the dtype of ``base``, and only if g is trained.
 
     Memory: ``base`` and ``lora`` are read and the result is written, once each; the gradient reads d and writes two
     such arrays, and reads one more for d_g.
@@ -35,7 +35,7 @@ def dora_compose(
     Args:
       base: Output of the frozen layer, without bias, ``[..., out]``, float32, bfloat16, float16 or float64.
       lora: ``(x a) b``, of the same shape and dtype.
-      g: Magnitude over norm, ``[out]``, float32 or float64; keep it so, for in bfloat16 the difference from 1 is lost.
+      g: Magnitude over norm, ``[out]``, float32 or float64; bfloat16 would lose the difference from 1.
       scale: Scalar s, which may be traced; it has no derivative.
       implementation: None or "xla".
 
@@ -43,10 +43,10 @@ def dora_compose(
       ``[..., out]`` in the dtype of ``base``.
 
     Raises:
-      ValueError: Shapes don't fit together, or the implementation doesn't exist or can't serve.
+      ValueError: Shapes do not match, or the implementation does not exist or is not supported.
       TypeError: A dtype is none of the above.
     """
-    check_implementation("dora_compose", implementation, base, refusal=_NO_KERNEL)
+    check_implementation("dora_compose", implementation, _NO_KERNEL)
     if base.ndim < 1 or lora.shape != base.shape:
         raise ValueError(f"lora: expected the shape of base, {base.shape}, got {lora.shape}")
     if g.shape != base.shape[-1:]:

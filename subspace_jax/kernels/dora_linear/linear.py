@@ -28,27 +28,26 @@ def dora_linear(
 ) -> jax.Array:
     """Applies a frozen weight with a DoRA adapter: ``y = x (W + s a b) diag(magnitude / norm) + bias``.
 
-    The norm is that of the adapted weight's columns, from :func:`dora_weight_norm`, and neither pass makes an array of
-    the size of W.  Where ``magnitude`` is that norm, ``g = magnitude / norm`` is exactly 1 and a zero ``b`` leaves the
-    output of the layer as it is.  The norm is bounded below by 1e-12, by 1e-6 for 16-bit weights:
-    columns shorter than that do not get their magnitudes.
+    The norm is that of the adapted weight's columns, from :func:`dora_weight_norm`; neither pass allocates an array of
+    the size of W.  If ``magnitude`` equals that norm, ``g = magnitude / norm`` is exactly 1, and a zero ``b`` leaves
+    the output of the layer unchanged.  The norm is bounded below by 1e-12, by 1e-6 for 16-bit weights.
 
-    Costs beside ``x W``: the norm, ``2 r in out`` FLOPs in each call, whatever the number of tokens; ``2 r (in + out)``
-    for each token; one pass over ``[tokens, out]``.  Where nothing trains, keep the norm, and apply the merged weight.
-    The gradient of W, as large as W, is made only where it is asked for.
+    Costs beside ``x W``: the norm, ``2 r in out`` FLOPs per call, for any number of tokens; ``2 r (in + out)`` per
+    token; one pass over ``[tokens, out]``.  For inference use the merged weight.  The gradient of W, as large as W, is
+    computed only if it is used.
 
     Source: arXiv 2402.09353 (equations 5, 6 and section 4.3), arXiv 2603.22276; order and dropout as in PEFT.
 
     Args:
       x: Activations ``[..., in]``, float32, bfloat16, float16 or float64.
-      w: ``[in, out]``, rounded to the dtype of ``x`` where it meets it.
+      w: ``[in, out]``, rounded to the dtype of ``x`` in the matmul.
       a: ``[in, r]``.
       b: ``[r, out]``.
-      magnitude: ``[out]``, float32 or float64, whatever the dtype of ``x``.
+      magnitude: ``[out]``, float32 or float64, for any dtype of ``x``.
       scale: Scalar s, which may be traced; it has no derivative.
       bias: ``[out]``, not scaled by the magnitude.
-      dropped: ``x`` after dropout, while training with it: the adapter, and with it the correction ``(g - 1) x W``,
-        then see this, for the price of a second product with W.
+      dropped: ``x`` after dropout, the input of the adapter and of the correction ``(g - 1) x W``, at the cost of a
+        second matmul with W.  None without dropout.
       detach_norm: Whether the norm is a constant for derivatives, as in the published training.
       energy: See :func:`dora_weight_norm`.
       implementation: Of :func:`dora_weight_norm`.
@@ -57,8 +56,8 @@ def dora_linear(
       ``[..., out]`` in the dtype of ``x``.
 
     Raises:
-      ValueError: Shapes don't fit together, or the implementation can't serve.
-      TypeError: A dtype can't serve.
+      ValueError: Shapes do not match, or the implementation is not supported.
+      TypeError: A dtype is not supported.
     """
     check_factors(w, a, b, scale)
     if w.ndim != 2:
@@ -78,17 +77,20 @@ def dora_linear(
     if magnitude.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"magnitude: expected float32 or float64, got {magnitude.dtype}")
     norm = dora_weight_norm(w, a, b, scale, energy=energy, implementation=implementation)
-    return _linear(x, w, a, b, magnitude, norm, scale, bias, dropped, detach_norm)
-
-
-@functools.partial(jax.jit, static_argnums=9)
-def _linear(x, w, a, b, magnitude, norm, scale, bias, dropped, detach_norm):
     norm = jax.lax.stop_gradient(norm) if detach_norm else norm
-    g = magnitude.astype(norm.dtype) / jnp.maximum(norm, least_norm(w.dtype))
+    y = _linear(x, w, a, b, _gain(magnitude, norm, w.dtype), scale, dropped)
+    return y if bias is None else y + bias.astype(y.dtype)[(None,) * (y.ndim - 1)]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gain(magnitude, norm, dtype):
+    return magnitude.astype(norm.dtype) / jnp.maximum(norm, least_norm(dtype))
+
+
+@jax.jit
+def _linear(x, w, a, b, g, scale, dropped):
     base = product(x, w)
     if dropped is None:
-        y = compose(base, product(product(x, a), b), g, scale, 0.0)
-    else:
-        lora = product(product(dropped, a), b)
-        y = base + compose(product(dropped, w), lora, g, scale, 1.0)
-    return y if bias is None else y + bias.astype(y.dtype)[(None,) * (y.ndim - 1)]
+        return compose(base, product(product(x, a), b), g, scale, 0.0)
+    lora = product(product(dropped, a), b)
+    return base + compose(product(dropped, w), lora, g, scale, 1.0)

@@ -1,4 +1,4 @@
-"""The public norm: checks, the choice of implementation, shards and derivatives."""
+"""The public norm: checks, shards and derivatives."""
 
 import functools
 
@@ -8,8 +8,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.kernels._dispatch import check_implementation
-from subspace_jax.kernels._products import placed_like
-from subspace_jax.kernels._shards import over_shards, vary_alike
+from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like, vary_alike
 from subspace_jax.kernels.dora_weight_norm import xla
 from subspace_jax.kernels.dora_weight_norm.chunks import check_budget
 
@@ -34,25 +33,24 @@ def dora_weight_norm(
 
         n^2 = (e + 2 s sum_r b * (a^T W)) + s^2 sum_r b * (a^T a) b
 
-    Where n^2 comes below 1e-4 e the sum has cancelled, and columns are computed from ``W + s a b`` a few rows at a
-    time; that part runs only if some column needs it (under ``vmap`` always: give stacked weights leading axes
-    instead).  TPUs compute every column so, in one pass over W, with the adapted weight in registers only; ``energy``
-    and ``budget_bytes`` make no difference there.  So do CPUs without ``energy``, 8 MiB of rows at a time.
+    If n^2 is below 1e-4 e the sum has cancelled, and columns are computed from ``W + s a b``, 8 MiB of rows at a time;
+    that branch runs only if some column needs it (under ``vmap`` always: give stacked weights leading axes instead).
+    TPUs compute every column from ``W + s a b``, in one pass over W, with the adapted weight in registers only;
+    ``energy`` and ``budget_bytes`` have no effect there.
 
-    Columns whose squares are out of the range of float32 are brought to the size of 1 and computed once more, from
-    ``W + s a b`` (so is a column of zeros); on TPUs they are not, and norms hold between 1e-17 and 1e19.
+    Columns whose squares are out of the range of float32 are scaled and computed again from ``W + s a b`` (so is a
+    column of zeros), except on TPUs, where norms are valid between 1e-17 and 1e19.
 
     For in x out weights and rank r: ``2 r (in out + r in + r out)`` FLOPs; on TPUs ``2 r in out``.  ``W, a, b`` are
-    read once (on GPUs W is read twice without ``energy``), and ``a^T W``, ``4 r out`` bytes, is the largest
-    temporary: 12.6 MB at 8192 x 8192, r = 384; there is none on TPUs.  bfloat16 is never copied as float32 on GPUs; on
-    CPUs products do so, and ``budget_bytes`` bounds the copies.
+    read once (W twice without ``energy``), and ``a^T W``, ``4 r out`` bytes, is the largest temporary: 12.6 MB at
+    8192 x 8192, r = 384; there is none on TPUs.  bfloat16 is never copied as float32 on GPUs; where matmuls do so,
+    ``budget_bytes`` bounds the copies.
 
-    Sharded over Explicit mesh axes, output columns need no collective; rows that are split cost one sum over devices,
-    of ``[out]`` on TPUs and of ``[r, out]`` elsewhere.  The rank is gathered.  Under Auto axes the compiler does the
-    same.
+    Sharded over Explicit mesh axes, output columns need no collective; sharded rows cost one sum over devices, of
+    ``[out]`` on TPUs and of ``[r, out]`` elsewhere.  The rank is gathered.  Under Auto axes the compiler does the same.
 
-    Derivatives are those of the norm itself, factored as well.  DoRA trains with a norm that is held constant
-    (``jax.lax.stop_gradient``), as :func:`dora_linear` does by default.  ``scale`` and ``energy`` have none.
+    Derivatives are those of the norm itself, factored as well.  DoRA trains with a constant norm
+    (``jax.lax.stop_gradient``), the default of :func:`dora_linear`.  ``scale`` and ``energy`` have none.
 
     Source: arXiv 2603.22276 (factored norm), arXiv 2402.09353 (DoRA).
 
@@ -61,18 +59,18 @@ def dora_weight_norm(
       a: ``[..., in, r]``, float32, bfloat16 or float64.
       b: ``[..., r, out]``, float32, bfloat16 or float64.
       scale: Scalar s, which may be traced.
-      energy: ``[..., out]``, from :func:`column_energy`: W is frozen while an adapter trains, and so is this.
-      budget_bytes: Bytes for copies in float32, from 16 MiB: W is then worked on in chunks of rows, by
-        :func:`norm_chunk_size`.  None for all rows at once.
+      energy: ``[..., out]``, from :func:`column_energy`, constant as W while an adapter trains.
+      budget_bytes: Bytes for copies in float32, at least 16 MiB: W is processed in chunks of
+        :func:`norm_chunk_size` rows.  None for all rows at once.
       implementation: None or "xla".
 
     Returns:
       ``[..., out]``, float32, or float64 if any argument is.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, the budget is out of range, or the implementation doesn't
-        exist or can't serve.
-      TypeError: A dtype is none of the above.
+      ValueError: Shapes do not match, an axis is empty, the budget is out of range, or the implementation does not
+        exist or is not supported.
+      TypeError: A dtype is not supported.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -86,13 +84,13 @@ def dora_weight_norm(
         raise ValueError(f"energy: expected shape {(*w.shape[:-2], w.shape[-1])} for w {w.shape}, got {energy.shape}")
     if budget_bytes is not None:
         check_budget(budget_bytes)
-    check_implementation("dora_weight_norm", implementation, w, refusal=_NO_KERNEL)
+    check_implementation("dora_weight_norm", implementation, _NO_KERNEL)
     scale = jnp.asarray(scale, linalg.working_dtype(w, a, b))
     return _norm(w, a, b, scale, energy, budget_bytes)
 
 
 def column_energy(w: jax.Array) -> jax.Array:
-    """Squared norms of the columns of a weight: once, for a weight that stays as it is.
+    """Returns the squared norms of the columns of a weight, to be computed once for a frozen weight.
 
     Args:
       w: ``[..., in, out]``, float32, bfloat16, float16 or float64.
@@ -105,12 +103,12 @@ def column_energy(w: jax.Array) -> jax.Array:
 
 
 def least_norm(dtype: jnp.dtype) -> float:
-    """The norm below which magnitudes are divided by this instead, by the type of the weight."""
+    """Returns the lower bound of the norm that magnitudes are divided by, for weights of a dtype."""
     return 1e-6 if jnp.dtype(dtype).itemsize == 2 else 1e-12
 
 
 def check_factors(w: jax.Array, a: jax.Array, b: jax.Array, scale: ArrayLike) -> None:
-    """Raises unless ``w [..., in, out]``, ``a [..., in, r]``, ``b [..., r, out]`` and a scalar fit together."""
+    """Raises unless shapes and dtypes of ``w [..., in, out]``, ``a [..., in, r]``, ``b [..., r, out]`` match."""
     _check_weight("w", w)
     lead, (rows, columns) = w.shape[:-2], w.shape[-2:]
     if a.ndim != w.ndim or a.shape[:-1] != (*lead, rows) or a.shape[-1] < 1:
@@ -140,18 +138,14 @@ def _norm(w, a, b, scale, energy, budget):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _norms(w, a, b, scale, energy, budget):
-    lead = _leading(w)
+    lead = leading_axes(w, 2)
     rule = f"{lead} i o, {lead} i r, {lead} r o, " + ("" if energy is None else f", {lead} o") + f" -> {lead} o"
     args = (w, a, b, scale) if energy is None else (w, a, b, scale, energy)
 
     def run(*args, i):
         return xla.norms(*args, budget=budget, axes=i)
 
-    return over_shards(run, rule, together=("r",), inside=("i",))(*args)
-
-
-def _leading(w) -> str:
-    return " ".join(f"layer{i}" for i in range(w.ndim - 2))
+    return over_shards(run, rule, gathered=("r",), inside=("i",))(*args)
 
 
 def _forward(w, a, b, scale, energy, budget):
@@ -162,12 +156,12 @@ def _forward(w, a, b, scale, energy, budget):
 def _backward(budget, kept, weights):
     del budget
     w, a, b, scale, energy, norm = kept
-    lead = _leading(w)
+    lead = leading_axes(w, 2)
     rule = f"{lead} i o, {lead} i r, {lead} r o, , {lead} o, {lead} o -> {lead} i o, {lead} i r, {lead} r o"
-    # A column of zeros has no direction in which its norm grows.
+    # The gradient of a column of zeros is zero.
     inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
-    run = over_shards(xla.gradients, rule, together=("r",))
-    dw, da, db = map(placed_like, run(w, a, b, scale, inverse, weights), (w, a, b))
+    run = over_shards(xla.gradients, rule, gathered=("r",))
+    dw, da, db = map(sharded_like, run(w, a, b, scale, inverse, weights), (w, a, b))
     return dw, da, db, jnp.zeros_like(scale), None if energy is None else jnp.zeros_like(energy)
 
 

@@ -1,4 +1,4 @@
-"""How many rows of a weight are worked on at a time, by the published rule."""
+"""Rows of a weight per chunk, by the published rule."""
 
 _MIB = 1 << 20
 
@@ -6,7 +6,7 @@ _MIB = 1 << 20
 def norm_chunk_size(
     out_size: int, in_size: int, rank: int, itemsize: int, budget_bytes: int = 256 * _MIB, align: int = 64
 ) -> int:
-    """Rows of the input axis in one chunk of the factored norm, such that float32 copies fit into a budget.
+    """Returns the rows of one chunk of the factored norm, such that float32 copies fit into a budget.
 
     Source: arXiv 2603.22276, by its code.
 
@@ -14,7 +14,7 @@ def norm_chunk_size(
       out_size: Output features.
       in_size: Input features.
       rank: Rank of the update.
-      itemsize: Bytes of a number of the type that is computed in.
+      itemsize: Bytes of an element of the type of computation.
       budget_bytes: From 16 MiB to 65536 MiB.
       align: A chunk above this is rounded down to a multiple of it; 1 for none.
 
@@ -42,7 +42,7 @@ def norm_chunk_size(
 
 
 def check_budget(budget_bytes: int) -> None:
-    """Raises for a budget that is no whole number of bytes from 16 MiB to 65536 MiB."""
+    """Raises unless a budget is an integer from 16 MiB to 65536 MiB."""
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
         raise TypeError(f"budget_bytes: expected an integer, got {budget_bytes!r}")
     if not 16 * _MIB <= budget_bytes <= 65536 * _MIB:

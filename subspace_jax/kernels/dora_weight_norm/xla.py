@@ -1,8 +1,8 @@
-"""Squared norms of adapted columns: from products with the factors, or from the adapted weight where that is free.
+"""Squared norms of adapted columns, from matmuls with the factors or from the adapted weight.
 
-A TPU's compiler ends the product ``a b`` with the sum, the square and the reduction, so that the adapted weight exists
-in registers only: there the plain form reads W once and cancels nothing.  Other compilers would write it out: GPUs take
-the products, and CPUs a few rows of the adapted weight at a time, unless the energies of W are at hand.
+On TPUs XLA fuses the sum, the square and the reduction into the matmul ``a b``, so that the adapted weight exists in
+registers only: the plain form reads W once and does not cancel.  Other compilers would write the adapted weight; the
+factored form serves them.
 """
 
 import functools
@@ -14,16 +14,16 @@ from subspace_jax import linalg
 from subspace_jax.kernels._shards import vary_alike
 from subspace_jax.kernels.dora_weight_norm.chunks import norm_chunk_size
 
-# Below this part of ||W_j||^2 the factored sum has lost four digits, and the column is computed as it stands.
+# Below this fraction of ||W_j||^2 the factored sum has lost four digits, and the plain form is used.
 _CANCELS = 1e-4
-_PLAIN_BYTES = 8 << 20  # of rows of the adapted weight that are there at a time in that case
+_PLAIN_BYTES = 8 << 20  # of the rows of the adapted weight that the plain form holds at a time
 
 
 def norms(w, a, b, scale, energy=None, *, budget, axes):
-    """Norms ``[..., out]`` of the columns of ``W + s a b``.
+    """Returns the norms ``[..., out]`` of the columns of ``W + s a b``.
 
-    Where a sum of squares is out of the range of the type, columns are computed once more, brought to the size of 1;
-    not on TPUs, where columns that are split over Auto mesh axes would need a collective to tell.
+    If a sum of squares is out of range, columns are scaled and computed again; not on TPUs, where the test would need a
+    collective for columns that are sharded over Auto mesh axes.
     """
     total = squares(w, a, b, scale, energy, budget=budget, axes=axes)
     again = functools.partial(_again, axes=axes)
@@ -45,7 +45,7 @@ def _again(total, w, a, b, scale, *, axes):
 
 
 def _scaled_norms(w, a, b, scale, axes):
-    """The formula as it stands, of columns that are divided by their largest entry first."""
+    """Computes the plain form of columns that are divided by their largest entry first."""
     wide = scale.dtype
 
     def parts(f, join):
@@ -59,7 +59,7 @@ def _scaled_norms(w, a, b, scale, axes):
 
 
 def squares(w, a, b, scale, energy=None, *, budget, axes):
-    """Squared norms ``[..., out]`` of the columns of ``W + s a b``.
+    """Returns the squared norms ``[..., out]`` of the columns of ``W + s a b``.
 
     Args:
       w: ``[..., in, out]``.
@@ -67,8 +67,8 @@ def squares(w, a, b, scale, energy=None, *, budget, axes):
       b: ``[..., r, out]``.
       scale: Scalar of the type of computation.
       energy: ``[..., out]``, squared norms of the columns of W, or None.
-      budget: Bytes for copies in the type of computation, None for one product with the whole weight.
-      axes: Mesh axes over which rows are split.
+      budget: Bytes for copies in the type of computation, None for one matmul with all rows.
+      axes: Mesh axes that shard the rows.
     """
 
     def summed(x):
@@ -82,19 +82,17 @@ def squares(w, a, b, scale, energy=None, *, budget, axes):
         scale,
         energy,
         tpu=lambda w, a, b, scale, _: summed(plain_squares(w, a, b, scale)),
-        # A pass over W for energies costs more there than rows of W + s a b that stay in the cache.
-        cpu=factored if energy is not None else lambda w, a, b, scale, _: summed(_plain_in_parts(w, a, b, scale)),
         default=factored,
     )
 
 
 def plain_squares(w, a, b, scale):
-    """The formula as it stands."""
+    """Returns squared norms of the columns of ``W + s a b`` by definition."""
     return jnp.sum(jnp.square(w.astype(scale.dtype) + scale * _dot(a, b).astype(scale.dtype)), axis=-2)
 
 
 def factored_squares(w, a, b, scale, energy, *, budget=None, summed=lambda x: x):
-    """The sum of three terms, and the formula as it stands where they cancel."""
+    """Returns the sum of three terms, and the plain form if they cancel."""
     sums = _sums(w, a, energy is None) if budget is None else _sums_in_chunks(w, a, energy is None, budget)
     energies, product, gram = summed(sums)
     energies = (energies if energy is None else energy).astype(scale.dtype)
@@ -111,7 +109,7 @@ def factored_squares(w, a, b, scale, energy, *, budget=None, summed=lambda x: x)
 
 
 def column_energy(w):
-    """Squared norms ``[..., out]`` of the columns."""
+    """Returns the squared norms ``[..., out]`` of the columns."""
     return jnp.sum(jnp.square(w.astype(linalg.working_dtype(w))), axis=-2)
 
 
@@ -132,7 +130,7 @@ def _sums_in_chunks(w, a, with_energy, budget):
     def add(i, sums):
         return jax.tree.map(jnp.add, sums, part(i * chunk, chunk))
 
-    # The rest first, so that the loop begins with sums of the right shape.
+    # The remainder comes first, so that the loop starts from sums of the right shape.
     shapes = jax.eval_shape(functools.partial(part, 0, chunk))
     sums = jax.tree.map(lambda x: vary_alike(jnp.zeros(x.shape, x.dtype), w)[0], shapes)
     if whole < rows:
@@ -141,15 +139,15 @@ def _sums_in_chunks(w, a, with_energy, budget):
 
 
 def _plain_in_parts(w, a, b, scale):
-    """The formula as it stands, with a few rows of the adapted weight there at a time."""
+    """Computes the plain form, with a few rows of the adapted weight at a time."""
     return _in_parts(lambda w, a: plain_squares(w, a, b, scale), w, a, jnp.add, scale.dtype)
 
 
 def _in_parts(f, w, a, join, dtype):
-    """Joins ``f`` of some rows of w and a, ``[..., out]`` not below 0, over all rows."""
+    """Reduces ``f`` of a part of the rows of w and a, ``[..., out]`` and not negative, over all parts."""
     *lead, rows, columns = w.shape
     wanted = max(1, w.size * dtype.itemsize // _PLAIN_BYTES)
-    # Every so many-th row belongs to one part: if rows are split over devices, each works on its own.
+    # A part takes every parts-th row: if rows are sharded, each device works on its own.
     parts = max(n for n in range(1, min(wanted, 64) + 1) if rows % n == 0)
     w, a = (x.reshape(*lead, rows // parts, parts, x.shape[-1]) for x in (w, a))
 
@@ -162,27 +160,27 @@ def _in_parts(f, w, a, join, dtype):
 
 
 def gradients(w, a, b, scale, inverse, weights):
-    """Gradients of ``sum_j weights_j n_j`` for ``W, a, b``, where n are the norms of the columns of ``V = W + s a b``.
+    """Returns gradients of ``sum_j weights_j n_j`` for ``W, a, b``, with n the column norms of ``V = W + s a b``.
 
-    ``da = s V k b^T`` and ``db = s a^T V k`` with ``k = diag(weights / n)``, without V; ``dW = V k`` is V's size, and
-    made only where it is asked for.  What has the size of a column is divided by its norm, ``inverse = 1 / n``, before
-    weights, which may be large, are multiplied with it.
+    ``da = s V k b^T`` and ``db = s a^T V k`` with ``k = diag(weights / n)``, without V; ``dW = V k`` is as large as V,
+    and computed only if it is used.  Columns are divided by their norms, ``inverse = 1 / n``, before they are
+    multiplied by weights, which may be large.
     """
     dtype = linalg.working_dtype(w, a, b)
     wide = b.astype(dtype)
     inverse, weights = inverse[..., None, :], weights[..., None, :]
-    turned = wide * inverse * weights
+    scaled = wide * inverse * weights
     dw = (w.astype(dtype) + scale * _dot(a, wide)) * inverse * weights
-    # Factors in the dtype of W, so that a bfloat16 weight is not copied as float32; float16 has no room for them.
-    da = _dot(w, turned.astype(w.dtype if w.dtype == jnp.bfloat16 else dtype).mT) + scale * _dot(
-        a.astype(dtype), _dot(wide, turned.mT)
+    # Factors in the dtype of W, so that a bfloat16 weight is not copied as float32; float16 lacks the range.
+    da = _dot(w, scaled.astype(w.dtype if w.dtype == jnp.bfloat16 else dtype).mT) + scale * _dot(
+        a.astype(dtype), _dot(wide, scaled.mT)
     )
     db = (_dot(a.mT, w) + scale * _dot(_dot(a.mT, a), wide)) * inverse * weights
     return dw.astype(w.dtype), (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)
 
 
 def _dot(x, y):
-    """``x y``: 16-bit factors as they are with float32 sums, others in the full precision of their type."""
+    """Returns ``x y``, with float32 sums of 16-bit factors, in full precision of other types."""
     if x.dtype == y.dtype and x.dtype.itemsize == 2:
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
     dtype = linalg.working_dtype(x, y)

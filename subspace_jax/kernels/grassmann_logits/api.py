@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from subspace_jax.kernels._dispatch import check_implementation
-from subspace_jax.kernels._shards import over_shards, vary_alike
+from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like, vary_alike
 from subspace_jax.kernels.grassmann_logits import xla
 
-_NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs writes no products either"
+_NO_KERNEL = "it has no kernel, because XLA writes no products on TPUs either"
 
 
 def grassmann_logits(
@@ -23,29 +23,27 @@ def grassmann_logits(
 ) -> jax.Array:
     """Lengths of features' projections onto class subspaces, ``gamma * ||S_c^T x||``.
 
-    The head of Grassmann class representation (arXiv 2308.01547, section 3), for features that are taken as they come:
-    :func:`subspace_jax.nn.grassmann_logits` brings them to unit length first.  Where a projection vanishes, its
-    gradient is zero.
+    The head of Grassmann class representation (arXiv 2308.01547, section 3) without normalization of the features,
+    which :func:`subspace_jax.nn.grassmann_logits` adds.  The gradient of a projection of length zero is zero.
 
     For B features of width n and C classes of k dimensions the logits cost ``2 B C n k`` FLOPs and the gradients
-    ``6 B C n k``, a third of them to make the products anew.  Arguments and results are at least
+    ``6 B C n k``, a third of them to recompute the products.  Arguments and results take at least
     ``B n |x| + C n k |S| + 4 B C`` bytes for the logits, and ``2 B n |x| + 2 C n k |S| + 8 B C`` for the gradients; the
-    features, as float32, and their gradient are gone through once for each group of classes.  The products
-    ``[B, C, k]`` are never there: they are made for a group of classes at a time, of about 16 MiB of products or bases
-    (at least one class of each of up to 64 runs of classes; as much for each 32 GiB of bases, and up to 512 runs then,
-    of four classes or more).  Memory holds, besides arguments and results, a few such
-    groups, the features as float32, and the lengths ``[B, C]``, which the gradients take; up to two more ``[B, C]``
-    where layouts differ.  Bases are cast to bfloat16 a group at a time.
+    features, as float32, and their gradient are read once per group of classes.  The products ``[B, C, k]`` exist for
+    one group of classes at a time, of about 16 MiB of products or bases (at least one class of each of up to 64 runs of
+    classes; per 32 GiB of bases, with up to 512 runs of at least four classes).  Besides arguments and results, memory
+    holds a few such groups, the features as float32, and the lengths ``[B, C]`` for the gradients; up to two more
+    ``[B, C]`` if layouts differ.  Bases are cast to bfloat16 one group at a time.
 
-    Sharded over Explicit mesh axes, batch and classes stay as they are split, features and bases are gathered along n
-    and k; the gradient of ``x`` is one sum over the devices that share the batch, that of ``bases`` a sum for each
-    group over those that share the classes.  Under Auto axes the compiler does the same, if classes are split over a
-    power of two of devices up to 64; or up to 512, if a group has four classes for each and eight times their number
-    divides that of the classes.  Beyond that every group is gathered.  Works under ``vmap`` and ``shard_map``.
+    Sharded over Explicit mesh axes, batch and classes stay sharded, features and bases are gathered along n and k; the
+    gradient of ``x`` is summed once over the devices that shard the classes, that of ``bases`` once per group over
+    those that shard the batch.  Under Auto axes the compiler does the same if classes are sharded over a power of two
+    of devices up to 64; or up to 512, if a group has four classes per device and eight times their number divides that
+    of the classes.  Beyond that every group is gathered.  Works under ``vmap`` and ``shard_map``.
 
     Args:
-      x: Features ``[..., n]``, floating point.  Its dtype decides how products are made: in bfloat16 both factors are
-        rounded to bfloat16 and sums are float32; otherwise full precision of float32, or of float64.
+      x: Features ``[..., n]``, floating point.  Its dtype is that of the matmuls: in bfloat16 both factors are rounded
+        to bfloat16 and sums are float32; otherwise full precision of float32, or of float64.
       bases: ``[classes, n, k]``, floating point.  They need not be orthonormal, but of a size whose square float32
         holds, 1e-15 to 1e15.  Features may be of any size.
       gamma: Scale of the logits, a scalar that may be traced and differentiated.
@@ -56,11 +54,11 @@ def grassmann_logits(
       Logits ``[..., classes]``, float32, or float64 if ``x`` is.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
+      ValueError: Shapes do not match, an axis is empty, or the implementation does not exist or is not supported.
       TypeError: An array is not floating point.
     """
     _check(x, bases, gamma, block)
-    check_implementation("grassmann_logits", implementation, x, bases, refusal=_NO_KERNEL)
+    check_implementation("grassmann_logits", implementation, _NO_KERNEL)
     return _logits(x, bases, gamma, block)
 
 
@@ -84,14 +82,14 @@ def _check(x, bases, gamma, block):
 @functools.partial(jax.jit, static_argnums=3)
 def _logits(x, bases, gamma, block):
     lengths = _norms(*vary_alike(x, bases), block)
-    # Outside of the derivative's rule, so that it serves gamma = 0 too; a compiler merges it into what comes next.
+    # Outside of the custom derivative, which divides by the norms, so that gamma may be 0.
     return jnp.asarray(gamma).astype(lengths.dtype) * lengths
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _norms(x, bases, block):
-    rows = _rows(x)
-    run = over_shards(functools.partial(xla.norms, block=block), f"{rows} n, c n k -> {rows} c", together=("n", "k"))
+    rows = leading_axes(x, 1)
+    run = over_shards(functools.partial(xla.norms, block=block), f"{rows} n, c n k -> {rows} c", gathered=("n", "k"))
     return run(x, bases)
 
 
@@ -101,25 +99,15 @@ def _forward(x, bases, block):
 
 
 def _backward(block, kept, weights):
-    rows = _rows(kept[0])
+    rows = leading_axes(kept[0], 1)
     rule = f"{rows} n, c n k, {rows} c, {rows} c -> {rows} n, c n k"
     run = functools.partial(_gradients, block=block)
-    grads = over_shards(run, rule, together=("n", "k"), inside=("c", *rows.split()))(*kept, weights)
-    return tuple(map(_placed_like, grads, kept[:2]))
+    grads = over_shards(run, rule, gathered=("n", "k"), inside=("c", *rows.split()))(*kept, weights)
+    return tuple(map(sharded_like, grads, kept[:2]))
 
 
 def _gradients(*args, block, c, **rows):
     return xla.gradients(*args, block=block, class_axes=c, row_axes=sum(rows.values(), ()))
 
 
-def _placed_like(grad, x):
-    """Splits over Explicit mesh axes what is split in ``x`` and was gathered for the products."""
-    wanted = jax.typeof(x).sharding.spec
-    return grad if jax.typeof(grad).sharding.spec == wanted else jax.sharding.reshard(grad, wanted)
-
-
 _norms.defvjp(_forward, _backward)
-
-
-def _rows(x) -> str:
-    return " ".join(f"row{i}" for i in range(x.ndim - 1))

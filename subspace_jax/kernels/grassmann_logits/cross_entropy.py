@@ -1,4 +1,4 @@
-"""Cross-entropy of Grassmann logits whose classes may be split over devices."""
+"""Cross-entropy of Grassmann logits whose classes may be sharded."""
 
 from collections.abc import Sequence
 
@@ -20,34 +20,34 @@ def grassmann_cross_entropy(
     implementation: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Softmax cross-entropy of :func:`grassmann_logits` with integer labels, for classes on many devices.
+    """Softmax cross-entropy of :func:`grassmann_logits` with integer labels, for unsharded or sharded classes.
 
-    One function for all settings.  With arrays that are whole, or sharded over Auto or Explicit mesh axes, leave
-    ``axis_name`` out: logits stay split as batch and classes are, and of them only maxima and sums over classes travel,
-    ``[batch]`` each.  Within ``shard_map``, give the mesh axes over which ``bases`` is split and the device's part of
-    it; three or four sums of ``[batch]`` travel.  Gradients are exact where ``shard_map`` checks types (its default);
-    with ``check_vma=False`` only if the derivative is taken outside of it.
+    With unsharded arrays, or arrays sharded over Auto or Explicit mesh axes, omit ``axis_name``: logits stay sharded
+    like batch and classes, and only maxima and sums over classes are communicated, ``[batch]`` each.  Within
+    ``shard_map``, pass the mesh axes that shard ``bases`` and the device's shard of it; three or four sums of
+    ``[batch]`` are communicated.  Gradients are exact if ``shard_map`` checks types (its default); with
+    ``check_vma=False`` only if the derivative is taken outside of it.
 
-    Costs are those of :func:`grassmann_logits`, with ``[batch, classes]`` numbers written and read for the softmax.
+    Costs are those of :func:`grassmann_logits`, plus one write and read of ``[batch, classes]`` for the softmax.
 
     Source: arXiv 2308.01547, section 3; label smoothing: arXiv 1512.00567, section 7.
 
     Args:
-      x: Features ``[batch, n]`` as they are, floating point; of unit length for the paper's loss.
-      bases: ``[classes, n, k]``, floating point; with ``axis_name`` the classes that this device holds.
+      x: Features ``[batch, n]``, floating point; of unit length for the paper's loss.
+      bases: ``[classes, n, k]``, floating point; with ``axis_name`` the shard of this device.
       labels: ``[batch]`` integers in ``[0, all classes)``.
       gamma: Scale of the logits, a scalar.
-      axis_name: Within ``shard_map``, the mesh axes over which classes are split, the slowest first.
+      axis_name: Within ``shard_map``, the mesh axes that shard the classes, major to minor.
       label_smoothing: ``a`` in ``[0, 1)``: the target is ``1 - a`` on the label plus ``a / classes`` everywhere.
       implementation: None or "xla".
-      block: Classes that are worked on at a time; None for a value by batch and k.
+      block: Classes per group; None for a value by batch and k.
 
     Returns:
-      Loss of each example ``[batch]``, in nats, float32 or wider; NaN where a label is out of range.
+      Loss per example ``[batch]``, in nats, float32 or wider; NaN if a label is out of range.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, ``label_smoothing`` is out of range, or the
-        implementation doesn't exist or can't serve.
+      ValueError: Shapes do not match, an axis is empty, ``label_smoothing`` is out of range, or the implementation does
+        not exist or is not supported.
       TypeError: ``labels`` are not integers, or an array is not floating point.
     """
     if x.ndim != 2 or labels.shape != x.shape[:1]:
@@ -69,7 +69,7 @@ def grassmann_cross_entropy(
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     highest = jax.lax.pmax(highest, axes) if axes else highest
     log_normalizer = highest + jnp.log(total(jnp.exp(logits - highest[:, None])))
-    # A masked sum rather than a gather, which an Explicit mesh refuses along classes that are split.
+    # A masked sum instead of a gather, which an Explicit mesh refuses along sharded classes.
     is_label = jax.nn.one_hot(labels.astype(jnp.int32) - first, here, dtype=bool)
     picked = total(jnp.where(is_label, logits, 0.0))
     loss = jnp.where((labels >= 0) & (labels < classes), log_normalizer - picked, jnp.nan)

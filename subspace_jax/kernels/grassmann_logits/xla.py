@@ -1,8 +1,7 @@
-"""Norms of projections onto class subspaces and their derivatives, some classes at a time.
+"""Norms of projections onto class subspaces and their derivatives, a group of classes at a time.
 
-The products of some classes with all features are made, used and dropped.  They are laid out ``[classes, k, batch]``:
-a TPU stores bases as ``[classes, k, n]``, so that for the derivatives only this order needs no copy of the bases, and
-the sum over k ends the product, which is written nowhere; on CPUs the sum over k runs over whole vectors.
+The products of a group with all features have the layout ``[classes, k, batch]``: a TPU stores bases as
+``[classes, k, n]``, so that the derivatives need no copy of the bases, and XLA fuses the sum over k into the matmul.
 """
 
 import math
@@ -14,19 +13,18 @@ import jax.numpy as jnp
 from subspace_jax.kernels._shards import vary_alike
 from subspace_jax.linalg import binary_scale, working_dtype
 
-# Bytes of the products, and of the bases, that are there at a time: of both there are a few, which stay within the
-# memory of a TPU's core and the cache of a GPU.
+# Bytes of the products, and of the bases, of a group: a few of both fit into the VMEM of a TPU and the cache of a GPU.
 _BLOCK_BYTES = 16 << 20
-# Bases beyond this lie on several devices, for there are gradients and momenta of the same size: a group is then made
-# that many times larger.
+# Larger bases are sharded over several devices, with gradients and momenta of the same size: a group grows in
+# proportion.
 _DEVICE_BYTES = 32 << 30
-# Devices over which classes may be split without a collective: the more where groups are large.
+# Devices over which classes may be sharded without a collective; the larger number for large groups.
 _SHARDS, _MOST_SHARDS = 64, 512
 _TILE = 8  # rows of a tile of a TPU's layout
 
 
 def norms(x, bases, *, block):
-    """Lengths ``[..., classes]`` of ``S_c^T x``, for ``x [..., n]`` and ``bases [classes, n, k]``."""
+    """Returns lengths ``[..., classes]`` of ``S_c^T x``, for ``x [..., n]`` and ``bases [classes, n, k]``."""
     features, size, wide = _features(x)
     classes = _Classes(bases, features.shape[0], block)
 
@@ -40,10 +38,10 @@ def norms(x, bases, *, block):
 
 
 def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
-    """Gradients of ``sum(weights * norms)`` with respect to ``x`` and ``bases``; a norm of zero gives none.
+    """Returns gradients of ``sum(weights * norms)`` with respect to ``x`` and ``bases``; zero for a norm of zero.
 
-    They are summed over the mesh axes that split the classes and the rows of ``x``; those of bases group by group, for
-    a sum of all at once would need a second place of their size.
+    They are summed over the mesh axes that shard the classes and the rows of ``x``; those of bases group by group, as
+    one sum of all would need a second buffer of their size.
     """
     features, size, wide = _features(x)
     batch = features.shape[0]
@@ -58,7 +56,7 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
         length = classes.take(norms, start, width)
         weight = jnp.where(length > 0, classes.take(weights, start, width) / jnp.where(length > 0, length, 1), 0)
         z = weight[:, :, None] * classes.products(rows, features, x.dtype)
-        # Both products take it as it was rounded once; without the barrier a compiler makes it for each anew.
+        # The barrier keeps the compiler from recomputing it for each matmul.
         z = jax.lax.optimization_barrier(_round(z.reshape(-1, batch), x.dtype))
         dx = dx + _dot("pb,pn->bn", z, rows, x.dtype)
         group = classes.bases_of(_dot("pb,bn->pn", z, features, x.dtype))
@@ -71,7 +69,7 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
 
 
 def _features(x):
-    """Features ``[batch, n]`` divided by powers of two ``[batch, 1]``, so that their squares are in range."""
+    """Returns features ``[batch, n]`` divided by powers of two ``[batch, 1]``, so that their squares are in range."""
     wide = working_dtype(x)
     x = x.reshape(-1, x.shape[-1]).astype(wide)
     size = binary_scale(x, -1)
@@ -79,16 +77,16 @@ def _features(x):
 
 
 def _round(x, dtype):
-    # A TPU's compiler would take a cast out of the loop, and so make a copy of all bases.
+    # XLA for TPUs would hoist a cast out of the loop, with a copy of all bases.
     return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
 
 
 def _dot(rule, x, y, dtype):
-    """A product with sums in at least float32, of factors that :func:`_round` gave."""
+    """Returns a matmul with sums in at least float32, of factors from :func:`_round`."""
     if dtype != jnp.bfloat16:
         return jnp.einsum(rule, x, y, precision=jax.lax.Precision.HIGHEST)
 
-    def wide(x, y):  # The matrix unit takes float32 as bfloat16.
+    def wide(x, y):  # The matrix unit rounds float32 to bfloat16.
         return jnp.einsum(rule, x, y, precision=jax.lax.Precision.DEFAULT)
 
     def narrow(x, y):
@@ -101,8 +99,8 @@ def _dot(rule, x, y, dtype):
 class _Classes:
     """Bases ``[classes, n, k]`` in groups of about ``block`` classes.
 
-    Where classes are sharded over Auto mesh axes, each group must have a share of every shard for a loop to need no
-    collective: the classes are split into runs, and a group takes a piece of each run.
+    If classes are sharded over Auto mesh axes, each group needs a part of every shard for a loop to need no collective:
+    the classes are divided into runs, and a group takes a piece of each run.
     """
 
     def __init__(self, bases: jax.Array, batch: int, block: int | None):
@@ -121,23 +119,23 @@ class _Classes:
         return piece if piece.shape == a.shape else jax.lax.dynamic_update_slice_in_dim(a, piece, start, 1)
 
     def rows(self, start, width: int, dtype) -> jax.Array:
-        """Basis vectors ``[classes k, n]`` of a group, as precise as ``dtype``."""
+        """Returns the basis vectors ``[classes k, n]`` of a group, rounded to ``dtype``."""
         piece = jnp.swapaxes(self.take(self.bases, start, width), 2, 3).reshape(-1, self.n)
-        # Or a v6e's compiler lays all bases out anew to have them k by k.
+        # Without the barrier XLA for v6e changes the layout of all bases.
         piece = jax.lax.optimization_barrier(piece)
         return _round(piece.astype(working_dtype(jnp.zeros((), dtype))), dtype)
 
     def bases_of(self, rows: jax.Array) -> jax.Array:
-        """What :meth:`rows` takes apart."""
+        """Returns the bases of a group, the inverse of :meth:`rows`."""
         return jnp.swapaxes(rows.reshape(self.split[0], -1, self.k, self.n), 2, 3)
 
     def products(self, rows: jax.Array, features: jax.Array, dtype) -> jax.Array:
-        """``[runs, width, k, batch]``."""
+        """Returns the products ``[runs, width, k, batch]``."""
         z = _dot("pn,bn->pb", rows, features, dtype)
         return z.reshape(self.split[0], -1, self.k, features.shape[0])
 
     def loop(self, add: Callable, sums):
-        """``add(sums, start, width)`` for every group."""
+        """Folds ``add(sums, start, width)`` over all groups."""
         length, width = self.split[1], self.width
         if width == length:
             return add(sums, 0, width)
@@ -147,17 +145,17 @@ class _Classes:
 
 
 def _width(length: int, wanted: int) -> int:
-    """Classes of a run that a group takes, if possible so that all groups are alike."""
+    """Returns the classes per run and group, if possible a divisor of the run."""
     step = _TILE if wanted >= _TILE else 1
     most = min(length, wanted - wanted % step)
     return next((width for width in range(most, most // 2, -step) if length % width == 0), most)
 
 
 def _runs(count: int, wanted: int) -> int:
-    """Runs of which a group of ``wanted`` classes takes a piece."""
+    """Returns the number of runs for groups of ``wanted`` classes."""
     runs = _MOST_SHARDS
     while runs >= 4:
-        # Pieces of a class or two are small products; and of less than a tile, a TPU would lay out anew what is each's.
+        # Pieces of few classes are small matmuls; for pieces of less than a tile, a TPU changes the layout.
         if runs <= max(_SHARDS, wanted // 4) and count % (_TILE * runs) == 0:
             return runs
         runs //= 2

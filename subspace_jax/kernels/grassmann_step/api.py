@@ -1,4 +1,4 @@
-"""The public step: checks, which implementation runs, and shards."""
+"""The public step: checks, choice of the implementation, and shards."""
 
 import functools
 
@@ -8,9 +8,9 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from subspace_jax.kernels._dispatch import check_implementation, choose
-from subspace_jax.kernels._products import placed_like
-from subspace_jax.kernels._shards import over_shards, vary_alike
+from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like, vary_alike
 from subspace_jax.kernels.grassmann_step import mosaic_tpu, xla
+from subspace_jax.kernels.grassmann_step.arguments import StepArrays, StepOptions
 
 TRANSPORTS = ("euclidean", "project", "parallel")
 RETRACTIONS = ("exp", "qr", "polar", "cayley")
@@ -30,44 +30,45 @@ def grassmann_step(
     implementation: str | None = None,
     block: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Steps stacks of orthonormal bases down their gradients: momentum, tangent part, geodesic, drift removed.
+    """Steps stacks of orthonormal bases along geodesics of the Grassmann manifold, with momentum.
 
-    With ``D = decay M + weight G`` and ``H = D - S (S^T D)``, the new basis is that at the end of the geodesic from S
-    along ``-learning_rate H``, or its retraction, re-orthonormalised.  All of it is ``S X + D Y`` for k x k matrices
-    that follow from ``S^T D``, ``H^T H`` and ``S^T S``: no singular value decomposition, and no eigenvalues for "exp".
-    A step ends after 64 radians (a length of 64 for other retractions), and where any is longer than 4, bases are made
-    orthonormal once more.  :func:`subspace_jax.optim.riemannian_sgd` is this as an Optax transform.
+    With ``D = decay M + weight G`` and ``H = D - S (S^T D)``, the new basis is the end of the geodesic from S along
+    ``-learning_rate H``, or its retraction, re-orthonormalized.  It is ``S X + D Y`` for k x k matrices computed from
+    ``S^T D``, ``H^T H`` and ``S^T S``, without a singular value decomposition, and for "exp" without eigenvalues.  A
+    step ends after 64 radians (a length of 64 for other retractions); if any step is longer than 4, bases are
+    orthonormalized once more.  :func:`subspace_jax.optim.riemannian_sgd` is the Optax transform.
 
     For C bases of k columns in R^n: about ``12 C n k^2`` FLOPs (``16 C n k^2`` with a transport), and ``20 C n k``
-    bytes of arguments and results in float32, which is also what a TPU moves: a kernel does the whole step on the chip,
-    for float32, "exp", up to 16 columns and bases of up to 3 MiB.  Elsewhere D and H are written and read as well.
-    Donate bases and momentum to the ``jit`` around the step, or they are copied.
+    bytes of arguments and results in float32.  On TPUs a kernel does the step in one pass, for float32, "exp", up to 16
+    columns and bases of up to 3 MiB; elsewhere D and H are written and read as well.  Donate bases and momentum to the
+    ``jit`` around the step to avoid copies.
 
-    Sharded over Explicit mesh axes, classes need no collective; a split n costs sums of three k x k matrices for each
-    class.  k is gathered.  Under Auto axes the compiler does the same with the reference.  Works under ``vmap``.
+    Sharded over Explicit mesh axes, classes need no collective; a sharded n costs sums of three k x k matrices per
+    class.  k is gathered.  Under Auto axes the compiler partitions the reference in the same way.  Works under
+    ``vmap``.
 
     Source: arXiv 2308.01547; transports as in Absil, Mahony, Sepulchre (2008).
 
     Args:
       bases: Orthonormal columns ``[..., n, k]``, float32 or float64.
       grads: Euclidean gradients, like ``bases``.
-      momentum: Like ``bases``, zeros before the first step; None for none.
-      learning_rate: Step size, a scalar or one number for each basis, ``[...]``.
-      decay: Of the momentum.
-      weight: Of the gradient in the momentum: 1 less the dampening.  Both are ignored without momentum.
-      remove_drift: Whether to re-orthonormalise; may be traced.
-      transport: What becomes of the momentum: "euclidean" leaves it as it is, "project" takes its tangent part at the
-        old point, "parallel" carries that along the step.
+      momentum: Like ``bases``, zeros before the first step; None for no momentum.
+      learning_rate: Step size, a scalar or one per basis, ``[...]``.
+      decay: Decay of the momentum; ignored without momentum.
+      weight: Weight of the gradient in the momentum, 1 minus the dampening; ignored without momentum.
+      remove_drift: Whether to re-orthonormalize; may be traced.
+      transport: Transport of the momentum: "euclidean" leaves it unchanged, "project" takes its tangent part at the old
+        point, "parallel" transports that along the step.
       retraction: "exp", "qr", "polar" or "cayley".
       implementation: None, "xla", "mosaic_tpu" (TPU) or "mosaic_tpu_interpret" (any platform, slow, for tests).
-      block: Bases that the kernel works on at a time, up to 128; None for a value by shape, 3 MiB of them.
+      block: Bases per kernel block, up to 128; None for 3 MiB of them.
 
     Returns:
       New bases, and new momentum or None.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, a name is unknown, or the implementation can't serve.
-      TypeError: A dtype is none of the above, or they differ.
+      ValueError: Shapes do not match, an axis is empty, a name is unknown, or the implementation is not supported.
+      TypeError: A dtype is not supported, or dtypes differ.
 
     Examples:
       >>> import jax
@@ -82,22 +83,17 @@ def grassmann_step(
     if block is not None and (not isinstance(block, int) or not 1 <= block <= 128):
         raise ValueError(f"block: expected 1 to 128 bases, or None, got {block!r}")
     refusal = mosaic_tpu.refusal(bases, retraction)
-    check_implementation("grassmann_step", implementation, bases, refusal=refusal)
-    new, carried = move(
-        bases,
-        grads,
-        momentum,
-        size=learning_rate,
-        decay=decay,
-        weight=weight,
-        due=remove_drift,
-        transport=transport,
-        retraction=retraction,
-        difference=False,
-        implementation=implementation,
-        block=block,
-    )
+    check_implementation("grassmann_step", implementation, refusal)
+    options = StepOptions(transport, retraction, False, implementation if refusal is None else "xla", block)
+    arrays = _arrays(bases, grads, momentum, learning_rate, (decay, weight), remove_drift)
+    new, carried = _move(arrays, options, None)
     return new, None if momentum is None else carried
+
+
+def _arrays(s, grads, momentum, size, rates, due) -> StepArrays:
+    rates = jnp.stack([jnp.asarray(rate).astype(s.dtype) for rate in rates])
+    size = jnp.broadcast_to(jnp.asarray(size).astype(s.dtype), s.shape[:-2])
+    return StepArrays(s, grads, rates, size, momentum, None if due is None else jnp.asarray(due))
 
 
 def _check(bases, grads, momentum, learning_rate, transport, retraction):
@@ -133,60 +129,57 @@ def move(
     due: bool | jax.Array | None,
     transport: str,
     retraction: str,
-    difference: bool = True,
-    implementation: str | None = None,
-    block: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The step without checks, for transforms, which return differences.
+    """Returns ``new - s`` and the transported direction: the step without checks, for Optax transforms.
 
-    Where bases are split over Auto mesh axes, ``sharding`` is theirs, and each device steps what it holds.
-
-    Returns:
-      ``new - s``, or the new bases without ``difference``; and what becomes of the direction.
+    Args:
+      s: Bases ``[..., n, k]``.
+      grads: Gradients.
+      momentum: None if the direction is the gradient.
+      size: Step size.
+      decay: Factor of the momentum in the direction.
+      weight: Factor of the gradient in the direction.
+      due: Whether to remove drift; None for never.
+      transport: See :func:`grassmann_step`.
+      retraction: Likewise.
+      sharding: Sharding of the bases over Auto mesh axes, so that each device steps its shard.
     """
-    rates = jnp.stack([jnp.asarray(decay).astype(s.dtype), jnp.asarray(weight).astype(s.dtype)])
-    size = jnp.broadcast_to(jnp.asarray(size).astype(s.dtype), s.shape[:-2])
-    due = None if due is None else jnp.asarray(due)
-    if mosaic_tpu.refusal(s, retraction) is not None:
-        implementation = "xla"
-    how = transport, retraction, difference, implementation, block, sharding
-    return _move(s, grads, momentum, rates, size, due, *how)
+    implementation = None if mosaic_tpu.refusal(s, retraction) is None else "xla"
+    options = StepOptions(transport, retraction, implementation=implementation)
+    return _move(_arrays(s, grads, momentum, size, (decay, weight), due), options, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
-def _move(s, grads, momentum, rates, size, due, transport, retraction, difference, implementation, block, sharding):
-    lead = " ".join(f"class{i}" for i in range(s.ndim - 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _move(arrays: StepArrays, options: StepOptions, sharding: NamedSharding | None):
+    lead = leading_axes(arrays.s, 2)
     basis = f"{lead} n k"
-    given = {"s": s, "grads": grads, "momentum": momentum, "rates": rates, "size": size, "due": due}
-    words = {"s": basis, "grads": basis, "momentum": basis, "rates": "rates", "size": lead, "due": ""}
-    names = [name for name, x in given.items() if x is not None]
-    how = {"transport": transport, "retraction": retraction, "difference": difference}
+    axes = StepArrays(s=basis, grads=basis, rates="rates", size=lead, momentum=basis, due="")
+    names = [name for name, x in arrays._asdict().items() if x is not None]
 
     def run(*args, n):
-        def unpack(step, *args, **more):
-            own = dict.fromkeys(given) | dict(zip(names, args, strict=True))
-            own["size"] = own["size"][..., None, None]
-            return step(**own, **how, **more)
+        def call(step, *args, **more):
+            given = StepArrays(**dict(zip(names, args, strict=True)))
+            return step(given, options, **more)
 
-        reference = functools.partial(unpack, xla.step, axes=n)
-        kernel = functools.partial(unpack, mosaic_tpu.step, block=block)
-        # Rows that are split leave a sum over devices between the inner products and the step.
-        return choose("xla" if n else implementation, reference, kernel, *args)
+        reference = functools.partial(call, xla.step, axes=n)
+        kernel = functools.partial(call, mosaic_tpu.step)
+        # Sharded rows need a sum over devices between the inner products and the step.
+        return choose("xla" if n else options.implementation, reference, kernel, *args)
 
-    rule = ", ".join(words[name] for name in names) + f" -> {basis}, {basis}"
-    args = vary_alike(*(given[name] for name in names))
-    outs = over_shards(run, rule, together=("k", "rates"), inside=("n",), sharding=sharding)(*args)
-    return tuple(placed_like(x, s) for x in outs)
+    rule = ", ".join(getattr(axes, name) for name in names) + f" -> {basis}, {basis}"
+    args = vary_alike(*(getattr(arrays, name) for name in names))
+    outs = over_shards(run, rule, gathered=("k", "rates"), inside=("n",), sharding=sharding)(*args)
+    return tuple(sharded_like(x, arrays.s) for x in outs)
 
 
 def tangent_part(s: jax.Array, x: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
-    """``X - S (S^T X)``, wherever the two are sharded; ``sharding`` as for :func:`move`."""
-    basis = " ".join(f"class{i}" for i in range(s.ndim - 2)) + " n k"
+    """Returns ``X - S (S^T X)`` for sharded arrays too; ``sharding`` as in :func:`move`."""
+    basis = f"{leading_axes(s, 2)} n k"
 
     def run(s, x, n):
         return xla.tangent_part(s, x, n)
 
     rule = f"{basis}, {basis} -> {basis}"
-    out = over_shards(run, rule, together=("k",), inside=("n",), sharding=sharding)(*vary_alike(s, x))
-    return placed_like(out, s)
+    out = over_shards(run, rule, gathered=("k",), inside=("n",), sharding=sharding)(*vary_alike(s, x))
+    return sharded_like(out, s)

@@ -1,4 +1,4 @@
-"""Square matrices ``[k, k, classes]``, one class to a lane: products of small matrices as vector work."""
+"""Square matrices ``[k, k, classes]``, one class per lane: products of small matrices as vector work."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from subspace_jax.kernels.grassmann_step.coefficients import Algebra
 
-# Norms up to 4^6: steps of up to 64 radians, beyond which float32 knows no angle.
+# Norms up to 4^6, steps of up to 64 radians.
 MAX_DOUBLINGS = 6
 _DEGREE = 4  # of the series in M, whose remainder at norm 1 is below half a rounding
 _REFINEMENTS = 3
@@ -23,15 +23,15 @@ def _eye_like(x: jax.Array) -> jax.Array:
 
 
 def norm(m: jax.Array) -> jax.Array:
-    """Largest row sum of each matrix, ``[1, 1, classes]``."""
+    """Returns the largest row sum of each matrix, ``[1, 1, classes]``."""
     return jnp.max(jnp.sum(jnp.abs(m), axis=1, keepdims=True), axis=0, keepdims=True)
 
 
 def _inverse_factor(e: jax.Array) -> jax.Array:
-    """``(I + E)^(-1/2) - I`` by Newton's iteration, for E well below I; a QR's factor would be triangular."""
+    """Returns ``(I + E)^(-1/2) - I`` by Newton's iteration, for E well below I."""
     q = -e / 2
     for _ in range(_REFINEMENTS):
-        # (I + Q) (I + E) (I + Q) - I, in terms that are small.
+        # (I + Q) (I + E) (I + Q) - I, in small terms.
         around = e + _times(e, q)
         left = around + 2 * q + _times(q, q) + _times(q, around)
         q = q - left / 2 - _times(q, left) / 2
@@ -39,7 +39,7 @@ def _inverse_factor(e: jax.Array) -> jax.Array:
 
 
 def _versine_sinc(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As :func:`subspace_jax.linalg.versine_sinc_sqrt`, without its way out for large norms."""
+    """Like :func:`subspace_jax.linalg.versine_sinc_sqrt`, for norms of at most 4096."""
     doublings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(norm(m), 1.0)) / 2), 0, MAX_DOUBLINGS)
     m = m * jnp.exp2(-2 * doublings)
     square, eye = _times(m, m), _eye_like(m)

@@ -1,4 +1,4 @@
-"""The public function: checks, which form runs, derivatives and shards."""
+"""The public function: checks, derivatives, shards, and the choice of the form."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,10 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.kernels._dispatch import check_implementation, choose
-from subspace_jax.kernels._products import placed_like
-from subspace_jax.kernels._shards import over_shards, vary_alike
+from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like, vary_alike
 from subspace_jax.kernels.lora_linear import xla
 
-_NO_KERNEL = "it has no kernel, because XLA joins the two products on TPUs"
+_NO_KERNEL = "it has no kernel, because XLA computes one matmul on TPUs"
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
@@ -25,28 +24,29 @@ def lora_linear(
 ) -> jax.Array:
     """Applies a frozen weight with a low-rank update, ``x w + s (x a) b``.
 
-    On a TPU, in a program for one device, within ``shard_map`` or on Explicit mesh axes, this is one product over
-    ``in + r`` that writes the result once and adds the update before it is rounded.  Elsewhere the update is a second
-    product, added to the first.
+    On a TPU, in a program for one device, within ``shard_map`` or on Explicit mesh axes, this is one matmul over
+    ``in + r`` that writes the result once and adds the update before rounding.  Elsewhere the update is a second
+    matmul, added to the first.
 
-    With d the gradient of the result, ``dx = d w^T + s (d b^T) a^T`` (one product over ``out + r``, likewise, and w is
-    not copied), ``da = s x^T (d b^T)``, ``db = s (x a)^T d``.  ``dw = x^T d``, of the size of w, is made only where it
-    is asked for.  Kept for that are the arguments.
+    With d the gradient of the result, ``dx = d w^T + s (d b^T) a^T`` (one matmul over ``out + r`` in the same way,
+    without a copy of w), ``da = s x^T (d b^T)``, ``db = s (x a)^T d``.  ``dw = x^T d``, as large as w, is computed only
+    if it is used.  The residuals are the arguments.
 
-    For t tokens: ``2 t (in out + r in + r out)`` FLOPs forwards, as many for dx, and ``4 t r (in + out)`` for the
-    factors.  Least traffic: ``t in + in out + t out + r (in + out)`` numbers; x is read a second time, for ``x a``.
+    For t tokens: ``2 t (in out + r in + r out)`` FLOPs in the forward pass, as many for dx, and ``4 t r (in + out)``
+    for the factors.  Memory traffic of at least ``t in + in out + t out + r (in + out)`` elements; x is read a second
+    time, for ``x a``.
 
-    Sharded over Explicit mesh axes, tokens and out need no collective forwards; a split in costs one sum of the result.
-    dx is summed over devices that split out, da and db over those that split tokens.  The rank is gathered.  Under Auto
-    axes the compiler does the same.  Works under ``vmap``, over weights too.
+    Sharded over Explicit mesh axes, tokens and out need no collective in the forward pass; a sharded in costs one sum
+    of the result.  dx is summed over devices that shard out, da and db over those that shard tokens.  The rank is
+    gathered.  Under Auto axes the compiler does the same.  Works under ``vmap``, over weights too.
 
     Source: arXiv 2106.09685; ``s = alpha / r``, or ``alpha / sqrt(r)`` (arXiv 2312.03732).
 
     Args:
-      x: Activations ``[..., in]``, float32, bfloat16, float16 or float64.  Their dtype decides how products are made:
-        16-bit types take one pass of the matrix unit and sum in float32, others keep full precision.
+      x: Activations ``[..., in]``, float32, bfloat16, float16 or float64.  Their dtype is that of the matmuls: 16-bit
+        types take one pass of the matrix unit and sum in float32, others keep full precision.
       w: ``[in, out]``, or ``[*lead, in, out]`` for several weights; x is then ``[*lead, ..., in]``, and so for a, b.
-        Weights and factors are rounded to the dtype of x on the way in.
+        Weights and factors are rounded to the dtype of x.
       a: ``[in, r]``.
       b: ``[r, out]``.
       scale: Scalar s, which may be traced; it has no derivative.
@@ -56,8 +56,8 @@ def lora_linear(
       ``[..., out]`` in the dtype of x.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
-      TypeError: A dtype is none of the above.
+      ValueError: Shapes do not match, an axis is empty, or the implementation does not exist or is not supported.
+      TypeError: A dtype is not supported.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -67,7 +67,7 @@ def lora_linear(
       [1.0, 2.0]
     """
     _check(x, w, a, b, scale)
-    check_implementation("lora_linear", implementation, x, refusal=_NO_KERNEL)
+    check_implementation("lora_linear", implementation, _NO_KERNEL)
     return _lora_linear(x, w, a, b, jnp.asarray(scale, linalg.working_dtype(x)))
 
 
@@ -100,7 +100,7 @@ def _lora_linear(x, w, a, b, scale):
 
 @jax.custom_vjp
 def _apply(x, w, a, b, scale):
-    rows = _rows(x)
+    rows = leading_axes(x, 1)
     return _over_shards(xla.apart, xla.joined, f"{rows} i, i o, i r, r o, -> {rows} o")(x, w, a, b, scale)
 
 
@@ -110,13 +110,13 @@ def _forward(x, w, a, b, scale):
 
 def _backward(kept, d):
     x, w, a, b, scale = kept
-    rows = _rows(x)
+    rows = leading_axes(x, 1)
     back = _over_shards(xla.apart_back, xla.joined_back, f"{rows} o, i o, i r, r o, -> {rows} i")
-    factors = over_shards(xla.factor_gradients, f"{rows} i, i r, r o, {rows} o, -> i r, r o", together=("r",))
+    factors = over_shards(xla.factor_gradients, f"{rows} i, i r, r o, {rows} o, -> i r, r o", gathered=("r",))
     dx = back(d, w, a, b, scale)
     da, db = factors(x, a, b, d, scale)
     dw = over_shards(xla.over_rows, f"{rows} i, {rows} o -> i o")(x, d)
-    return *map(placed_like, (dx, dw, da, db), (x, w, a, b)), jnp.zeros_like(scale)
+    return *map(sharded_like, (dx, dw, da, db), (x, w, a, b)), jnp.zeros_like(scale)
 
 
 _apply.defvjp(_forward, _backward)
@@ -124,11 +124,7 @@ _apply.defvjp(_forward, _backward)
 
 def _over_shards(apart, joined, rule):
     def run(*args):
-        # Joined where a TPU's compiler sees all of the contracted axis: where it would take a kernel, too.
+        # Joined on a TPU whose program is not partitioned along the contracted axis: where a kernel would run.
         return choose(None, apart, lambda *args, interpret: joined(*args), *args)
 
-    return over_shards(run, rule, together=("r",))
-
-
-def _rows(x) -> str:
-    return " ".join(f"row{i}" for i in range(x.ndim - 1))
+    return over_shards(run, rule, gathered=("r",))

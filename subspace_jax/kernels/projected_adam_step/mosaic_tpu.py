@@ -1,8 +1,8 @@
-"""Pallas TPU kernel of the step: G and W are read once, W is written once, R and N stay on the chip.
+"""Pallas TPU kernel of the step: G and W are read once, W is written once, R and N stay in VMEM.
 
-A strip of columns (rows, for the right side) is swept twice in tiles: the first sweep sums R and ends in the moments,
-the second applies N.  The basis stays on the chip throughout.  XLA reads the moments a second time, and on v6e lays W
-out anew for the second product, which takes a copy of W and more than twice the traffic.
+A strip of columns (rows, for the right side) is swept twice in tiles: the first sweep sums R and updates the moments,
+the second applies N.  The basis stays in VMEM throughout.  XLA reads the moments a second time, and on v6e changes the
+layout of W for the second matmul, with a copy of W and more than twice the traffic.
 """
 
 import functools
@@ -13,15 +13,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from subspace_jax.kernels._shards import result
+from subspace_jax.kernels.projected_adam_step.arguments import AdamArrays
 
-# What the basis may take of the chip: with the tiles it must fit into 64 MiB, the least of v5e, v5p and v6e.
+# Of the basis: with the tiles it must fit into 64 MiB, the smallest VMEM of v5e, v5p and v6e.
 _BASIS_BYTES = 30 << 20
 _BLOCK = 512
 _TILE = 512
 
 
 def refusal(w, basis, mu, side: str, block: int | None) -> str | None:
-    """Why the kernel can't serve, None where it can."""
+    """Returns why the kernel does not support the arguments, None if it does."""
     if jnp.float64 in (w.dtype, basis.dtype, mu.dtype):
         return "the kernel has no float64"
     if (size := _basis_bytes(w, basis)) > _BASIS_BYTES:
@@ -39,15 +40,16 @@ def _basis_bytes(w, basis) -> int:
     return (rows + _TILE) * (-(-rank // 128) * 128) * (2 if w.dtype == jnp.bfloat16 else 4)
 
 
-def step(w, grad, basis, mu, nu, scalars, *, side, block, interpret):
+def step(arrays: AdamArrays, *, side: str, block: int | None, interpret: bool):
     """Returns new ``w, mu, nu``; leading axes of all but ``scalars`` are mapped over."""
     call = functools.partial(_step, side=side, block=block, interpret=interpret)
-    for _ in w.shape[:-2]:
-        call = jax.vmap(call, (0, 0, 0, 0, 0, None))
-    return call(w, grad, basis, mu, nu, scalars)
+    for _ in arrays.w.shape[:-2]:
+        call = jax.vmap(call, (AdamArrays(0, 0, 0, 0, 0, None),))
+    return call(arrays)
 
 
-def _step(w, grad, basis, mu, nu, scalars, *, side, block, interpret):
+def _step(arrays: AdamArrays, *, side, block, interpret):
+    w, grad, basis, mu, nu, scalars = arrays
     (m, n), rank, left = w.shape, basis.shape[-1], side == "left"
     swept, across = (m, n) if left else (n, m)
     tile = _size(swept, _TILE, 16 if left else 128)
@@ -58,7 +60,7 @@ def _step(w, grad, basis, mu, nu, scalars, *, side, block, interpret):
     def spec(shape, index):
         return pl.BlockSpec(shape if left else shape[::-1], lambda *i: index(*i) if left else index(*i)[::-1])
 
-    # G moves in the first sweep and W in the second; what doesn't move is not fetched again.
+    # G advances in the first sweep and W in the second; a block whose index stays is not fetched again.
     last = pl.cdiv(swept, tile) - 1
     first = spec((tile, block), lambda j, sweep, i: (jnp.where(sweep == 0, i, last), j))
     second = spec((tile, block), lambda j, sweep, i: (jnp.where(sweep == 0, 0, i), j))
@@ -88,11 +90,12 @@ def _step(w, grad, basis, mu, nu, scalars, *, side, block, interpret):
 
 
 def _size(axis: int, size: int, multiple: int) -> int:
-    """A block of at most ``size``: the whole axis or a multiple of what the layout asks for."""
+    """Returns a block of at most ``size``: the full axis, or a multiple of ``multiple``."""
     return axis if axis <= size else size - size % multiple
 
 
-def _body(w, g, basis, mu, nu, scalars, w_out, mu_out, nu_out, r, *, swept, tile, left):
+def _body(*refs, swept, tile, left):
+    (w, g, basis, mu, nu, scalars), (w_out, mu_out, nu_out), (r,) = refs[:6], refs[6:9], refs[9:]
     sweep, i, count = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
     p = basis[pl.ds(i * tile, tile), :]
 
@@ -103,7 +106,7 @@ def _body(w, g, basis, mu, nu, scalars, w_out, mu_out, nu_out, r, *, swept, tile
     @pl.when(sweep == 0)
     def _():
         x, y = g[...], p
-        if swept % tile:  # The last tile holds garbage beyond the edge.
+        if swept % tile:  # The last tile is undefined beyond the edge.
             inside = swept - i * tile
             x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0 if left else 1) < inside, x, 0)
             y = jnp.where(jax.lax.broadcasted_iota(jnp.int32, y.shape, 0) < inside, y, 0)

@@ -1,8 +1,7 @@
-"""The step as XLA compiles it: whole on TPUs and CPUs, a strip of the moments at a time on GPUs.
+"""Reference: one pass where XLA fuses it, and strips of the moments on GPUs.
 
-The compilers for TPUs and CPUs put the moments at the end of the first product, and N and the subtraction around the
-second one.  On GPUs a product is a call of a library that writes its result, so that there the step is made in strips:
-what is written of R, N and the update is a strip of each.
+XLA fuses the moments into the first matmul and the update of W into the second.  On GPUs a matmul is a library call
+that writes its result, so that the step runs in strips: a strip of R, N and the update is written at a time.
 """
 
 import math
@@ -11,37 +10,39 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Float32 bytes of a strip of the update, unless strips would have fewer than _RUN columns or rows on each shard.
+from subspace_jax.kernels.projected_adam_step.arguments import AdamArrays
+
+# Float32 bytes of a strip of the update, unless strips would have fewer than _RUN columns or rows per shard.
 _STRIP_BYTES = 1 << 25
 _SHARDS = 32
 _RUN = 32
 
-# Products of P [m, r] and G [m, n] with N [r, n], or of P [n, r] and G [m, n] with N [m, r].
+# Matmuls of P [m, r] and G [m, n] with N [r, n], or of P [n, r] and G [m, n] with N [m, r].
 _PROJECT = {"left": "...mr,...mn->...rn", "right": "...nr,...mn->...mr"}
 _BACK = {"left": "...mr,...rn->...mn", "right": "...nr,...mr->...mn"}
 
 
-def step(w, grad, basis, mu, nu, scalars, *, side, block, axes):
-    """Returns new ``w, mu, nu``; ``axes`` names mesh axes over which P^T G is summed."""
+def step(arrays: AdamArrays, *, side: str, block: int | None, axes: tuple[str, ...]):
+    """Returns new ``w, mu, nu``; ``P^T G`` is summed over mesh ``axes``."""
 
-    def whole(*args):
-        return _whole(*args, side=side, axes=axes)
+    def at_once(*args):
+        return _at_once(AdamArrays(*args), side, axes)
 
     @jax.custom_jvp
     def strips(*args):
-        return _in_strips(*args, side=side, block=block, axes=axes)
+        return _in_strips(AdamArrays(*args), side, block, axes)
 
-    # A loop that is differentiated keeps what it replaces, each time.
-    strips.defjvp(lambda args, tangents: jax.jvp(whole, args, tangents))
+    # A loop that is differentiated stores every array that it replaces.
+    strips.defjvp(lambda args, tangents: jax.jvp(at_once, args, tangents))
 
-    # A block that was asked for is had on every platform.
+    # An explicit block holds on every platform.
     if block is not None:
-        return strips(w, grad, basis, mu, nu, scalars)
-    return jax.lax.platform_dependent(w, grad, basis, mu, nu, scalars, cuda=strips, rocm=strips, default=whole)
+        return strips(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=strips, rocm=strips, default=at_once)
 
 
 def product(equation: str, basis: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """A product in bfloat16 where the large matrix that it belongs to is, and in full precision otherwise."""
+    """Returns a matmul in bfloat16 if ``dtype``, that of the large matrix, is; otherwise in full precision."""
     if dtype == jnp.bfloat16:
         basis, x = basis.astype(dtype), x.astype(dtype)
         return jnp.einsum(equation, basis, x, preferred_element_type=jnp.float32)
@@ -50,7 +51,8 @@ def product(equation: str, basis: jax.Array, x: jax.Array, dtype: DTypeLike) -> 
     return jnp.einsum(equation, basis, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _whole(w, grad, basis, mu, nu, scalars, *, side, axes):
+def _at_once(arrays: AdamArrays, side: str, axes: tuple[str, ...]):
+    w, grad, basis, mu, nu, scalars = arrays
     rate1, rate2, eps, size, keep = (scalars[i] for i in range(5))
     r = product(_PROJECT[side], basis, grad, grad.dtype).astype(mu.dtype)
     r = jax.lax.psum(r, axes) if axes else r
@@ -61,20 +63,20 @@ def _whole(w, grad, basis, mu, nu, scalars, *, side, axes):
     return new.astype(w.dtype), mu, nu
 
 
-def _in_strips(w, grad, basis, mu, nu, scalars, *, side, block, axes):
-    """:func:`_whole` for a strip of columns, or rows for the right side, at a time.
+def _in_strips(arrays: AdamArrays, side: str, block: int | None, axes: tuple[str, ...]):
+    """Runs the step on a strip of columns, or rows for the right side, at a time.
 
-    Where these are sharded over Auto mesh axes, each strip must have a share of every shard for the loop to need no
-    collective: they are split into _SHARDS runs, or as many of them as go, and a strip takes a piece of each run.
+    If these are sharded over Auto mesh axes, each strip needs a part of every shard for the loop to need no
+    collective: they are divided into up to _SHARDS runs, and a strip takes a piece of each run.
     """
-    axis = -1 if side == "left" else -2
+    w, axis = arrays.w, -1 if side == "left" else -2
     size, other = w.shape[axis], math.prod(w.shape) // w.shape[axis]
     runs = math.gcd(size, _SHARDS)
     length = size // runs
     strip = block or max(_STRIP_BYTES // (4 * other), runs * _RUN)
     strip = max(1, min(strip // runs, length))
     if strip == length:
-        return _whole(w, grad, basis, mu, nu, scalars, side=side, axes=axes)
+        return _at_once(arrays, side, axes)
 
     def split(x):
         at = x.ndim + axis
@@ -84,35 +86,23 @@ def _in_strips(w, grad, basis, mu, nu, scalars, *, side, block, axes):
         at = x.ndim + axis
         return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
 
-    def take(x, start, width, dtype):
-        return _from_bits(join(jax.lax.dynamic_slice_in_dim(x, start, width, axis)), dtype)
+    def take(x, start, width):
+        return join(jax.lax.dynamic_slice_in_dim(x, start, width, axis))
 
     def put(x, piece, start, width):
-        at, piece = piece.ndim + axis, _to_bits(piece)
+        at = piece.ndim + axis
         piece = piece.reshape(*piece.shape[:at], runs, width, *piece.shape[at + 1 :])
         return jax.lax.dynamic_update_slice_in_dim(x, piece, start, axis)
 
-    dtypes = w.dtype, mu.dtype, nu.dtype
+    grad = split(arrays.grad)
 
     def advance(carry, start, width):
-        # Tied to the start, the conversion to integers isn't made for all of G before the loop.
-        g, at = jax.lax.optimization_barrier((grad, start))
-        g = take(split(_to_bits(g)), at, width, grad.dtype)
-        w, mu, nu = (take(x, start, width, dtype) for x, dtype in zip(carry, dtypes, strict=True))
-        new = _whole(w, g, basis, mu, nu, scalars, side=side, axes=axes)
-        return tuple(put(x, piece, start, width) for x, piece in zip(carry, new, strict=True))
+        w, mu, nu = (take(x, start, width) for x in carry)
+        part = arrays._replace(w=w, grad=take(grad, start, width), mu=mu, nu=nu)
+        return tuple(put(x, piece, start, width) for x, piece in zip(carry, _at_once(part, side, axes), strict=True))
 
-    carry, count = tuple(split(_to_bits(x)) for x in (w, mu, nu)), length // strip
+    carry, count = tuple(map(split, (w, arrays.mu, arrays.nu))), length // strip
     carry = jax.lax.fori_loop(0, count, lambda i, carry: advance(carry, i * strip, strip), carry)
     if rest := length % strip:
         carry = advance(carry, count * strip, rest)
-    return tuple(_from_bits(join(x), dtype) for x, dtype in zip(carry, dtypes, strict=True))
-
-
-def _to_bits(x):
-    """Bfloat16 as integers: a CPU would convert whole arrays to float32 and back to slice or update them."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _from_bits(x, dtype):
-    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+    return tuple(map(join, carry))

@@ -1,8 +1,8 @@
 """Residuals and their derivatives, a strip of rows at a time.
 
-What a strip needs is made and dropped: coordinates and reconstructions of all rows are never there.  A TPU's compiler
-ends the product with the complement in the sums of squares, so that there the complement form needs no strips; in the
-direct form a strip is fetched once and stays on the chip for both products.
+Coordinates and reconstructions exist for one strip only.  On TPUs XLA fuses the sums of squares into the matmul with
+the complement, so that the complement form needs no strips; in the direct form a strip is fetched once and stays in
+VMEM for both matmuls.
 """
 
 import functools
@@ -23,7 +23,7 @@ _TILE = 16
 
 
 def residual(x, mean, basis, *, complement, block):
-    """Scores ``[...]`` of rows ``x [..., d]``."""
+    """Returns scores ``[...]`` of rows ``x [..., d]``."""
     if not complement and _is_wide(basis):
         basis, complement = _projector(basis), True
 
@@ -46,7 +46,7 @@ def residual(x, mean, basis, *, complement, block):
 
 
 def gradients(x, mean, basis, weights, *, complement, block):
-    """Gradients of ``sum(weights * residual)`` with respect to ``x``, ``mean`` and ``basis``."""
+    """Returns gradients of ``sum(weights * residual)`` with respect to ``x``, ``mean`` and ``basis``."""
     if not complement and _is_wide(basis):
         projector = _projector(basis)
         dx, dmean, total = gradients(x, mean, projector, weights, complement=True, block=block)
@@ -60,7 +60,7 @@ def gradients(x, mean, basis, weights, *, complement, block):
         if complement:
             dz = weights * z
             return _dot(dz, basis.T), _dot_rows(rows, dz, basis)
-        # The basis need not be orthonormal: then what is left has coordinates y.
+        # If the basis is not orthonormal, the rest has coordinates y.
         rest = rows - _dot(z, basis.T)
         y = _dot(rest, basis)
         return weights * (rest - _dot(y, basis.T)), -_dot_rows(rest, weights * z, basis) - _dot_rows(
@@ -84,7 +84,7 @@ def gradients(x, mean, basis, weights, *, complement, block):
 
 
 def _is_wide(basis) -> bool:
-    """Whether ``I - C C^T`` costs less to apply than C and its transpose."""
+    """Whether a matmul with ``I - C C^T`` costs less than those with C and its transpose."""
     return 2 * basis.shape[1] > basis.shape[0]
 
 
@@ -94,24 +94,23 @@ def _projector(basis):
 
 
 def _dot(x, y):
-    """``x y``, in bfloat16 with wider sums if the basis ``y`` is bfloat16."""
+    """Returns ``x y``, in bfloat16 with float32 sums if the basis ``y`` is bfloat16."""
     if y.dtype == jnp.bfloat16:
         return jnp.matmul(x.astype(y.dtype), y, preferred_element_type=jnp.float32).astype(x.dtype)
     return jnp.matmul(x, y.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def _dot_rows(x, y, basis):
-    """``x^T y``, in the precision of the products with the basis."""
+    """Returns ``x^T y``, in the precision of the matmuls with the basis."""
     return _dot(x.T, y.astype(basis.dtype) if basis.dtype == jnp.bfloat16 else y)
 
 
 class Strips:
     """Rows ``[n, d]`` in strips of about ``block`` rows.
 
-    Where rows are sharded over Auto mesh axes, each strip must have a share of every shard for a loop to need no
-    collective: the rows are split into runs, and a strip takes a piece of each run.  A TPU would lay all rows out anew
-    if runs weren't multiples of a tile.  Other platforms have no tiles; for them bfloat16 is taken and put as integers,
-    because a CPU would convert all rows to float32 first.
+    If rows are sharded over Auto mesh axes, each strip needs a part of every shard for a loop to need no collective:
+    the rows are divided into runs, and a strip takes a piece of each run.  Runs are multiples of a tile, or a TPU would
+    change the layout of all rows.
     """
 
     def __init__(self, rows: jax.Array, block: int | None, tile: int):
@@ -122,8 +121,6 @@ class Strips:
         self.length = n // self.runs
         width = max(1, (block or _STRIP_BYTES // (4 * d)) // self.runs)
         self.width = min(width - width % tile if width > tile else width, self.length)
-        self.dtype = rows.dtype
-        self.stored = jnp.uint16 if tile == 1 and rows.dtype == jnp.bfloat16 else rows.dtype
         self.rows = self._split(rows)
 
     def _split(self, x):
@@ -134,20 +131,15 @@ class Strips:
         return piece.reshape(self.runs * width, *x.shape[2:])
 
     def _fetch(self, start, width):
-        # Behind the barrier the rows are fetched once, and not again for each of their uses.
-        rows = self.rows
-        if self.stored != self.dtype:  # Tied to the start, this is not done for all rows before a loop.
-            rows, start = jax.lax.optimization_barrier((rows, start))
-        stored = jax.lax.bitcast_convert_type(rows, self.stored)
-        rows = jax.lax.optimization_barrier(self._take(stored, start, width))
-        return jax.lax.bitcast_convert_type(rows, self.dtype)
+        # Behind the barrier the rows are fetched once, and not again for each use.
+        return jax.lax.optimization_barrier(self._take(self.rows, start, width))
 
     def _starts(self):
         full = self.length // self.width
         return jnp.arange(full) * self.width, full * self.width, self.length % self.width
 
     def map(self, f: Callable) -> jax.Array:
-        """``f`` of rows ``[m, d]`` to ``[m]``, for all rows."""
+        """Maps ``f``, from rows ``[m, d]`` to ``[m]``, over all strips."""
         starts, last, rest = self._starts()
         out = jax.lax.map(lambda i: f(self._fetch(i, self.width)).reshape(self.runs, self.width), starts)
         out = jnp.moveaxis(out, 0, 1).reshape(self.runs, -1)
@@ -156,17 +148,16 @@ class Strips:
         return out.reshape(-1)
 
     def accumulate(self, f: Callable, sums, weights: jax.Array):
-        """``f(sums, rows, weights)`` to new sums and rows, over all strips."""
+        """Folds ``f(sums, rows, weights)``, which returns new sums and rows, over all strips."""
         starts, last, rest = self._starts()
         weights = self._split(weights)
-        out = jnp.zeros_like(self.rows, self.stored)
+        out = jnp.zeros_like(self.rows)
 
         def one(carry, start, width):
             sums, out = carry
             sums, rows = f(sums, self._fetch(start, width), self._take(weights, start, width))
-            rows = jax.lax.bitcast_convert_type(rows, self.stored).reshape(self.runs, width, -1)
-            return sums, jax.lax.dynamic_update_slice_in_dim(out, rows, start, 1)
+            return sums, jax.lax.dynamic_update_slice_in_dim(out, rows.reshape(self.runs, width, -1), start, 1)
 
         carry = jax.lax.fori_loop(0, len(starts), lambda i, c: one(c, starts[i], self.width), (sums, out))
         sums, out = one(carry, last, rest) if rest else carry
-        return sums, jax.lax.bitcast_convert_type(out.reshape(-1, out.shape[-1]), self.dtype)
+        return sums, out.reshape(-1, out.shape[-1])

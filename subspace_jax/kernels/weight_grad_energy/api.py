@@ -10,7 +10,7 @@ from subspace_jax.kernels._dispatch import check_implementation
 from subspace_jax.kernels._shards import over_shards
 from subspace_jax.kernels.weight_grad_energy import xla
 
-_NO_KERNEL = "it has no kernel, because what XLA compiles for TPUs writes no gradient either"
+_NO_KERNEL = "it has no kernel, because XLA writes no gradient on TPUs either"
 
 
 def weight_grad_energy(
@@ -23,33 +23,33 @@ def weight_grad_energy(
 ) -> tuple[jax.Array, jax.Array]:
     """Row and column energies of a weight's gradient ``G = x^T dy``, without the gradient.
 
-    What AdaPreLoRA (arXiv 2605.08734) takes as second moments of a frozen weight's gradient: ``sum_j G_ij^2`` and
+    The second moments of a frozen weight's gradient in AdaPreLoRA (arXiv 2605.08734): ``sum_j G_ij^2`` and
     ``sum_i G_ij^2``.
 
     For t tokens: ``2 t in out`` FLOPs, those of the gradient itself.  ``x`` and ``dy`` are read, and ``in + out``
-    numbers are written.  On TPUs G is in registers only; elsewhere 16 MiB of it are there at a time.
+    elements are written.  On TPUs G exists in registers only; elsewhere 16 MiB of it at a time.
 
-    Energies are those of the gradient of all tokens: where tokens are split over devices, parts of G are summed over
-    them before they are squared, ``4 in out`` bytes on the network.  (The mean of the devices' own energies is another
-    statistic, with the noise of each added.)  Under Explicit axes that is done here, and under Auto axes by the
-    compiler; within ``shard_map``, name the axes in ``axis_name``.  Features that are split stay so, and each energy is
-    summed over the devices that split the other.  Works under ``vmap``.  Results are constants for derivatives.
+    Energies are those of the gradient of all tokens: if tokens are sharded, parts of G are summed over the devices
+    before they are squared, ``4 in out`` bytes on the network.  (The mean of per-device energies is another, noisier
+    statistic.)  Under Explicit axes this function does so, and under Auto axes the compiler; within ``shard_map``, pass
+    the axes in ``axis_name``.  Sharded features stay sharded, and each energy is summed over the devices that shard the
+    other axis.  Works under ``vmap``.  Results are constants for derivatives.
 
     Args:
       x: Inputs of the layer ``[..., tokens, in]``, float32, bfloat16, float16 or float64; leading axes are those of the
         weight.
       dy: Gradient of its outputs ``[..., tokens, out]``, of the same dtype.
-      axis_name: Within ``shard_map``, the mesh axes that split tokens.
+      axis_name: Within ``shard_map``, the mesh axes that shard tokens.
       implementation: None or "xla".
-      block: Rows of G that are worked on at a time; None for a value by shape, or all on TPUs.
+      block: Rows of G at a time; None for a value by shape, or all on TPUs.
 
     Returns:
-      ``[..., in]`` and ``[..., out]``, float32, or float64 if the arguments are.  They are squares: float32 holds those
-      of gradients whose entries lie between 1e-19 and 1e19, and those of smaller ones are 0.
+      ``[..., in]`` and ``[..., out]``, float32, or float64 if the arguments are.  They are squares: entries of G
+      between 1e-19 and 1e19 are in the range of float32; smaller ones give 0.
 
     Raises:
-      ValueError: Shapes don't fit together, an axis is empty, or the implementation doesn't exist or can't serve.
-      TypeError: A dtype is none of the above, or the two differ.
+      ValueError: Shapes do not match, an axis is empty, or the implementation does not exist or is not supported.
+      TypeError: A dtype is not supported, or the two differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,7 +59,7 @@ def weight_grad_energy(
       [9.0, 36.0, 45.0]
     """
     _check(x, dy, block)
-    check_implementation("weight_grad_energy", implementation, x, refusal=_NO_KERNEL)
+    check_implementation("weight_grad_energy", implementation, _NO_KERNEL)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     return _energies(x, dy, axes, block)
 

@@ -1,45 +1,43 @@
-"""Probes whose gradients are energies, so that ``jax.grad`` delivers these beside all else."""
+"""Probes whose gradients are energies of a weight's gradient."""
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
-from subspace_jax.kernels._products import placed_like
-from subspace_jax.kernels._shards import over_shards
+from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like
 from subspace_jax.kernels.weight_grad_energy import xla
 
 
 def energy_probes(
     x: jax.Array, y: jax.Array, rows: jax.Array, columns: jax.Array, gain: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the outputs of a layer as they are; derivatives by the probes are energies of its weight's gradient.
+    """Returns the outputs of a layer unchanged; gradients of the probes are energies of the weight's gradient.
 
-    For outputs ``y`` of a layer of inputs ``x`` and a frozen weight, of gradient ``G = x^T dy``: what ``jax.grad``
-    gives for ``rows`` and ``columns`` is ``sum_j G_ij^2`` and ``sum_i G_ij^2``, whatever their values, which nothing
-    looks at.  It is no derivative, but comes by the same way; so a train step that knows nothing of energies delivers
-    them.
+    For outputs ``y`` of a layer with inputs ``x`` and a frozen weight of gradient ``G = x^T dy``, ``jax.grad`` returns
+    ``sum_j G_ij^2`` for ``rows`` and ``sum_i G_ij^2`` for ``columns``, for any values of the probes.  These are not
+    derivatives, but a train step that differentiates the probes obtains them without further code.
 
-    Cost and memory of the backward pass: see :func:`weight_grad_energy`; nothing where probes are not differentiated.
-    Tokens that are split over devices are summed before the square, under Auto and Explicit axes and in a ``shard_map``
-    that checks types.  A layer that is applied twice in one loss, under ``vmap`` over its inputs, or to the parts of an
-    accumulated step gives the sum of the energies of each part instead, which is another, noisier statistic.
+    Cost and memory of the backward pass: see :func:`weight_grad_energy`; none if probes are not differentiated.
+    Sharded tokens are summed before the square, under Auto and Explicit axes and in a ``shard_map`` that checks types.
+    A layer that is applied twice in one loss, under ``vmap`` over its inputs, or to the micro-batches of an accumulated
+    step gives the sum of the energies of each part instead, another, noisier statistic.
 
     Source: arXiv 2605.08734.
 
     Args:
-      x: Inputs ``[..., in]``, float32, bfloat16, float16 or float64.  Where probes have leading axes, those of a stack
-        of weights, x and y begin with them.
+      x: Inputs ``[..., in]``, float32, bfloat16, float16 or float64.  If probes have leading axes, those of a stack of
+        weights, x and y start with them.
       y: Outputs ``[..., out]``, of the same dtype.
-      rows: Probe ``[..., in]``, zeros by habit, float32 or float64.
+      rows: Probe ``[..., in]``, usually zeros, float32 or float64.
       columns: Probe ``[..., out]``.
-      gain: ``[..., out]``, where ``y`` is the product with the weight times this: G is then that of the weight
-        without it.  None for 1.
+      gain: ``[..., out]``, if ``y`` is the matmul with the weight times this: G is the gradient of the weight without
+        it.  None for 1.
 
     Returns:
       ``y``.
 
     Raises:
-      ValueError: Shapes don't fit together.
+      ValueError: Shapes do not match.
       TypeError: ``x`` and ``y`` have different dtypes.
 
     Examples:
@@ -91,7 +89,8 @@ def _forward(x, y, rows, columns, gain):
 
 
 def _energies(x, d, rows, columns):
-    names = tuple(f"row{i}" for i in range(x.ndim - 1))
+    given = leading_axes(x, 1)
+    names = tuple(given.split())
     # Within a shard_map that checks types: what tokens vary over, and the weight does not.
     by_tokens, by_weight = (
         frozenset().union(*(jax.typeof(z).manual_axis_type.varying for z in both)) for both in ((x, d), (rows, columns))
@@ -102,9 +101,8 @@ def _energies(x, d, rows, columns):
         axes = (*manual, *(axis for name in names for axis in split[name]))
         return xla.energies(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]), axes=axes, block=None)
 
-    given = " ".join(names)
     found = over_shards(run, f"{given} i, {given} o -> i, o", inside=names)(x, d)
-    return tuple(placed_like(e.astype(probe.dtype), probe) for e, probe in zip(found, (rows, columns), strict=True))
+    return tuple(sharded_like(e.astype(probe.dtype), probe) for e, probe in zip(found, (rows, columns), strict=True))
 
 
 def _backward(kept, d):

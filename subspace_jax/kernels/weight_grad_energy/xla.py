@@ -1,7 +1,7 @@
-"""Row and column sums of squares of ``x^T d``, as the compiler fuses them or a part at a time.
+"""Row and column sums of squares of ``x^T d``, fused or a part at a time.
 
-A TPU's compiler ends the product with the squares and both sums, so that the gradient is in registers only.  Other
-compilers would write it out; and where tokens are split over devices, their sum has to come before the square.
+XLA for TPUs fuses the squares and both sums into the matmul, so that the gradient exists in registers only.  Other
+compilers would write it; and if tokens are sharded, their sum precedes the square.
 """
 
 import functools
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from subspace_jax import linalg
 
 _PART_BYTES = 16 << 20  # of the gradient, at a time
-_RUNS = 16  # of features, each of which may live on a device of its own
+_RUNS = 16  # of features, each of which may be on another device
 
 
 def energies(x, d, *, axes, block):
-    """``[in]`` and ``[out]`` of ``x [tokens, in]`` and ``d [tokens, out]``; tokens are split over mesh ``axes``."""
+    """Returns ``[in]`` and ``[out]`` of ``x [tokens, in]`` and ``d [tokens, out]``; mesh ``axes`` shard tokens."""
     parts = functools.partial(in_parts, axes=axes, block=block)
     if axes or block:
         return parts(x, d)
@@ -25,15 +25,15 @@ def energies(x, d, *, axes, block):
 
 
 def at_once(x, d):
-    """The formula as it stands."""
+    """Computes the energies from all of the gradient."""
     square = jnp.square(_dot(x, d))
     return jnp.sum(square, axis=1), jnp.sum(square, axis=0)
 
 
 def in_parts(x, d, *, axes, block):
-    """The same for ``block`` rows of the gradient at a time."""
+    """Computes the energies from ``block`` rows of the gradient at a time."""
     tokens, rows = x.shape
-    # Each part takes some rows of every run: if rows are split over devices, each works on its own.
+    # Each part takes some rows of every run: if rows are sharded, each device works on its own.
     runs = math.gcd(rows, _RUNS)
     wanted = block or _PART_BYTES // (4 * d.shape[1])
     parts = next(n for n in range(1, rows // runs + 1) if rows // runs % n == 0 and rows <= n * max(wanted, runs))
@@ -47,7 +47,7 @@ def in_parts(x, d, *, axes, block):
         return by_row, by_column + jnp.sum(square, axis=(0, 1))
 
     dtype = linalg.working_dtype(x, d)
-    # Within a shard_map that checks types: a sum over devices that split tokens is the same on all of them.
+    # Within a shard_map that checks types: a sum over devices that shard tokens does not vary over them.
     varying = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in (x, d))) - set(axes)
     start = jnp.zeros(x.shape[1:], dtype), jnp.zeros(d.shape[1:], dtype)
     start = jax.lax.pcast(start, tuple(sorted(varying)), to="varying") if varying else start
