@@ -1,4 +1,4 @@
-"""What a command prints: no tracebacks, and nothing that ends a run where its reader is gone, such as ``head``."""
+"""Standard output of the commands: no tracebacks, and a closed pipe ends no run."""
 
 import contextlib
 import logging
@@ -7,17 +7,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-READER_GONE_EXIT = 141  # as a shell tells of SIGPIPE
+CLOSED_PIPE_EXIT = 141  # as shells report SIGPIPE
 
 
 def quietly(command: Callable[[], int]) -> int:
-    """Runs a command, and ends it where nobody reads its output any more, or this can't be written.
+    """Runs a command, and ends it where its output is closed or can't be written.
 
     Args:
       command: Returns the exit status.
 
     Returns:
-      That status; 141 where the reader is gone, 2 where the output can't be written.
+      That status; 141 where standard output is a closed pipe, 2 where it can't be written.
     """
     try:
         try:
@@ -27,7 +27,7 @@ def quietly(command: Callable[[], int]) -> int:
                 sys.stdout.flush()
     except BrokenPipeError:
         _drop_the_rest()
-        return READER_GONE_EXIT
+        return CLOSED_PIPE_EXIT
     except OSError as error:
         _drop_the_rest()
         print(f"subspace-jax: can't write the output ({error.strerror or error})", file=sys.stderr)
@@ -36,7 +36,7 @@ def quietly(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """Within it, a reader that goes away is not missed: what is written besides counts."""
+    """Within it, writing to a closed pipe is ignored: the files of a run matter more than its output."""
     from subspace_jax.train.interruptions import Lasting
 
     with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
@@ -48,7 +48,7 @@ def lasting() -> Iterator[None]:
 
 
 def silence_threads() -> None:
-    """Drops what the threads of Orbax tell of errors, with their tracebacks: they are raised as well."""
+    """Silences tracebacks of Orbax's threads, whose errors are raised in the main thread too."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.excepthook
@@ -61,6 +61,6 @@ def silence_threads() -> None:
 
 
 def _drop_the_rest() -> None:
-    """What is still in the buffer would end the interpreter with a message."""
+    """Redirects standard output to the null device; the rest of the buffer would end the interpreter with a message."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,13 +13,13 @@ _PLAN = """
     subspace-jax plan --config lm/large:llama3-8b --topology v5e:4x4
     subspace-jax plan --config lm/large:llama3-70b --topology v5p:4x4x8 --mesh fsdp=32,tensor=4 \\
         --config.adapter.method=dora --config.adapter.rank=384 --json plan.json
-    subspace-jax plan --config lm/large:llama3-8b --topology v6e:4x4 --sweep --rows-per-share 1
+    subspace-jax plan --config lm/large:llama3-8b --topology v6e:4x4 --sweep --examples-per-shard 1
     """
 
 
 def add_commands(commands) -> None:
     """Adds ``plan``."""
-    summary = "compile the train step of a config for a slice that need not be there, and count"
+    summary = "compile the train step of a config for a TPU or GPU slice on this host, and estimate memory and time"
     plan = shared.add_command(commands, "plan", summary, _plan, _PLAN, fields=True)
     shared.add_config(plan)
     plan.add_argument("--topology", required=True, metavar="CHIP:SIDES", help="such as v5e:16x16, v5p:4x4x8, h100:8")
@@ -31,29 +31,33 @@ def add_commands(commands) -> None:
     )
     plan.add_argument("--model", metavar="DIR", help="Hugging Face folder of finetune; its weights are not read")
     plan.add_argument(
-        "--sweep", action="store_true", help="several meshes on slices of 8 to 512 of these chips, as a scaling table"
+        "--sweep",
+        action="store_true",
+        help="plan several meshes on slices of 8 to 512 of these chips, as a scaling table",
     )
     plan.add_argument("--min-chips", type=int, default=8, help="smallest slice of --sweep (default: 8)")
     plan.add_argument("--max-chips", type=int, default=512, help="largest slice of --sweep (default: 512)")
     plan.add_argument(
-        "--rows-per-share",
+        "--examples-per-shard",
         type=int,
         default=0,
-        help="rows for each place of data x fsdp, instead of data.batch_size: the batch then grows with the slice",
+        help="examples for each shard of data x fsdp, instead of data.batch_size: the batch grows with the slice",
     )
-    plan.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    plan.add_argument("--plot", metavar="FILE", help="draw the scaling of --sweep there (default: plan.png)")
+    plan.add_argument("--json", metavar="FILE", help="write the plan as JSON")
+    plan.add_argument("--plot", metavar="FILE", help="plot of --sweep (default: plan.png)")
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    # No accelerator is needed, and one that is there is left alone.
+    # Planning needs no accelerator, and uses none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from subspace_jax import planning, train
 
     planning.find_topology(args.topology)
     meshes = [parse_mesh(text) for text in args.mesh or ()]
-    if args.rows_per_share < 0:
-        raise ValueError(f"--rows-per-share: expected at least 1, or 0 for data.batch_size, got {args.rows_per_share}")
+    if args.examples_per_shard < 0:
+        raise ValueError(
+            f"--examples-per-shard: expected at least 1, or 0 for data.batch_size, got {args.examples_per_shard}"
+        )
     for name, file in (("--json", args.json), ("--plot", args.plot)):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{name}: no folder {Path(file).absolute().parent}")
@@ -72,16 +76,16 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         found = [plan.as_dict() for plan in plans]
         with train.replacing(args.json) as partial:
             partial.write_text(json.dumps(found if args.sweep or len(meshes) > 1 else found[0], indent=2) + "\n")
-        print(f"Wrote the numbers to {os.path.abspath(args.json)}")
+        print(f"Wrote the plan to {os.path.abspath(args.json)}")
 
 
 def _one(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None):
     from subspace_jax import planning, train
 
-    if args.rows_per_share:
+    if args.examples_per_shard:
         num_chips = planning.find_topology(topology)[1]
         sizes = planning.mesh_sizes(config.mesh if mesh is None else mesh, topology, num_chips)
-        rows = args.rows_per_share * sizes["data"] * sizes["fsdp"]
+        rows = args.examples_per_shard * sizes["data"] * sizes["fsdp"]
         config = train.override(config, [f"data.batch_size={rows}"])
     return planning.plan_run(config, topology, mesh)
 
@@ -101,19 +105,19 @@ def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> li
             except ValueError as error:
                 left_out.append(f"{topology} {shown}: {error}")
     for text in left_out:
-        print(f"left out: {text}")
+        print(f"skipped: {text}")
     if not plans:
-        raise ValueError("--sweep: no slice and mesh can take this config; the reasons are above")
+        raise ValueError("--sweep: no slice and mesh fits this config; the reasons are above")
     print(planning.sweep_text(plans))
     output = args.plot or "plan.png"
     planning.plot_sweep(plans, output)
-    print(f"Drew {os.path.abspath(output)}")
+    print(f"Wrote the plot to {os.path.abspath(output)}")
     return plans
 
 
 def parse_mesh(text: str) -> dict[str, int]:
     """Reads ``fsdp=8,tensor=2``; raises ValueError for another form."""
-    # Late: a module of the command imports nothing of JAX.
+    # Imported here: modules of the command import no JAX.
     from subspace_jax.train.fields import nearest
 
     sizes: dict[str, int] = {}

@@ -96,7 +96,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def check_paths(args: argparse.Namespace) -> None:
     """Raises ValueError for an empty path, and for a workdir that is the current folder."""
     for name in ("workdir", "model", "adapter", "out"):
-        if getattr(args, name, None) == "":  # what an unset variable of the shell leaves
+        if getattr(args, name, None) == "":  # an unset variable of the shell
             raise ValueError(f"--{name}: expected a folder{' or file' * (name == 'out')}, got an empty path")
     if getattr(args, "config", None) == "":
         raise ValueError("--config: expected a Python file, got an empty path")
@@ -133,12 +133,13 @@ def recipe_of(overrides: list[str]) -> list[str]:
 
 
 def write_result(workdir: str, result: Mapping[str, float]) -> None:
-    """Writes ``result.json``: the scalars that the run ended with, by name."""
+    """Writes ``result.json``: the scalars of a run's last evaluation, by name."""
     import jax
+    import numpy as np
 
     from subspace_jax import train
 
     if jax.process_index() == 0:
-        numbers = {name: float(value) for name, value in result.items()}
+        numbers = {name: float(value) for name, value in result.items() if np.ndim(value) == 0}
         with train.replacing(Path(workdir) / "result.json") as partial:
             partial.write_text(json.dumps(numbers, indent=2) + "\n")

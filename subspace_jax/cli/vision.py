@@ -49,8 +49,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch, over all devices")
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="type of a folder's activations")
-    parser.add_argument("--resample", action="store_true", help="resample positions for images of another size")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that are damaged")
+    parser.add_argument(
+        "--resample", action="store_true", help="resample position embeddings for images of another size"
+    )
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip damaged images")
     parser.add_argument("--best", action="store_true", help="a run's best checkpoint (default: the latest)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     shared.add_trust(parser)
@@ -62,7 +64,7 @@ def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--l2", type=float, default=None, help="penalty (default: chosen on held-out examples)")
     parser.add_argument("--neighbours", type=int, default=20, help="of knn")
     parser.add_argument("--shots", default="5", help="examples of a class, of few-shot; several by commas")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of few-shot")
+    parser.add_argument("--seeds", type=int, default=5, help="random draws of few-shot")
 
 
 def _features(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -162,7 +164,7 @@ def _extract(args: argparse.Namespace, model, images):
     found = represent.features_of_images(model, images, batch_size=args.batch_size, progress=not args.quiet)
     if images.unreadable and jax.process_index() == 0:
         total = len(images) + len(images.unreadable)
-        print(f"{len(images.unreadable)} of {total} images can't be read and are left out:")
+        print(f"{len(images.unreadable)} of {total} images can't be read and are skipped:")
         for name, why in images.unreadable.items():
             # Names of files may hold bytes that are no UTF-8.
             print(f"  {name}: {why}".encode(errors="backslashreplace").decode())

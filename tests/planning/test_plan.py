@@ -281,7 +281,7 @@ def test_rings_are_as_fast_as_their_links():
         (["--topology", "v5e:2x4", "--mesh", "fsdp=three"], "--mesh: expected a form such as"),
         (["--topology", "h100:8", "--mesh", "fsdp=8", "--config.data.batch_size=12"], "12 rows don't split over 8"),
         (["--topology", "h100:8", "--config.data.batch_sise=12"], "did you mean data.batch_size?"),
-        (["--topology", "h100:8", "--rows-per-share", "-1"], "--rows-per-share: expected at least 1"),
+        (["--topology", "h100:8", "--examples-per-shard", "-1"], "--examples-per-shard: expected at least 1"),
         (["--topology", "h100:8", "--json", "no/such/plan.json"], "--json: no folder"),
     ],
 )
@@ -321,12 +321,12 @@ def test_a_task_without_an_outline_is_planned_by_its_first_batch(configs):
 
 
 def test_a_sweep_plans_each_slice_and_leaves_out_what_can_not_be(configs, tmp_path, capsys):
-    arguments = ["--topology", "h100:4", "--sweep", "--min-chips", "4", "--max-chips", "8", "--rows-per-share", "4"]
+    arguments = ["--topology", "h100:4", "--sweep", "--min-chips", "4", "--max-chips", "8", "--examples-per-shard", "4"]
     files = ["--json", str(tmp_path / "plans.json"), "--plot", str(tmp_path / "plans.png")]
     meshes = ["--mesh", "tensor=2", "--mesh", "fsdp=8"]
     assert main(["plan", "--config", f"{configs}/gcr/synthetic.py:k2", *arguments, *meshes, *files]) == 0
     printed = capsys.readouterr().out
-    assert "left out: h100:4 fsdp=8: mesh: data=-1 x fsdp=8 x tensor=1 has 8 places, h100:4 has 4 chips" in printed
+    assert "skipped: h100:4 fsdp=8: mesh: data=-1 x fsdp=8 x tensor=1 has 8 places, h100:4 has 4 chips" in printed
     assert "Fastest that fits: h100:8" in printed
     plans = json.loads((tmp_path / "plans.json").read_text())
     assert [(plan["topology"], plan["rows"]) for plan in plans] == [("h100:4", 8), ("h100:8", 16), ("h100:8", 32)]
