@@ -113,7 +113,7 @@ def test_features_command_skips_damaged_images_and_reports_them(folder, tmp_path
     assert "blue/5.png: can't be read as an image" in capsys.readouterr().err
     assert main([*arguments, "--skip-unreadable"]) == 0
     printed = capsys.readouterr().out
-    assert "2 of 18 images can't be read and are left out" in printed
+    assert "2 of 18 images can't be read and are skipped" in printed
     assert "Wrote 16 features of width 32, 3 classes" in printed
     found = represent.read_features(out)
     assert found.labels.tolist() == [0] * 5 + [1] * 6 + [2] * 5
