@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from subspace_jax.methods import METHODS, Figure, Method, requirement
+from subspace_jax.methods import METHODS, Figure, Method
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1800.0  # seconds of one run, after which it is stopped; the next call resumes it
@@ -179,7 +179,7 @@ def readme_table() -> str:
         first, entries = method.figures[0], stored(method)
         reached = reached_text(entries[0]) if entries else ""
         title = f"[{method.title}]({method.doc})"
-        cells = (title, paper, first.name, requirement(first), reached, f"`{method.command}`")
+        cells = (title, paper, first.name, first.requirement, reached, f"`{method.command}`")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -194,7 +194,7 @@ def page_table(method: Method) -> str:
         entry = entries.get(figure.name)
         reached = reached_text(entry) if entry else ""
         seeds = f"{len(figure.seeds)}, {figure.reduce}" if len(figure.seeds) > 1 else "1"
-        rows.append(f"| {figure.name} | {requirement(figure)} | {reached} | {seeds} | `{figure.command}` |")
+        rows.append(f"| {figure.name} | {figure.requirement} | {reached} | {seeds} | `{figure.command}` |")
     if entries:
         again = f"`make figures ONLY={method.name}` measures again."
         rows += ["", f"Measured on {found['device']} at commit {found['commit']}; {again}"]
@@ -221,8 +221,8 @@ def report(found: dict) -> bool:
     print(f"\n{found['method']}")
     for entry in found["figures"]:
         figure = Figure(entry["name"], "", "", entry["at_least"], entry["at_most"])
-        verdict = "" if not requirement(figure) else "  met" if entry["met"] else "  MISSED"
-        print(f"  {entry['name']}: {reached_text(entry)}  {requirement(figure)}{verdict}")
+        verdict = "" if not figure.requirement else "  met" if entry["met"] else "  MISSED"
+        print(f"  {entry['name']}: {reached_text(entry)}  {figure.requirement}{verdict}")
     print(flush=True)
     return all(entry["met"] for entry in found["figures"])
 

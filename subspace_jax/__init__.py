@@ -18,6 +18,7 @@ _SUBPACKAGES = (
     "linalg",
     "losses",
     "manifolds",
+    "methods",
     "metrics",
     "nn",
     "optim",

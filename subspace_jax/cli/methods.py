@@ -44,13 +44,11 @@ def _list_methods(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _show(method) -> None:
-    from subspace_jax import methods
-
     papers = f", arXiv {', '.join(method.arxiv)}" if method.arxiv else ""
     print(f"{method.name} ({method.area}): {method.title}{papers}")
     print(textwrap.indent(textwrap.fill(method.summary, 96), "    "))
     first = method.figures[0]
-    bounds = f": {methods.requirement(first)}" if methods.requirement(first) else ""
+    bounds = f": {first.requirement}" if first.requirement else ""
     rows = (
         ("command", method.command),
         ("figure", f"{first.name}{bounds}"),
