@@ -171,14 +171,14 @@ def stored(method: Method) -> list[dict]:
     return json.loads(path.read_text())["figures"] if path.exists() else []
 
 
-def readme_table() -> str:
-    """The table of methods: one row for each, with its first figure."""
+def methods_table(folder: str) -> str:
+    """The table of methods: one row for each, with its first figure; pages are linked in ``folder``."""
     rows = ["| Method | Paper | Figure | Required | Reached | Command |", "| --- | --- | --- | --- | --- | --- |"]
     for method in METHODS:
         paper = f"[{method.arxiv[0]}](https://arxiv.org/abs/{method.arxiv[0]})" if method.arxiv else ""
         first, entries = method.figures[0], stored(method)
         reached = reached_text(entries[0]) if entries else ""
-        title = f"[{method.title}]({method.doc})"
+        title = f"[{method.title}]({folder}{method.name}.md)"
         cells = (title, paper, first.name, first.requirement, reached, f"`{method.command}`")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -211,8 +211,12 @@ def with_table(text: str, table: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Returns README and the pages of methods as they are with today's tables."""
-    tables = {ROOT / "README.md": readme_table()} | {ROOT / m.doc: page_table(m) for m in METHODS}
+    """Returns README and the pages of methods with the tables of the stored figures."""
+    tables = {
+        ROOT / "README.md": methods_table("docs/methods/"),
+        ROOT / "docs/methods/index.md": methods_table(""),
+        **{ROOT / method.doc: page_table(method) for method in METHODS},
+    }
     return {path: with_table(path.read_text(), table) for path, table in tables.items()}
 
 
