@@ -27,7 +27,7 @@ def get_config(variant="k8"):
     config.model.dims = (1,) if variant == "softmax" else (int(variant[1:]),)
     config.model.dtype = "bfloat16"
     config.optim.learning_rate = 0.1
-    config.optim.weight_decay = 1e-4
+    config.optim.kwargs = {"weight_decay": 1e-4}
     config.optim.warmup_steps = 500
     config.train.epochs = 60.0
     return config

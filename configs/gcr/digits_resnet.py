@@ -27,6 +27,6 @@ def get_config(variant="k8"):
     config.model.head = "softmax" if variant == "softmax" else "grassmann"
     config.model.dims = (8,) if variant == "k8" else (1,)
     config.optim.learning_rate = 0.05
-    config.optim.weight_decay = 1e-4
+    config.optim.kwargs = {"weight_decay": 1e-4}
     config.train.epochs = 10.0
     return config

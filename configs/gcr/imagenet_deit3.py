@@ -37,11 +37,10 @@ def get_config(variant="k8"):
     config.model.mixup, config.model.cutmix = 0.8, 1.0
     config.optim.name = "lamb"
     config.optim.learning_rate = 4e-3
-    config.optim.weight_decay = 0.05
+    config.optim.kwargs = {"weight_decay": 0.05}
     config.optim.decay = "kernels"
     config.optim.warmup_steps = 5 * STEPS_PER_EPOCH
     config.optim.clip_norm = 1.0
-    config.optim.grassmann.lr_factor = 0.3 / 4e-3
-    config.optim.grassmann.reorth_every = 1
+    config.optim.manifold.kwargs = {"lr_factor": 0.3 / 4e-3, "reorth_every": 1}
     config.train.epochs = 800.0
     return config

@@ -34,6 +34,6 @@ def get_config(variant="resnet50d_k8"):
     config.model.dims = (int(head[1:]),) if config.model.head == "grassmann" else (1,)
     config.model.dtype = "bfloat16"
     config.optim.learning_rate = 0.1
-    config.optim.weight_decay = 1e-4
+    config.optim.kwargs = {"weight_decay": 1e-4}
     config.train.epochs = 100.0
     return config

@@ -42,10 +42,9 @@ def get_config(variant="a3_k8"):
         config.model.label_smoothing = 0.1
     config.optim.name = "lamb"
     config.optim.learning_rate = 8e-3 if recipe == "a3" else 5e-3
-    config.optim.weight_decay = 0.01 if recipe == "a1" else 0.02
+    config.optim.kwargs = {"weight_decay": 0.01 if recipe == "a1" else 0.02}
     config.optim.decay = "kernels"
     config.optim.warmup_steps = 5 * (1_281_167 // 2048)
-    config.optim.grassmann.lr_factor = 0.3 / config.optim.learning_rate
-    config.optim.grassmann.reorth_every = 1
+    config.optim.manifold.kwargs = {"lr_factor": 0.3 / config.optim.learning_rate, "reorth_every": 1}
     config.train.epochs = {"a1": 600.0, "a2": 300.0, "a3": 100.0}[recipe]
     return config

@@ -35,12 +35,11 @@ def get_config(variant="k8"):
     config.model.mixup, config.model.cutmix = 0.8, 1.0
     config.optim.name = "adamw"
     config.optim.learning_rate = 1e-3
-    config.optim.weight_decay = 0.05
+    config.optim.kwargs = {"weight_decay": 0.05}
     config.optim.decay = "kernels"
     config.optim.warmup_steps = 20 * STEPS_PER_EPOCH
     config.optim.final_scale = 0.01
     config.optim.clip_norm = 5.0
-    config.optim.grassmann.lr_factor = 0.1 / 1e-3
-    config.optim.grassmann.reorth_every = 1
+    config.optim.manifold.kwargs = {"lr_factor": 0.1 / 1e-3, "reorth_every": 1}
     config.train.epochs = 300.0
     return config

@@ -29,6 +29,6 @@ def get_config(variant="k8"):
     config.model.dtype = "bfloat16"
     config.optim.learning_rate = 0.1
     config.optim.schedule = "step"
-    config.optim.weight_decay = 1e-4
+    config.optim.kwargs = {"weight_decay": 1e-4}
     config.train.epochs = 100.0
     return config

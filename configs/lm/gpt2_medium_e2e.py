@@ -24,6 +24,6 @@ def get_config():
     config.optim.learning_rate = 5e-5
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 500
-    config.optim.weight_decay = 0.01
+    config.optim.kwargs = {"weight_decay": 0.01}
     config.optim.clip_norm = 1.0
     return config

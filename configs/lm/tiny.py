@@ -20,6 +20,6 @@ def get_config():
     config.train.checkpoint_every = 500
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 100
-    config.optim.weight_decay = 0.1
+    config.optim.kwargs = {"weight_decay": 0.1}
     config.optim.clip_norm = 1.0
     return config

@@ -13,13 +13,13 @@ below ``scaled_adamw_lora``.
 from examples import low_rank_regression
 
 VARIANTS = {
-    "adaprelora": ("adaprelora", 0.1),
-    "adaprelora_projected": ("adaprelora", 0.1),
-    "adam": ("adam", 0.1),
-    "lora_plus": ("lora_plus", 0.03),
-    "scaled_adamw_lora": ("scaled_adamw_lora", 0.1),
-    "lora_rite": ("lora_rite", 0.1),
-    "lora_pro": ("lora_pro", 0.03),
+    "adaprelora": ("adaprelora", 0.1, {"scale": 1.0, "stats": "full"}),
+    "adaprelora_projected": ("adaprelora", 0.1, {"scale": 1.0, "stats": "projected"}),
+    "adam": ("adam", 0.1, {}),
+    "lora_plus": ("lora_plus", 0.03, {}),
+    "scaled_adamw_lora": ("scaled_adamw_lora", 0.1, {}),
+    "lora_rite": ("lora_rite", 0.1, {}),
+    "lora_pro": ("lora_pro", 0.03, {"scale": 1.0}),
 }
 
 
@@ -27,7 +27,6 @@ def get_config(variant="adaprelora"):
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {tuple(VARIANTS)}, got {variant!r}")
     config = low_rank_regression.default_config()
-    config.optim.name, config.optim.learning_rate = VARIANTS[variant]
-    config.optim.lora.stats = "projected" if variant == "adaprelora_projected" else "full"
+    config.optim.name, config.optim.learning_rate, config.optim.kwargs = VARIANTS[variant]
     config.train.eval_every = config.train.checkpoint_every = 400
     return config

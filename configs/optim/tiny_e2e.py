@@ -41,7 +41,8 @@ def get_config(variant="adaprelora"):
     config.train.checkpoint_every = 200
     config.optim.name = variant.removesuffix("_projected")
     config.optim.learning_rate = RATES[variant][1]
-    config.optim.lora.stats = "projected" if variant.endswith("_projected") else "full"
+    if config.optim.name == "adaprelora":
+        config.optim.kwargs = {"stats": "projected" if variant.endswith("_projected") else "full"}
     config.optim.warmup_steps = 20
     config.optim.clip_norm = 1.0
     return config

@@ -26,17 +26,19 @@ def get_config(variant="galore"):
     config.optim.name = variant
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 100
-    config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
-    config.optim.low_rank.refresh_every = 50
+    kwargs = {"weight_decay": 0.1}
+    if variant != "adamw":
+        kwargs["refresh_every"] = 50
     if variant == "galore":
-        # As with coso directions of inputs are kept; and moments turn with them at a refresh.  5 % over adamw
+        # As with coso directions of inputs are kept; and moments rotate with them at a refresh.  5 % over adamw
         # without these three settings, 1 % with them: one seed, and they were not tried one by one.  More refreshes
-        # alone may not be what helps: fira, whose moments don't turn, gets worse by them (2.022 instead of 1.954).
-        config.optim.low_rank.refresh_every = 20
-        config.optim.low_rank.side = "left"
-        config.optim.low_rank.moments = "rotate"
+        # alone may not be what helps: fira, whose moments don't rotate, gets worse by them (2.022 instead of 1.954).
+        kwargs |= {"refresh_every": 20, "side": "left", "moments": "rotate"}
     if variant == "apollo":
         # A projection to a quarter of the dimensions has half the norm that Adam's step has.
-        config.optim.low_rank.scale = 4.0
+        kwargs["scale"] = 4.0
+    if variant == "coso":
+        kwargs["max_history"] = 1  # of no use in a run of one task
+    config.optim.kwargs = kwargs
     return config

@@ -29,9 +29,9 @@ from subspace_jax import optim, planning, represent, train
 
 ROOT = Path(__file__).parents[2]
 LARGE = "configs/lm/large.py"
-DORA = ("adapter.method=dora", "adapter.rank=384", "optim.weight_decay=0.0", "optim.learning_rate=2e-4")
-LORA = ("adapter.method=lora", "adapter.rank=384", "optim.name=adaprelora", "optim.weight_decay=0.0")
-GALORE = ("optim.name=galore", "optim.low_rank.rank=1024")
+DORA = ("adapter.method=dora", "adapter.rank=384", "optim.kwargs.weight_decay=0.0", "optim.learning_rate=2e-4")
+LORA = ("adapter.method=lora", "adapter.rank=384", "optim.name=adaprelora", "optim.kwargs.weight_decay=0.0")
+GALORE = ("optim.name=galore", "optim.kwargs.rank=1024")
 V5P = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _shared as _projected
-from subspace_jax.optim.projected._shared import Basis
+from subspace_jax.optim._arrays import automatic, spec_of
+from subspace_jax.optim._basis import Basis
 
 PyTree = Any
 
@@ -104,15 +104,15 @@ def _narrow(x, dtype, key):
     if jnp.ndim(x) == 0 or x.dtype != jnp.float32:
         return x, as_it_is
     if dtype == "bfloat16":
-        return _projected.automatic(_to_bfloat16, (x, key), lambda: _projected.spec_of(x)), jnp.zeros((), jnp.float32)
+        return automatic(_to_bfloat16, (x, key), lambda: spec_of(x)), jnp.zeros((), jnp.float32)
     if x.shape[-1] < _SHORTEST_ROW:
         return x, as_it_is
 
     def specs():
-        spec = _projected.spec_of(x)
+        spec = spec_of(x)
         return spec, P(*spec[:-1], None) if len(spec) == x.ndim else spec
 
-    return _projected.automatic(_to_int8, (x, key), specs)
+    return automatic(_to_int8, (x, key), specs)
 
 
 def _widen(x, scale):

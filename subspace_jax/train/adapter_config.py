@@ -97,7 +97,7 @@ def adapter_recipe(method: str) -> dict[str, Any]:
     """
     _check_method(method)
     schedule = "constant" if method == "effort" else "linear"
-    return {"name": "adamw", "learning_rate": _RATES[method], "schedule": schedule, "weight_decay": 0.0}
+    return {"name": "adamw", "learning_rate": _RATES[method], "schedule": schedule, "kwargs.weight_decay": 0.0}
 
 
 def _check_method(method: str) -> None:

@@ -18,6 +18,9 @@ from subspace_jax.train import optimizer
 from subspace_jax.train.fields import as_type_of, flatten, shown, type_name
 from subspace_jax.train.workdir import replacing
 
+# Groups of keyword arguments, whose names the optimizer knows and checks.
+_ARGUMENTS = ("optim.kwargs", "optim.manifold.kwargs")
+
 
 def default_config() -> ConfigDict:
     """Returns the fields that every run has; a task adds its own (``data``, ``model``, …).
@@ -81,7 +84,8 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
     Args:
       config: The config; it is left as it was.
       settings: Assignments with dotted names; values are Python literals, text needs no quotes.  A field that holds a
-        tuple takes ``(4, 8)``, ``[4, 8]`` and ``4,8``.
+        tuple takes ``(4, 8)``, ``[4, 8]`` and ``4,8``.  Fields of ``optim.kwargs`` and ``optim.manifold.kwargs`` may be
+        new.
 
     Returns:
       The changed config.
@@ -95,16 +99,18 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--config.{name}: expected --config.{name}=VALUE")
-        if name not in known:
+        *groups, field = name.split(".")
+        if name not in known and ".".join(groups) not in _ARGUMENTS:
             near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0) or ["--config.FIELD=VALUE"]
             inside = [key for key in known if key.startswith(f"{name}.")]
+            inside = inside or ([f"{name}.NAME"] if name in _ARGUMENTS else [])
             hint = f"it is a group; set one of {', '.join(inside)}" if inside else f"did you mean {near[0]}?"
             raise ValueError(f"--config.{name}: unknown field; {hint}")
-        *groups, field = name.split(".")
         group = config
         for part in groups:
             group = group[part]
-        group[field] = _parse(name, text, known[name])
+        with group.unlocked():
+            group[field] = _parse(name, text, known.get(name))
     return config
 
 

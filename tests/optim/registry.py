@@ -134,8 +134,8 @@ def with_energies(tx):
 
 
 def adaprelora_with_energies(learning_rate, b1=0.9, damping_rel=1e-2, weight_decay=0.1):
-    options = {"b1": b1, "damping_rel": damping_rel, "weight_decay": weight_decay}
-    return with_energies(optim.adaprelora(learning_rate, **options))
+    options = optim.AdaPreLoRAOptions(b1=b1, damping_rel=damping_rel)
+    return with_energies(optim.adaprelora(learning_rate, options, weight_decay=weight_decay))
 
 
 def in_a_chain(scale_by, **options):
@@ -155,8 +155,8 @@ def projected_momentum(
     learning_rate, side="std", method="subspace_iteration", moments="keep", refresh_every=2, fallback=None
 ):
     inner = optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
-    options = {"side": side, "method": method, "moments": moments, "refresh_every": refresh_every}
-    return optim.low_rank_projection(inner, rank_but_for_embeddings, fallback=fallback, **options)
+    options = optim.ProjectionOptions(side, refresh_every, method, moments=moments)
+    return optim.low_rank_projection(inner, rank_but_for_embeddings, options, fallback=fallback)
 
 
 def narrow_galore(learning_rate, dtype="int8"):
@@ -164,7 +164,9 @@ def narrow_galore(learning_rate, dtype="int8"):
 
 
 def galore_in_a_chain(step_size, rank=2, side="std"):
-    return optax.chain(optim.scale_by_galore(rank, side=side), optax.scale_by_learning_rate(step_size))
+    return optax.chain(
+        optim.scale_by_galore(rank, optim.ProjectionOptions(side)), optax.scale_by_learning_rate(step_size)
+    )
 
 
 def decayed_sgd_and_rsgd(learning_rate):
@@ -172,6 +174,7 @@ def decayed_sgd_and_rsgd(learning_rate):
     return optim.with_geometry(euclidean, optim.riemannian_sgd(learning_rate))
 
 
+_TRANSPORTED = optim.AdaPreLoRAOptions(transport=True, clip_rms=1.0)
 _BASES = {"params": stacks_of_bases, "check": orthonormal}
 _RSGD = {"public": "riemannian_sgd", "factory": optim.riemannian_sgd, **_BASES}
 _RADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASES}
@@ -179,9 +182,11 @@ _RADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASE
 # Where the specs of two leaves differ by a trailing None only, JAX may give results the other one's and compile twice.
 _KERNEL_LAYOUT = {"tall": P("data", None, "model"), "wide": P("model", "data"), "embedding": P("data", "model")}
 _KERNELS = {"params": stacks_of_kernels, "needs_params": False, "layout": _KERNEL_LAYOUT}
-_STATIC = ("rank", "refresh_every", "rounds", "seed", "axes")
+_STATIC = ("rank", "refresh_every", "rounds", "seed", "weight_dimension_numbers")
 _PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **_KERNELS, "static": ("refresh_every",)}
 _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
+
+_EXACT = {"method": "svd", "eps": 0.1}
 
 _PAIRS = {
     "params": pairs_of_factors,
@@ -263,9 +268,15 @@ ENTRIES = (
         params=stacks_of_large_kernels,
         needs_params=False,
         layout=_KERNEL_LAYOUT,
-        static=("proj_rank", "sketch_rank", "update_every"),
+        static=("proj_rank", "sketch_rank", "refresh_every"),
         # With a small eps the last bits of entries near zero, and of vectors of near singular values, are blown up.
-        kwargs={"proj_rank": rank_but_for_embeddings, "sketch_rank": 3, "method": "svd", "update_every": 2, "eps": 0.1},
+        kwargs={
+            "proj_rank": rank_but_for_embeddings,
+            "sketch_rank": 3,
+            "method": "svd",
+            "refresh_every": 2,
+            "eps": 0.1,
+        },
     ),
     Entry(
         "project-out",
@@ -287,8 +298,8 @@ ENTRIES = (
         "online-subspace-descent",
         public="online_subspace_descent",
         factory=optim.online_subspace_descent,
-        static=("rank", "period"),
-        kwargs={"rank": 2, "period": 5},
+        static=("rank", "refresh_every"),
+        kwargs={"rank": 2, "refresh_every": 5},
         **_KERNELS,
     ),
     Entry("narrow-state-int8", public="quantize_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
@@ -304,7 +315,9 @@ ENTRIES = (
     Entry(
         "scale-by-adaprelora-projected-transported",
         public="scale_by_adaprelora",
-        factory=in_a_chain(optim.scale_by_adaprelora, stats="projected", transport=True, clip_rms=1.0),
+        factory=in_a_chain(
+            optim.scale_by_adaprelora, options=optim.AdaPreLoRAOptions(transport=True, clip_rms=1.0), stats="projected"
+        ),
         rate="step_size",
         **_PAIRS,
     ),
@@ -346,14 +359,14 @@ ENTRIES = (
         "lora-rite",
         public="lora_rite",
         factory=optim.lora_rite,
-        static=("escape", "balance"),
-        kwargs={"balance": True, "skip_rms": None},
+        static=("balance",),
+        kwargs={"balance": True},
         **_PAIRS,
     ),
     Entry(
         "scale-by-lora-rite",
         public="scale_by_lora_rite",
-        factory=in_a_chain(optim.scale_by_lora_rite, escape=True, clip_norm=None, skip_rms=None),
+        factory=in_a_chain(optim.scale_by_lora_rite, options=optim.LoRARITEOptions(escape=True, clip_norm=None)),
         rate="step_size",
         **_PAIRS,
     ),

@@ -166,7 +166,7 @@ def test_a_cap_on_the_change_of_the_weight_is_kept(x64):
     f, _ = problem(12)
     size = lambda updates: jnp.sqrt(jnp.mean(change(f, updates["a"], updates["b"].T) ** 2))  # noqa: E731
     free, _ = one_step(optim.scale_by_adaprelora(scale=1.7), f)
-    capped, _ = one_step(optim.scale_by_adaprelora(scale=1.7, clip_rms=0.1), f)
+    capped, _ = one_step(optim.scale_by_adaprelora(optim.AdaPreLoRAOptions(clip_rms=0.1), scale=1.7), f)
     assert size(free) > 0.2
     close(size(capped), 0.1)
 
@@ -177,7 +177,8 @@ def test_transported_momenta_follow_factors_that_are_given_another_basis_between
     grads = jnp.asarray(np.random.default_rng(15).standard_normal((3, ROWS, COLUMNS)))
 
     def path(transport, turned):
-        tx = optim.adaprelora(0.05, scale=1.7, damping_rel=0.0, damping_abs=0.0, transport=transport)
+        options = optim.AdaPreLoRAOptions(damping_rel=0.0, damping_abs=0.0, transport=transport)
+        tx = optim.adaprelora(0.05, options, scale=1.7)
         tree = {"a": f.a, "b": f.b.T}
         state = tx.init(tree)
         for i, g in enumerate(grads):
@@ -205,7 +206,7 @@ class Fit:
 
     def init(self, key):
         trainable = adapters.init(key, {"kernel": jnp.zeros(self.base)}, self.rules)
-        return adapters.add_energy_probes(trainable), {}
+        return adapters.add_gradient_probes(trainable), {}
 
     def axes(self):
         names = jax.sharding.PartitionSpec("embed", "mlp")
@@ -219,6 +220,7 @@ class Fit:
         return jnp.mean(jnp.square(error)), (variables, {})
 
 
+@pytest.mark.eight_devices
 def test_one_train_step_delivers_energies_and_8_devices_change_nothing():
     rng = np.random.default_rng(16)
     batches = [{n: rng.standard_normal((32, w)).astype(np.float32) for n, w in (("x", 8), ("y", 16))} for _ in range(2)]

@@ -19,6 +19,13 @@ NEEDED = {
     "scale_by_riemannian_sgd": {"step_size": 0.1},
     "scale_by_riemannian_adam": {"step_size": 0.1},
 }
+# Arguments whose fields count as arguments.
+GROUPS = {
+    **dict.fromkeys(("adaprelora", "scale_by_adaprelora"), ("options", optim.AdaPreLoRAOptions)),
+    **dict.fromkeys(("lora_rite", "scale_by_lora_rite"), ("options", optim.LoRARITEOptions)),
+    **dict.fromkeys(("lora_pro", "scale_by_lora_pro"), ("options", optim.LoRAProOptions)),
+    **dict.fromkeys(("low_rank_projection", "scale_by_galore"), ("projection", optim.ProjectionOptions)),
+}
 TRANSFORMS = [
     name
     for name in optim.__all__
@@ -30,7 +37,7 @@ AT_LEAST_0 = (
     *("damping_rel", "damping_abs", "eps_rel"),
 )
 ABOVE_0 = ("ratio", "clip_rms", "clip_norm", "skip_rms", "update_cap")
-INTEGERS = ("rank", "refresh_every", "rounds", "proj_rank", "sketch_rank", "update_every", "max_history", "period")
+INTEGERS = ("rank", "refresh_every", "rounds", "proj_rank", "sketch_rank", "max_history")
 NONE_MEANS_OFF = ("b1", "momentum", "max_history", "embedding_rate", "clip_rms", "clip_norm", "skip_rms", "update_cap")
 
 CASES = [
@@ -47,7 +54,7 @@ WRONG_TYPES = [
     *((name, True) for name in ("b2", "eps", "weight_decay")),
     *((name, 1.5) for name in INTEGERS),
     *((name, "adam") for name in ("inner", "fallback")),
-    *((name, 3) for name in ("pairs", "axes")),
+    *((name, 3) for name in ("pairs", "weight_dimension_numbers")),
 ]
 
 
@@ -56,12 +63,20 @@ def make(public, **options):
     needed = NEEDED.get(public, {})
     if "learning_rate" in signature.parameters:
         needed = {"learning_rate": 0.1, **needed}
+    if public in GROUPS:
+        group, kind = GROUPS[public]
+        needed = {**needed, group: kind(**{name: options.pop(name) for name in kind._fields if name in options})}
     return getattr(optim, public)(**{**needed, **options})
+
+
+def parameters_of(public):
+    found = set(inspect.signature(getattr(optim, public)).parameters)
+    return found | set(GROUPS[public][1]._fields) if public in GROUPS else found
 
 
 def those_with(name):
     """Names of the transforms that have an argument."""
-    found = [public for public in TRANSFORMS if name in inspect.signature(getattr(optim, public)).parameters]
+    found = [public for public in TRANSFORMS if name in parameters_of(public)]
     assert found, name
     return found
 
@@ -82,7 +97,7 @@ def test_an_argument_of_another_type_is_named(name, value):
 
 @pytest.mark.parametrize("public", TRANSFORMS)
 def test_arrays_schedules_and_the_ends_of_ranges_pass(public):
-    parameters = inspect.signature(getattr(optim, public)).parameters
+    parameters = parameters_of(public)
     make(public)
     for name in parameters:
         if name in (*SHARES, *AT_LEAST_0, *ABOVE_0, "learning_rate", "step_size", "scale"):

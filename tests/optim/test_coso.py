@@ -48,7 +48,7 @@ def test_columns_of_low_joint_rank_are_sketched_exactly(x64, method):
 def test_later_tasks_leave_the_history_alone(side):
     """In stacks of kernels, each with a history of its own."""
     w = jnp.zeros((3, 12, 10))
-    tx = optim.coso(0.1, 2, 4, side=side, update_every=2)
+    tx = optim.coso(0.1, 2, 4, side=side, refresh_every=2)
     step, state = jax.jit(tx.update), tx.init(w)
     for task in range(3):
         start, held = w, state.history
@@ -105,13 +105,13 @@ def test_bad_input_is_refused():
         ((0.1, 0), {}, "rank"),
         ((0.1, 4, 3), {}, "sketch_rank"),
         ((0.1, 2, 3), {"side": "left"}, "side"),
-        ((0.1, 2, 3), {"update_every": 0}, "update_every"),
+        ((0.1, 2, 3), {"refresh_every": 0}, "refresh_every"),
         ((0.1, 2, 3), {"method": "qr"}, "method"),
     ):
         with pytest.raises(ValueError, match=message):
             optim.coso(*arguments, **options)
-    with pytest.raises(TypeError, match="update_every"):
-        optim.coso(0.1, 2, 3, update_every=jnp.asarray(2))
+    with pytest.raises(TypeError, match="refresh_every"):
+        optim.coso(0.1, 2, 3, refresh_every=jnp.asarray(2))
     w, tx = jnp.zeros((8, 6)), optim.coso(0.1, 2, 3, max_history=1, weight_decay=0.1)
     with pytest.raises(ValueError, match="sketch_rank"):
         optim.coso(0.1, 2, 6).init(w)

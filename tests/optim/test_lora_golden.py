@@ -77,8 +77,8 @@ def test_adaprelora_takes_the_steps_of_the_oracle(x64, golden, stats, cases):
     @jax.jit
     def path_of(start, grads, hyper):
         lr, wd, b1, b2, d_rel, d_abs, s, e_rel = hyper
-        options = {"damping_rel": d_rel, "damping_abs": d_abs, "eps_rel": e_rel, "weight_decay": wd}
-        tx = optim.adaprelora(lr, scale=s, stats=stats, b1=b1, b2=b2, **options)
+        options = optim.AdaPreLoRAOptions(b1, b2, d_rel, d_abs, e_rel)
+        tx = optim.adaprelora(lr, options, scale=s, stats=stats, weight_decay=wd)
         return run(tx, start, grads, s, energies=stats == "full")
 
     for case in cases:
@@ -89,8 +89,9 @@ def test_adaprelora_takes_the_steps_of_the_oracle(x64, golden, stats, cases):
         assert_close(states[0].energy["b"], data[f"{case}_L"])
 
 
-def rite(**options):
-    return optim.lora_rite(0.01, b1=0.9, b2=0.95, clip_norm=None, skip_rms=None, **options)
+def rite(weight_decay=0.0, balance=False, **options):
+    options = optim.LoRARITEOptions(b1=0.9, b2=0.95, clip_norm=None, **options)
+    return optim.lora_rite(0.01, options, weight_decay=weight_decay, balance=balance)
 
 
 SCALED_ADAMW = {"reg": 1e-4, "gauss_seidel": True}
@@ -126,7 +127,7 @@ def test_lora_pro_is_that_of_the_oracle(x64, golden):
     s = float(data["pro_scale"])
     f = tall(data, "pro", s)
     start = {"a": f.a, "b": f.b.T}
-    tx = optim.scale_by_lora_pro(scale=s, method="sgd", delta=0.0)
+    tx = optim.scale_by_lora_pro(optim.LoRAProOptions(delta=0.0), scale=s, method="sgd")
     updates, _ = tx.update({"a": f.grad_a, "b": f.grad_b.T}, tx.init(start), start)
     assert_close(updates["a"].T, data["pro_dA"])
     assert_close(updates["b"].T, data["pro_dB"])

@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from subspace_jax import optim
-from subspace_jax.optim.projected.fira import _apollo
+from subspace_jax.optim import _adam
+from subspace_jax.optim.projected._scaled_gradient import scale_gradients
+from subspace_jax.optim.projected.apollo import apollo_step
 
 # The golden files are reproduced to 4e-13 by an independent version; their specification asks for these.
 RTOL, ATOL = 1e-9, 1e-11
@@ -101,20 +103,20 @@ def test_apollo_takes_the_steps_of_the_reference(x64, golden, shape, case):
     """With the projections of the reference, whose random numbers are not ours."""
     data = golden("coso/apollo_adamw")
     stored = jnp.asarray(data[f"{shape}_{case}_R"])
-    tx = _apollo(
+    adam = 0.9, 0.999, float(data["eps"])
+    limiter = case != "channelnonl"
+    step = apollo_step(
         lambda plan, g, step, _: g @ stored[step].T if shape == "tall" else stored[step].T @ g,
-        float(data["lr"]),
-        1 if case.startswith("tensor") else int(data["rank"]),
         refresh_every=1,
         scaling="tensor" if case.startswith("tensor") else "channel",
         scale=16.0 if case.startswith("tensor") else 1.0,
         scale_front=case == "tensorfront",
-        limiter=case != "channelnonl",
-        b1=0.9,
-        b2=0.999,
-        eps=float(data["eps"]),
-        weight_decay=0.0,
+        limiter=limiter,
+        adam=adam,
     )
+    rank, options = 1 if case.startswith("tensor") else int(data["rank"]), optim.ProjectionOptions(refresh_every=1)
+    scaled = scale_gradients(step, rank, options, adam, with_bases=False, limiter=limiter)
+    tx = optax.chain(scaled, _adam.descend(float(data["lr"]), 0.0))
     path, _ = run(tx, data[f"{shape}_{case}_W0"], data[f"{shape}_{case}_grads"])
     assert_close(path, data[f"{shape}_{case}_params"])
 
@@ -130,7 +132,7 @@ def test_coso_takes_the_steps_of_the_reference_over_three_tasks(x64, golden, cas
         float(case["lr"]),
         int(data["proj_rank"]),
         int(data["rank"]),
-        update_every=int(case["update_gap"]),
+        refresh_every=int(case["update_gap"]),
         decay=float(case["db_decay"]),
         side=side,
         eps=float(case["eps"]),
@@ -172,7 +174,7 @@ def test_online_subspace_descent_takes_the_steps_of_the_reference(x64, golden, s
     tx = optim.online_subspace_descent(
         float(data["lr"]),
         int(data["rank"]),
-        period=int(data["update_proj_gap"]),
+        refresh_every=int(data["update_proj_gap"]),
         scale=float(data["scale"]),
         tracker=tracker,
         eps=float(data["eps"]),

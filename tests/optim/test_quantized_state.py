@@ -21,10 +21,10 @@ def bytes_of(tree):
 def test_bytes_are_those_of_the_formula():
     params = {"kernel": jnp.zeros((3, 64, 32)), "bias": jnp.zeros(32)}
     options = {"rank": lambda path, shape: 16 if path == "kernel" else None}
-    basis, numbers, rows, counters = 4 * 3 * 32 * 16, 2 * (3 * 64 * 16 + 32), 2 * (3 * 64 + 1), 4 * 4
-    # One number for a basis that a leaf doesn't have; a mark for each of the three inner counters, and in bfloat16 for
-    # each of the four moments.
-    absent, marks = 4 * 3, 3
+    basis, numbers, rows, counters = 4 * 3 * 32 * 16, 2 * (3 * 64 * 16 + 32), 2 * (3 * 64 + 1), 4 * 5
+    # A placeholder for the side without a basis; a mark for each of the four inner counters, and in bfloat16 for each
+    # of the four moments.
+    absent, marks = 4, 4
     for dtype, moments in (("bfloat16", 2 * numbers + 4 * 4), ("int8", numbers + 4 * rows)):
         state = jax.eval_shape(optim.quantize_state(optim.galore(0.1, **options), dtype).init, params)
         assert bytes_of(state) == basis + absent + moments + marks + counters, dtype

@@ -58,7 +58,7 @@ CASES = [
     # along a part of fsdp have no name.
     (
         "lm/tiny.py",
-        ["adapter.method=lora", "optim.name=adaprelora", "optim.weight_decay=0.0", "model.dtype=bfloat16",
+        ["adapter.method=lora", "optim.name=adaprelora", "optim.kwargs.weight_decay=0.0", "model.dtype=bfloat16",
          "data.batch_size=64"],
         "v5e:2x4",
         {"fsdp": 4, "tensor": 2},

@@ -43,7 +43,7 @@ def test_settings_take_the_type_of_the_field(config):
     [
         ("optim.learning_rat=1", "--config.optim.learning_rat: unknown field; did you mean optim.learning_rate?"),
         ("train.stps=1", "--config.train.stps: unknown field; did you mean train.steps?"),
-        ("optim.grasmann.name=riemannian_sgd", "unknown field; did you mean optim.grassmann.name?"),
+        ("optim.manifol.name=riemannian_sgd", "unknown field; did you mean optim.manifold.name?"),
         ("lerning_rate=1", "unknown field; did you mean optim.learning_rate?"),
         ("mesh=8", "unknown field; it is a group; set one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         ("train.steps", "--config.train.steps: expected --config.train.steps=VALUE"),
@@ -112,7 +112,7 @@ def test_saved_configs_read_back_and_do_not_differ(config, tmp_path):
     train.save_config(config, tmp_path / "config.json")
     back = train.read_config(tmp_path / "config.json")
     assert train.differing_fields(back, config) == []
-    assert back.optim.grassmann.to_dict() == config.optim.grassmann.to_dict()
+    assert back.optim.manifold.to_dict() == config.optim.manifold.to_dict()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -182,7 +182,7 @@ def test_override_reads_values_as_they_are_written(config, setting, value):
 @pytest.mark.parametrize(
     "setting",
     [
-        *("train.steps=1e-3", "train.steps=None", "data.augment=yes", "optim.learning_rate=True", "optim.b1=nan"),
+        *("train.steps=1e-3", "train.steps=None", "data.augment=yes", "optim.learning_rate=True", "optim.final_scale=nan"),
         *("model.dims=None", "model.dims=(1.5,)", "model.dims=" + "(" * 500, "train.steps={[]: 1}"),
     ],
     ids=lambda setting: setting[:30],

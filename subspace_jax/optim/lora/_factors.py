@@ -4,6 +4,7 @@ A pair is ``a [..., in, r]`` and ``b [..., r, out]`` of an update ``s a b``; lea
 sees both factors tall, ``a`` and ``b^T``, so that what holds of one holds of the other.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -15,9 +16,8 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _adam
-from subspace_jax.optim.projected import _shared as _projected
+from subspace_jax.optim import _adam, _checks
+from subspace_jax.optim._arrays import absent, automatic, spec_of
 
 PyTree = Any
 PairRule = Callable[[str], tuple[str, str] | None]
@@ -142,7 +142,6 @@ def on_factors(
     fallback: optax.GradientTransformation | None,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     with_energies: bool = False,
-    unused: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """A transform of pairs, and another one for all other leaves.
 
@@ -157,7 +156,6 @@ def on_factors(
       fallback: For other leaves; Adam by default.
       scale: Scale of the update, a number, a tuple over stacked layers, or a rule of the pair's name.
       with_energies: Whether each pair must have energies.
-      unused: Fields of the state that are None: what they are for is switched off.
 
     Returns:
       The transform.
@@ -168,16 +166,17 @@ def on_factors(
     _checks.check_rule("pairs", pairs)
     fallback = optax.with_extra_args_support(fallback)
     check_scale(scale)
-    used = [field not in unused for field in kind._fields[1:-1]]
+    example = jax.eval_shape(start, *(jnp.zeros((1, 1)),) * 2)
+    # A tree of which no factor keeps anything is None in the state.
+    used = [bool(jax.tree.leaves(slots)) for slots in example]
 
-    def others(found, leaves, structure):
-        ours = {i for pair in found for i in (pair.a, pair.b, *(pair.probes or ()))}
-        return structure.unflatten([optax.MaskedNode() if i in ours else x for i, x in enumerate(leaves)])
+    def trees(structure, columns):
+        return [structure.unflatten(column) if keep else None for column, keep in zip(columns, used, strict=True)]
 
     def init(params):
         found, structure = find_pairs(params, rule)
         leaves = jax.tree.leaves(params)
-        columns = [[_projected.absent(x) for x in leaves] for _ in used]
+        columns = [[absent(x) for x in leaves] for _ in used]
         for pair in found:
             factors = [leaves[i] for i in (pair.a, pair.b)]
             dtype = linalg.working_dtype(*factors)
@@ -185,11 +184,24 @@ def on_factors(
             for column, slots in zip(columns, made, strict=True):
                 for i, slot in zip((pair.a, pair.b), slots, strict=True):
                     column[i] = column[i] if slot is None else slot
-        rest = fallback.init(others(found, leaves, structure))
+        rest = fallback.init(_others(found, leaves, structure))
         return kind(jnp.zeros((), jnp.int32), *trees(structure, columns), rest)
 
-    def trees(structure, columns):
-        return [structure.unflatten(column) if keep else None for column, keep in zip(columns, used, strict=True)]
+    def run(found, count, seen):
+        factors, olds = [], []
+        for pair, (w, g, slots, both) in zip(found, seen, strict=True):
+            dtype = linalg.working_dtype(*w)
+            a, b, ga, gb = (x.astype(dtype) for x in (*w, *g))
+            s = scale_of(scale, pair.name, a.shape[:-2], dtype)
+            both = None if both is None else tuple(e.astype(dtype) for e in both)
+            factors.append(Factors(a, b.mT, ga, gb.mT, s, both))
+            olds.append(tuple((x, _transposed(y, b.ndim)) for x, y in slots))
+        directions, news = step(count, factors, olds)
+        made = []
+        for (_, g, *_), (da, db), slots in zip(seen, directions, news, strict=True):
+            updates = [da.astype(g[0].dtype), db.mT.astype(g[1].dtype)]
+            made.append((updates, [(x, _transposed(y, g[1].ndim)) for x, y in slots]))
+        return made
 
     def update(updates, state, params=None, *, energies: Energies | None = None, **extra_args):
         _checks.require_params(params, "the current factors, from which a step is computed")
@@ -201,41 +213,21 @@ def on_factors(
         ]
         seen = []
         for pair in found:
-            both = None
-            if with_energies:
-                both = _energies(pair, leaves, energies, jnp.shape(weights[pair.a]), jnp.shape(weights[pair.b]))
+            ends = pair.a, pair.b
+            both = _energies(pair, leaves, energies, [jnp.shape(weights[i]) for i in ends]) if with_energies else None
             slots = [(column[pair.a], column[pair.b]) for column in columns]
-            seen.append(([weights[pair.a], weights[pair.b]], [leaves[pair.a], leaves[pair.b]], slots, both))
+            seen.append(([weights[i] for i in ends], [leaves[i] for i in ends], slots, both))
         count = optax.safe_increment(state.count)
-
-        def run(count, seen):
-            factors, olds = [], []
-            for pair, (w, g, slots, both) in zip(found, seen, strict=True):
-                dtype = linalg.working_dtype(*w)
-                a, b, ga, gb = (x.astype(dtype) for x in (*w, *g))
-                s = scale_of(scale, pair.name, a.shape[:-2], dtype)
-                both = None if both is None else tuple(e.astype(dtype) for e in both)
-                factors.append(Factors(a, b.mT, ga, gb.mT, s, both))
-                olds.append(tuple((x, _turned(y, b.ndim)) for x, y in slots))
-            directions, news = step(count, factors, olds)
-            made = []
-            for (_, g, *_), (da, db), slots in zip(seen, directions, news, strict=True):
-                updates = [da.astype(g[0].dtype), db.mT.astype(g[1].dtype)]
-                made.append((updates, [(x, _turned(y, g[1].ndim)) for x, y in slots]))
-            return made
-
-        def specs():
-            return [(_projected.spec_of(g), _projected.spec_of(slots)) for _, g, slots, _ in seen]
-
-        made = _projected.automatic(run, (count, seen), specs) if found else []
-        known = others(found, weights, structure)
-        rest, after = fallback.update(others(found, leaves, structure), state.fallback, known, **extra_args)
+        specs = lambda: [(spec_of(g), spec_of(slots)) for _, g, slots, _ in seen]  # noqa: E731
+        made = automatic(functools.partial(run, found), (count, seen), specs) if found else []
+        known = _others(found, weights, structure)
+        rest, after = fallback.update(_others(found, leaves, structure), state.fallback, known, **extra_args)
         out = [
             x if isinstance(x, optax.MaskedNode) else x.astype(g.dtype)
             for x, g in zip(structure.flatten_up_to(rest), leaves, strict=True)
         ]
-        for pair, ((da, db), slots) in zip(found, made, strict=True):
-            out[pair.a], out[pair.b] = da, db
+        for pair, (directions, slots) in zip(found, made, strict=True):
+            out[pair.a], out[pair.b] = directions
             for i in pair.probes or ():
                 out[i] = jnp.zeros_like(leaves[i])
             for column, (at_a, at_b) in zip(columns, slots, strict=True):
@@ -245,20 +237,26 @@ def on_factors(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _turned(x, axes):
+def _others(found, leaves, structure):
+    """The leaves that are no factors, with holes for the others."""
+    ours = {i for pair in found for i in (pair.a, pair.b, *(pair.probes or ()))}
+    return structure.unflatten([optax.MaskedNode() if i in ours else x for i, x in enumerate(leaves)])
+
+
+def _transposed(x, axes):
     return x.mT if x is not None and x.ndim == axes else x
 
 
-def _energies(pair, leaves, given, a, b):
+def _energies(pair, leaves, given, shapes):
     label = pair.name or "the pair"
     if given is not None and pair.name in given:
         rows, columns = given[pair.name]
-        _check_energies(label, a, b, rows, columns)
+        _check_energies(label, *shapes, rows, columns)
         return rows, columns
     if pair.probes is None:
         raise ValueError(
             f"energies: {label} has none, which the statistic 'full' is made of; expected energy probes beside its "
-            f"factors (adapters.add_energy_probes), or energies[{pair.name!r}] as an argument of update; the "
+            f"factors (adapters.add_gradient_probes), or energies[{pair.name!r}] as an argument of update; the "
             f"statistics 'sum' and 'projected' need none"
         )
     return tuple(leaves[i] for i in pair.probes)

@@ -8,10 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
+from subspace_jax.optim import _adam, _checks
 from subspace_jax.optim.lora import _factors
 from subspace_jax.optim.lora._factors import Factors, PairRule, ScaleRule
-from subspace_jax.optim.projected import _adam
 
 PyTree = Any
 
@@ -38,19 +37,36 @@ class AdaPreLoRAState(NamedTuple):
     fallback: optax.OptState
 
 
+class AdaPreLoRAOptions(NamedTuple):
+    """Numbers of :func:`adaprelora`.
+
+    Attributes:
+      b1: Decay of the momentum, None for none.
+      b2: Decay of the energies.
+      damping_rel: Share of the mean diagonal that is added to the r x r matrices.
+      damping_abs: The same, as a share of the mean weight.
+      eps_rel: Share of the mean energy that is added to each.
+      clip_rms: Cap on the root mean square of the first-order change of a weight, None for none.
+      transport: Whether momenta follow the partner's change of basis; steps then do not depend on how the update is
+        factored.
+    """
+
+    b1: ArrayLike | None = 0.9
+    b2: ArrayLike = 0.999
+    damping_rel: ArrayLike = 1e-2
+    damping_abs: ArrayLike = 1e-8
+    eps_rel: ArrayLike = 1e-8
+    clip_rms: ArrayLike | None = None
+    transport: bool = False
+
+
 def adaprelora(
     learning_rate: optax.ScalarOrSchedule = 2e-4,
+    options: AdaPreLoRAOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     stats: str = "full",
-    b1: ArrayLike | None = 0.9,
-    b2: ArrayLike = 0.999,
-    damping_rel: ArrayLike = 1e-2,
-    damping_abs: ArrayLike = 1e-8,
-    eps_rel: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
-    clip_rms: ArrayLike | None = None,
-    transport: bool = False,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,32 +76,25 @@ def adaprelora(
     steps whose first-order change of the weight is nearest to ``G / H`` in the norm weighted by H, this takes the one
     that is balanced between both factors, by two r x r inverses.  Steps have the size of Adam's.
 
-    State of a pair: ``(in + out)(r + 1)`` numbers, ``in + out`` without momentum, and ``(in + out) r`` more with
-    transport.  Cost of a step: ``O((in + out) r^2 + r^3)``; energies for "full" cost the product ``x^T dy`` besides,
-    in the backward pass.  Nothing of the weight's size is made.
+    State of a pair: ``(in + out)(r + 1)`` entries, ``in + out`` without momentum, and ``(in + out) r`` more with
+    transport.  Cost of a step: ``O((in + out) r^2 + r^3)``; energies for "full" cost the matmul ``x^T dy`` besides,
+    in the backward pass.  No array has the size of the weight.
 
     The statistic "full" takes the energies of the true gradient.  They arrive as gradients of probes beside the
-    factors (:func:`subspace_jax.adapters.add_energy_probes`), so that a train step needs no change; keep clipping by
-    the global norm from them.  Or ``update(..., energies={"path/of/pair": (rows, columns)})`` gives them: sums of
+    factors (:func:`subspace_jax.adapters.add_gradient_probes`), so that a train step needs no change; exclude them from
+    clipping by the global norm.  Or ``update(..., energies={"path/of/pair": (rows, columns)})`` gives them: sums of
     squares ``[..., in]`` and ``[..., out]``, of :func:`subspace_jax.kernels.weight_grad_energy`.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
+      options: Decays, damping and limits.
       scale: The scale s of the update (that of the :class:`subspace_jax.adapters.LoRA`): a number, a tuple over
         stacked layers, or a rule of the path of the pair.
       stats: "full"; "sum", of ``a grad_b + grad_a b``, whose size is that of the factors and which trains badly; or
         "projected", of the part of G that the factors' gradients determine.
-      b1: Decay of the momentum, None for none.
-      b2: Decay of the energies.
-      damping_rel: Share of the mean diagonal that is added to the r x r matrices.
-      damping_abs: The same, as a share of the mean weight.
-      eps_rel: Share of the mean energy that is added to each.
       weight_decay: Decoupled, for all leaves.
-      clip_rms: Cap on the root mean square of the first-order change of a weight, None for none.
-      transport: Whether momenta follow the partner's change of basis; steps then do not depend on how the update is
-        split into its factors.
       pairs: Rule of the path of a leaf that gives ``(name of the pair, role)``, roles "a", "b", "row_energy" and
-        "column_energy", or None.  By default leaves called so (or lora_a, lora_b) under one parent.
+        "column_energy", or None.  By default leaves of these names (or lora_a, lora_b) under one parent.
       fallback: Transform for all other leaves, which gives directions of ascent; Adam by default.
 
     Returns:
@@ -106,48 +115,24 @@ def adaprelora(
       >>> state[0].energy["q"]["b"].shape
       (4,)
     """
-    scaled = scale_by_adaprelora(
-        scale=scale,
-        stats=stats,
-        b1=b1,
-        b2=b2,
-        damping_rel=damping_rel,
-        damping_abs=damping_abs,
-        eps_rel=eps_rel,
-        clip_rms=clip_rms,
-        transport=transport,
-        pairs=pairs,
-        fallback=fallback,
-    )
+    scaled = scale_by_adaprelora(options, scale=scale, stats=stats, pairs=pairs, fallback=fallback)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay, after=False))
 
 
 def scale_by_adaprelora(
+    options: AdaPreLoRAOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     stats: str = "full",
-    b1: ArrayLike | None = 0.9,
-    b2: ArrayLike = 0.999,
-    damping_rel: ArrayLike = 1e-2,
-    damping_abs: ArrayLike = 1e-8,
-    eps_rel: ArrayLike = 1e-8,
-    clip_rms: ArrayLike | None = None,
-    transport: bool = False,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The directions of :func:`adaprelora`, positive ascends, for use in a chain.
 
     Args:
-      scale: See :func:`adaprelora`, as all others.
+      options: This and other arguments: see :func:`adaprelora`.
+      scale: Scale of the update.
       stats: Which energies.
-      b1: Decay of the momentum.
-      b2: Decay of the energies.
-      damping_rel: Relative damping.
-      damping_abs: Absolute damping.
-      eps_rel: Relative floor of energies.
-      clip_rms: Cap on the change of a weight.
-      transport: Whether momenta follow the basis.
       pairs: Which leaves are factors.
       fallback: Transform for other leaves.
 
@@ -164,14 +149,15 @@ def scale_by_adaprelora(
       >>> tx = optax.chain(optim.scale_by_adaprelora(stats="projected"), optax.scale_by_learning_rate(1e-3))
     """
     _checks.check_choice("stats", stats, STATISTICS)
+    options = options or AdaPreLoRAOptions()
+    b1, b2, damping_rel, damping_abs, eps_rel, clip_rms, transport = options
     if b1 is not None:
         _checks.check_number("b1", b1, 0, 1)
     _checks.check_number("b2", b2, 0, 1)
-    for name, value in (("damping_rel", damping_rel), ("damping_abs", damping_abs), ("eps_rel", eps_rel)):
-        _checks.check_number(name, value, 0)
+    for name in ("damping_rel", "damping_abs", "eps_rel"):
+        _checks.check_number(name, getattr(options, name), 0)
     if clip_rms is not None:
         _checks.check_number("clip_rms", clip_rms, 0, closed=False)
-    unused = [name for name, used in (("momentum", b1 is not None), ("previous", transport)) if not used]
 
     def start(a, b):
         momentum = (None, None) if b1 is None else (_factors.zeros(a), _factors.zeros(b))
@@ -219,7 +205,6 @@ def scale_by_adaprelora(
         fallback=fallback,
         scale=scale,
         with_energies=stats == "full",
-        unused=tuple(unused),
     )
 
 

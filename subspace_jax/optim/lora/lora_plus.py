@@ -8,10 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
+from subspace_jax.optim import _adam, _checks
 from subspace_jax.optim.lora import _factors
 from subspace_jax.optim.lora._factors import PairRule
-from subspace_jax.optim.projected import _adam
 
 
 class LoRAPlusState(NamedTuple):

@@ -9,11 +9,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
+from subspace_jax.optim import _adam, _checks
+from subspace_jax.optim._arrays import automatic, spec_of
 from subspace_jax.optim.lora import _factors
 from subspace_jax.optim.lora._factors import Factors, PairRule, ScaleRule
-from subspace_jax.optim.projected import _adam
-from subspace_jax.optim.projected import _shared as _projected
 
 PyTree = Any
 
@@ -37,15 +36,29 @@ class LoRAProState(NamedTuple):
     fallback: optax.OptState
 
 
+class LoRAProOptions(NamedTuple):
+    """Numbers of :func:`lora_pro`.
+
+    Attributes:
+      b1: Decay of Adam's first moment.
+      b2: Decay of Adam's second moment.
+      eps: Added to the root of the corrected second moment.
+      delta: Added to the diagonals of the r x r matrices that are inverted; at least what rounding asks for, ``16 eps``
+        of their trace, so that factors of any rank are stepped.
+    """
+
+    b1: ArrayLike = 0.9
+    b2: ArrayLike = 0.999
+    eps: ArrayLike = 1e-8
+    delta: ArrayLike = 1e-8
+
+
 def lora_pro(
     learning_rate: optax.ScalarOrSchedule,
+    options: LoRAProOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     method: str = "adamw",
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    delta: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -59,14 +72,10 @@ def lora_pro(
     state of a pair is ``2 in out`` numbers, those of full fine-tuning.  "sgd" has no state but a counter.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
+      options: Decays and damping.
       scale: See :func:`adaprelora`.
       method: "adamw" or "sgd".
-      b1: Decay of Adam's first moment.
-      b2: Decay of Adam's second moment.
-      eps: Added to the root of the corrected second moment.
-      delta: Added to the diagonals of the r x r matrices that are inverted; at least what rounding asks for, ``16 eps``
-        of their trace, so that factors of any rank are stepped.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
       fallback: See :func:`adaprelora`.
@@ -86,32 +95,24 @@ def lora_pro(
       >>> tx = optim.lora_pro(1e-3, scale=2.0, method="sgd")
       >>> updates, state = tx.update(factors, tx.init(factors), factors)
     """
-    scaled = scale_by_lora_pro(
-        scale=scale, method=method, b1=b1, b2=b2, eps=eps, delta=delta, pairs=pairs, fallback=fallback
-    )
+    scaled = scale_by_lora_pro(options, scale=scale, method=method, pairs=pairs, fallback=fallback)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay, after=False))
 
 
 def scale_by_lora_pro(
+    options: LoRAProOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     method: str = "adamw",
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    delta: ArrayLike = 1e-8,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The directions of :func:`lora_pro`, positive ascends, for use in a chain.
 
     Args:
-      scale: See :func:`lora_pro`, as all others.
+      options: This and other arguments: see :func:`lora_pro`.
+      scale: Scale of the update.
       method: "adamw" or "sgd".
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      delta: Added to diagonals.
       pairs: Which leaves are factors.
       fallback: Transform for other leaves.
 
@@ -128,6 +129,7 @@ def scale_by_lora_pro(
       >>> tx = optax.chain(optim.scale_by_lora_pro(method="sgd"), optax.trace(0.9), optax.scale_by_learning_rate(0.1))
     """
     _checks.check_choice("method", method, METHODS)
+    b1, b2, eps, delta = options or LoRAProOptions()
     _checks.check_moments(b1, b2, eps)
     _checks.check_number("delta", delta, 0)
 
@@ -155,21 +157,21 @@ def scale_by_lora_pro(
         return [directions for directions, _ in made], [new for _, new in made]
 
     shared = {"pairs": pairs, "fallback": fallback, "scale": scale}
-    return _factors.on_factors(LoRAProState, start, step, unused=("mu", "nu") if method == "sgd" else (), **shared)
+    return _factors.on_factors(LoRAProState, start, step, **shared)
 
 
 def _zeros_of_the_weight(a, b):
     dtype = linalg.working_dtype(a, b)
 
     def specs():
-        rows, columns = ([*spec, *[None] * (a.ndim - len(spec))] for spec in map(_projected.spec_of, (a, b)))
+        rows, columns = ([*spec, *[None] * (a.ndim - len(spec))] for spec in map(spec_of, (a, b)))
         # A mesh axis that splits both sides of the weight can split only one of them here.
         return P(*rows[:-1], None if columns[-1] in rows else columns[-1])
 
     def run(a, b):
         return jnp.zeros_like(jnp.max(a, axis=-1, keepdims=True) * jnp.max(b, axis=-2, keepdims=True), dtype)
 
-    return _projected.automatic(run, (a, b), specs)
+    return automatic(run, (a, b), specs)
 
 
 def nearest(f: Factors, delta: ArrayLike) -> tuple[jax.Array, jax.Array]:

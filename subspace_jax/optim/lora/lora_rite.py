@@ -9,11 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
+from subspace_jax.optim import _adam, _checks
+from subspace_jax.optim._arrays import automatic, spec_of
 from subspace_jax.optim.lora import _factors
 from subspace_jax.optim.lora._factors import PairRule
-from subspace_jax.optim.projected import _adam
-from subspace_jax.optim.projected import _shared as _projected
 
 PyTree = Any
 
@@ -38,16 +37,34 @@ class LoRARITEState(NamedTuple):
     fallback: optax.OptState
 
 
+class LoRARITEOptions(NamedTuple):
+    """Numbers of :func:`lora_rite`.
+
+    Attributes:
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the eigenvalues of the second moment.
+      clip_norm: Cap on the common norm of the unmagnified gradients of all factors, None for none.
+      skip_rms: A factor whose unmagnified gradient, before the cap, has a larger root mean square has no step; None,
+        the default, for no limit.  It is in units of the loss: the authors' code has 1, for means over tokens.  A loss
+        that is summed over a batch may be above it at every step, and then nothing moves.
+      escape: Whether what a second moment loses by rotations is added to it.
+      update_cap: Cap on the root mean square of a first moment where it is used, None for none.
+    """
+
+    b1: ArrayLike = 0.9
+    b2: ArrayLike = 0.999
+    eps: ArrayLike = 1e-6
+    clip_norm: ArrayLike | None = 1.0
+    skip_rms: ArrayLike | None = None
+    escape: bool = False
+    update_cap: ArrayLike | None = None
+
+
 def lora_rite(
     learning_rate: optax.ScalarOrSchedule,
+    options: LoRARITEOptions | None = None,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-6,
-    clip_norm: ArrayLike | None = 1.0,
-    skip_rms: ArrayLike | None = None,
-    escape: bool = False,
-    update_cap: ArrayLike | None = None,
     balance: bool = False,
     weight_decay: ArrayLike = 0.0,
     pairs: PairRule | None = None,
@@ -63,16 +80,8 @@ def lora_rite(
     of r x r matrices, two singular value and two eigenvalue decompositions, six of the latter with ``escape``.
 
     Args:
-      learning_rate: Number, or schedule of the step.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the eigenvalues of the second moment.
-      clip_norm: Cap on the common norm of the unmagnified gradients of all factors, None for none.
-      skip_rms: A factor whose unmagnified gradient, before the cap, has a larger root mean square is taken for one
-        without gradient; None, the default, for none.  It is in units of the loss: the authors' code has 1, for means
-        over tokens.  A loss that is summed over a batch may be above it at every step, and then nothing moves.
-      escape: Whether what a second moment loses by rotations is added to it.
-      update_cap: Cap on the root mean square of a first moment where it is used, None for none.
+      learning_rate: Fixed learning rate or schedule.
+      options: Decays and limits.
       balance: Whether both factors are brought to one norm after every step.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
@@ -96,43 +105,21 @@ def lora_rite(
       >>> state[0].second["q"]["a"].shape
       (2, 2)
     """
-    scaled = scale_by_lora_rite(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        clip_norm=clip_norm,
-        skip_rms=skip_rms,
-        escape=escape,
-        update_cap=update_cap,
-        pairs=pairs,
-        fallback=fallback,
-    )
+    scaled = scale_by_lora_rite(options, pairs=pairs, fallback=fallback)
     parts = [scaled, _adam.descend(learning_rate, weight_decay, after=False)]
     return optax.chain(*parts, _balanced(pairs)) if balance else optax.chain(*parts)
 
 
 def scale_by_lora_rite(
+    options: LoRARITEOptions | None = None,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-6,
-    clip_norm: ArrayLike | None = 1.0,
-    skip_rms: ArrayLike | None = None,
-    escape: bool = False,
-    update_cap: ArrayLike | None = None,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The directions of :func:`lora_rite`, positive ascends, for use in a chain.
 
     Args:
-      b1: See :func:`lora_rite`, as all others.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      clip_norm: Cap on the norm of all.
-      skip_rms: Largest gradient that is followed.
-      escape: Whether losses by rotations are made up for.
-      update_cap: Cap on the first moment.
+      options: This and other arguments: see :func:`lora_rite`.
       pairs: Which leaves are factors.
       fallback: Transform for other leaves.
 
@@ -146,11 +133,13 @@ def scale_by_lora_rite(
     Examples:
       >>> import optax
       >>> from subspace_jax import optim
-      >>> tx = optax.chain(optim.scale_by_lora_rite(escape=True), optax.scale_by_learning_rate(1e-3))
+      >>> scaled = optim.scale_by_lora_rite(optim.LoRARITEOptions(escape=True))
+      >>> tx = optax.chain(scaled, optax.scale_by_learning_rate(1e-3))
     """
-    _checks.check_moments(b1, b2, eps)
-    for name, value in (("clip_norm", clip_norm), ("skip_rms", skip_rms), ("update_cap", update_cap)):
-        if value is not None:
+    options = options or LoRARITEOptions()
+    _checks.check_moments(options.b1, options.b2, options.eps)
+    for name in ("clip_norm", "skip_rms", "update_cap"):
+        if (value := getattr(options, name)) is not None:
             _checks.check_number(name, value, 0, closed=False)
 
     def start(a, b):
@@ -164,7 +153,7 @@ def scale_by_lora_rite(
         def like():
             return _factors.zeros(a), _factors.zeros(b)
 
-        lost = tuple(_factors.zeros(jnp.max(x, axis=-1), -1) for x in (a, b)) if escape else (None, None)
+        lost = tuple(_factors.zeros(jnp.max(x, axis=-1), -1) for x in (a, b)) if options.escape else (None, None)
         return like(), (square(), square()), lost, like()
 
     def step(t, factors, slots):
@@ -175,8 +164,8 @@ def scale_by_lora_rite(
             sides.append(_side(f.grad_a, qb, rb, momentum[0], second[0], lost[0], basis[1]))
             sides.append(_side(f.grad_b, qa, ra, momentum[1], second[1], lost[1], basis[0]))
         free = [linalg.times(s.grad, s.inverse) for s in sides]
-        free = _limited(free, clip_norm, skip_rms)
-        made = [_moved(t, u, s, b1, b2, eps, update_cap, escape) for u, s in zip(free, sides, strict=True)]
+        free = _limited(free, options.clip_norm, options.skip_rms)
+        made = [_moved(t, u, s, options) for u, s in zip(free, sides, strict=True)]
         directions, news = [], []
         for i in range(0, len(made), 2):
             (da, ma, va, ea), (db, mb, vb, eb) = made[i], made[i + 1]
@@ -184,8 +173,7 @@ def scale_by_lora_rite(
             news.append(((ma, mb), (va, vb), (ea, eb), (sides[i + 1].new, sides[i].new)))
         return directions, news
 
-    unused = () if escape else ("escaped",)
-    return _factors.on_factors(LoRARITEState, start, step, pairs=pairs, fallback=fallback, unused=unused)
+    return _factors.on_factors(LoRARITEState, start, step, pairs=pairs, fallback=fallback)
 
 
 class _Side(NamedTuple):
@@ -225,29 +213,29 @@ def _limited(free, clip_norm, skip_rms):
     return out
 
 
-def _moved(t, u, s, b1, b2, eps, update_cap, escape):
+def _moved(t, u, s, options):
     dtype = u.dtype
-    b1, b2, eps = (jnp.asarray(x).astype(dtype) for x in (b1, b2, eps))
+    b1, b2, eps = (jnp.asarray(x).astype(dtype) for x in options[:3])
     t = t.astype(dtype)
     # Averages of which the first step's share is one: no correction is needed.
     keep1, keep2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
-    turn = linalg.gram(s.new, s.old)
-    rotated = linalg.times(linalg.times(turn, s.second), turn.mT)
+    rotation = linalg.gram(s.new, s.old)
+    rotated = linalg.times(linalg.times(rotation, s.second), rotation.mT)
     lost = s.lost
-    if escape:
+    if options.escape:
         before, after = jnp.linalg.eigvalsh(s.second), jnp.linalg.eigvalsh(rotated)
         most = jnp.maximum(jnp.max(before - after, axis=-1), 0)
         trace = jnp.maximum(jnp.sum(before - after, axis=-1), 0)
         lost = keep2 * (lost + jnp.minimum(most, trace))
     second = (1 - keep2) * linalg.gram(u, u) / u.shape[-2] + keep2 * rotated
     values, vectors = jnp.linalg.eigh(second)
-    values = jnp.maximum(values, 0) + (lost[..., None] if escape else 0)
+    values = jnp.maximum(values, 0) + (lost[..., None] if options.escape else 0)
     root = linalg.times(vectors / (jnp.sqrt(values) + eps)[..., None, :], vectors.mT)
-    momentum = (1 - keep1) * linalg.times(u, root) + keep1 * linalg.times(s.momentum, turn.mT)
+    momentum = (1 - keep1) * linalg.times(u, root) + keep1 * linalg.times(s.momentum, rotation.mT)
     used = momentum
-    if update_cap is not None:
+    if options.update_cap is not None:
         size = jnp.sqrt(jnp.mean(jnp.square(used), axis=(-2, -1), keepdims=True))
-        used = used / jnp.maximum(1, size / jnp.asarray(update_cap).astype(dtype))
+        used = used / jnp.maximum(1, size / jnp.asarray(options.update_cap).astype(dtype))
     return linalg.times(used, s.inverse.mT), momentum, second, lost
 
 
@@ -272,7 +260,7 @@ def _balanced(pairs):
                 out.append([(x * (wanted / size) - w.astype(dtype)).astype(d.dtype) for x, size, w, d in rows])
             return out
 
-        made = _projected.automatic(run, (old, steps), lambda: _projected.spec_of(steps)) if found else []
+        made = automatic(run, (old, steps), lambda: spec_of(steps)) if found else []
         for pair, both in zip(found, made, strict=True):
             leaves[pair.a], leaves[pair.b] = both
         return structure.unflatten(leaves), state

@@ -8,10 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
-from subspace_jax.optim import _checks
+from subspace_jax.optim import _adam, _checks
 from subspace_jax.optim.lora import _factors
 from subspace_jax.optim.lora._factors import PairRule
-from subspace_jax.optim.projected import _adam
 
 PyTree = Any
 
@@ -164,7 +163,7 @@ def scaled_adamw_lora(
         rate, decay = (jnp.asarray(x).astype(a.dtype) for x in (rate, weight_decay))
         return (a - rate * direction) * (1 - rate * decay)
 
-    options = {"b1": b1, "b2": b2, "eps": eps, "reg": reg, "bias_correction": bias_correction}
+    options = {"adam": (b1, b2, eps), "reg": reg, "bias_correction": bias_correction}
     scaled = _scale_by_adam(moved if gauss_seidel else None, pairs=pairs, fallback=fallback, **options)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay))
 
@@ -204,13 +203,13 @@ def scale_by_scaled_adamw_lora(
       >>> from subspace_jax import optim
       >>> tx = optax.chain(optim.scale_by_scaled_adamw_lora(b2=0.98), optax.scale_by_learning_rate(1e-3))
     """
-    options = {"b1": b1, "b2": b2, "eps": eps, "reg": reg, "bias_correction": bias_correction}
+    options = {"adam": (b1, b2, eps), "reg": reg, "bias_correction": bias_correction}
     return _scale_by_adam(None, pairs=pairs, fallback=fallback, **options)
 
 
-def _scale_by_adam(moved, *, b1, b2, eps, reg, bias_correction, pairs, fallback):
+def _scale_by_adam(moved, *, adam, reg, bias_correction, pairs, fallback):
     """Adam on scaled gradients; ``moved(t, a, direction)`` is the new ``a`` that ``b`` is scaled by, if not the old."""
-    _checks.check_moments(b1, b2, eps)
+    _checks.check_moments(*adam)
     _checks.check_number("reg", reg, 0)
 
     def start(a, b):
@@ -219,11 +218,11 @@ def _scale_by_adam(moved, *, b1, b2, eps, reg, bias_correction, pairs, fallback)
     def pair(t, f, slots):
         f = _factors.bounded(f)
         (mu_a, mu_b), (nu_a, nu_b) = slots
-        factor = _adam.correction(t, b1, b2, f.a.dtype) if bias_correction else 1
-        mu_a, nu_a, da = _adam.moments(_scaled(f.grad_a, f.b, reg), mu_a, nu_a, b1, b2, eps)
+        factor = _adam.correction(t, *adam[:2], f.a.dtype) if bias_correction else 1
+        mu_a, nu_a, da = _adam.moments(_scaled(f.grad_a, f.b, reg), mu_a, nu_a, *adam)
         da = factor * da
         a = f.a if moved is None else moved(t, f.a, da)
-        mu_b, nu_b, db = _adam.moments(_scaled(f.grad_b, a, reg), mu_b, nu_b, b1, b2, eps)
+        mu_b, nu_b, db = _adam.moments(_scaled(f.grad_b, a, reg), mu_b, nu_b, *adam)
         return (da, factor * db), ((mu_a, mu_b), (nu_a, nu_b))
 
     def step(t, factors, slots):

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.manifolds import grassmann
 from subspace_jax.optim import _checks
+from subspace_jax.optim._arrays import automatic
 
 PyTree = Any
 
@@ -48,7 +49,7 @@ def check_bases(params: PyTree) -> None:
         if len(shape) < 2 or not 1 <= shape[-1] <= shape[-2]:
             raise ValueError(f"{name}: expected bases [..., n, k] with 1 <= k <= n, got {shape}")
         if isinstance(s, jax.Array) and not isinstance(s, jax.core.Tracer) and s.is_fully_addressable:
-            worst = in_auto_mode(lambda s: jnp.max(linalg.orthonormality_error(s), initial=0.0), (s,), jnp.zeros(()))
+            worst = _largest_error(s)
             # Entries of bfloat16 bases are rounded to 2^-9, which alone gives an error of a few percent.
             limit = 1e-3 if jnp.finfo(dtype).bits >= 32 else 0.1
             # A concrete array that a traced function closes over gives a traced error: nothing to look at.
@@ -57,6 +58,11 @@ def check_bases(params: PyTree) -> None:
                     f"{name}: the columns are not orthonormal (||S^T S - I|| = {float(worst):.2g}, expected at most "
                     f"{limit}); start from manifolds.grassmann.random_point or a QR factor"
                 )
+
+
+def _largest_error(s):
+    # Cholesky factors can't be taken of arrays that are sharded over Explicit axes (JAX 0.10).
+    return automatic(lambda s: jnp.max(linalg.orthonormality_error(s), initial=0.0), (s,), lambda: P())
 
 
 def zero_moments(params: PyTree) -> PyTree:
@@ -134,15 +140,3 @@ def step_leaves(
     # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.
     kept = [True, *(tree is not None for tree in moments)]
     return tuple(structure.unflatten(out) if keep else None for out, keep in zip(outs, kept, strict=True))
-
-
-def in_auto_mode(f: Callable, args: tuple, out_like: PyTree) -> PyTree:
-    """Calls ``f(*args)``, with sharding left to the compiler where mesh axes are Explicit.
-
-    Cholesky factors can't be taken of arrays that are sharded over Explicit axes (JAX 0.10), and contractions over a
-    sharded ``n`` would need an output sharding at every product; outside, results have the shardings of ``out_like``.
-    """
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return f(*args)
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, out_like)
-    return jax.sharding.auto_axes(f, out_sharding=specs)(*args)

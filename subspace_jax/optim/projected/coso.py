@@ -10,10 +10,12 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg.frequent_directions import SVD_METHODS, left_singular, merge_directions
-from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _adam
-from subspace_jax.optim.projected import _shared as _projected
-from subspace_jax.optim.projected._shared import RankRule
+from subspace_jax.optim import _adam, _checks
+from subspace_jax.optim._arrays import automatic, spec_of
+from subspace_jax.optim.projected._map import map_projected
+from subspace_jax.optim.projected._plan import plans_for, zero_per_matrix, zero_state
+from subspace_jax.optim.projected._refresh import in_turns
+from subspace_jax.optim.projected.options import ProjectionOptions, RankRule, check_rank, checked
 
 PyTree = Any
 
@@ -24,8 +26,8 @@ _NEW = 1e-6
 class CoSOState(NamedTuple):
     """State of :func:`coso`; trees like the parameters, float32 (float64 for float64 parameters).
 
-    For a kernel ``[..., m, n]``, ``d`` is ``m`` on the input side and ``n`` on the output side; all but the moments
-    are ``[1]`` where a leaf is not projected.
+    For a kernel ``[..., m, n]``, ``d`` is ``m`` on the input side and ``n`` on the output side;
+    ``optax.MaskedNode`` stands for leaves that are not projected.
 
     Attributes:
       count: Steps taken in this task, int32 scalar.
@@ -37,6 +39,7 @@ class CoSOState(NamedTuple):
       basis: ``[..., d, sketch_rank]``, orthonormal columns.
       history: ``[..., d, k]``, orthonormal columns of earlier tasks, and zero columns behind them.
       history_dim: ``[...]`` of int32, how many columns are in use.
+      fallback: State of Adam for other leaves.
     """
 
     count: jax.Array
@@ -48,6 +51,7 @@ class CoSOState(NamedTuple):
     basis: PyTree
     history: PyTree
     history_dim: PyTree
+    fallback: optax.OptState
 
 
 def coso(
@@ -55,7 +59,7 @@ def coso(
     proj_rank: int | RankRule = 15,
     sketch_rank: int = 100,
     *,
-    update_every: int = 1,
+    refresh_every: int = 1,
     decay: ArrayLike = 1.0,
     side: str = "input",
     b1: ArrayLike = 0.9,
@@ -78,7 +82,7 @@ def coso(
       learning_rate: Number, or schedule of the step within a task.
       proj_rank: Dimensions of the updates, or a rule ``rank(path, shape)``.
       sketch_rank: Columns of the sketch, at least ``proj_rank`` and below both sides of a kernel.
-      update_every: Steps between renewals of subspace and sketch.
+      refresh_every: Steps between renewals of subspace and sketch.
       decay: Factor on the sketch at a renewal.
       side: "input" (rows of kernels ``[in, out]``; outputs for earlier tasks' inputs stay) or "output" (columns).
       b1: Decay of the first moment.
@@ -93,7 +97,7 @@ def coso(
       where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
-      TypeError: ``proj_rank``, ``sketch_rank``, ``update_every`` or ``max_history`` is traced or not a whole number.
+      TypeError: ``proj_rank``, ``sketch_rank``, ``refresh_every`` or ``max_history`` is traced or not a whole number.
       ValueError: An option is unknown or out of range; ``init`` raises it for kernels that are too small.
 
     Examples:
@@ -105,9 +109,8 @@ def coso(
       >>> updates, state = tx.update(jax.random.normal(jax.random.key(0), (8, 6)), state)
       >>> state = optim.coso_end_task(state, threshold=0.98)
     """
-    _projected.check_rank(proj_rank, "proj_rank")
+    check_rank(proj_rank, "proj_rank")
     sketch_rank = _checks.static_int("sketch_rank", sketch_rank, 1)
-    update_every = _checks.static_int("update_every", update_every, 1)
     max_history = None if max_history is None else _checks.static_int("max_history", max_history, 1)
     _checks.check_moments(b1, b2, eps)
     _checks.check_number("decay", decay, 0)
@@ -115,88 +118,58 @@ def coso(
     _checks.check_choice("method", method, SVD_METHODS)
     if not callable(proj_rank) and sketch_rank < proj_rank:
         raise ValueError(f"sketch_rank: expected at least proj_rank, {proj_rank}, got {sketch_rank}")
-    plan_side = "left" if side == "input" else "right"
-    descent = _adam.descend(learning_rate, weight_decay)
+    options = checked(ProjectionOptions("left" if side == "input" else "right", refresh_every, staggered=False))
 
-    def plans_for(tree):
-        plans, structure = _projected.plans_for(tree, proj_rank, plan_side)
-        for plan in plans:
-            if plan is not None and not plan.rank <= sketch_rank < min(plan.shape[-2:]):
-                raise ValueError(
-                    f"sketch_rank: expected at least proj_rank, {plan.rank}, and less than both sides of "
-                    f"{plan.name or 'the kernel'}, {plan.shape[-2:]}, got {sketch_rank}"
-                )
-        return plans, structure
+    def plans(tree):
+        found, structure = plans_for(tree, proj_rank, options)
+        for plan in found:
+            _check_size(plan, sketch_rank)
+        return found, structure
 
-    def init(params):
-        _checks.check_real(params)
-        plans, structure = plans_for(params)
-        rows = []
-        for plan, x in zip(plans, jax.tree.leaves(params), strict=True):
-            if plan is None:
-                zeros = jnp.zeros_like(x, linalg.working_dtype(x))
-                proj, *rest = (_projected.absent(x) for _ in range(6))
-                rows.append((proj, zeros, jnp.zeros_like(zeros), *rest))
-                continue
-            d = plan.shape[-2 if side == "input" else -1]
-            size = d - plan.rank if max_history is None else min(max_history, d - plan.rank)
+    def leaf_init(plan, x):
+        d = plan.shape[-2 if side == "input" else -1]
+        size = d - plan.rank if max_history is None else min(max_history, d - plan.rank)
 
-            def wide(columns, plan=plan, x=x):
-                basis, low = _projected.zero_state(plan._replace(rank=columns), x)
-                return basis.left if side == "input" else basis.right, low
+        def zeros(columns):
+            basis, low = zero_state(plan._replace(rank=columns, side=options.side), x)
+            return basis.left if side == "input" else basis.right, low
 
-            (proj, low), (sketch, _), (history, _) = (wide(k) for k in (plan.rank, sketch_rank, size))
-            dim = _projected.zero_per_matrix(plan, x)
-            sigma = jnp.zeros_like(jnp.broadcast_to(dim[..., None], (*dim.shape, sketch_rank)))
-            held = (proj, low, jnp.zeros_like(low), sketch, sigma, jnp.zeros_like(sketch), history)
-            rows.append((*held, dim.astype(jnp.int32)))
-        trees = [structure.unflatten([row[i] for row in rows]) for i in range(8)]
-        return CoSOState(jnp.zeros((), jnp.int32), *trees)
+        (proj, low), (sketch, _), (history, _) = map(zeros, (plan.rank, sketch_rank, size))
+        dim = zero_per_matrix(plan, x)
+        sigma = jnp.zeros_like(jnp.broadcast_to(dim[..., None], (*dim.shape, sketch_rank)))
+        moments = (low, jnp.zeros_like(low))
+        return proj, *moments, sketch, sigma, jnp.zeros_like(sketch), history, dim.astype(jnp.int32)
 
-    def leaf(g, count, proj, mu, nu, sketch, sigma, basis, history, history_dim):
+    def leaf_step(plan, count, g, entries):
+        proj, mu, nu, sketch, sigma, basis, history, history_dim = entries
+        # Kernels of the output side are transposed here, so that all is projected from the left.
+        turned = side == "output"
+        g, mu, nu = (x.mT if turned else x for x in (g, mu, nu))
         (g,) = _adam.bounded(g.astype(proj.dtype))
         g = g - linalg.times(history, linalg.gram(history, g))
 
-        def renew():
+        def renew(key, g, old):
+            del key
             u, s = left_singular(g, method)
-            state = merge_directions(linalg.FDState(sketch, sigma, basis), u, s, decay=decay, method=method)
-            return u[..., : proj.shape[-1]], state
+            return u[..., : proj.shape[-1]], merge_directions(old[1], u, s, decay=decay, method=method)
 
-        keep = (proj, linalg.FDState(sketch, sigma, basis))
-        proj, state = jax.lax.cond(count % update_every == 0, renew, lambda: keep)
+        old = proj, linalg.FDState(sketch, sigma, basis)
+        proj, merged = in_turns(renew, plan, options, count, g, old)
         mu, nu, n = _adam.moments(linalg.gram(proj, g), mu, nu, b1, b2, eps)
         d = _adam.correction(count + 1, b1, b2, n.dtype) * linalg.times(proj, n)
-        return d, (proj, mu, nu, *state, history, history_dim)
+        d, mu, nu = (x.mT if turned else x for x in (d, mu, nu))
+        return d, (proj, mu, nu, *merged, history, history_dim)
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        plans, structure = plans_for(updates)
-        rows = zip(*(structure.flatten_up_to(tree) for tree in state[1:]), strict=True)
-        results = []
-        for plan, g, old in zip(plans, jax.tree.leaves(updates), rows, strict=True):
-            if plan is None:
-                mu, nu, n = _adam.moments(g.astype(old[1].dtype), *old[1:3], b1, b2, eps)
-                d = _adam.correction(state.count + 1, b1, b2, n.dtype) * n
-                results.append((d.astype(g.dtype), old[0], mu, nu, *old[3:]))
-                continue
+    tx = map_projected(CoSOState, leaf_init, leaf_step, plans, _adam.scale_by_plain_adam(b1, b2, eps))
+    return _adam.then_descend(tx, learning_rate, weight_decay)
 
-            def run(g, count, old, plan=plan):
-                x, (proj, mu, nu, *rest) = _projected.to_matrices(plan, g), old
-                if side == "input":
-                    d, new = leaf(x, count, *old)
-                else:
-                    d, (proj, mu, nu, *rest) = leaf(x.mT, count, proj, mu.mT, nu.mT, *rest)
-                    d, new = d.mT, (proj, mu.mT, nu.mT, *rest)
-                return _projected.from_matrices(plan, d, g.shape).astype(g.dtype), tuple(new)
 
-            specs = lambda g=g, old=old: (_projected.spec_of(g), _projected.spec_of(old))  # noqa: E731
-            d, new = _projected.automatic(run, (g, state.count, old), specs)
-            results.append((d, *new))
-        trees = [structure.unflatten([row[i] for row in results]) for i in range(9)]
-        updates, after = descent.update(trees[0], _adam.DescentState(state.count), params)
-        return updates, CoSOState(after.count, *trees[1:])
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def _check_size(plan, sketch_rank):
+    if plan is not None and not plan.rank <= sketch_rank < min(plan.shape[-2:]):
+        raise ValueError(
+            f"sketch_rank: expected at least proj_rank, {plan.rank}, and less than both sides of "
+            f"{plan.name or 'the kernel'}, {plan.shape[-2:]}, got {sketch_rank}"
+        )
 
 
 def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 0) -> PyTree:
@@ -235,17 +208,13 @@ def _is_coso(x):
 
 def _end_task(state, threshold, min_directions):
     structure = jax.tree.structure(state.mu)
-    columns = [structure.flatten_up_to(tree) for tree in (state.sigma, state.basis, state.history, state.history_dim)]
+    columns = [jax.tree.leaves(tree) for tree in (state.sigma, state.basis, state.history, state.history_dim)]
     histories, dims = [], []
     for sigma, basis, history, dim in zip(*columns, strict=True):
-        if history.ndim < 2:  # not projected
-            histories.append(history)
-            dims.append(dim)
-            continue
-        new, wanted = _projected.automatic(
+        new, wanted = automatic(
             lambda *args: _append(*args, threshold, min_directions),
             (sigma, basis, history, dim),
-            lambda history=history, dim=dim: _projected.spec_of((history, dim)),
+            lambda history=history, dim=dim: spec_of((history, dim)),
         )
         size = history.shape[-1]
         known = not isinstance(wanted, jax.core.Tracer) and wanted.is_fully_addressable

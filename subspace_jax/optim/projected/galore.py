@@ -3,9 +3,8 @@
 import optax
 from jax.typing import ArrayLike
 
-from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _adam
-from subspace_jax.optim.projected._shared import AxesRule, RankRule
+from subspace_jax.optim import _adam, _checks
+from subspace_jax.optim.projected.options import ProjectionOptions, RankRule, WeightDimensionNumbers
 from subspace_jax.optim.projected.projection import low_rank_projection
 
 
@@ -25,20 +24,20 @@ def galore(
     rounds: int = 2,
     moments: str = "keep",
     staggered: bool = True,
-    axes: AxesRule | None = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore (Zhao et al., arXiv 2403.03507), with Adam or another transform inside.
 
     The step is ``W <- (W - lr scale P N) (1 - lr weight_decay)``, with ``N`` Adam's direction for ``P^T G``.  State of
-    an ``m x n`` kernel: the basis, ``min(m, n) r`` numbers, and twice ``max(m, n) r`` for "std".
+    an ``m x n`` kernel: the basis, ``min(m, n) r`` entries, and twice ``max(m, n) r`` for "std".
 
     Args:
-      learning_rate: Number, or schedule of the step.
-      rank: See :func:`low_rank_projection`, as all options not named here.
-      side: Which side is projected.
+      learning_rate: Fixed learning rate or schedule.
+      rank: See :func:`low_rank_projection`.
+      side: This and other arguments: see :class:`ProjectionOptions`.
       refresh_every: Steps between refreshes.
-      method: How bases are found; "svd" is that of the paper.
+      method: How bases are computed; "svd" is that of the paper.
       scale: Factor on updates of projected leaves, the paper's alpha.
       b1: Decay of Adam's first moment.
       b2: Decay of Adam's second moment.
@@ -47,9 +46,9 @@ def galore(
       inner: A transform that gives directions of ascent, such as ``optax.scale_by_factored_rms()``, instead of Adam.
       rounds: Rounds of a subspace iteration.
       moments: What happens to moments at a refresh.
-      staggered: Whether leaves take turns.
-      axes: Rows and columns of leaves.
-      seed: Seed of what is random.
+      staggered: Whether leaves are refreshed in turns.
+      weight_dimension_numbers: Rows and columns of leaves.
+      seed: Random seed.
 
     Returns:
       The transform.  Its ``update`` needs ``params`` if there is weight decay.  State is float32 for 16-bit parameters,
@@ -67,59 +66,31 @@ def galore(
       >>> state[0].inner.mu["kernel"].shape
       (8, 1)
     """
-    projected = scale_by_galore(
-        rank,
-        side=side,
-        refresh_every=refresh_every,
-        method=method,
-        scale=scale,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        inner=inner,
-        rounds=rounds,
-        moments=moments,
-        staggered=staggered,
-        axes=axes,
-        seed=seed,
-    )
+    options = ProjectionOptions(side, refresh_every, method, rounds, moments, staggered, weight_dimension_numbers, seed)
+    projected = scale_by_galore(rank, options, scale=scale, b1=b1, b2=b2, eps=eps, inner=inner)
     return optax.chain(projected, _adam.descend(learning_rate, weight_decay))
 
 
 def scale_by_galore(
     rank: int | RankRule = 128,
+    projection: ProjectionOptions | None = None,
     *,
-    side: str = "std",
-    refresh_every: int = 200,
-    method: str = "subspace_iteration",
     scale: ArrayLike = 0.25,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-6,
     inner: optax.GradientTransformation | None = None,
-    rounds: int = 2,
-    moments: str = "keep",
-    staggered: bool = True,
-    axes: AxesRule | None = None,
-    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """The directions of :func:`galore`, positive ascends, for use in a chain.
 
     Args:
-      rank: See :func:`galore`, as all others.
-      side: Which side is projected.
-      refresh_every: Steps between refreshes.
-      method: How bases are found.
-      scale: Factor on updates of projected leaves.
+      rank: See :func:`low_rank_projection`.
+      projection: How gradients are projected.
+      scale: This and other arguments: see :func:`galore`.
       b1: Decay of Adam's first moment.
       b2: Decay of Adam's second moment.
       eps: Added to the root of the second moment.
       inner: A transform instead of Adam.
-      rounds: Rounds of a subspace iteration.
-      moments: What happens to moments at a refresh.
-      staggered: Whether leaves take turns.
-      axes: Rows and columns of leaves.
-      seed: Seed of what is random.
 
     Returns:
       The transform.
@@ -136,17 +107,5 @@ def scale_by_galore(
     _checks.check_moments(b1, b2, eps)
     if inner is not None:
         _checks.check_transform("inner", inner)
-    return low_rank_projection(
-        _adam.scale_by_plain_adam(b1, b2, eps) if inner is None else inner,
-        rank,
-        side=side,
-        refresh_every=refresh_every,
-        method=method,
-        rounds=rounds,
-        moments=moments,
-        staggered=staggered,
-        scale=scale,
-        leafwise=inner is None,
-        axes=axes,
-        seed=seed,
-    )
+    adam = _adam.scale_by_plain_adam(b1, b2, eps)
+    return low_rank_projection(adam if inner is None else inner, rank, projection, scale=scale, leafwise=inner is None)

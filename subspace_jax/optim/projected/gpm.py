@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _shared as _projected
+from subspace_jax.optim._arrays import automatic, spec_of
 
 PyTree = Any
 BasisRule = Callable[[str, tuple[int, ...]], "jax.Array | GPMBasis | None"]
@@ -155,7 +155,5 @@ def _without(name, g, m):
         raise TypeError(f"{name}: expected a real kernel, got {g.dtype}")
     dtype = linalg.working_dtype(g)
     m, x = m.astype(dtype), g.astype(dtype)
-    out = _projected.automatic(
-        lambda m, x: x - linalg.times(m, linalg.gram(m, x)), (m, x), lambda: _projected.spec_of(x)
-    )
+    out = automatic(lambda m, x: x - linalg.times(m, linalg.gram(m, x)), (m, x), lambda: spec_of(x))
     return out.astype(g.dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.optim import _checks
-from subspace_jax.optim.projected import _shared as _projected
+from subspace_jax.optim._arrays import automatic, spec_of
 from subspace_jax.optim.random_subspace import _projections as projections
 
 PyTree = Any
@@ -100,8 +100,8 @@ class RandomSubspace:
             parts = projections.apply(projection, theta[: self.dim - gains], [x.shape for x in moving])
             return [theta[self.dim - gains + i] * x for i, x in enumerate(parts)] if gains else parts
 
-        specs = functools.partial(_projected.spec_of, moving)
-        return _projected.automatic(offsets, (self.projection, theta), specs)
+        specs = functools.partial(spec_of, moving)
+        return automatic(offsets, (self.projection, theta), specs)
 
     def _moving(self) -> list[jax.Array]:
         return [x for x, moves in zip(jax.tree.leaves(self.start), self.chosen, strict=True) if moves]

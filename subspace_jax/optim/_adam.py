@@ -1,4 +1,4 @@
-"""Adam as the projection methods have it, and the last step that all of them share."""
+"""Adam without correction of the second moment inside the root, and the descent step that all methods share."""
 
 import functools
 from typing import Any, NamedTuple
@@ -131,3 +131,16 @@ def descend(
         return jax.tree.map(leaf, *trees), DescentState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
+
+
+def then_descend(
+    tx: optax.GradientTransformationExtraArgs, learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    """``tx`` and :func:`descend`, which reads the step from the ``count`` of ``tx``'s state and has no state."""
+    descent = descend(learning_rate, weight_decay)
+
+    def update(updates, state, params=None, **extra_args):
+        directions, after = tx.update(updates, state, params, **extra_args)
+        return descent.update(directions, DescentState(state.count), params)[0], after
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from subspace_jax.optim.projected._map import tree_of
+
 PyTree = Any
 
 
 class Moments:
-    """Where a state has moments, that is trees like the projected gradients; all else is counters."""
+    """Where a state has moments, that is trees like the projected gradients; all else is counters.
+
+    Attributes:
+      low: Tree of arrays or shapes like the projected gradients.
+      structure: Structure of the parameters, whose leaves ``low`` has or leaves out.
+      names: Paths of the moments in the state.
+    """
 
     def __init__(self, low: PyTree, state: optax.OptState, structure: Any):
         kind, shapes = jax.tree.structure(low), [x.shape for x in jax.tree.leaves(low)]
@@ -22,7 +30,7 @@ class Moments:
 
         entries, self._outside = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
         self._at = [i for i, (_, x) in enumerate(entries) if is_moment(x)]
-        self._structure = structure
+        self.low, self.structure = low, structure
         self.names = [jax.tree_util.keystr(entries[i][0]) for i in self._at]
 
     def take(self, state: optax.OptState) -> list[PyTree]:
@@ -38,8 +46,14 @@ class Moments:
         return self._outside.unflatten(values)
 
     def of(self, state: optax.OptState) -> list[list[jax.Array]]:
-        """Lists of leaves of the moments of a state."""
-        return [self._structure.flatten_up_to(tree) for tree in self.take(state)]
+        """For each moment of a state the list of its leaves."""
+        return [self.structure.flatten_up_to(tree) for tree in self.take(state)]
+
+    def put_leaves(self, state: optax.OptState, leaves: list[list[jax.Array] | None]) -> optax.OptState:
+        """The state with other moments: for each leaf a list of them, None for leaves that are not projected."""
+        return self.put(
+            state, [tree_of([own and own[i] for own in leaves], self.structure) for i in range(len(self._at))]
+        )
 
 
 def check_moments(low: PyTree, state: optax.OptState, structure: Any) -> None:
@@ -55,10 +69,10 @@ def check_moments(low: PyTree, state: optax.OptState, structure: Any) -> None:
 
 
 def second_moments(inner: optax.GradientTransformation, low: PyTree, state: optax.OptState, structure: Any) -> list:
-    """For each moment of a state whether it is a second one: found out by steps on small gradients and their negatives.
+    """For each moment of a state whether it is a second one, from two steps on small gradients and on their negatives.
 
-    Fields of Optax's states are no guide: Adan has first moments in ``v`` and second ones in ``n``.  What a step makes
-    of ``-g`` has the other sign in a first moment, and is the same and not negative in a second one.
+    Names of fields don't tell: Adan keeps first moments in ``v`` and second ones in ``n``.  Negated gradients change
+    the sign of a first moment, and leave a second one, which is never negative, as it is.
 
     Raises:
       ValueError: A moment is neither, or the inner transform can't be run on gradients of other sizes.
@@ -84,7 +98,9 @@ def second_moments(inner: optax.GradientTransformation, low: PyTree, state: opta
         with jax.ensure_compile_time_eval():
             plus, minus = ends()
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"inner: its moments can't be told apart, which moments='rotate' needs: {error}") from error
+        raise ValueError(
+            f"inner: its first and second moments can't be found, which moments='rotate' needs: {error}"
+        ) from error
     names = Moments(low, state, structure).names
     if len(names) != len(plus):
         raise ValueError(f"inner: moments='rotate' needs moments that don't depend on sizes, got {', '.join(names)}")

@@ -1,0 +1,193 @@
+"""Optimizers by name with keyword arguments: what a config may name."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+from jax.typing import ArrayLike
+
+from subspace_jax.optim import _checks
+from subspace_jax.optim.lora.adaprelora import AdaPreLoRAOptions, adaprelora
+from subspace_jax.optim.lora.lora_plus import lora_plus
+from subspace_jax.optim.lora.lora_pro import LoRAProOptions, lora_pro
+from subspace_jax.optim.lora.lora_rite import LoRARITEOptions, lora_rite
+from subspace_jax.optim.lora.scaled_lora import scaled_adamw_lora, scaled_gd_lora
+from subspace_jax.optim.manifold.riemannian_adam import riemannian_adam
+from subspace_jax.optim.manifold.riemannian_sgd import riemannian_sgd
+from subspace_jax.optim.projected.apollo import apollo
+from subspace_jax.optim.projected.coso import coso
+from subspace_jax.optim.projected.fira import fira
+from subspace_jax.optim.projected.galore import galore
+from subspace_jax.optim.projected.online_subspace import online_subspace_descent
+from subspace_jax.optim.projected.options import RankRule
+
+# Arguments that are no numbers or names, or that come from elsewhere.
+_NOT_IN_KWARGS = {
+    *("learning_rate", "options", "mask", "pairs", "fallback", "inner", "nesterov"),
+    "weight_dimension_numbers",
+}
+_RANKS = ("rank", "proj_rank")
+# Biases of stacked layers look like matrices, and rows of an embedding table that no token selects have no gradient.
+_NO_KERNELS = ("bias", "scale", "embedding", "magnitude", "bases")
+
+
+class Optimizer(NamedTuple):
+    """An optimizer that a config may name.
+
+    Attributes:
+      build: Returns the transform; takes ``learning_rate``, and ``mask`` where its weight decay has one.
+      defaults: Keyword arguments where a config says nothing, if they are not those of ``build``.
+      options: Class of the argument ``options`` of ``build``, whose fields count as keyword arguments.
+    """
+
+    build: Callable[..., optax.GradientTransformation]
+    defaults: Mapping[str, Any] = {}
+    options: type | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that a config may give, and their defaults."""
+        found = {}
+        for owner in (self.build, *([self.options] if self.options else [])):
+            found |= {name: p.default for name, p in inspect.signature(owner).parameters.items()}
+        return {name: self.defaults.get(name, found[name]) for name in found if name not in _NOT_IN_KWARGS}
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether weight decay can leave parameters out."""
+        return "mask" in inspect.signature(self.build).parameters
+
+
+def make(
+    optimizer: Optimizer, learning_rate: optax.ScalarOrSchedule, kwargs: Mapping[str, Any], **more: Any
+) -> optax.GradientTransformation:
+    """Builds an optimizer from the keyword arguments of a config.
+
+    Args:
+      optimizer: Entry of :data:`OPTIMIZERS` or :data:`MANIFOLD_OPTIMIZERS`.
+      learning_rate: Fixed learning rate or schedule.
+      kwargs: See :meth:`Optimizer.arguments`.  Ranks are integers, or shares below 1 of a kernel's shorter side, and
+        apply to kernels: biases, norms and embedding tables are not projected.
+      **more: Other arguments of ``build``.
+
+    Raises:
+      ValueError: An argument is unknown (the nearest known one is named) or its value can't serve.
+    """
+    known = optimizer.arguments()
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}: unknown argument, expected one of {tuple(known)}{hint}")
+    values = {**optimizer.defaults, **kwargs}
+    values |= {
+        name: kernel_rank(values.get(name, known[name]), name) for name in _RANKS if name in known
+    }
+    if optimizer.options is not None:
+        own = {name: values.pop(name) for name in optimizer.options._fields if name in values}
+        values["options"] = optimizer.options(**own)
+    try:
+        return optimizer.build(learning_rate, **values, **more)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def kernel_rank(rank: float, name: str = "rank") -> RankRule:
+    """A rule that gives kernels a rank: an integer, or a share below 1 of the shorter side.
+
+    Raises:
+      ValueError: It is neither.
+    """
+    share = isinstance(rank, float) and 0 < rank < 1
+    if not share and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"{name}: expected an integer of at least 1, or a share of the shorter side below 1, got {rank!r}"
+        )
+
+    def rule(path: str, shape: tuple[int, ...]) -> int | None:
+        if len(shape) < 2 or path.split("/")[-1] in _NO_KERNELS:
+            return None
+        return max(1, int(rank * min(shape[-2:]))) if share else rank
+
+    return rule
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: ArrayLike = 0.9,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.sgd`` with coupled weight decay."""
+    _checks.check_number("momentum", momentum, 0, 1)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate, momentum=momentum))
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.adam`` with coupled weight decay."""
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), optax.adam(learning_rate, b1=b1, b2=b2, eps=eps))
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.adamw``, by default without weight decay."""
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+def lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.lamb``."""
+    _checks.check_moments(b1, b2, eps)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    return optax.lamb(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+_QUARTER = {"rank": 0.25, "scale": 1.0}
+
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "sgd": Optimizer(sgd),
+    "adam": Optimizer(adam),
+    "adamw": Optimizer(adamw),
+    "lamb": Optimizer(lamb),
+    "galore": Optimizer(galore, _QUARTER),
+    "fira": Optimizer(fira, _QUARTER),
+    "apollo": Optimizer(apollo, _QUARTER),
+    "apollo_mini": Optimizer(apollo, {"rank": 1, "scaling": "tensor", "scale": 128.0}),
+    "online_subspace_descent": Optimizer(online_subspace_descent, _QUARTER),
+    "coso": Optimizer(coso, {"proj_rank": 0.25, "sketch_rank": 64}),
+    "lora_plus": Optimizer(lora_plus),
+    "scaled_gd_lora": Optimizer(scaled_gd_lora),
+    "scaled_adamw_lora": Optimizer(scaled_adamw_lora),
+    "lora_rite": Optimizer(lora_rite, options=LoRARITEOptions),
+    "lora_pro": Optimizer(lora_pro, {"scale": 2.0}, LoRAProOptions),
+    "adaprelora": Optimizer(adaprelora, {"scale": 2.0, "stats": "projected"}, AdaPreLoRAOptions),
+}
+MANIFOLD_OPTIMIZERS: Mapping[str, Optimizer] = {
+    "riemannian_sgd": Optimizer(riemannian_sgd),
+    "riemannian_adam": Optimizer(riemannian_adam),
+}
