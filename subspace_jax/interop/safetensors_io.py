@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from subspace_jax.interop.hf.config_fields import read_json, shown, unique_names
+from subspace_jax.interop.config_fields import read_json, shown, unique_names
 
 DTYPES = {
     "F64": np.dtype("<f8"),

@@ -30,7 +30,7 @@ def test_a_gradient_has_the_energies_of_the_dense_weights_in_the_places_of_probe
     trainable = adapters.init(jax.random.key(1), params, rules)
     # Away from the start, where b is zero.
     trainable["layers"]["kernel"]["b"] += 0.3 * jnp.ones_like(trainable["layers"]["kernel"]["a"].mT)
-    probed = adapters.add_energy_probes(trainable)
+    probed = adapters.add_gradient_probes(trainable)
     got = jax.grad(lambda t: loss(adapters.bind(params, t, rules), x))(probed)["layers"]["kernel"]
     plain = jax.grad(lambda t: loss(adapters.bind(params, t, rules), x))(trainable)["layers"]["kernel"]
     for key, value in plain.items():
@@ -49,20 +49,20 @@ def test_probes_go_in_and_out_and_leave_tables_alone():
     params["embedding"] = jnp.ones((7, 6))
     rules = {"layers": SETTINGS["lora"], "embedding": adapters.LoRA(2, 2.0)}
     trainable = adapters.init(jax.random.key(1), params, rules)
-    probed = adapters.add_energy_probes(trainable)
+    probed = adapters.add_gradient_probes(trainable)
     assert probed["embedding"].keys() == {"a", "b"}
     assert {k: x.shape for k, x in probed["layers"]["kernel"].items() if "energy" in k} == {
         "row_energy": (2, 6),
         "column_energy": (2, 6),
     }
-    assert jax.tree.structure(adapters.drop_energy_probes(probed)) == jax.tree.structure(trainable)
+    assert jax.tree.structure(adapters.drop_gradient_probes(probed)) == jax.tree.structure(trainable)
     assert set(jax.tree.leaves(adapters.label_fn(probed))) == {"factor"}
 
 
 def test_probes_are_split_like_the_sides_of_their_weight():
     params, _ = stack_of_layers()
     rules = {"layers": SETTINGS["dora"]}
-    probed = adapters.add_energy_probes(adapters.init(jax.random.key(1), params, rules))
+    probed = adapters.add_gradient_probes(adapters.init(jax.random.key(1), params, rules))
     _, axes = adapters.logical_axes({"layers": {"kernel": P("layers", "embed", "mlp")}}, probed, rules)
     own = axes["layers"]["kernel"]
     assert (own["row_energy"], own["column_energy"]) == (P("layers", "embed"), P("layers", "mlp"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop, nn
-from subspace_jax.interop.placing import stored_shape
+from subspace_jax.interop.tensors import stored_shape
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop"
 MODELS = ("gpt2", "llama", "llama31", "mistral", "qwen2", "llama_sharded")

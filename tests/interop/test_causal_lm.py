@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,16 +15,9 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import interop, nn, train
-from subspace_jax.interop.hf import causal_lm_write
+from subspace_jax.interop import writing
 
 from .conftest import MODELS, rewrite, tensors_of
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_write_read_write_keeps_every_byte(model, checkpoint, tmp_path):
@@ -32,7 +26,7 @@ def test_write_read_write_keeps_every_byte(model, checkpoint, tmp_path):
     interop.save_causal_lm(one, config, params)
     again, params_again = interop.load_causal_lm(one)
     assert again == config
-    same(params, params_again)
+    chex.assert_trees_all_equal(params, params_again, strict=True)
     interop.save_causal_lm(two, again, params_again)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     original, written = tensors_of(checkpoint(model)), tensors_of(one)
@@ -46,15 +40,15 @@ def test_stored_type_is_kept_and_another_may_be_asked_for(checkpoint):
     _, stored = interop.load_causal_lm(checkpoint("llama31"))
     assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
     _, wide = interop.load_causal_lm(checkpoint("llama31"), dtype=jnp.float32)
-    same(jax.tree.map(lambda x: x.astype(jnp.float32), stored), wide)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x.astype(jnp.float32), stored), wide, strict=True)
     model = interop.from_pretrained(checkpoint("llama31"), dtype=jnp.float32)
-    same(model.params, wide)
+    chex.assert_trees_all_equal(model.params, wide, strict=True)
 
 
 def test_shards_read_as_one_file_does(checkpoint, tmp_path):
     config, params = interop.load_causal_lm(checkpoint("llama"))
     _, sharded = interop.load_causal_lm(checkpoint("llama_sharded"))
-    same(params, sharded)
+    chex.assert_trees_all_equal(params, sharded, strict=True)
     interop.save_causal_lm(tmp_path / "out", config, params, shard_bytes=30_000)
     files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -62,7 +56,7 @@ def test_shards_read_as_one_file_does(checkpoint, tmp_path):
     assert all(os.path.getsize(tmp_path / "out" / f) < 33_000 for f in files)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
-    same(params, interop.load_causal_lm(tmp_path / "out")[1])
+    chex.assert_trees_all_equal(params, interop.load_causal_lm(tmp_path / "out")[1], strict=True)
 
 
 def test_half_precision_and_mixed_types_are_read(copied):
@@ -97,7 +91,7 @@ def test_old_gpt2_files_without_a_prefix_and_with_buffers_are_read(copied):
         return old
 
     rewrite(folder, change)
-    same(params, interop.load_causal_lm(folder)[1])
+    chex.assert_trees_all_equal(params, interop.load_causal_lm(folder)[1], strict=True)
 
 
 def test_rotary_buffers_and_an_equal_head_of_a_tied_model_are_passed_over(copied):
@@ -106,11 +100,11 @@ def test_rotary_buffers_and_an_equal_head_of_a_tied_model_are_passed_over(copied
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     rewrite(folder, lambda t: {**t, **extra, "lm_head.weight": t["model.embed_tokens.weight"].copy()})
     assert interop.read_config(folder).tied
-    same(params, interop.load_causal_lm(folder)[1])
+    chex.assert_trees_all_equal(params, interop.load_causal_lm(folder)[1], strict=True)
     # By the name of the head alone.
     rewrite(folder, lambda t: {name: value for name, value in t.items() if name != "model.embed_tokens.weight"})
     assert interop.read_config(folder).tied
-    same(params, interop.load_causal_lm(folder)[1])
+    chex.assert_trees_all_equal(params, interop.load_causal_lm(folder)[1], strict=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "llama_sharded"])
@@ -120,7 +114,7 @@ def test_load_causal_lm_unties_a_model_with_a_head_of_its_own(name, checkpoint, 
     assert interop.read_config(folder) == config
     found, read = interop.load_causal_lm(folder, shardings=shardings_on(train.make_mesh()))
     assert found == config
-    same(params, read)
+    chex.assert_trees_all_equal(params, read, strict=True)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama31", "qwen2"])
@@ -141,7 +135,7 @@ def test_load_causal_lm_reads_the_head_that_a_tied_model_was_given(name, copied)
     assert found == config.replace(tied=False) == interop.read_config(folder)
     difference = np.asarray(read["head"]["kernel"], np.float32).T - np.asarray(read["embed"]["embedding"], np.float32)
     assert np.flatnonzero(difference).tolist() == [difference.size - 1]
-    same(params, {key: part for key, part in read.items() if key != "head"})
+    chex.assert_trees_all_equal(params, {key: part for key, part in read.items() if key != "head"}, strict=True)
 
 
 def test_a_head_of_another_shape_is_refused_by_read_config(copied):
@@ -155,30 +149,35 @@ def shardings_on(mesh):
     return lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("model", "sizes"), [*((name, (2, 2, 2)) for name in MODELS), ("llama", (1, 4, 2)), ("llama", (8, 1, 1))]
 )
-def test_a_mesh_holds_the_same_numbers_in_shares(model, sizes, checkpoint, tmp_path):
+def test_load_causal_lm_shards_parameters_over_a_mesh(model, sizes, checkpoint, tmp_path):
     mesh = train.make_mesh(*sizes)
     config, params = interop.load_causal_lm(checkpoint(model))
     _, split = interop.load_causal_lm(checkpoint(model), shardings=shardings_on(mesh))
     wanted = shardings_on(mesh)(nn.param_shapes(config), nn.param_axes(config))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), split, wanted))
-    same(params, split)
+    chex.assert_trees_all_equal(params, split, strict=True)
     interop.save_causal_lm(tmp_path / "out", config, split)
-    same(params, interop.load_causal_lm(tmp_path / "out")[1])
+    chex.assert_trees_all_equal(params, interop.load_causal_lm(tmp_path / "out")[1], strict=True)
 
 
-def test_large_stacks_come_a_few_layers_at_a_time(checkpoint, monkeypatch):
+def test_load_causal_lm_reads_large_stacks_a_few_layers_at_a_time(checkpoint, monkeypatch):
     _, params = interop.load_causal_lm(checkpoint("llama"))
-    monkeypatch.setattr("subspace_jax.interop.placing.CHUNK_BYTES", 2000)
-    _, chunked = interop.load_causal_lm(checkpoint("llama"))
-    same(params, chunked)
+    monkeypatch.setattr("subspace_jax.interop.reading.CHUNK_BYTES", 2000)
+    chex.assert_trees_all_equal(interop.load_causal_lm(checkpoint("llama"))[1], params, strict=True)
+
+
+@pytest.mark.eight_devices
+def test_load_causal_lm_reads_large_shards_a_few_layers_at_a_time(checkpoint, monkeypatch):
+    _, params = interop.load_causal_lm(checkpoint("llama"))
     mesh = train.make_mesh(1, 4, 2)
-    monkeypatch.setattr("subspace_jax.interop.placing.CHUNK_BYTES", 200)
-    _, split = interop.load_causal_lm(checkpoint("llama"), shardings=shardings_on(mesh))
-    same(params, split)
-    kernel = split["layers"]["attn"]["q"]["kernel"]
+    monkeypatch.setattr("subspace_jax.interop.reading.CHUNK_BYTES", 200)
+    _, sharded = interop.load_causal_lm(checkpoint("llama"), shardings=shardings_on(mesh))
+    chex.assert_trees_all_equal(jax.device_get(sharded), jax.device_get(params), strict=True)
+    kernel = sharded["layers"]["attn"]["q"]["kernel"]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "fsdp", "tensor")), 3)
 
 
@@ -288,7 +287,7 @@ def test_an_older_folder_needs_a_word_and_keeps_its_other_files(checkpoint, tmp_
     changed = jax.tree.map(lambda x: x + 1, params)
     interop.save_pretrained(nn.Model(config, changed), folder, overwrite=True)
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    same(changed, interop.load_causal_lm(folder)[1])
+    chex.assert_trees_all_equal(changed, interop.load_causal_lm(folder)[1], strict=True)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
@@ -297,7 +296,7 @@ def test_a_full_disk_leaves_the_older_folder_whole(checkpoint, tmp_path, monkeyp
     folder = tmp_path / "out"
     interop.save_causal_lm(folder, config, params)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    write, calls = causal_lm_write.write_safetensors, []
+    write, calls = writing.write_safetensors, []
 
     def full(file, shapes, tensors):
         calls.append(file)
@@ -306,7 +305,7 @@ def test_a_full_disk_leaves_the_older_folder_whole(checkpoint, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         write(file, shapes, tensors)
 
-    monkeypatch.setattr(causal_lm_write, "write_safetensors", full)
+    monkeypatch.setattr(writing, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left on device"):
         interop.save_causal_lm(folder, config, params, shard_bytes=30_000, overwrite=True)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before

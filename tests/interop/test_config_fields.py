@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop
-from subspace_jax.interop.hf import resnet_names, swin_names
-from subspace_jax.interop.hf import vit_names as vision_transformer_names
-from subspace_jax.interop.hf.clip import dual_config_from_hf
-from subspace_jax.interop.hf.config_fields import read_json
+from subspace_jax.interop import hf
+from subspace_jax.interop.config_fields import read_json
 
 from .test_hf_config import GPT2, LLAMA
 from .vision_goldens import copy
@@ -40,7 +38,8 @@ def cases(read, base, kinds, below=None):
             yield pytest.param(read, base, below, name, values, id=f"{base['model_type']}-{below or ''}-{name}")
 
 
-VISION = vision_transformer_names.config_from_hf
+VISION = hf.vit.config_from_fields
+DUAL = hf.clip.dual_config_from_fields
 PAIRS = tuple(value for value in SIZES if value != [32])
 ALL = [
     *cases(interop.config_from_hf, GPT2, {"vocab_size n_embd n_layer n_head": SIZES}),
@@ -68,17 +67,26 @@ ALL = [
         DINOV2,
         {"mlp_ratio": NUMBERS, "use_swiglu_ffn use_mask_token": FLAGS, "num_register_tokens": (*NUMBERS, 1.5, [4])},
     ),
-    *cases(dual_config_from_hf, CLIP, {"hidden_size num_hidden_layers": SIZES, "hidden_act": WORDS}, "vision_config"),
-    *cases(dual_config_from_hf, CLIP, {"hidden_size vocab_size max_position_embeddings": SIZES}, "text_config"),
-    *cases(dual_config_from_hf, CLIP, {"eos_token_id": ("a", [], [1], None, -1, 1.5)}, "text_config"),
-    *cases(dual_config_from_hf, CLIP, {"vision_config text_config": ("a", [1], 3), "projection_dim": SIZES}),
-    *cases(resnet_names.config_from_hf, {"model_type": "resnet"}, {"embedding_size num_channels": SIZES}),
-    *cases(resnet_names.config_from_hf, {"model_type": "resnet"}, {"layer_type hidden_act": WORDS}),
-    *cases(resnet_names.config_from_hf, {"model_type": "resnet"}, {"downsample_in_bottleneck": FLAGS}),
-    *cases(resnet_names.config_from_hf, {"model_type": "resnet"}, {"depths": (*SIZES[:-1], [0], [10**9], [1] * 99)}),
-    *cases(swin_names.config_from_hf, {"model_type": "swin"}, {"embed_dim": SIZES, "image_size window_size": PAIRS}),
-    *cases(swin_names.config_from_hf, {"model_type": "swin"}, {"mlp_ratio layer_norm_eps": NUMBERS}),
-    *cases(swin_names.config_from_hf, {"model_type": "swin"}, {"depths": (*SIZES[:-1], [0], [10**9], [1] * 99)}),
+    *cases(
+        hf.clip.dual_config_from_fields,
+        CLIP,
+        {"hidden_size num_hidden_layers": SIZES, "hidden_act": WORDS},
+        "vision_config",
+    ),
+    *cases(
+        hf.clip.dual_config_from_fields, CLIP, {"hidden_size vocab_size max_position_embeddings": SIZES}, "text_config"
+    ),
+    *cases(DUAL, CLIP, {"eos_token_id": ("a", [], [1], None, -1, 1.5)}, "text_config"),
+    *cases(
+        hf.clip.dual_config_from_fields, CLIP, {"vision_config text_config": ("a", [1], 3), "projection_dim": SIZES}
+    ),
+    *cases(hf.resnet.config_from_fields, {"model_type": "resnet"}, {"embedding_size num_channels": SIZES}),
+    *cases(hf.resnet.config_from_fields, {"model_type": "resnet"}, {"layer_type hidden_act": WORDS}),
+    *cases(hf.resnet.config_from_fields, {"model_type": "resnet"}, {"downsample_in_bottleneck": FLAGS}),
+    *cases(hf.resnet.config_from_fields, {"model_type": "resnet"}, {"depths": (*SIZES[:-1], [0], [10**9], [1] * 99)}),
+    *cases(hf.swin.config_from_fields, {"model_type": "swin"}, {"embed_dim": SIZES, "image_size window_size": PAIRS}),
+    *cases(hf.swin.config_from_fields, {"model_type": "swin"}, {"mlp_ratio layer_norm_eps": NUMBERS}),
+    *cases(hf.swin.config_from_fields, {"model_type": "swin"}, {"depths": (*SIZES[:-1], [0], [10**9], [1] * 99)}),
 ]
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_what_is_written_has_the_keys_shapes_and_numbers_that_were_read(name, ag
     else:
         assert all(adapter.fields.get(key) == written[key] for key in ("use_dora", "use_rslora", "fan_in_fan_out"))
     back = interop.load_peft_adapter(tmp_path / "out", config)
-    jax.tree.map(np.testing.assert_array_equal, back.trainable, adapter.trainable)
+    chex.assert_trees_all_equal(back.trainable, adapter.trainable)
     assert {path: (type(s), getattr(s, "scale", None)) for path, s in back.settings.items()} == {
         path: (type(s), getattr(s, "scale", None)) for path, s in adapter.settings.items()
     }
@@ -199,7 +200,7 @@ def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monke
     doubled = jax.tree.map(lambda x: 2 * x, adapter.trainable)
     interop.save_peft_adapter(folder, config, doubled, adapter.settings)
     back = interop.load_peft_adapter(folder, config)
-    jax.tree.map(np.testing.assert_array_equal, back.trainable, doubled)
+    chex.assert_trees_all_equal(back.trainable, doubled)
     assert (folder / "README.md").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

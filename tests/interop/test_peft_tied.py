@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,7 +189,7 @@ def test_load_peft_adapter_reads_equal_tables_as_one(family, how, tmp_path):
     np.testing.assert_array_equal(read.trainable["embed"]["embedding"]["full"], new)
     interop.save_peft_adapter(tmp_path / "out", read.config, read.trainable, read.settings, fields=read.fields)
     again = interop.load_peft_adapter(tmp_path / "out", CONFIGS[family])
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, read.trainable)
+    chex.assert_trees_all_equal(again.trainable, read.trainable)
 
 
 def test_load_peft_adapter_refuses_one_loose_table_of_a_tied_model(tmp_path):
@@ -214,7 +215,7 @@ def test_save_peft_adapter_writes_a_trained_table_that_is_tied_in_both_places(fa
         got = stored[f"base_model.model.{name}.weight"].read()
         np.testing.assert_array_equal(got, trainable["embed"]["embedding"]["full"])
     back = interop.load_peft_adapter(tmp_path / "out", config)
-    jax.tree.map(np.testing.assert_array_equal, back.trainable, trainable)
+    chex.assert_trees_all_equal(back.trainable, trainable)
     # Of a model with a head of its own, the table is the table.
     interop.save_peft_adapter(tmp_path / "untied", config.replace(tied=False), trainable, settings)
     fields = json.loads((tmp_path / "untied" / "adapter_config.json").read_text())

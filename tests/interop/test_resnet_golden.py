@@ -1,11 +1,13 @@
 """Residual networks of transformers and timm, against what these return."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from subspace_jax import interop, nn
+from subspace_jax.interop import hf, timm
 
 from . import vision
 
@@ -57,7 +59,7 @@ def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
     np.testing.assert_allclose(out.logits, wanted["train_logits"], **CLOSE)
     np.testing.assert_allclose(loss, wanted["train_loss"], atol=1e-4)
     check_after(name, config, out.batch_stats)
-    stored = vision.in_files(interop.resnet_names.tensor_names(config), {**tree, "params": grads})
+    stored = vision.in_files(hf.resnet.tensor_layout(config).tensors, {**tree, "params": grads})
     expected = [key for key in wanted if key.startswith("train_grad:")]
     assert len(expected) == 3
     for key in expected:
@@ -76,7 +78,7 @@ def test_one_training_pass_of_timm_gives_running_statistics(name):
 def check_after(name, config, batch_stats):
     wanted = {key.removeprefix("train_after:"): value for key, value in vision.arrays(name).items()}
     seen = 0
-    for tensor in interop.resnet_names.tensor_names(config, "timm" if "timm" in name else "hf"):
+    for tensor in (timm if "timm" in name else hf).resnet.tensor_layout(config).tensors:
         if tensor.name in wanted:
             value = batch_stats
             for key in tensor.place.path[1:]:
@@ -111,8 +113,8 @@ def test_a_bare_model_without_prefix_and_head_is_read_and_written(tmp_path):
     assert again == config
     _, whole = interop.load_vision(vision.FOLDERS / "resnet")
     del whole["params"]["head"]
-    jax.tree.map(np.testing.assert_array_equal, tree, whole)
-    jax.tree.map(np.testing.assert_array_equal, same, whole)
+    chex.assert_trees_all_equal(tree, whole)
+    chex.assert_trees_all_equal(same, whole)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_fresh_network_goes_to_a_folder_of_timm_and_back(config, tmp_path):
     interop.save_vision(tmp_path / "out", config, tree, "timm")
     again, same = interop.load_vision(tmp_path / "out")
     assert again == config.replace(architecture=again.architecture)
-    jax.tree.map(np.testing.assert_array_equal, same, tree)
+    chex.assert_trees_all_equal(same, tree)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_files_of_another_network_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="hidden_act: 'gelu' is not supported"):
         interop.load_vision(vision.changed(tmp_path, "resnet", hidden_act="gelu"))
     with pytest.raises(ValueError, match="'hf' can't express a deep stem"):
-        interop.resnet_names.tensor_names(nn.ResNetConfig.resnet_d(18), "hf")
+        hf.resnet.tensor_layout(nn.ResNetConfig.resnet_d(18))
     config, tree = interop.load_vision(vision.FOLDERS / "resnet")
     with pytest.raises(ValueError, match="'timm' has four stages"):
         interop.save_vision(tmp_path / "out", config, tree, "timm")
@@ -166,4 +168,4 @@ def test_files_of_another_network_are_refused_by_name(tmp_path):
 
 def test_absent_fields_have_the_defaults_of_transformers():
     expected = nn.ResNetConfig.resnet(50, num_classes=2, convention="hf")
-    assert interop.resnet_names.config_from_hf({"model_type": "resnet"}) == expected
+    assert hf.resnet.config_from_fields({"model_type": "resnet"}) == expected

@@ -2,12 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from subspace_jax import interop, nn
+from subspace_jax.interop import hf, timm
 from subspace_jax.nn.models.swin.windows import relative_position_index, shifted_window_mask
 
 from . import vision
@@ -39,7 +41,7 @@ def test_tokens_hidden_states_logits_loss_and_gradients(name):
     for k, state in enumerate(out.hidden):
         np.testing.assert_allclose(state, wanted[f"hidden_{k}"].reshape(state.shape), **CLOSE)
     np.testing.assert_allclose(loss, wanted["loss"], atol=1e-5)
-    stored = vision.in_files(interop.swin_names.tensor_names(config, "timm" if "timm" in name else "hf"), grads)
+    stored = vision.in_files((timm if "timm" in name else hf).swin.tensor_layout(config).tensors, grads)
     for key in [key for key in wanted if key.startswith("grad:")]:
         np.testing.assert_allclose(stored[key.removeprefix("grad:")], wanted[key], rtol=1e-3, atol=1e-5)
 
@@ -73,17 +75,17 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     assert interop.load_vision(tmp_path / "out")[0] == config
 
 
-@pytest.mark.parametrize("layout", ["hf_v5", "bare"])
+@pytest.mark.parametrize("layout", ["v5", "bare"])
 def test_other_spellings_give_the_same_parameters(layout, tmp_path):
     config, params = interop.load_vision(vision.FOLDERS / "swin")
     if layout == "bare":
         stored = {key.removeprefix("swin."): v for key, v in vision.tensors(vision.FOLDERS / "swin").items()}
     else:
-        stored = vision.in_files(interop.swin_names.tensor_names(config, layout), params)
+        stored = vision.in_files(hf.swin.tensor_layout(config, layout).tensors, params)
         assert "swin.encoder.layers.0.blocks.1.attention.q_proj.weight" in stored
     again = interop.load_vision(vision.changed(tmp_path, "swin", stored))
     assert again[0] == config
-    jax.tree.map(np.testing.assert_array_equal, again[1], params)
+    chex.assert_trees_all_equal(again[1], params)
 
 
 def test_a_model_goes_from_transformers_to_timm_where_the_epsilons_agree(tmp_path):
@@ -94,7 +96,7 @@ def test_a_model_goes_from_transformers_to_timm_where_the_epsilons_agree(tmp_pat
     interop.save_vision(tmp_path / "out", config, params, "timm")
     again, same = interop.load_vision(tmp_path / "out")
     assert again == config.replace(convention="timm", architecture=again.architecture)
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+    chex.assert_trees_all_equal(same, params)
 
 
 def test_the_authors_own_files_are_recognised(tmp_path):
@@ -103,7 +105,7 @@ def test_the_authors_own_files_are_recognised(tmp_path):
         stored = {key.replace(old, new): value for key, value in stored.items()}
     stored["layers.0.blocks.0.attn.relative_position_index"] = np.zeros((16, 16), np.int64)
     again = interop.load_vision(vision.changed(tmp_path, "swin_timm", stored))[1]
-    jax.tree.map(np.testing.assert_array_equal, again, interop.load_vision(vision.FOLDERS / "swin_timm")[1])
+    chex.assert_trees_all_equal(again, interop.load_vision(vision.FOLDERS / "swin_timm")[1])
 
 
 def test_a_timm_model_refuses_sizes_that_are_no_multiples_of_its_windows():
@@ -128,4 +130,4 @@ def test_other_models_are_refused(name, fields, message, tmp_path):
 
 def test_absent_fields_have_the_defaults_of_transformers():
     expected = nn.SwinConfig.swin("tiny", num_classes=2, convention="hf")
-    assert interop.swin_names.config_from_hf({"model_type": "swin"}) == expected
+    assert hf.swin.config_from_fields({"model_type": "swin"}) == expected

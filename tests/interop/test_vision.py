@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from subspace_jax import interop, nn, train
-from subspace_jax.interop.hf import vit_names as vision_transformer_names
+from subspace_jax.interop import hf, timm
 
 from .conftest import rewrite, tensors_of
 from .vision_goldens import (
@@ -28,10 +29,6 @@ from .vision_goldens import (
 )
 
 every_model = pytest.mark.parametrize("name", [*HF, *DUAL, *TIMM])
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @every_model
@@ -78,8 +75,8 @@ def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name
 def test_loss_and_its_gradients_are_those_of_the_reference(name):
     golden, (_, value, grads) = stored(name), found(name)
     close(value, golden["loss"])
-    layout = "timm" if name in TIMM else "hf"
-    count = gradients_are(golden, vision_transformer_names.tensor_names(loaded(name)[0], layout), grads)
+    layout = (timm if name in TIMM else hf).vit.tensor_layout(loaded(name)[0])
+    count = gradients_are(golden, layout.tensors, grads)
     assert count == sum(key.startswith("grad:") for key in golden)
 
 
@@ -94,7 +91,7 @@ def test_export_keeps_every_name_type_and_value(name, tmp_path):
         assert tensor.tobytes() == written[key].tobytes()
     again, reread = interop.load_vision(tmp_path / "out")
     assert again == config
-    same(params, reread)
+    chex.assert_trees_all_equal(params, reread)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -102,12 +99,12 @@ def test_a_tower_alone_is_exported_with_its_prefix_and_read_without_it_too(name,
     config, params = loaded(name)
     interop.save_vision(tmp_path / "out", config, params)
     assert all(key.startswith("vision_model.") for key in tensors_of(tmp_path / "out"))
-    same(params, interop.load_vision(tmp_path / "out")[1])
+    chex.assert_trees_all_equal(params, interop.load_vision(tmp_path / "out")[1])
     positions = {"embeddings.position_ids": np.arange(5)[None]}
     rewrite(tmp_path / "out", lambda t: {k.removeprefix("vision_model."): v for k, v in t.items()} | positions)
     again, reread = interop.load_vision(tmp_path / "out")
     assert again == config
-    same(params, reread)
+    chex.assert_trees_all_equal(params, reread)
 
 
 SPELLINGS = {
@@ -133,7 +130,7 @@ def test_both_spellings_with_and_without_prefix_give_the_same_parameters(name, t
 
     prefix = {"vit_model": "vit."}.get(name)
     rewrite(folder, lambda t: {respell(k, prefix): v for k, v in t.items()})
-    same(loaded(name)[1], interop.load_vision(folder)[1])
+    chex.assert_trees_all_equal(loaded(name)[1], interop.load_vision(folder)[1])
 
 
 def test_old_layer_scale_names_and_leftover_layers_of_timm_are_read(tmp_path):
@@ -145,7 +142,7 @@ def test_old_layer_scale_names_and_leftover_layers_of_timm_are_read(tmp_path):
     )
     config, params = interop.load_vision(folder)
     assert config == loaded("deit3_timm")[0]
-    same(loaded("deit3_timm")[1], params)
+    chex.assert_trees_all_equal(loaded("deit3_timm")[1], params)
 
 
 def test_fields_that_a_config_lacks_have_the_defaults_of_its_type(tmp_path):
@@ -154,11 +151,11 @@ def test_fields_that_a_config_lacks_have_the_defaults_of_its_type(tmp_path):
     )
     config, params = interop.load_vision(folder)
     assert config == loaded("vit")[0]
-    same(loaded("vit")[1], params)
-    config = vision_transformer_names.config_from_hf({"model_type": "vit"})
+    chex.assert_trees_all_equal(loaded("vit")[1], params)
+    config = hf.vit.config_from_fields({"model_type": "vit"})
     assert (config.width, config.num_layers, config.mlp_size, config.image_size) == (768, 12, 3072, (224, 224))
     assert (config.patch_size, config.norm_eps, config.num_classes) == (16, 1e-12, 2)
-    clip = vision_transformer_names.config_from_hf({"model_type": "clip", "vision_config": {}})
+    clip = hf.vit.config_from_fields({"model_type": "clip", "vision_config": {}})
     assert (clip.patch_size, clip.activation, clip.norm_eps, clip.num_classes) == (32, "quick_gelu", 1e-5, 0)
     # The second copy that old files carry counts, with its defaults.
     old = {
@@ -166,7 +163,7 @@ def test_fields_that_a_config_lacks_have_the_defaults_of_its_type(tmp_path):
         "vision_config": {"hidden_size": 64, "patch_size": 8},
         "vision_config_dict": {"patch_size": 14},
     }
-    clip = vision_transformer_names.config_from_hf(old)
+    clip = hf.vit.config_from_fields(old)
     assert (clip.width, clip.patch_size) == (768, 14)
 
 
@@ -181,24 +178,25 @@ def test_a_model_moves_between_the_libraries_where_both_can_express_it(tmp_path)
     interop.save_vision(tmp_path / "timm", *moved, layout="timm")
     again, back = interop.load_vision(tmp_path / "timm")
     assert again == config
-    same(params, back)
+    chex.assert_trees_all_equal(params, back)
     with pytest.raises(ValueError, match=r"layout: 'timm' can't express this config; norm_eps: 1e-12 would be read as"):
         interop.save_vision(tmp_path / "no", *loaded("vit"), layout="timm")
     with pytest.raises(ValueError, match=r"has no tensors for|is no vision transformer"):
         interop.save_vision(tmp_path / "no", *loaded("deit3_timm"), layout="hf")
 
 
-def test_a_mesh_holds_the_same_numbers_in_shares(tmp_path):
+@pytest.mark.eight_devices
+def test_load_vision_shards_parameters_over_a_mesh(tmp_path):
     mesh = train.make_mesh(2, 2, 2)
     for name in ("vit", "siglip_vision_timm", "siglip"):
         config, params = interop.load_vision(
             GOLDEN / name, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
         )
-        same(loaded(name)[1], params)
+        chex.assert_trees_all_equal(loaded(name)[1], params)
         kernel = params["layers"]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (2, config.width // 2, config.mlp_size // 2)
         interop.save_vision(tmp_path / name, config, params)
-        same(loaded(name)[1], interop.load_vision(tmp_path / name)[1])
+        chex.assert_trees_all_equal(loaded(name)[1], interop.load_vision(tmp_path / name)[1])
 
 
 def test_an_asked_for_type_is_given():
@@ -249,7 +247,7 @@ def test_heads_and_activations_of_timm_are_known_by_the_names_of_architectures()
             "blocks.0.mlp.fc1.weight": (4 * d, d),
             "head.weight": (10, d),
         }
-        return vision_transformer_names.config_from_timm({"architecture": architecture}, shapes)
+        return timm.vit.config_from_fields({"architecture": architecture}, shapes)
 
     assert [config("vit_base_patch16_224", w).num_heads for w in (192, 768, 1152, 1280, 1664)] == [3, 12, 16, 16, 16]
     assert config("vit_base_patch16_clip_quickgelu_224", 768).activation == "quick_gelu"

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,9 +127,9 @@ def test_an_adapter_moves_from_the_old_paths_to_the_new(tmp_path):
     assert new.settings == old.settings
     assert new.fields["task_type"] is None
     assert "vit.layers.0.attention.q_proj" in new.fields["target_modules"]
-    jax.tree.map(np.testing.assert_array_equal, new.trainable, old.trainable)
+    chex.assert_trees_all_equal(new.trainable, old.trainable)
     same = interop.load_peft_adapter(GOLDEN / "vit" / "lora", config)
-    jax.tree.map(np.testing.assert_array_equal, same.trainable, old.trainable)
+    chex.assert_trees_all_equal(same.trainable, old.trainable)
 
 
 def test_paths_are_those_of_peft_and_leave_out_what_it_can_not_adapt():
@@ -157,7 +158,7 @@ def test_a_fused_kernel_of_timm_takes_one_adapter(tmp_path):
     header = interop.read_header(tmp_path / "adapter_model.safetensors")[0]
     assert header["base_model.model.blocks.1.attn.qkv.lora_B.weight"].shape == (96, 2)
     again = interop.load_peft_adapter(tmp_path, config)
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+    chex.assert_trees_all_equal(again.trainable, trainable)
 
 
 def test_dora_on_convolutions_and_a_new_head_have_peft_s_shapes(tmp_path):
@@ -179,7 +180,7 @@ def test_dora_on_convolutions_and_a_new_head_have_peft_s_shapes(tmp_path):
     }
     again = interop.load_peft_adapter(tmp_path, config)
     assert again.settings == settings
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+    chex.assert_trees_all_equal(again.trainable, trainable)
 
 
 def test_a_saved_module_may_hold_the_linear_map(tmp_path):
@@ -194,7 +195,7 @@ def test_a_saved_module_may_hold_the_linear_map(tmp_path):
     assert fields["modules_to_save"] == ["classifier.1"]
     file.write_text(json.dumps({**fields, "modules_to_save": ["classifier"]}))
     again = interop.load_peft_adapter(tmp_path, config)
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, trainable)
+    chex.assert_trees_all_equal(again.trainable, trainable)
 
 
 def test_swin_has_paths_of_two_versions_and_groups_take_no_adapter():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from subspace_jax import interop, nn
-from subspace_jax.interop.placing import to_stored
+from subspace_jax.interop.tensors import to_stored
 
 FOLDERS = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 

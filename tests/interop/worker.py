@@ -14,16 +14,16 @@ def main(index, count, port, source, target):
     jax.distributed.initialize(f"localhost:{port}", count, index)
     mesh = train.make_mesh(1, 4, 2)
 
-    reader = importlib.import_module("subspace_jax.interop.placing")
+    reader = importlib.import_module("subspace_jax.interop.reading")
     reader.CHUNK_BYTES = 500
-    read_share, bytes_read = reader._read_share, []
+    read_shard, bytes_read = reader._read_shard, []
 
     def counted(*arguments):
-        share = read_share(*arguments)
-        bytes_read.append(share.nbytes)
-        return share
+        shard = read_shard(*arguments)
+        bytes_read.append(shard.nbytes)
+        return shard
 
-    reader._read_share = counted
+    reader._read_shard = counted
     config, params = interop.load_causal_lm(
         source, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )

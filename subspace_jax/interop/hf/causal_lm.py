@@ -1,16 +1,20 @@
-"""Causal language models from Hugging Face checkpoint folders, straight onto devices."""
+"""Causal language models in the checkpoint folders of Hugging Face, read and written."""
 
+import functools
 import os
 import pathlib
+from collections.abc import Mapping
 
 from jax.typing import DTypeLike
 
-from subspace_jax.interop.hf.causal_lm_config import config_from_hf, token_ids
-from subspace_jax.interop.hf.config_fields import naming, read_fields, read_json
-from subspace_jax.interop.hf.names import is_buffer, tensor_names
-from subspace_jax.interop.placing import PyTree, Shardings, check_depth, match_tensors, read_params
+from subspace_jax.interop.config_fields import naming, read_fields, read_json
+from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_hf, token_ids
+from subspace_jax.interop.hf.causal_lm_names import is_buffer, tensor_names
+from subspace_jax.interop.reading import Shardings, check_depth, match_tensors, read_params
 from subspace_jax.interop.safetensors_io import StoredTensor, has_weights, open_folder
-from subspace_jax.nn import CausalLMConfig, Model, causal_lm_specs
+from subspace_jax.interop.tensors import PyTree, TensorLayout
+from subspace_jax.interop.writing import SHARD_BYTES, write_checkpoint
+from subspace_jax.nn import CausalLMConfig, Model, causal_lm_specs, stack_layers
 
 _HEAD = "lm_head.weight"
 
@@ -18,27 +22,27 @@ _HEAD = "lm_head.weight"
 def load_causal_lm(
     folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
 ) -> tuple[CausalLMConfig, PyTree]:
-    """Reads a checkpoint folder of GPT-2, Llama, Mistral or Qwen2 straight onto devices.
+    """Reads a checkpoint folder of GPT-2, Llama, Mistral or Qwen2 directly onto devices.
 
-    Files are mapped, and each process reads the slices of its own devices only.  What it holds at a time, beside the
-    arrays themselves, is one device's share of one table, or of the layers of a kernel that take 32 MiB.
+    Files are memory-mapped, and each process reads the slices of its own devices only.  Beside the arrays it holds one
+    shard of one table at a time, or of layers of a kernel of 32 MiB.
 
     Args:
-      folder: Has ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-      shardings: Tree of shardings with the layout of the parameters, or a function ``(shapes, axes) -> shardings``
+      folder: Folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+      shardings: Tree of shardings with the structure of the parameters, or a function ``(shapes, axes) -> shardings``
         such as ``lambda shapes, axes: train.param_shardings(shapes, axes, mesh)``; all on one device by default.
-      dtype: Type of the parameters; the one in the files by default.
+      dtype: Dtype of the parameters; the one in the files by default.
 
     Returns:
-      The config as of :func:`read_config`, and the parameters as :func:`subspace_jax.nn.causal_lm_specs` lays them out.
+      The config, see :func:`read_config`, and the parameters, see :func:`subspace_jax.nn.causal_lm_specs`.
 
     Raises:
       ValueError: The architecture is not supported, weights are pickled, tensors are missing, unexpected or of
-        the wrong shape, or a file is damaged or cut off.
-      FileNotFoundError: The folder or a file is not there.
+        the wrong shape, or a file is damaged or truncated.
+      FileNotFoundError: The folder or a file does not exist.
     """
     config, stored = _open(folder, _config_of_fields(folder))
-    return config, read_params(causal_lm_specs(config), tensor_names(config), stored, shardings=shardings, dtype=dtype)
+    return config, read_params(_layout(config), stored, shardings=shardings, dtype=dtype)
 
 
 def from_pretrained(
@@ -48,19 +52,62 @@ def from_pretrained(
     return Model(*load_causal_lm(folder, shardings=shardings, dtype=dtype))
 
 
+def save_causal_lm(
+    folder: str | os.PathLike,
+    config: CausalLMConfig,
+    params: PyTree,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    side_files: Mapping[str, pathlib.Path] | None = None,
+) -> None:
+    """Writes a checkpoint folder that :func:`load_causal_lm` and Hugging Face transformers read.
+
+    One tensor at a time is copied to the host.  The folder appears when all is written: an error before, such as a full
+    disk, leaves an older folder unchanged.  With several processes all call this; the first one writes.
+
+    Args:
+      folder: Folder to write.
+      config: The model.
+      params: Its parameters, plain arrays, in the dtype in which they are stored; unstacked layers are stacked first.
+      shard_bytes: Largest size of a file; a larger tensor has a file of its own.
+      overwrite: Whether the folder may exist; its weights and config are replaced, other files (a tokenizer) are kept.
+      side_files: Files to copy into the folder, by their names there; see :func:`subspace_jax.interop.side_files`.
+
+    Raises:
+      FileExistsError: The folder exists and is not empty, without ``overwrite``.
+      ValueError: The parameters are not those of the config, or their dtype can't be stored.
+      OSError: Writing failed.
+    """
+    write_checkpoint(
+        folder,
+        functools.partial(config_to_hf, config),
+        _layout(config),
+        stack_layers(params),
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        side_files=side_files,
+    )
+
+
+def save_pretrained(model: Model, folder: str | os.PathLike, **options) -> None:
+    """Writes a module as a checkpoint folder; for options see :func:`save_causal_lm`."""
+    save_causal_lm(folder, model.config, model.params, **options)
+
+
 def read_config(folder: str | os.PathLike) -> CausalLMConfig:
     """Reads the config of a checkpoint folder of a language model.
 
-    A config that ties head and embedding is untied where the weights beside it hold a head that differs from the
-    embedding table, as transformers 5 does; the two are compared slice by slice.
+    A config with a tied head is untied if the weights have a head that differs from the embedding table, as in
+    transformers 5; the two are compared slice by slice.
 
-    The tokens that open, end and fill texts are those of ``generation_config.json``, where it is there and names them.
+    The BOS, EOS and padding tokens of ``generation_config.json`` take precedence, if it exists and names them.
 
     Args:
-      folder: Has ``config.json``, and weights or none.
+      folder: Folder with ``config.json``, with or without weights.
 
     Raises:
-      ValueError: A field can't be read (see :func:`config_from_hf`), the folder is a run's or an adapter's, or the
+      ValueError: A field can't be read (see :func:`config_from_hf`), the folder is a run or an adapter, or the
         weights are not those of the config.
       FileNotFoundError: There is no ``config.json``.
     """
@@ -77,27 +124,31 @@ def _config_of_fields(folder: str | os.PathLike) -> CausalLMConfig:
         return config
     generation = read_json(file)
     with naming(file):
-        # What it names counts, as in transformers.
+        # Takes precedence, as in transformers.
         return config.replace(
             **{name: tokens for name, tokens in token_ids(generation).items() if tokens not in (None, ())}
         )
 
 
 def _open(folder: str | os.PathLike, config: CausalLMConfig) -> tuple[CausalLMConfig, dict[str, StoredTensor]]:
-    """The tensors of a folder by the names of the family, and the config, untied where they have a head of its own."""
+    """Returns the config, untied if the tensors have a separate head, and the tensors by the names of the family."""
     stored = open_folder(folder)
     check_depth(folder, config.num_layers, stored)
     if config.family == "gpt2" and not any(name.startswith("transformer.") for name in stored):
-        # The first files were those of the bare decoder.
+        # The first files hold the decoder alone.
         stored = {name if name.startswith("lm_head.") else f"transformer.{name}": t for name, t in stored.items()}
     stored = {name: t for name, t in stored.items() if not is_buffer(name)}
     table = "transformer.wte.weight" if config.family == "gpt2" else "model.embed_tokens.weight"
     if config.tied and _HEAD in stored:
-        # A file may hold the table by the name of the head alone.
+        # A file may hold the table under the name of the head only.
         if stored[_HEAD].equals(stored.setdefault(table, stored[_HEAD])):
             del stored[_HEAD]
         else:
             config = config.replace(tied=False)
     what = f"a {config.family!r} with {config.num_layers} layers"
-    match_tensors(folder, what, causal_lm_specs(config), tensor_names(config), stored)
+    match_tensors(folder, what, _layout(config), stored)
     return config, stored
+
+
+def _layout(config: CausalLMConfig) -> TensorLayout:
+    return TensorLayout(causal_lm_specs(config), tensor_names(config))

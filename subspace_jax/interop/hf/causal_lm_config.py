@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspace_jax.interop.hf.config_fields import (
+from subspace_jax.interop.config_fields import (
     MAX_HEAD_DIM,
     MAX_LAYERS,
     checked_integer,

@@ -1,5 +1,6 @@
-"""CLIP and SigLIP with both towers, from Hugging Face's checkpoint folders and to them."""
+"""CLIP and SigLIP with both towers in the files of Hugging Face transformers."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -8,18 +9,16 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from subspace_jax.interop.hf import vit_names as vision_transformer_names
-from subspace_jax.interop.hf.causal_lm_write import SHARD_BYTES, write_checkpoint
-from subspace_jax.interop.hf.config_fields import MAX_LAYERS, integer, naming, number, read_fields, word
-from subspace_jax.interop.hf.names import Place, TensorName
+from subspace_jax.interop.config_fields import MAX_LAYERS, integer, naming, number, read_fields, word
+from subspace_jax.interop.hf import vit
 from subspace_jax.interop.hf.vit_config import activation_from_hf, activation_to_hf, tower_fields
-from subspace_jax.interop.hf.vit_names import TOWER_LAYERS, table_tensors
-from subspace_jax.interop.placing import Shardings, check_depth, match_tensors, read_params
+from subspace_jax.interop.reading import Shardings, check_depth, match_tensors, read_params
 from subspace_jax.interop.safetensors_io import open_folder
+from subspace_jax.interop.tensors import Place, PyTree, TensorLayout, TensorName
+from subspace_jax.interop.vision_tensors import table_tensors
+from subspace_jax.interop.writing import SHARD_BYTES, write_checkpoint
 from subspace_jax.nn.models.clip.dual_tower import DualTowerConfig, dual_tower_specs
 from subspace_jax.nn.models.clip.text_tower import TextTowerConfig, text_tower_specs
-
-PyTree = Any
 
 _TEXT = {
     "clip": {
@@ -46,24 +45,24 @@ _TEXT = {
     },
 }
 _TEXT_NAMES = {
-    **TOWER_LAYERS,
+    **vit.TOWER_LAYERS,
     "norm": "final_layer_norm",
     "head": "head",
     "embed/embedding": ("embeddings.token_embedding.weight", 0),
     "position/embedding": ("embeddings.position_embedding.weight", 0),
 }
-# The first checkpoints name a wrong end token; what ends their texts is the largest one.
+# The first checkpoints name a wrong end token; their texts end with the largest token.
 _OLD_END = 2
 
 
-def dual_config_from_hf(fields: Mapping[str, Any]) -> DualTowerConfig:
-    """Turns the fields of a ``config.json`` of CLIP or SigLIP into a config; what is absent has its type's default.
+def dual_config_from_fields(fields: Mapping[str, Any]) -> DualTowerConfig:
+    """Converts the fields of ``config.json`` to a config; absent ones have the defaults of the model type.
 
     Raises:
-      ValueError: The model type is another, or the fields contradict one another.
+      ValueError: The model type is not CLIP or SigLIP, or the fields contradict one another.
     """
     kind = word(fields, "model_type", None, _TEXT)
-    vision = vision_transformer_names.config_from_hf({**fields, "architectures": None})
+    vision = vit.config_from_fields({**fields, "architectures": None})
     own = tower_fields({"text_config": None, **fields}, "text", _TEXT[kind])
     clip = kind == "clip"
     with naming("text_config"):
@@ -85,8 +84,8 @@ def dual_config_from_hf(fields: Mapping[str, Any]) -> DualTowerConfig:
     return DualTowerConfig(vision, text, integer(fields, "projection_dim", 512) if clip else 0, biased=not clip)
 
 
-def dual_config_to_hf(config: DualTowerConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Turns a config into the fields of a ``config.json``.
+def dual_fields_from_config(config: DualTowerConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Converts a config to the fields of ``config.json``.
 
     Raises:
       ValueError: Neither CLIP nor SigLIP can express the model.
@@ -104,7 +103,7 @@ def dual_config_to_hf(config: DualTowerConfig, dtype: str = "float32") -> dict[s
         "hidden_act": activation_to_hf(text.activation),
         "eos_token_id": text.end_token,
     }
-    vision = vision_transformer_names.config_to_hf(config.vision, dtype)
+    vision = vit.fields_from_config(config.vision, dtype)
     fields = {
         "model_type": kind,
         "architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"],
@@ -118,7 +117,7 @@ def dual_config_to_hf(config: DualTowerConfig, dtype: str = "float32") -> dict[s
         fields["projection_dim"] = config.projection_size
     else:
         own["projection_size"] = text.head_size
-    again = dual_config_from_hf(fields)
+    again = dual_config_from_fields(fields)
     if again != config:
         differs = [f"{part}.{k}" for part in ("vision", "text") for k in vars(getattr(config, part))]
         differs = [k for k in differs if _field(config, k) != _field(again, k)] or ["projection_size, biased"]
@@ -126,32 +125,32 @@ def dual_config_to_hf(config: DualTowerConfig, dtype: str = "float32") -> dict[s
     return fields
 
 
-def dual_tensor_names(config: DualTowerConfig) -> list[TensorName]:
-    """Lists every tensor of a checkpoint with both towers, with its place here."""
-    kind = config.vision.family
-    tensors = [_below("vision", t) for t in vision_transformer_names.tensor_names(config.vision)]
-    table = {path: _prefixed("text_model.", stored) for path, stored in _TEXT_NAMES.items()}
-    tensors += [_below("text", t) for t in table_tensors(text_tower_specs(config.text), table, f"{kind!r}")]
+def dual_tensor_layout(config: DualTowerConfig) -> TensorLayout:
+    """Returns the parameters with the tensors of a checkpoint with both towers."""
+    specs = dual_tower_specs(config)
+    tensors = [_below("vision", t) for t in vit.tensor_layout(config.vision).tensors]
+    table = vit.with_prefix(_TEXT_NAMES, "text_model.")
+    text = table_tensors(text_tower_specs(config.text), table, f"{config.vision.family!r}")
+    tensors += [_below("text", t) for t in text]
     if config.projection_size:
         for ours, theirs in (("image_projection", "visual_projection"), ("text_projection", "text_projection")):
             tensors.append(TensorName(f"{theirs}.weight", Place((ours, "kernel")), True))
     shape = (1,) if config.biased else ()
-    order = tuple(range(len(shape)))
     names = {"scale": "logit_scale", "bias": "logit_bias"}
-    for ours in dual_tower_specs(config)["similarity"]:
-        tensors.append(TensorName(names[ours], Place(("similarity", ours)), False, order, shape))
-    return tensors
+    for ours in specs["similarity"]:
+        tensors.append(TensorName(names[ours], Place(("similarity", ours)), False, tuple(range(len(shape))), shape))
+    return TensorLayout(specs, tensors)
 
 
 def load_dual(
     path: str | os.PathLike, dtype: DTypeLike | None = None, shardings: Shardings | None = None
 ) -> tuple[DualTowerConfig, PyTree]:
-    """Reads a checkpoint folder of CLIP or SigLIP with both towers straight onto devices.
+    """Reads a checkpoint folder of CLIP or SigLIP, with both towers, directly onto devices.
 
     Args:
       path: Has ``config.json`` and ``model.safetensors``, or shards and their index.
-      dtype: Type of the parameters; the one in the files by default.
-      shardings: As of :func:`load_vision`.
+      dtype: Dtype of the parameters; the one in the files by default.
+      shardings: See :func:`load_vision`.
 
     Returns:
       The config, and the parameters as :func:`subspace_jax.nn.dual_tower_specs` lays them out.
@@ -163,12 +162,12 @@ def load_dual(
     """
     fields = read_fields(path)
     with naming(pathlib.Path(path) / "config.json"):
-        config = dual_config_from_hf(fields)
+        config = dual_config_from_fields(fields)
     stored = {k: t for k, t in open_folder(path).items() if not k.endswith("embeddings.position_ids")}
     check_depth(path, config.vision.num_layers + config.text.num_layers, stored)
-    specs, tensors = dual_tower_specs(config), dual_tensor_names(config)
-    match_tensors(path, f"a {config.vision.family!r} of this config", specs, tensors, stored)
-    return config, read_params(specs, tensors, stored, shardings=shardings, dtype=dtype)
+    layout = dual_tensor_layout(config)
+    match_tensors(path, f"a {config.vision.family!r} of this config", layout, stored)
+    return config, read_params(layout, stored, shardings=shardings, dtype=dtype)
 
 
 def save_dual(
@@ -180,19 +179,13 @@ def save_dual(
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint folder that :func:`load_dual` and Hugging Face transformers read; see :func:`save_vision`."""
-    tensors = sorted(dual_tensor_names(config), key=lambda t: (t.name, t.part))
-    fields = functools.partial(dual_config_to_hf, config)
-    specs = dual_tower_specs(config)
-    write_checkpoint(path, fields, specs, tensors, params, shard_bytes=shard_bytes, overwrite=overwrite)
+    fields = functools.partial(dual_fields_from_config, config)
+    layout = dual_tensor_layout(config).sorted()
+    write_checkpoint(path, fields, layout, params, shard_bytes=shard_bytes, overwrite=overwrite)
 
 
 def _below(tower: str, tensor: TensorName) -> TensorName:
-    place = Place((tower, *tensor.place.path), tensor.place.layer)
-    return TensorName(tensor.name, place, tensor.transposed, tensor.order, tensor.shape, tensor.part)
-
-
-def _prefixed(prefix: str, stored: Any) -> Any:
-    return (prefix + stored[0], *stored[1:]) if isinstance(stored, tuple) else prefix + stored
+    return dataclasses.replace(tensor, place=Place((tower, *tensor.place.path), tensor.place.layer))
 
 
 def _field(config: DualTowerConfig, name: str) -> Any:

@@ -1,10 +1,9 @@
-"""Configs of vision transformers from ``config.json`` of Hugging Face, and back."""
+"""``config.json`` of the vision transformers of Hugging Face, read and written."""
 
 import contextlib
 from typing import Any
 
-from subspace_jax.interop.hf.causal_lm_config import FROM_HF_ACTIVATION, TO_HF_ACTIVATION
-from subspace_jax.interop.hf.config_fields import (
+from subspace_jax.interop.config_fields import (
     MAX_LAYERS,
     Fields,
     Shapes,
@@ -12,6 +11,7 @@ from subspace_jax.interop.hf.config_fields import (
     flag,
     group,
     integer,
+    label_fields,
     naming,
     num_labels,
     number,
@@ -20,6 +20,7 @@ from subspace_jax.interop.hf.config_fields import (
     square,
     word,
 )
+from subspace_jax.interop.hf.causal_lm_config import FROM_HF_ACTIVATION, TO_HF_ACTIVATION
 from subspace_jax.nn.models.vit.config import VisionTransformerConfig, swiglu_size
 
 MODEL_TYPES = {
@@ -39,7 +40,7 @@ _ARCHITECTURES = {
     "siglip": {"SiglipModel", "SiglipVisionModel", "SiglipForImageClassification"},
     "dinov2": {"Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"},
 }
-# What a field is where config.json lacks it.
+# Defaults of absent fields.
 DEFAULTS = {
     "vit": {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
     "deit": {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
@@ -58,42 +59,37 @@ _COMMON = {
 
 
 def activation_from_hf(fields: Fields, name: str = "hidden_act", default: str | None = None) -> str:
-    """A field that is Hugging Face's name of an activation, as ours."""
+    """Returns the activation that a field names."""
     known = {**FROM_HF_ACTIVATION, "quick_gelu": "quick_gelu"}
     return known[word(fields, name, default, known)]
 
 
 def activation_to_hf(name: str) -> str:
-    """The inverse of :func:`activation_from_hf`."""
+    """Returns the name of an activation in Hugging Face configs; the inverse of :func:`activation_from_hf`."""
     return {**TO_HF_ACTIVATION, "quick_gelu": "quick_gelu"}[name]
 
 
 def tower_fields(fields: Fields, tower: str, defaults: Fields) -> dict[str, Any]:
-    """The fields of one tower of a dual model, old spelling included, completed with defaults.
+    """Returns the fields of one tower of a dual model, with defaults, by old and new names.
 
     Args:
-      fields: Those of ``config.json``; of a tower alone its own.
+      fields: Fields of ``config.json``, of a dual model or of a tower alone.
       tower: "vision" or "text".
-      defaults: What a field is where it is absent.
+      defaults: Defaults of absent fields.
     """
     if f"{tower}_config" not in fields and f"{tower}_config_dict" not in fields:
         return {**defaults, **fields}
     made, old = {**defaults, **group(fields, f"{tower}_config")}, group(fields, f"{tower}_config_dict")
-    # Old files carry the fields twice, and their second copy counts, its defaults as well.
+    # Old files have the fields twice; the second copy counts, with its defaults.
     return made if fields.get(f"{tower}_config_dict") is None else {**made, **defaults, **old}
 
 
-def config_from_hf(fields: Fields) -> VisionTransformerConfig:
-    """Turns the fields of a Hugging Face ``config.json`` into a config; a dual model's into that of its vision tower.
-
-    Whether there is a head, a pooler or a mask token is not in the fields if ``architectures`` is absent, or not at
-    all; :func:`complete` looks at the tensors for it.
+def config_from_fields(fields: Fields, shapes: Shapes | None = None) -> VisionTransformerConfig:
+    """Converts the fields of ``config.json`` to a config; those of a dual model to that of its vision tower.
 
     Args:
-      fields: The fields; what is absent has the default of its model type.
-
-    Returns:
-      The config.
+      fields: The fields; absent ones have the defaults of the model type.
+      shapes: Shape of every tensor; decides on a head, a pooler and a mask token where the fields leave them open.
 
     Raises:
       ValueError: The model type, its architecture or its activation is not supported, or sizes contradict one another.
@@ -126,7 +122,7 @@ def config_from_hf(fields: Fields) -> VisionTransformerConfig:
         made |= {"patch_bias": False, "pre_norm": True}
         made |= {"pool": "mean", "norm_at": "nothing"} if "num_classes" in made else {"norm_at": "pooled"}
         if not architecture:
-            # Of a tower without a name nobody expects a head.
+            # A tower without a name has no head.
             made |= {"pool": "token", "norm_at": "pooled", "num_classes": 0}
     elif family == "siglip":
         head = flag(own, "vision_use_head", True)
@@ -137,11 +133,12 @@ def config_from_hf(fields: Fields) -> VisionTransformerConfig:
             made["pool"] = "mean"
     else:
         made |= _dinov2(own, made)
-    return VisionTransformerConfig(**made)
+    config = VisionTransformerConfig(**made)
+    return config if shapes is None else _with_tensors(config, fields, shapes)
 
 
 def _tower(family: str, own: Fields) -> dict[str, Any]:
-    """What the towers of all families have."""
+    """Fields of the towers of all families."""
     return {
         "family": family,
         "image_size": pair(own, "image_size", None),
@@ -157,7 +154,7 @@ def _tower(family: str, own: Fields) -> dict[str, Any]:
 
 
 def _dinov2(own: Fields, made: Fields) -> dict[str, Any]:
-    """What DINOv2's fields say beside."""
+    """Further fields of DINOv2."""
     registers = integer(own, "num_register_tokens", 0, least=0)
     ratio = number(own, "mlp_ratio", 4, most=1e6)
     gated = flag(own, "use_swiglu_ffn", False)
@@ -173,16 +170,8 @@ def _dinov2(own: Fields, made: Fields) -> dict[str, Any]:
     }
 
 
-def complete(config: VisionTransformerConfig, fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
-    """Adds to a config what ``config.json`` leaves open and the tensors of the checkpoint tell.
-
-    Args:
-      config: What :func:`config_from_hf` or timm's reader made of the fields.
-      fields: The fields.
-      shapes: Name to shape of the tensors.
-    """
-    if "model_type" not in fields:
-        return config
+def _with_tensors(config: VisionTransformerConfig, fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
+    """Adds to a config what ``config.json`` leaves open and the tensors show."""
     made = {"mask_token": any(name.endswith("mask_token") for name in shapes)}
     if config.family not in ("vit", "deit"):
         return config.replace(**made) if config.family == "dinov2" else config
@@ -197,13 +186,8 @@ def complete(config: VisionTransformerConfig, fields: Fields, shapes: Shapes) ->
     return config.replace(**made)
 
 
-def config_to_hf(config: VisionTransformerConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Turns a config into the fields of a Hugging Face ``config.json``; labels are numbered.
-
-    Args:
-      config: The config.
-      dtype: Name of the type of the weights.
-    """
+def fields_from_config(config: VisionTransformerConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Converts a config to the fields of ``config.json``; classes are numbered."""
     family, labelled = config.family, config.num_classes > 0
     size = config.image_size
     fields: dict[str, Any] = {
@@ -249,8 +233,7 @@ def config_to_hf(config: VisionTransformerConfig, dtype: str = "float32") -> dic
         }
         fields["model_type"] = family
     if labelled:
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_classes)}
-        fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_classes)}
+        fields |= label_fields(config.num_classes)
     return {"architectures": [architecture], **fields}
 
 

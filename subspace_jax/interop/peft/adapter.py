@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters as Hugging Face PEFT folders, in and out, of language and of vision models."""
+"""LoRA and DoRA adapters in the folders of Hugging Face PEFT, of language and vision models, read and written."""
 
 import contextlib
 import json
@@ -12,45 +12,39 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.adapters import DoRA, LoRA
 from subspace_jax.adapters.api import settings_of
 from subspace_jax.adapters.rules import insert
-from subspace_jax.interop.hf.causal_lm_write import replacing
 from subspace_jax.interop.peft.config import CONFIG, TENSORS, check_fields, read_fields
 from subspace_jax.interop.peft.layout import (
     UNTIE,
-    Config,
     TiedTablesError,
-    at,
     full_shape,
-    is_tied,
     layout,
     make_fields,
-    specs_of,
     tensors_of,
     version_of,
     written_out,
 )
-from subspace_jax.interop.peft.vision import without_effect
+from subspace_jax.interop.peft.models import Config, peft_model, without_effect
 from subspace_jax.interop.safetensors_io import StoredTensor, read_header, write_safetensors
+from subspace_jax.interop.tensors import PyTree, at
+from subspace_jax.interop.writing import replacing
 from subspace_jax.nn import CausalLMConfig
-
-PyTree = Any
 
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter as it was read.
+    """An adapter of a PEFT folder.
 
     Attributes:
       trainable: Its arrays, for :func:`subspace_jax.adapters.bind`.
-      settings: Path of each weight to its setting.
-      fields: Those of ``adapter_config.json``, to be written again.
-      config: That of the model whose parameters the paths are of.
-      copies: What the folder holds of the model itself: path of an adapted or saved table or head to the tensor of its
-        base, ``[out, in]``, which PEFT uses instead of the model's.
+      settings: Path of each weight to its adapter config.
+      fields: The fields of ``adapter_config.json``, to write them again.
+      config: Config of the model.
+      copies: Weights of the model in the folder: path of an adapted or saved table or head to the tensor of its base,
+        ``[out, in]``, which PEFT uses instead of that of the model.
     """
 
     trainable: PyTree
@@ -61,32 +55,30 @@ class PeftAdapter:
 
 
 def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool = False) -> PeftAdapter:
-    """Reads a folder that PEFT wrote, LoRA, rsLoRA or DoRA.
+    """Reads a folder of PEFT: LoRA, rsLoRA or DoRA.
 
-    Paths of ViT, DeiT, DINOv2 and Swin may be those of transformers 5 or of 4 (PEFT itself takes only those of the
-    version that it runs on).  An adapter of a residual network is for both its trees, as ``load_vision`` gives them.
-    A head under ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or gives another rank,
-    are filled up with zeros, because our layers are stacked.  Factors come as float32, as PEFT has them.  Fields that
-    are set and unknown are logged.  A stored copy of an adapted embedding is not compared with the model's, see
-    ``copies`` of the result.
+    Paths of ViT, DeiT, DINOv2 and Swin may be those of transformers 5 or 4 (PEFT reads only those of the installed
+    version).  An adapter of a residual network is for both its trees, see ``load_vision``.  A head in
+    ``modules_to_save`` comes with its bias.  Layers that the folder leaves out, or that have a smaller rank, are padded
+    with zeros, as layers are stacked.  Factors are float32, as in PEFT.  Unknown fields that are set are logged.  A
+    stored copy of an adapted embedding table is not compared with that of the model, see ``copies`` of the result.
 
-    PEFT adapts or saves the embedding and the head of a tied model one without the other.  Where both are saved with
-    equal numbers, they are one table here, too; otherwise the adapter is of the model that
-    :func:`subspace_jax.nn.untie_causal_lm` returns.
+    In a tied model PEFT adapts or saves embedding table and head separately.  If both are saved with equal values, they
+    are one table here; otherwise the adapter is for the model of :func:`subspace_jax.nn.untie_causal_lm`.
 
     Args:
-      folder: Has ``adapter_config.json`` and ``adapter_model.safetensors``.
-      config: The model that it is for.
+      folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      config: The model of the adapter.
       untie: Whether an adapter of one of two tied tables is read for the untied model, see ``config`` of the result.
 
     Returns:
       The adapter.
 
     Raises:
-      ValueError: A field is missing, of the wrong type, or asks for what is not implemented, tensors are missing (PEFT
-        leaves those random or zero), left over, without the prefix, of integers, of two names, or of the wrong shape,
-        weights are pickled, or the adapter unties a tied model, without ``untie``.
-      FileNotFoundError: A file is not there.
+      ValueError: A field is missing, of the wrong type, or asks for what is not implemented; tensors are missing (PEFT
+        leaves those random or zero), unexpected, without the prefix, of integers, duplicated, or of the wrong shape;
+        weights are pickled; or the adapter unties a tied model, without ``untie``.
+      FileNotFoundError: A file does not exist.
     """
     folder = pathlib.Path(folder)
     fields = read_fields(folder)
@@ -105,7 +97,7 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool 
             raise
         config = config.replace(tied=False)
         trainable, settings, copies = _read(folder, meant, config, tensors)
-    if fields.get("ensure_weight_tying") and not is_tied(config):
+    if fields.get("ensure_weight_tying") and not peft_model(config).tied:
         meant = {**meant, "ensure_weight_tying": False}
     return PeftAdapter(trainable, settings, meant, config, copies)
 
@@ -121,10 +113,10 @@ def _naming(file: pathlib.Path) -> Iterator[None]:
 def _read(
     folder: pathlib.Path, fields: Mapping[str, Any], config: Config, stored: Mapping[str, StoredTensor]
 ) -> tuple[PyTree, dict[str, Any], dict[str, StoredTensor]]:
-    """The arrays, all of whose shapes are looked at before the first one is made, their settings, and copies."""
+    """Returns the arrays, their configs, and copies; all shapes are checked before the first array is made."""
     with _naming(folder / CONFIG):
         settings, names = layout(fields, config, version_of(config, stored))
-    file, specs, left = folder / TENSORS, specs_of(config), dict(stored)
+    file, specs, left = folder / TENSORS, peft_model(config).specs, dict(stored)
     found: dict[tuple[str, str], list] = {}
     for path, modules in names.items():
         shape = at(specs, path.split("/")).shape
@@ -141,7 +133,7 @@ def _read(
     alone = [(module, path) for path, modules in names.items() for module, layer in modules.items() if layer is None]
     path_of = {f"{module}.{own}.weight": path for module, path in alone for own in ("base_layer", "original_module")}
     copies = {path_of[name]: tensor for name, tensor in left.items() if name in path_of}
-    # With save_embedding_layers a module that is saved comes twice, and PEFT reads the plain name.
+    # With save_embedding_layers a saved module is stored twice, and PEFT reads the plain name.
     unread = {*path_of, *(f"{module}.modules_to_save.weight" for module, _ in alone)}
     left = [n for n in left if n not in unread and not n.endswith(".base_layer.weight")]
     left = [n for n in left if not without_effect(n.split(".lora_")[0])]
@@ -157,7 +149,7 @@ def _read(
 
 
 def _array(parts: list[tuple[StoredTensor, tuple[int, ...], int | None]], shape: tuple[int, ...]) -> np.ndarray | None:
-    """One of our arrays, of the tensors of its layers; None where tensors of the same one differ."""
+    """Returns an array from the tensors of its layers; None if the tensors of an unstacked array differ."""
     values = [(np.asarray(t.read()).astype(np.float32).transpose(order), layer) for t, order, layer in parts]
     if values[0][1] is None:
         same = all(np.array_equal(values[0][0], value, equal_nan=True) for value, _ in values[1:])
@@ -169,11 +161,11 @@ def _array(parts: list[tuple[StoredTensor, tuple[int, ...], int | None]], shape:
 
 
 def _tensors_by_name(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors by their names without what comes and goes: prefix, name of the adapter, a wrapper of DoRA's."""
+    """Returns the tensors by their names without prefix, name of the adapter, and suffix of DoRA's magnitude."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in read_header(file)[0].items():
         if not name.startswith(_PREFIX):
-            raise ValueError(f"{file}: {name}: lacks the prefix {_PREFIX!r}; PEFT would load nothing in silence")
+            raise ValueError(f"{file}: {name}: lacks the prefix {_PREFIX!r}; PEFT would silently load nothing")
         plain = re.sub(r"\.default(?=\.|$)", "", name.removeprefix(_PREFIX))
         plain = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", plain)
         if plain in tensors:
@@ -194,21 +186,20 @@ def save_peft_adapter(
 ) -> None:
     """Writes a folder that PEFT reads.
 
-    The folder appears when all is written: whatever goes wrong before, a full disk among it, leaves an older one as it
-    was.
+    The folder appears when all is written: an error before, such as a full disk, leaves an older one unchanged.
 
     Args:
-      folder: Where to write; made where there is none.  An adapter in it is replaced, its other files stay.
+      folder: Folder to write; an adapter in it is replaced, other files are kept.
       config: The model.
       trainable: Adapters of its parameters.
       settings: Their rules, LoRA, DoRA or Full only.
       base_model: Name or folder of the checkpoint that the adapter belongs to.
-      fields: Those of an adapter that was read, to be written as they were; made from the settings by default.
-      names: "v5" for the paths that ViT, DeiT and Swin have on transformers 5, "v4" for those on 4; fields that were
+      fields: Fields of an adapter that was read, to write them again; made from the settings by default.
+      names: "v5" for the paths that ViT, DeiT and Swin have in transformers 5, "v4" for those of 4; fields that were
         read name the paths of one of them.
 
     Raises:
-      ValueError: A setting has no counterpart in PEFT, LoRA and DoRA, two kinds of scale or several dropouts are mixed,
+      ValueError: A config has no counterpart in PEFT; LoRA and DoRA, two kinds of scale or several dropouts are mixed;
         or the fields are not those of these adapters.
       OSError: Writing failed.
     """
@@ -216,16 +207,14 @@ def save_peft_adapter(
     made = fields or make_fields(config, chosen, base_model, names)
     check_fields(made)
     expected, modules_of = layout(written_out(made, config), config, names)
-    specs, tensors = specs_of(config), {}
+    specs, tensors = peft_model(config).specs, {}
     if expected.keys() != chosen.keys():
         raise ValueError(f"fields: mean {sorted(expected)}, the adapters are of {sorted(chosen)}")
-    for path, setting in chosen.items():
-        if isinstance(setting, LoRA | DoRA) and (type(setting), setting.rank, setting.scale) != (
-            type(expected[path]),
-            expected[path].rank,
-            expected[path].scale,
-        ):
-            raise ValueError(f"fields: mean {expected[path]} for {path}, the adapter is {setting}")
+    for path, own in chosen.items():
+        wanted = expected[path]
+        same = type(own) is type(wanted) and own.rank == wanted.rank
+        if not same or not (own.trains_weight or own.scale == wanted.scale):
+            raise ValueError(f"fields: mean {wanted} for {path}, the adapter is {own}")
     for path, modules in modules_of.items():
         shape, own = at(specs, path.split("/")).shape, at(trainable, path.split("/"))
         for module, layer in modules.items():
@@ -242,14 +231,14 @@ def save_peft_adapter(
 
 
 def _is_adapter_file(name: str) -> bool:
-    # An older pickled adapter would be read by nobody, and be another one.
+    # An older pickled adapter would be a different one.
     return name in (CONFIG, TENSORS, "adapter_model.bin")
 
 
 def peft_fields(
     config: CausalLMConfig, trainable: PyTree, settings: Mapping[str, Any], *, base_model: str = ""
 ) -> dict[str, Any]:
-    """Makes the fields of ``adapter_config.json``, and so finds out whether PEFT has a counterpart of adapters.
+    """Returns the fields of ``adapter_config.json``; raises if PEFT has no counterpart of the adapters.
 
     Args:
       config: The model.

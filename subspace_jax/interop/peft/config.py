@@ -1,4 +1,4 @@
-"""The fields of PEFT's ``adapter_config.json``: read, and refused where they ask for more than LoRA or DoRA."""
+"""The fields of PEFT's ``adapter_config.json``, checked to ask for no more than LoRA or DoRA."""
 
 import logging
 import pathlib
@@ -6,13 +6,13 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from subspace_jax.interop.hf.config_fields import read_json
+from subspace_jax.interop.config_fields import read_json
 
 log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-# Each changes the forward pass or stores arrays of its own, and none is implemented.
+# Each changes the forward pass or stores other arrays, and is not implemented.
 _REFUSED = (
     "use_qalora",
     "use_bdlora",
@@ -27,7 +27,7 @@ _REFUSED = (
     "monteclora_config",
     "velora_config",
 )
-# What the factors began as, or where the adapter comes from: nothing that the stored arrays don't say.
+# How the factors began, or where the adapter comes from: without effect on the stored arrays.
 _WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = (
     "runtime_config",
     "task_type",
 )
-# Starts that set the factors alone, and those that also take their product, or a rounding error, from the base.
+# Initializations of the factors only, and those that change the base weights too.
 _STARTS = ("eva", "gaussian", "mica", "orthogonal")
 _CHANGING_STARTS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
@@ -97,7 +97,7 @@ _EXPECTED = {
 
 
 def read_fields(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads ``adapter_config.json``; every error names the file, and the folder of the adapter in one of a run."""
+    """Reads ``adapter_config.json``; errors name the file, and the folder of the adapter in the folder of a run."""
     file = folder / CONFIG
     if not file.exists():
         if (folder / "adapter" / CONFIG).exists():

@@ -1,4 +1,4 @@
-"""PEFT's rules: which modules an ``adapter_config.json`` means, and with which rank and alpha."""
+"""The rules of PEFT: which modules an ``adapter_config.json`` selects, and with which rank and alpha."""
 
 import math
 import re
@@ -8,24 +8,24 @@ from typing import Any
 
 import regex
 
-# A regular expression comes out of a file that anybody may have written, and can take for ever.
+# A regular expression of an untrusted file may take forever.
 _SECONDS, _LONGEST = 5.0, 20_000
-# {n} is compiled to n copies, those within it to as many each.
+# {n} is compiled to n copies, nested ones to their product.
 _COPIES = 1000
-# PEFT knows a tied table by these names, whatever the model calls it.
+# The names by which PEFT knows a tied table, whatever its name in the model.
 _TABLES = ("embed_tokens", "lm_head")
 
 
 def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: Iterable[str] = ()) -> list[str]:
-    """Lists the modules that a config adapts, by PEFT's rules.
+    """Returns the modules that a config adapts, by the rules of PEFT.
 
     Args:
       fields: Those of ``adapter_config.json``.
-      modules: Dotted paths of the modules there are, ``"model.layers.0.self_attn.q_proj"``.
-      linear: Those of them that "all-linear" means: linear layers without the head.
+      modules: Dotted paths of the modules, ``"model.layers.0.self_attn.q_proj"``.
+      linear: The modules of "all-linear": linear layers without the head.
 
     Returns:
-      The adapted ones, in the order of ``modules``.
+      The adapted modules, in the order of ``modules``.
 
     Raises:
       ValueError: ``target_modules`` is missing or matches nothing, fields contradict each other, or a regular
@@ -34,7 +34,7 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
     """
     modules, targets = list(modules), fields.get("target_modules")
     if not targets:
-        raise ValueError("target_modules: missing; PEFT would fall back to a default of the architecture in silence")
+        raise ValueError("target_modules: missing; PEFT would silently use a default of the architecture")
     layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern")
     layers = None if layers == [] else layers
     for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
@@ -55,7 +55,7 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
             return False
         if not _means("target_modules", targets, module, search):
             return False
-        # A module that is named in full is adapted whatever its layer.
+        # A module named in full is adapted in any layer.
         named = wanted is None or (not isinstance(targets, str) and module in targets)
         return named or _layer(module, patterns, search) in wanted
 
@@ -66,18 +66,18 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
 
 
 def saved_modules(fields: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Lists the modules that ``modules_to_save`` means: a name is the end of a path, and takes what is within."""
+    """Returns the modules of ``modules_to_save``: a name is the end of a path, and includes its submodules."""
     names = tuple(fields.get("modules_to_save") or ())
     return [m for m in modules if any(m[: i + 1].endswith(names) for i in _ends_of_parts(m))]
 
 
 def rank_and_alpha(fields: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """The rank and alpha of a module: of the first pattern that matches, each for itself."""
+    """Returns the rank and alpha of a module, each of the first pattern that matches."""
     return ranks_and_alphas(fields, [module])[module]
 
 
 def ranks_and_alphas(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """The rank and alpha of each module; raises what :func:`match_modules` raises about regular expressions."""
+    """Returns the rank and alpha of each module; raises like :func:`match_modules` for regular expressions."""
     search = _searcher()
 
     def resolve(field, module, default):
@@ -92,7 +92,7 @@ def ranks_and_alphas(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[
 
 
 def tied_fields(fields: Mapping[str, Any], table: str, head: str) -> dict[str, Any]:
-    """Writes out what ``ensure_weight_tying`` adds: both the table and the head, where either one is named."""
+    """Returns the fields with what ``ensure_weight_tying`` adds: table and head, if either is named."""
     fields = dict(fields)
     saved, targets = fields.get("modules_to_save") or [], fields.get("target_modules") or []
     if any(name.split(".")[-1] in _TABLES for name in saved):
@@ -108,7 +108,7 @@ def tied_fields(fields: Mapping[str, Any], table: str, head: str) -> dict[str, A
 
 
 def _searcher() -> Callable:
-    """Matches regular expressions at the start of texts, or whole ones, all of them together in limited time."""
+    """Returns a function that matches regular expressions at the start of texts, or in full, in limited total time."""
     end, compiled = time.process_time() + _SECONDS, {}
 
     def search(field: str, pattern: str, text: str, whole: bool = False) -> Any:
@@ -129,7 +129,7 @@ def _compile(field: str, pattern: str) -> regex.Pattern:
     if len(pattern) > _LONGEST:
         raise ValueError(f"{field}: expected a regular expression of at most {_LONGEST} characters, got {len(pattern)}")
     try:
-        # What Python has and PEFT reads: no recursion, for one, which takes memory without end.
+        # Only the syntax of Python, which PEFT uses: recursion, for one, takes unbounded memory.
         re.compile(pattern)
         if math.prod(max(int(n[:9]), 1) for n in re.findall(r"\{\s*(\d+)", pattern)) > _COPIES:
             raise ValueError(f"{field}: {_cut(pattern)!r} repeats a part more than {_COPIES} times")

@@ -1,10 +1,14 @@
-"""Configs of vision transformers from ``config.json`` of timm and the shapes of the tensors, and back."""
+"""Vision transformers in the files of timm, and DINOv2 in those of Meta."""
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from subspace_jax.interop.hf.config_fields import (
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.interop.config_fields import (
     Fields,
     Shapes,
     check_timm_sizes,
@@ -15,7 +19,10 @@ from subspace_jax.interop.hf.config_fields import (
     timm_image_size,
     word,
 )
+from subspace_jax.interop.tensors import PyTree, TensorLayout
+from subspace_jax.interop.vision_tensors import table_tensors
 from subspace_jax.nn.models.vit.config import VisionTransformerConfig
+from subspace_jax.nn.models.vit.model import vision_transformer_specs
 
 _SIZE = "tiny|small|medium|base|large|huge|giant|gigantic|so400m|giantopt"
 _NAMES = re.compile(
@@ -53,20 +60,56 @@ _HARMLESS = {
 }
 _POOLS = {"token": "token", "avg": "mean", "map": "attention", "": "none"}
 _WIDE_HEADS = (1152, 1280, 1408, 1536, 1664)
+# See table_tensors.
+_TIMM = {
+    "patch": "patch_embed.proj",
+    "pre_norm": "norm_pre",
+    "layers/attn_norm": "blocks.{}.norm1",
+    "layers/attn/qkv": "blocks.{}.attn.qkv",
+    "layers/attn/q": ("blocks.{}.attn.qkv", (0, 3)),
+    "layers/attn/k": ("blocks.{}.attn.qkv", (1, 3)),
+    "layers/attn/v": ("blocks.{}.attn.qkv", (2, 3)),
+    "layers/attn/out": "blocks.{}.attn.proj",
+    "layers/mlp_norm": "blocks.{}.norm2",
+    "layers/mlp/up": "blocks.{}.mlp.fc1",
+    "layers/mlp/down": "blocks.{}.mlp.fc2",
+    "norm": "norm",
+    "pool/attn/q": "attn_pool.q",
+    "pool/attn/k": ("attn_pool.kv", (0, 2)),
+    "pool/attn/v": ("attn_pool.kv", (1, 2)),
+    "pool/attn/out": "attn_pool.proj",
+    "pool/norm": "attn_pool.norm",
+    "pool/mlp/up": "attn_pool.mlp.fc1",
+    "pool/mlp/down": "attn_pool.mlp.fc2",
+    "head": "head",
+    "head_distilled": "head_dist",
+    "layers/attn_gain/scale": ("blocks.{}.ls1.gamma", 0),
+    "layers/mlp_gain/scale": ("blocks.{}.ls2.gamma", 0),
+    "prefix/cls": ("cls_token", 2),
+    "prefix/distillation": ("dist_token", 2),
+    "prefix/mask": ("mask_token", 1),
+    "prefix/registers": ("register_tokens", 1),
+    "position/embedding": ("pos_embed", 1),
+    "pool/probe": ("attn_pool.latent", 2),
+}
+_TIMM_GATED = {
+    **_TIMM,
+    "layers/mlp/gate": ("blocks.{}.mlp.w12", (0, 2)),
+    "layers/mlp/up": ("blocks.{}.mlp.w12", (1, 2)),
+    "layers/mlp/down": "blocks.{}.mlp.w3",
+}
 
 
-def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
-    """Makes a config of timm's ``config.json`` and, since that has no sizes, of the shapes of the tensors.
+def config_from_fields(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
+    """Converts ``config.json`` to a config; the sizes come from the tensors.
 
     Args:
       fields: The fields.
-      shapes: Name to shape of the tensors.
-
-    Returns:
-      The config.
+      shapes: Shape of every tensor.
 
     Raises:
-      ValueError: The architecture is none of those whose equations are known to be ours, or tensors are missing.
+      ValueError: The architecture is not one of those that are known to have the same equations, or tensors are
+        missing.
     """
     architecture = str(fields.get("architecture")).split(".")[0]
     found = _NAMES.fullmatch(architecture)
@@ -132,10 +175,11 @@ def config_from_timm(fields: Fields, shapes: Shapes) -> VisionTransformerConfig:
     return config
 
 
-def config_to_timm(config: VisionTransformerConfig) -> dict[str, Any]:
-    """Turns a config into the fields of timm's ``config.json``; those of preprocessing are for the caller to add."""
+def fields_from_config(config: VisionTransformerConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Converts a config to the fields of ``config.json``, without those of preprocessing."""
+    del dtype
     if config.family == "dinov2":
-        raise ValueError("layout: DINOv2 is written in layout 'hf'; timm's has other equations than are known here")
+        raise ValueError("layout: DINOv2 is written in layout 'hf'; that of timm may have other equations")
     pool = {"mean": "avg", "attention": "map", "none": ""}.get(config.pool, "token")
     arguments = {
         "img_size": list(config.image_size),
@@ -164,6 +208,45 @@ def config_to_timm(config: VisionTransformerConfig) -> dict[str, Any]:
     }
 
 
+def tensor_layout(config: VisionTransformerConfig) -> TensorLayout:
+    """Returns the parameters with the tensors of a checkpoint; of DINOv2 by the names of Meta.
+
+    Raises:
+      ValueError: Checkpoints have no tensor for one of the parameters.
+    """
+    table = _TIMM_GATED if config.gated_mlp else _TIMM
+    table = {**table, "norm": "fc_norm"} if config.norm_at == "pooled" else table
+    specs = vision_transformer_specs(config)
+    return TensorLayout(specs, table_tensors(specs, table, f"{config.family!r} in layout 'timm'", config))
+
+
+def canonical_names(config: VisionTransformerConfig, names: Iterable[str]) -> dict[str, str]:
+    """Maps the names in a file to those of :func:`tensor_layout`, without unused layers."""
+    del config
+    used = [name for name in names if not name.startswith("pre_logits.")]
+    return {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in used}
+
+
+def convert(config: VisionTransformerConfig, params: PyTree) -> tuple[VisionTransformerConfig, PyTree]:
+    """Converts a model of Hugging Face, with the same logits at its image size.
+
+    Kernels of queries, keys and values are fused.  Where the libraries differ, the result follows timm: see
+    :func:`subspace_jax.interop.hf.vit.convert`.
+    """
+    if config.family == "dinov2" or config.architecture is not None:
+        return config, params
+    changes: dict[str, Any] = {"antialias_positions": True, "fused_qkv": True, "architecture": None}
+    if config.family == "clip" and config.pool == "token":
+        changes["norm_at"] = "tokens"
+    if config.distillation_token:
+        changes["pool"] = "distilled"
+    attn = dict(params["layers"]["attn"])
+    if not config.fused_qkv:
+        parts = [attn.pop(name) for name in ("q", "k", "v")]
+        attn["qkv"] = jax.tree.map(lambda *own: jnp.concatenate(own, axis=-1), *parts)
+    return config.replace(**changes), {**params, "layers": {**params["layers"], "attn": attn}}
+
+
 def _architecture(config: VisionTransformerConfig) -> str:
     if config.family in ("deit", "deit3"):
         return f"{config.family}_base_{'distilled_' if config.distillation_token else ''}patch16_224"
@@ -174,7 +257,7 @@ def _architecture(config: VisionTransformerConfig) -> str:
 
 
 def _image_size(fields: Fields, rows: int, patch: int) -> tuple[int, int]:
-    """What the fields say where it fits the positions, otherwise a square."""
+    """Returns the size of the fields if it fits the positions, otherwise a square."""
     size, side = timm_image_size(fields), math.isqrt(max(rows, 0))
     if size is not None and (size[0] // patch) * (size[1] // patch) == rows:
         return size

@@ -1,115 +1,55 @@
-"""Checkpoint folders written all or nothing, and causal language models to those of Hugging Face."""
+"""Checkpoint folders, written all or nothing."""
 
 import contextlib
 import errno
-import functools
 import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.interop.hf.causal_lm_config import config_to_hf
-from subspace_jax.interop.hf.names import TensorName, tensor_names
-from subspace_jax.interop.placing import stored_shape, to_stored
 from subspace_jax.interop.safetensors_io import some, write_safetensors
-from subspace_jax.nn import CausalLMConfig, Model, causal_lm_specs, stack_layers
+from subspace_jax.interop.tensors import Path, PyTree, TensorLayout, TensorName, stored_shape, to_stored
 from subspace_jax.nn.params import spec_shapes
 
-PyTree = Any
-Path = tuple[str, ...]
-
 SHARD_BYTES = 5_000_000_000
-
-
-def save_causal_lm(
-    folder: str | os.PathLike,
-    config: CausalLMConfig,
-    params: PyTree,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-    side_files: Mapping[str, pathlib.Path] | None = None,
-) -> None:
-    """Writes a checkpoint folder that :func:`load_causal_lm` and Hugging Face transformers read.
-
-    One tensor at a time comes to the host.  The folder appears when all is written: whatever goes wrong before, a full
-    disk among it, leaves an older folder as it was.  With several processes all call this; the first one writes.
-
-    Args:
-      folder: Where to write.
-      config: The model.
-      params: Its parameters, plain arrays, in the type in which they are to be stored; layers that are no stacks are
-        stacked first.
-      shard_bytes: Weights are split into files of at most this size (a larger tensor has its own).
-      overwrite: Whether the folder may be there; its weights and config are replaced, its other files (a tokenizer)
-        stay.
-      side_files: Files to copy into it, by their names there; see :func:`subspace_jax.interop.side_files`.
-
-    Raises:
-      FileExistsError: The folder is there and not empty, without ``overwrite``.
-      ValueError: The parameters are not those of the config, or their type can't be stored.
-      OSError: Writing failed.
-    """
-    write_checkpoint(
-        folder,
-        functools.partial(config_to_hf, config),
-        causal_lm_specs(config),
-        tensor_names(config),
-        stack_layers(params),
-        shard_bytes=shard_bytes,
-        overwrite=overwrite,
-        side_files=side_files,
-    )
-
-
-def save_pretrained(model: Model, folder: str | os.PathLike, **options) -> None:
-    """Writes a module as a checkpoint folder; options as of :func:`save_causal_lm`."""
-    save_causal_lm(folder, model.config, model.params, **options)
 
 
 def write_checkpoint(
     folder: str | os.PathLike,
     fields: Callable[[str], dict[str, Any]],
-    specs: PyTree,
-    tensors: Sequence[TensorName],
+    layout: TensorLayout,
     params: PyTree,
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     side_files: Mapping[str, pathlib.Path] | None = None,
 ) -> None:
-    """Writes the checkpoint folder of any model; see :func:`save_causal_lm`.
+    """Writes the checkpoint folder of any model.
 
-    Args:
-      folder: Where to write.
-      fields: Those of ``config.json``, given the name of the weights' type.
-      specs: Tree of :class:`ParamSpec`.
-      tensors: Tensors in the order of the files; the parts of one stand together, in their order.
-      params: The parameters.
-      shard_bytes: Largest file.
-      overwrite: Whether the folder may be there.
-      side_files: Files to copy into it, by their names there.
+    ``fields`` returns the fields of ``config.json`` for the name of the weights' dtype.  The tensors of ``layout`` are
+    in the order of the files; the parts of one are adjacent and in order.  Other arguments: see
+    :func:`subspace_jax.interop.save_causal_lm`.
     """
     folder = pathlib.Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists; pass overwrite=True to replace the checkpoint in it")
-    leaves = _checked_leaves(specs, params)
+    leaves = _checked_leaves(layout.specs, params)
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     made = fields(str(jnp.result_type(*dtypes)) if len(dtypes) == 1 else "float32")
-    shapes = {t.name: (stored_shape(specs, t), leaves[t.place.path].dtype) for t in tensors}
+    shapes = {t.name: (stored_shape(layout.specs, t), leaves[t.place.path].dtype) for t in layout.tensors}
     files = _split(shapes, shard_bytes)
-    together = itertools.groupby(tensors, lambda t: t.name)
+    together = itertools.groupby(layout.tensors, lambda t: t.name)
     fetch = (_fetch(leaves, list(parts)) for _, parts in together)
     if jax.process_index() != 0:
-        # Bringing a tensor together takes all processes.
+        # All processes take part in gathering a tensor.
         for _ in fetch:
             pass
     else:
@@ -158,7 +98,7 @@ def _fetch(leaves: Mapping[Path, jax.Array], parts: list[TensorName]) -> np.ndar
 
 
 def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    # An array keeps its value on the host once that was asked for; a copy or a slice takes it along when it goes.
+    # An array caches its value on the host once it is read; a copy or a slice frees it.
     part = jnp.copy(leaf) if layer is None else leaf[layer]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -168,7 +108,7 @@ def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
 
 
 def _split(shapes: dict[str, tuple[tuple[int, ...], Any]], shard_bytes: int) -> dict[str, list[str]]:
-    """Fills files in order, none beyond ``shard_bytes``."""
+    """Distributes tensors over files in order, none beyond ``shard_bytes``."""
     groups, size = [[]], 0
     for name, entry in shapes.items():
         nbytes = _nbytes(*entry)
@@ -188,9 +128,10 @@ def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 @contextlib.contextmanager
 def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
-    """Gives a folder to fill, which takes the place of ``folder`` if all goes well and is gone otherwise.
+    """Yields a new folder, which replaces ``folder`` on success and is deleted otherwise.
 
-    Files of an older folder that are not ours, by their names, go over to the new one, unless it has one of that name.
+    Files of the old folder are moved to the new one, except those for whose name ``is_ours`` is true and those that it
+    has already.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))

@@ -1,12 +1,7 @@
-"""Names of modules and tensors in Hugging Face checkpoints, and the places of the same arrays in our trees."""
+"""Names of modules and tensors of causal language models in Hugging Face checkpoints."""
 
-from dataclasses import dataclass
-from typing import Any
-
+from subspace_jax.interop.tensors import Path, Place, PyTree, TensorName, at
 from subspace_jax.nn import CausalLMConfig, causal_lm_specs
-
-PyTree = Any
-Path = tuple[str, ...]
 
 _GPT2 = {
     "transformer.wte": "embed",
@@ -37,48 +32,11 @@ _LLAMA = {
 _MODULES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a module's or a tensor's array is.
-
-    Attributes:
-      path: Keys of the nested dict; of a module ``("layers", "attn", "q")``, of a tensor one key more.
-      layer: Index along the leading axis of a stacked array; None for an array that is not stacked.
-    """
-
-    path: Path
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class TensorName:
-    """A tensor of a checkpoint.
-
-    Attributes:
-      name: Its name there.
-      place: Where it is here.
-      transposed: Whether it is stored as ``[out, in]``.
-      order: Which axis of the stored tensor each axis here is, where it is another order than that; ``(2, 3, 1, 0)`` of
-        a convolution's kernel.
-      shape: Shape of the stored tensor, where it is not ours in another order: the array here is then the stored one
-        with its axes in ``order``, reshaped.
-      part: ``(i, n)`` where the array here is the ``i``-th of ``n`` equal blocks of rows of a stored tensor, which
-        several arrays share.
-    """
-
-    name: str
-    place: Place
-    transposed: bool
-    order: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
-    part: tuple[int, int] = (0, 1)
-
-
 def module_places(config: CausalLMConfig) -> dict[str, Place]:
-    """Maps the path of every module in a checkpoint to its place here; one to one.
+    """Maps the path of every module in a checkpoint to its place in the parameters; one to one.
 
-    ``"model.layers.3.self_attn.q_proj"`` is at ``Place(("layers", "attn", "q"), 3)``.  The dict has the order in which
-    the modules are run.
+    ``"model.layers.3.self_attn.q_proj"`` maps to ``Place(("layers", "attn", "q"), 3)``.  The dict has the order of the
+    forward pass.
 
     Args:
       config: The model.
@@ -105,7 +63,7 @@ def module_names(config: CausalLMConfig) -> dict[Place, str]:
 
 
 def tensor_names(config: CausalLMConfig) -> list[TensorName]:
-    """Lists every tensor of a checkpoint, with its place here.
+    """Returns the tensors of a checkpoint, with their places in the parameters.
 
     Args:
       config: The model.
@@ -115,9 +73,9 @@ def tensor_names(config: CausalLMConfig) -> list[TensorName]:
     """
     specs, tensors, covered = causal_lm_specs(config), [], set()
     for module, place in module_places(config).items():
-        for parameter in _at(specs, place.path):
+        for parameter in at(specs, place.path):
             suffix = "bias" if parameter == "bias" else "weight"
-            # GPT-2's layers are stored [in, out] already.
+            # The layers of GPT-2 are stored as [in, out].
             transposed = parameter == "kernel" and (config.family != "gpt2" or module == "lm_head")
             path = (*place.path, parameter)
             tensors.append(TensorName(f"{module}.{suffix}", Place(path, place.layer), transposed))
@@ -128,14 +86,8 @@ def tensor_names(config: CausalLMConfig) -> list[TensorName]:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that old files carry and nobody needs: rotary frequencies and causal masks."""
+    """Whether a tensor is a buffer of old files, which is ignored: rotary frequencies and causal masks."""
     return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-
-
-def _at(tree: PyTree, path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def _has(tree: PyTree, path: Path) -> bool:

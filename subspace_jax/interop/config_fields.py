@@ -1,4 +1,4 @@
-"""The ``config.json`` of a model's folder, and its fields one by one: type and range are checked before use."""
+"""The fields of ``config.json``: type and range of each are checked before use."""
 
 import collections
 import contextlib
@@ -190,6 +190,12 @@ def num_labels(fields: Fields) -> int:
     if fields.get("id2label") is not None:
         return len(group(fields, "id2label"))
     return integer(fields, "num_labels", 2, least=0)
+
+
+def label_fields(count: int) -> dict[str, Any]:
+    """Returns the fields of a Hugging Face config that name classes by their numbers."""
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if count else {}
 
 
 def timm_image_size(fields: Fields) -> tuple[int, int] | None:
