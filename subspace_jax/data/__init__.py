@@ -1,21 +1,19 @@
-"""Data: image sets through TensorFlow Datasets, Grain pipelines, synthetic sets."""
+"""Datasets and input pipelines: TensorFlow Datasets, image folders, synthetic sets, Grain batches."""
 
 from subspace_jax.data.images.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EvalImage,
-    TrainImage,
     color_jitter,
     rand_augment,
+    random_crop_flip,
     random_erasing,
     random_resized_crop,
-    standardize,
     three_augment,
 )
-from subspace_jax.data.images.crop_flip import random_crop_flip
 from subspace_jax.data.images.decode import decode_image
 from subspace_jax.data.images.mixing import mix_images, partners
 from subspace_jax.data.images.processor import ImageProcessor
+from subspace_jax.data.images.train_image import TrainImage
+from subspace_jax.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD, resize, standardize
+from subspace_jax.data.json_object import read_json_object
 from subspace_jax.data.pipeline import (
     Source,
     Transform,
@@ -25,15 +23,14 @@ from subspace_jax.data.pipeline import (
     steps_per_epoch,
     train_batches,
 )
-from subspace_jax.data.resize import resize_uint8
-from subspace_jax.data.sources.folders import Images, image_folder, image_set
+from subspace_jax.data.sources.folders import image_folder
+from subspace_jax.data.sources.images import Images
 from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
-from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_source
+from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_set, image_source
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "EvalImage",
     "ImageProcessor",
     "ImageSource",
     "Images",
@@ -57,7 +54,8 @@ __all__ = [
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
-    "resize_uint8",
+    "read_json_object",
+    "resize",
     "standardize",
     "steps_per_epoch",
     "three_augment",

@@ -1,8 +1,7 @@
-"""Prepares a TFDS set for this library: ``python -m subspace_jax.data.prepare cifar10 --data_dir DIR``.
+"""Prepares a TFDS set: ``python -m subspace_jax.data.prepare cifar10 --data_dir DIR``.
 
-It downloads, and writes array_record files, which :func:`subspace_jax.data.image_source` then reads anywhere without
-network and without TensorFlow.  Preparing itself needs TensorFlow for most sets, since TFDS reads and encodes with it
-(``digits`` needs neither it nor a network).
+It downloads the set and writes array_record files, which :func:`subspace_jax.data.image_source` reads without network
+and without TensorFlow.  Preparing most sets needs TensorFlow (``digits`` needs neither it nor a network).
 """
 
 import argparse
@@ -25,7 +24,7 @@ the files are then read without either.
 
 
 def prepare(name: str, data_dir: str | os.PathLike) -> str:
-    """Downloads a set and writes it as array_record files, unless that is done already.
+    """Downloads a set and writes it as array_record files, unless it exists.
 
     Args:
       name: TFDS name, such as ``"cifar10"``.
@@ -35,9 +34,9 @@ def prepare(name: str, data_dir: str | os.PathLike) -> str:
       The folder of the set.
 
     Raises:
-      ModuleNotFoundError: The set's code needs a package that is not installed; the message says which.
-      ValueError: TFDS knows no such set.
-      OSError: Files can't be written or fetched.
+      ModuleNotFoundError: TFDS needs a package for this set that is not installed; the message names it.
+      ValueError: TFDS has no such set.
+      OSError: Files can't be written or downloaded.
     """
     data_dir = os.path.expanduser(os.fspath(data_dir))
     if name == "digits":
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments; those of the process by default.
 
     Returns:
-      Exit status: 0 when the set is there, 1 when it could not be prepared.
+      Exit status: 0 if the set is prepared, 1 otherwise.
     """
     parser = argparse.ArgumentParser(
         prog="python -m subspace_jax.data.prepare",

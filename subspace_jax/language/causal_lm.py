@@ -72,6 +72,7 @@ class CausalLMTask:
                 train.auto_mesh(mesh), places, batch_axes=rows, head_axes=heads
             )
         self._options = {"dtype": dtype, "options": nn.LayerOptions(**hooks)}
+        self._options = {"dtype": dtype, "options": nn.LayerOptions(**hooks)}
         if folder is not None:
             # Only then: a task without this method starts from ``init``.
             self.load = functools.partial(self._load, folder, mesh, rules)

@@ -211,7 +211,7 @@ def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None, tr
     if image is None or not image.size:
         raise ValueError(f"model: the run in {path} does not resize its images; expected data.image.size above 0")
     side = image.eval_size or image.size
-    prepare = data.EvalImage(side, crop=image.eval_crop, method=image.method, as_bytes=True)
+    prepare = data.ImageProcessor.evaluation(side, crop=image.eval_crop, method=image.method, as_bytes=True)
     params = jax.device_put((state.params, state.variables), NamedSharding(mesh, P()))
     return FeatureModel(_task_step(task, mesh), params, prepare, mesh)
 

@@ -41,6 +41,7 @@ def test_preparing_again_writes_nothing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_two_processes_with_equal_seeds_may_prepare_at_a_time(tmp_path):
     code = f"import random, subspace_jax.data.sources.digits as d; random.seed(0); d.prepare_digits({str(tmp_path)!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -72,9 +73,9 @@ def test_default_folder_is_that_of_the_environment(tmp_path, monkeypatch):
     assert data.default_data_dir().endswith("tensorflow_datasets")
 
 
-def test_importing_the_room_touches_no_device_and_no_tfds():
+def test_importing_data_touches_no_device_and_no_heavy_package():
     code = (
-        "import sys, subspace_jax.data; from jax._src import xla_bridge; "
-        "assert not xla_bridge._backends; assert 'tensorflow_datasets' not in sys.modules"
+        "import sys, subspace_jax.data; from jax._src import xla_bridge; assert not xla_bridge._backends; "
+        "assert not {'tensorflow_datasets', 'grain', 'sklearn', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,6 @@ import pathlib
 import numpy as np
 import PIL
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from subspace_jax import data
@@ -26,21 +24,13 @@ def golden():
         return dict(archive)
 
 
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="earlier versions take the axes in another order")
 @pytest.mark.parametrize("i", range(3))
-def test_resized_images_are_those_of_pillow_bit_for_bit(golden, i):
+def test_resize_gives_the_bits_of_pillow_13(golden, i):
     image = golden[f"image_{i}"]
     for method in ("bicubic", "bilinear", "lanczos"):
-        np.testing.assert_array_equal(data.resize_uint8(image, (17, 29), method), golden[f"resize_{method}_{i}"])
-    np.testing.assert_array_equal(data.resize_uint8(image, (83, 77), "bicubic"), golden[f"upsize_bicubic_{i}"])
-
-
-@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="earlier versions take the axes in another order")
-@settings(max_examples=60, deadline=None)
-@given(st.tuples(*[st.integers(1, 70)] * 4), st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]))
-def test_any_shape_is_resized_as_pillow_does_it(sides, method):
-    image = np.random.default_rng(0).integers(0, 256, (*sides[:2], 3), np.uint8)
-    wanted = data.resize_uint8(image, sides[2:], method, backend="pillow")
-    np.testing.assert_array_equal(data.resize_uint8(image, sides[2:], method), wanted)
+        np.testing.assert_array_equal(data.resize(image, (17, 29), method), golden[f"resize_{method}_{i}"])
+    np.testing.assert_array_equal(data.resize(image, (83, 77), "bicubic"), golden[f"upsize_bicubic_{i}"])
 
 
 @pytest.mark.parametrize("name", ["clip", "clip_odd", "siglip", "vit", "deit", "resnet"])
@@ -63,14 +53,25 @@ def test_timm_s_transforms_give_the_same_pixels(golden, name):
         np.testing.assert_allclose(got, golden[f"timm_{name}_{i}"], atol=1e-6)
 
 
-def test_pillow_images_and_the_pillow_backend_give_what_arrays_give(golden):
-    fields = json.loads((GOLDEN / "clip_preprocessor_config.json").read_text())
-    ours, theirs = (data.ImageProcessor.from_json(fields, backend=b) for b in ("numpy", "pillow"))
+def test_image_processor_takes_pillow_images(golden):
+    processor = data.ImageProcessor.from_json(json.loads((GOLDEN / "clip_preprocessor_config.json").read_text()))
     image = golden["image_0"]
-    np.testing.assert_array_equal(ours(Image.fromarray(image)), ours(image))
-    np.testing.assert_array_equal(theirs(image), ours(image))
+    np.testing.assert_array_equal(processor(Image.fromarray(image)), processor(image))
     palette = Image.fromarray(image).convert("P")
-    np.testing.assert_array_equal(ours(palette), ours(np.asarray(palette.convert("RGB"))))
+    np.testing.assert_array_equal(processor(palette), processor(np.asarray(palette.convert("RGB"))))
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (5, 9), (32, 32)])
+def test_evaluation_keeps_the_center(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    out = data.ImageProcessor.evaluation(28, crop=0.875, as_bytes=True)(image)
+    assert out.shape == (28, 28, 3)
+    if shape == (32, 32):
+        np.testing.assert_array_equal(out, image[2:30, 2:30])
+    standardized = data.ImageProcessor.evaluation(28, crop=0.875)(image)
+    np.testing.assert_array_equal(standardized, data.standardize(out))
+    with pytest.raises(ValueError, match=r"crop: expected a fraction in \(0, 1\]"):
+        data.ImageProcessor.evaluation(28, crop=0.0)
 
 
 def test_absent_fields_have_the_defaults_of_the_processor_and_old_integers_their_meaning():
@@ -114,7 +115,7 @@ def test_what_is_no_image_or_no_known_processor_is_named(tmp_path):
     with pytest.raises(ValueError, match="crop_mode: 'border' is not supported"):
         data.ImageProcessor.from_json({"pretrained_cfg": {"input_size": [3, 8, 8], "crop_mode": "border"}})
     with pytest.raises(ValueError, match="method: expected one of"):
-        data.resize_uint8(np.zeros((2, 2, 3), np.uint8), (1, 1), "box")
+        data.ImageProcessor(method="box")
     with pytest.raises(ValueError, match="std: expected a number for each of 3 channels"):
         data.ImageProcessor(std=(1.0,))
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, 8, 8], "crop_pct": 1.0}}))

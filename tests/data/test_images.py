@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named_and_counted(folder, caplog):
 def test_a_folder_of_nothing_but_damaged_files_is_an_error(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "x.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="not one of its 1 images can be read"):
+    with pytest.raises(ValueError, match="none of its 1 images can be read"):
         data.image_folder(tmp_path, on_unreadable="skip")[0]
 
 
@@ -199,7 +199,9 @@ def partly_damaged(tmp_path):
 
 
 def test_images_that_are_left_out_leave_every_other_once_with_its_label(partly_damaged):
-    images = data.image_folder(partly_damaged, on_unreadable="skip").map(data.EvalImage(4, as_bytes=True))
+    images = data.image_folder(partly_damaged, on_unreadable="skip").map(
+        data.ImageProcessor.evaluation(4, as_bytes=True)
+    )
     readable = [i for i in range(24) if i not in (3, 11, 23)]
     assert (len(images), len(images.unreadable), images.num_classes) == (21, 3, 2)
     assert [int(example["inputs"][0, 0, 0]) // 10 for example in images] == readable
@@ -212,7 +214,7 @@ def test_images_that_are_left_out_leave_every_other_once_with_its_label(partly_d
         return which[kept].tolist()
 
     assert seen(data.eval_batches(images, batch_size=8)) == readable
-    shares = [seen(data.eval_batches(images, batch_size=8, process_index=i, process_count=2)) for i in (0, 1)]
+    shares = [seen(data.eval_batches(images, batch_size=8, process=(i, 2))) for i in (0, 1)]
     assert sorted(shares[0] + shares[1]) == readable
     epoch = seen(data.train_batches(images, batch_size=7, seed=0, num_epochs=1))
     assert sorted(epoch) == readable
@@ -256,7 +258,7 @@ def test_what_is_wrong_with_an_image_is_said_with_its_file(folder, monkeypatch):
     Image.new("RGB", (60, 1)).save(folder / "cat" / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cat/a.png: image of 60 x 1, resized: 780 x 13 pixels"):
-        data.image_folder(folder).map(data.EvalImage(12))[0]
+        data.image_folder(folder).map(data.ImageProcessor.evaluation(12))[0]
     with pytest.raises(ValueError, match=r"inputs of one shape in a batch, got \[1, 60, 3\] and \[23, 29, 3\]"):
         next(data.eval_batches(data.image_folder(folder), batch_size=2))
     with pytest.raises(FileNotFoundError, match=r"cot: no such folder of images; did you mean 'cat'"):
@@ -282,7 +284,7 @@ def test_batches_of_a_folder_depend_on_seed_and_step_alone_and_resume(folder):
     resumed = batches()
     resumed.set_state(stream.get_state())
     np.testing.assert_array_equal(next(resumed)["inputs"], first[1]["inputs"])
-    halves = [next(batches(process_index=i, process_count=2))["inputs"] for i in (0, 1)]
+    halves = [next(batches(process=(i, 2)))["inputs"] for i in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves), first[0]["inputs"])
 
 
@@ -302,7 +304,7 @@ def test_repeated_augmentation_shows_an_example_several_times_in_a_batch(numbere
 
 
 def test_evaluation_sees_every_image_once_at_one_size(folder):
-    images = data.image_folder(folder).map(data.EvalImage(12, as_bytes=True))
+    images = data.image_folder(folder).map(data.ImageProcessor.evaluation(12, as_bytes=True))
     (batch,) = data.eval_batches(images, batch_size=8)
     assert batch["inputs"].shape == (8, 12, 12, 3)
     assert batch["inputs"].dtype == np.uint8

@@ -1,6 +1,7 @@
 import itertools
 import time
 
+import chex
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
@@ -13,15 +14,6 @@ from subspace_jax import data
 
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
-
-
-def assert_same(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
 
 
 def seen(batches):
@@ -42,14 +34,14 @@ def test_rows_stay_with_their_labels(numbered):
 
 def test_arrays_and_files_give_the_same_batches(digits, digit_arrays):
     left = take(data.train_batches(digits, batch_size=50, seed=3), 3)
-    assert_same(left, take(data.train_batches(digit_arrays, batch_size=50, seed=3), 3))
+    chex.assert_trees_all_equal(left, take(data.train_batches(digit_arrays, batch_size=50, seed=3), 3))
 
 
 def test_a_source_without_batched_reads_will_do(numbered):
     arrays = numbered(12)
     rows = [{name: values[i] for name, values in arrays.items()} for i in range(12)]
     left = take(data.train_batches(rows, batch_size=4, seed=1), 5)
-    assert_same(left, take(data.train_batches(arrays, batch_size=4, seed=1), 5))
+    chex.assert_trees_all_equal(left, take(data.train_batches(arrays, batch_size=4, seed=1), 5))
 
 
 def test_one_seed_gives_one_order_and_two_give_two(numbered):
@@ -90,16 +82,16 @@ def test_every_example_comes_first_about_equally_often(numbered):
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_processes_share_the_very_batch_of_one_process(numbered, process_count):
     source = numbered(53)
-    whole = take(data.train_batches(source, batch_size=8, seed=4, process_index=0, process_count=1), 14)
+    whole = take(data.train_batches(source, batch_size=8, seed=4, process=(0, 1)), 14)
     shards = [
-        take(data.train_batches(source, batch_size=8, seed=4, process_index=p, process_count=process_count), 14)
+        take(data.train_batches(source, batch_size=8, seed=4, process=(p, process_count)), 14)
         for p in range(process_count)
     ]
     assert all(len(batch["labels"]) == 8 // process_count for shard in shards for batch in shard)
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in whole[0]} for step in zip(*shards, strict=True)
     ]
-    assert_same(joined, whole)
+    chex.assert_trees_all_equal(joined, whole)
     epoch = [set(seen(shard[:6])) for shard in shards]
     assert sum(map(len, epoch)) == len(set.union(*epoch)) == 48
 
@@ -108,8 +100,7 @@ def test_processes_share_the_very_batch_of_one_process(numbered, process_count):
 @pytest.mark.parametrize("count", [3, 40, 53])
 def test_evaluation_sees_every_example_once_in_order(numbered, count, process_count):
     shards = [
-        list(data.eval_batches(numbered(count), batch_size=8, process_index=p, process_count=process_count))
-        for p in range(process_count)
+        list(data.eval_batches(numbered(count), batch_size=8, process=(p, process_count))) for p in range(process_count)
     ]
     assert {len(shard) for shard in shards} == {-(-count // 8)}
     rows, mask = [], []
@@ -128,7 +119,7 @@ def test_evaluation_reads_files_like_arrays(tfds_dir):
     source = data.image_source("tiny_rgb", "test", tfds_dir)
     left = list(data.eval_batches(source, batch_size=4))
     assert [batch["mask"].tolist() for batch in left] == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert_same(left, list(data.eval_batches(data.load_arrays(source), batch_size=4)))
+    chex.assert_trees_all_equal(left, list(data.eval_batches(data.load_arrays(source), batch_size=4)))
 
 
 @settings(max_examples=12, deadline=None)
@@ -147,9 +138,9 @@ def test_resumed_batches_are_the_same_bits_wherever_it_stops(stop, extra):
     assert state == {"next_index": stop}
     second = make()
     second.set_state(state)
-    assert_same(take(second, 10), straight[stop:])
+    chex.assert_trees_all_equal(take(second, 10), straight[stop:])
     first.set_state(state)
-    assert_same(take(first, 10), straight[stop:])
+    chex.assert_trees_all_equal(take(first, 10), straight[stop:])
 
 
 def jitter(example, rng):
@@ -170,14 +161,14 @@ def test_orbax_checkpoint_resumes_the_same_bits(digit_arrays, tmp_path, stop):
     second = make()
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.restore(stop, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(second)))
-    assert_same(take(second, 20), straight[stop:])
+    chex.assert_trees_all_equal(take(second, 20), straight[stop:])
 
 
 def test_transform_does_not_depend_on_the_number_of_processes(numbered):
     whole = take(data.train_batches(numbered(30), batch_size=6, seed=0, transform=jitter), 12)
     halves = [
         take(
-            data.train_batches(numbered(30), batch_size=6, seed=0, transform=jitter, process_index=p, process_count=2),
+            data.train_batches(numbered(30), batch_size=6, seed=0, transform=jitter, process=(p, 2)),
             12,
         )
         for p in range(2)
@@ -185,7 +176,7 @@ def test_transform_does_not_depend_on_the_number_of_processes(numbered):
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in whole[0]} for step in zip(*halves, strict=True)
     ]
-    assert_same(joined, whole)
+    chex.assert_trees_all_equal(joined, whole)
     noise = np.concatenate([batch["inputs"][:, 0] - batch["labels"] for batch in whole])
     assert len(set(np.round(noise, 3))) > 60
 
@@ -195,8 +186,8 @@ def test_transform_does_not_depend_on_the_number_of_processes(numbered):
     [
         ({"batch_size": 0}, "batch_size: expected a positive multiple of 1"),
         ({"batch_size": 11}, "batch_size: expected at most the 10 examples"),
-        ({"batch_size": 5, "process_count": 2, "process_index": 0}, "batch_size: .* multiple of 2 processes, got 5"),
-        ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index: expected 0 to 1, got 2"),
+        ({"batch_size": 5, "process": (0, 2)}, "batch_size: .* multiple of 2 processes, got 5"),
+        ({"batch_size": 4, "process": (2, 2)}, "process: expected an index from 0 to 1, got 2"),
         ({"batch_size": 4, "seed": -1}, "seed: expected at least 0, got -1"),
         ({"batch_size": 4, "num_epochs": 0}, "num_epochs: expected at least 1"),
     ],
@@ -209,18 +200,27 @@ def test_numbers_out_of_range_are_refused(numbered, arguments, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"inputs": np.zeros((4, 2))}, r"missing: \['labels'\]"),
-        ([{"image": np.zeros(2), "label": 1}], r"got \['image', 'label'\]; missing: \['inputs', 'labels'\]"),
         ({"inputs": np.zeros((4, 2)), "labels": np.zeros(3)}, "one length, got {'inputs': 4, 'labels': 3}"),
         ([], "at least one example"),
         ({}, "at least one example"),
     ],
 )
-def test_sources_without_the_fields_are_refused(source, message):
+def test_empty_sources_and_fields_of_different_lengths_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         data.train_batches(source, batch_size=1, seed=0)
     with pytest.raises(ValueError, match=message):
         data.eval_batches(source, batch_size=1)
+
+
+@pytest.mark.parametrize("as_arrays", [True, False])
+def test_batches_need_no_labels(as_arrays):
+    points = np.arange(20, dtype=np.float32).reshape(10, 2)
+    source = {"points": points} if as_arrays else [{"points": x} for x in points]
+    batch = next(data.train_batches(source, batch_size=4, seed=0, transform=lambda x, rng: x))
+    assert {name: x.shape for name, x in batch.items()} == {"points": (4, 2)}
+    last = list(data.eval_batches(source, batch_size=4))[-1]
+    np.testing.assert_array_equal(last["points"][:2], points[8:])
+    np.testing.assert_array_equal(last["mask"], [1, 1, 0, 0])
 
 
 class Slow:
@@ -243,11 +243,11 @@ def test_threads_that_read_ahead_change_neither_order_nor_resumption(numbered, m
 
     straight = take(data.train_batches(numbered(40), batch_size=9, seed=3, transform=jitter), stop + 8)
     first = make()
-    assert_same(take(first, stop), straight[:stop])
+    chex.assert_trees_all_equal(take(first, stop), straight[:stop])
     assert first.get_state() == {"next_index": stop}  # not what the threads have read
     second = make()
     second.set_state(first.get_state())
-    assert_same(take(second, 8), straight[stop:])
+    chex.assert_trees_all_equal(take(second, 8), straight[stop:])
 
 
 def test_eval_passes_call_the_size_by_its_name_before_a_pass_begins(numbered):

@@ -1,37 +1,66 @@
-"""Random changes to training images of any size, one example at a time, and the plain crop for evaluation.
+"""Random transforms of training images, one example at a time.
 
-Images are bytes ``[height, width, 3]`` until the end.  Every function takes a NumPy generator: with the one that
-:func:`subspace_jax.data.train_batches` gives for an example's place in the stream, a run that is resumed sees the same.
+Images are uint8 ``[height, width, 3]``.  Every function takes a NumPy generator;
+:func:`subspace_jax.data.train_batches` passes one that depends on the seed and on the example's position in the stream,
+so that a resumed run sees the same images.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from subspace_jax.data.images.decode import check_pixels
+from subspace_jax.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD, resize
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "EvalImage",
-    "TrainImage",
     "color_jitter",
     "rand_augment",
+    "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
-    "standardize",
     "three_augment",
 ]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-_METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# What geometric changes uncover: the mean colour of ImageNet.
+# Pixels outside the image after geometric operations: the mean color of ImageNet.
 _FILL = (124, 116, 104)
+
+
+def random_crop_flip(
+    example: Mapping[str, np.ndarray], rng: np.random.Generator, *, padding: int = 4
+) -> dict[str, np.ndarray]:
+    """Random crop of the padded image and horizontal flip, the usual augmentation for CIFAR.
+
+    The image is padded with zeros; where ``image_source`` was given ``mean`` and ``std``, zero is the mean color.
+
+    Args:
+      example: Fields of one example; ``inputs``: ``[height, width, channels]``, any dtype.
+      rng: Random generator; three numbers are drawn.
+      padding: Padding on each side in pixels, at least 0 and below height and width.
+
+    Returns:
+      The example with new ``inputs`` of the same shape and dtype.
+
+    Raises:
+      ValueError: ``inputs`` is not an image, or ``padding`` is out of range.
+
+    Source: He et al., Deep Residual Learning (arXiv 1512.03385), section 4.2.
+    """
+    image = example["inputs"]
+    if image.ndim != 3:
+        raise ValueError(f"inputs: expected an image [height, width, channels], got shape {list(image.shape)}")
+    height, width = image.shape[:2]
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"padding: expected 0 to {min(height, width) - 1} for {height}x{width} pixels, got {padding}")
+    down, right, flip = rng.random(3)
+    # Copying the visible part is several times faster than np.pad.
+    dy = int(down * (2 * padding + 1)) - padding
+    dx = int(right * (2 * padding + 1)) - padding
+    out = np.zeros_like(image)
+    out[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)] = image[
+        max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)
+    ]
+    return {**example, "inputs": out[:, ::-1] if flip < 0.5 else out}
 
 
 def random_resized_crop(
@@ -43,15 +72,15 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     method: str = "bicubic",
 ) -> np.ndarray:
-    """Cuts out a rectangle of random area and shape, and resizes it to a square.
+    """Crops a rectangle of random area and aspect ratio, and resizes it to a square.
 
     Args:
       image: uint8 ``[height, width, 3]``.
-      rng: Source of the rectangle.
+      rng: Random generator.
       size: Side of the square.
-      scale: Least and largest share of the image's area.
-      ratio: Least and largest width over height; its logarithm is uniform.
-      method: "bicubic" or "bilinear", with the antialiasing of Pillow.
+      scale: Range of the crop's area, as a fraction of the image's.
+      ratio: Range of the aspect ratio, width over height; its logarithm is uniform.
+      method: See :func:`resize`.
 
     Returns:
       uint8 ``[size, size, 3]``.
@@ -68,12 +97,11 @@ def random_resized_crop(
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             break
     else:
-        # No such rectangle fits: the largest in the middle whose shape is in range.
+        # No such rectangle fits: the largest central one whose aspect ratio is in range.
         shape = min(max(width / height, ratio[0]), ratio[1])
         w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
         top, left = (height - h) // 2, (width - w) // 2
-    cut = Image.fromarray(image[top : top + h, left : left + w])
-    return np.asarray(cut.resize((size, size), _METHODS[method]))
+    return resize(image[top : top + h, left : left + w], (size, size), method)
 
 
 def color_jitter(
@@ -89,11 +117,11 @@ def color_jitter(
 
     Args:
       image: uint8 ``[height, width, 3]``.
-      rng: Source of factors and order.
+      rng: Random generator.
       brightness: A factor is uniform in ``[max(0, 1 - brightness), 1 + brightness]``.
       contrast: Likewise.
       saturation: Likewise.
-      hue: The hue is turned by up to this share of the circle, at most 0.5, either way.
+      hue: The hue is rotated by up to this fraction of the circle, at most 0.5, either way.
 
     Returns:
       The shape and dtype of ``image``.
@@ -101,28 +129,28 @@ def color_jitter(
     out = Image.fromarray(image)
     widths = (brightness, contrast, saturation)
     factors = [rng.uniform(max(0.0, 1 - width), 1 + width) for width in widths]
-    turn = rng.uniform(-hue, hue)
+    rotation = rng.uniform(-hue, hue)
     for which in rng.permutation(4):
         if which == 3:
-            out = _turn_hue(out, turn) if hue else out
+            out = _rotate_hue(out, rotation) if hue else out
         elif widths[which]:
             kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
             out = kinds[which](out).enhance(factors[which])
     return np.asarray(out)
 
 
-def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
+def _rotate_hue(image: Image.Image, rotation: float) -> Image.Image:
     h, s, v = image.convert("HSV").split()
-    shifted = ((np.asarray(h).astype(np.int32) + round(turn * 255)) % 256).astype(np.uint8)
+    shifted = ((np.asarray(h).astype(np.int32) + round(rotation * 255)) % 256).astype(np.uint8)
     return Image.merge("HSV", (Image.fromarray(shifted), s, v)).convert("RGB")
 
 
 def three_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Makes an image gray, solarises or blurs it, each with the same probability: 3-Augment of DeiT III.
+    """Grayscale, solarization or Gaussian blur with equal probabilities: 3-Augment of DeiT III.
 
     Args:
       image: uint8 ``[height, width, 3]``.
-      rng: Source of the choice and of the blur's radius.
+      rng: Random generator.
 
     Returns:
       The shape and dtype of ``image``.
@@ -146,15 +174,15 @@ def rand_augment(
     deviation: float = 0.5,
     probability: float = 0.5,
 ) -> np.ndarray:
-    """Applies operations chosen at random, all of which grow with one magnitude ("increasing", as timm's ``inc1``).
+    """Applies random operations of one magnitude (timm's "increasing" variant, ``inc1``).
 
     Args:
       image: uint8 ``[height, width, 3]``.
-      rng: Source of choices, magnitudes and signs.
-      operations: How many are chosen, with repetition.
+      rng: Random generator.
+      operations: Number of operations, drawn with replacement.
       magnitude: Mean of the magnitude, 0 to 10.
-      deviation: Its standard deviation; it is clipped to 0 to 10.
-      probability: Of applying an operation that was chosen.
+      deviation: Standard deviation of the magnitude, which is clipped to 0 to 10.
+      probability: Probability that a drawn operation is applied.
 
     Returns:
       The shape and dtype of ``image``.
@@ -183,7 +211,7 @@ def _solarize_add(image: Image.Image, level: float, sign: float) -> Image.Image:
     return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
 
 
-# From an image, a level in [0, 1] and a sign.
+# Functions of an image, a level in [0, 1] and a sign.
 _OPERATIONS = (
     lambda image, level, sign: ImageOps.autocontrast(image),
     lambda image, level, sign: ImageOps.equalize(image),
@@ -212,18 +240,18 @@ def random_erasing(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> np.ndarray:
-    """Fills a rectangle with noise that is standard normal once the image is standardised, as far as bytes can be.
+    """Fills a random rectangle with noise, standard normal after standardization up to 8-bit rounding.
 
     Args:
       image: uint8 ``[height, width, 3]``.
-      rng: Source of rectangle and noise.
-      area: Least and largest share of the image's area.
-      ratio: Least and largest height over width; its logarithm is uniform.
+      rng: Random generator.
+      area: Range of the rectangle's area, as a fraction of the image's.
+      ratio: Range of height over width; its logarithm is uniform.
       mean: Mean of the noise, of pixels from 0 to 1.
-      std: Its deviation.
+      std: Its standard deviation.
 
     Returns:
-      A new image of the same shape and dtype; the same image where no rectangle fits in ten attempts.
+      A new image of the same shape and dtype; the image itself where no rectangle fits in ten attempts.
 
     Source: Zhong et al., Random Erasing (arXiv 1708.04896).
     """
@@ -238,144 +266,4 @@ def random_erasing(
             out = image.copy()
             out[top : top + h, left : left + w] = np.clip(np.round(noise), 0, 255)
             return out
-    return image
-
-
-def standardize(
-    image: np.ndarray, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> np.ndarray:
-    """Returns ``(image / 255 - mean) / std`` in float32; ``image`` is uint8 ``[..., 3]``, NumPy's or JAX's."""
-    scale = np.asarray(1 / (255 * np.asarray(std, np.float64)), np.float32)
-    shift = np.asarray(-np.asarray(mean, np.float64) / np.asarray(std, np.float64), np.float32)
-    lead = (1,) * (image.ndim - 1)
-    return image.astype(np.float32) * scale.reshape(*lead, -1) + shift.reshape(*lead, -1)
-
-
-@dataclass(frozen=True)
-class TrainImage:
-    """The changes of a training recipe, as a transform of :func:`subspace_jax.data.train_batches`.
-
-    They come in the order of the attributes.
-
-    Attributes:
-      size: Side of the square that comes out.
-      scale: See :func:`random_resized_crop`.
-      ratio: See :func:`random_resized_crop`.
-      method: See :func:`random_resized_crop`.
-      flip: Probability of mirroring.
-      three_augment: Whether to apply :func:`three_augment`.
-      operations: How many of :func:`rand_augment`; 0 for none.
-      magnitude: See :func:`rand_augment`.
-      deviation: See :func:`rand_augment`.
-      jitter: Brightness, contrast, saturation and hue of :func:`color_jitter`.
-      erase: Probability of :func:`random_erasing`.
-      mean: Mean of pixels from 0 to 1, one a channel.
-      std: Their deviation.
-      as_bytes: Whether to leave the pixels as bytes, for :func:`standardize` on the device: a quarter of the transfer.
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    method: str = "bicubic"
-    flip: float = 0.5
-    three_augment: bool = False
-    operations: int = 0
-    magnitude: float = 9.0
-    deviation: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    erase: float = 0.0
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    as_bytes: bool = False
-
-    def __post_init__(self):
-        _check_output(self.size, self.method, self.mean, self.std)
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "scale" and high > 1):
-                raise ValueError(f"{name}: expected 0 < low <= high{' <= 1' * (name == 'scale')}, got {(low, high)}")
-        for name in ("flip", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
-        if not 0 <= self.magnitude <= 10 or not self.deviation >= 0 or self.operations < 0:
-            raise ValueError(
-                f"magnitude: expected 0 to 10, got {self.magnitude}; deviation and operations: at least 0, got "
-                f"{self.deviation} and {self.operations}"
-            )
-        if len(self.jitter) != 4 or not all(0 <= x < math.inf for x in self.jitter) or self.jitter[3] > 0.5:
-            raise ValueError(f"jitter: expected four numbers from 0, the last up to 0.5, got {self.jitter}")
-
-    def __call__(self, example: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Changes ``inputs``, uint8 ``[height, width, 3]``, to ``[size, size, 3]``, float32 or uint8."""
-        image = _check_image(example["inputs"])
-        image = random_resized_crop(image, rng, self.size, scale=self.scale, ratio=self.ratio, method=self.method)
-        if rng.random() < self.flip:
-            image = np.ascontiguousarray(image[:, ::-1])
-        if self.three_augment:
-            image = three_augment(image, rng)
-        if self.operations:
-            image = rand_augment(
-                image, rng, operations=self.operations, magnitude=self.magnitude, deviation=self.deviation
-            )
-        if any(self.jitter):
-            kinds = ("brightness", "contrast", "saturation", "hue")
-            image = color_jitter(image, rng, **dict(zip(kinds, self.jitter, strict=True)))
-        if rng.random() < self.erase:
-            image = random_erasing(image, rng, mean=self.mean, std=self.std)
-        return {**example, "inputs": image if self.as_bytes else standardize(image, self.mean, self.std)}
-
-
-@dataclass(frozen=True)
-class EvalImage:
-    """Resizes the shorter side and cuts out the middle, for :meth:`subspace_jax.data.Images.map`.
-
-    Attributes:
-      size: Side of the square that comes out.
-      crop: The shorter side becomes ``floor(size / crop)`` before.
-      method: "bicubic" or "bilinear".
-      mean: Mean of pixels from 0 to 1, one a channel.
-      std: Their deviation.
-      as_bytes: Whether to leave the pixels as bytes.
-    """
-
-    size: int
-    crop: float = 0.875
-    method: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    as_bytes: bool = False
-
-    def __post_init__(self):
-        _check_output(self.size, self.method, self.mean, self.std)
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop: expected a share in (0, 1], got {self.crop}")
-        check_pixels(int(self.size / self.crop), int(self.size / self.crop), "size / crop")
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Changes uint8 ``[height, width, 3]`` to ``[size, size, 3]``, float32 or uint8."""
-        height, width = _check_image(image).shape[:2]
-        shorter = math.floor(self.size / self.crop)
-        factor = shorter / min(height, width)
-        h, w = (shorter if n == min(height, width) else max(shorter, int(n * factor)) for n in (height, width))
-        check_pixels(h, w, f"image of {width} x {height}, resized")
-        top, left = (h - self.size) // 2, (w - self.size) // 2
-        image = np.asarray(Image.fromarray(image).resize((w, h), _METHODS[self.method]))
-        image = image[top : top + self.size, left : left + self.size]
-        return image if self.as_bytes else standardize(image, self.mean, self.std)
-
-
-def _check_output(size: int, method: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    if size < 1:
-        raise ValueError(f"size: expected at least 1 pixel, got {size}")
-    check_pixels(size, size, "size")
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {sorted(_METHODS)}, got {method!r}")
-    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise ValueError(f"mean and std: expected three numbers each, finite, std positive, got {mean} and {std}")
-
-
-def _check_image(image: np.ndarray) -> np.ndarray:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"inputs: expected bytes [height, width, 3], got {image.dtype} {list(image.shape)}")
     return image

@@ -1,4 +1,4 @@
-"""Image files, their bytes and Pillow images to 8-bit RGB: the one way in for every path of the library."""
+"""Decoding of image files, their bytes and Pillow images to 8-bit RGB."""
 
 import io
 import os
@@ -9,12 +9,12 @@ from PIL import ExifTags, Image
 
 __all__ = ["check_pixels", "decode_image"]
 
-# Raster formats that begin with a signature.  Those without (TGA, PCD) take damaged files of others for their own.
+# Raster formats with a signature; decoders of those without (TGA, PCD) accept damaged files of other formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "ICO")
 # Pillow's own, for those who set `Image.MAX_IMAGE_PIXELS` to None.
 _MOST_PIXELS = 89478485
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-# Of PNG with 2 or 4 bits a pixel, Pillow spreads the pixels to 8 bits and leaves the transparent value as it is.
+# For PNG with 2 or 4 bits per pixel, Pillow scales the pixels to 8 bits but not the transparent value.
 _SPREAD = {"L;2": 85, "L;4": 17}
 _UPRIGHT = {
     2: lambda x: x[:, ::-1],
@@ -28,15 +28,15 @@ _UPRIGHT = {
 
 
 class _UnsupportedError(ValueError):
-    """An image that is whole, but of a kind that has no 8-bit RGB that everybody would agree on."""
+    """An undamaged image whose pixels have no well-defined 8-bit RGB values."""
 
 
 def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
     """Decodes an image.
 
-    Gray is repeated, and 16-bit gray is scaled to 8 bits; what is transparent is blended with white, transparent colors
-    of palettes, gray and RGB included; the EXIF orientation is applied, as transformers' ``load_image`` does; of an
-    animation or of several pages the first is taken (of a Pillow image the frame that it is at).
+    Gray is repeated, and 16-bit gray is scaled to 8 bits; transparency is blended with white, transparent colors of
+    palettes, gray and RGB included; the EXIF orientation is applied, as in transformers' ``load_image``; the first
+    frame or page is decoded (the current one of a Pillow image).
 
     Args:
       source: The file, its bytes, or a Pillow image.  Files are of one of :data:`FORMATS`.
@@ -45,9 +45,9 @@ def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
       uint8 ``[height, width, 3]``.
 
     Raises:
-      OSError: There is no such file, it is no image, or it is damaged or cut off.
-      ValueError: It has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or pixels whose range is not known: floating
-        point, 32-bit or signed integers, or 16-bit RGB with a transparent color.
+      OSError: There is no such file, or it is no image, damaged or truncated.
+      ValueError: It has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or pixels of unknown range: floating point,
+        32-bit or signed integers, or 16-bit RGB with a transparent color.
       TypeError: ``source`` is none of these.
     """
     if isinstance(source, Image.Image):
@@ -61,10 +61,10 @@ def decode_image(source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
 
 
 def check_pixels(height: int, width: int, what: str = "image") -> None:
-    """Checks that an image has pixels, and not more than can be meant.
+    """Checks the number of pixels of an image.
 
     Raises:
-      ValueError: It has none, or more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+      ValueError: It is 0, or above ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     most = Image.MAX_IMAGE_PIXELS or _MOST_PIXELS
     if not 0 < height * width <= most:
@@ -92,7 +92,7 @@ def _from_file(file: io.BufferedIOBase) -> np.ndarray:
 
 
 def _open(file: io.BufferedIOBase) -> Image.Image:
-    """Opens as ``Image.open`` does, which warns, or raises before it tells the size, where an image is large."""
+    """Opens like ``Image.open``, which warns about large images, or raises before it returns the size."""
     Image.init()
     start, reasons = file.read(16), []
     for name in FORMATS:
@@ -120,8 +120,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         pixels = _from_16_bits(image)
     else:
         pixels = _from_8_bits(image, stored)
-    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in range(2, 9) else pixels
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in range(2, 9) else pixels
 
 
 def _from_16_bits(image: Image.Image) -> np.ndarray:

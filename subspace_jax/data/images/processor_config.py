@@ -1,4 +1,4 @@
-"""What a checkpoint's files say about its images: Hugging Face's image processors, and timm's ``pretrained_cfg``."""
+"""The configs of image preprocessing: Hugging Face's image processors, and timm's ``pretrained_cfg``."""
 
 import difflib
 import math
@@ -40,7 +40,7 @@ _PROCESSORS = {
     "DeiT": _defaults({"height": 256, "width": 256}, 3, 224, _HALF, True),
     "ConvNext": {**_defaults({"shortest_edge": 384}, 3, None, _HALF, False), "crop_pct": 224 / 256},
 }
-# Of a model whose files name no processor, as in transformers' table.
+# Processors of models whose files name none, as in transformers.
 _OF_MODELS = {
     "clip": "CLIP",
     "clip_vision_model": "CLIP",
@@ -57,10 +57,10 @@ _OF_MODELS = {
 
 
 def find_processor(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Finds the fields in a folder, or reads a file: in the order of transformers nested, timm's, the file of old.
+    """Finds the config of the image processor in a folder, or reads a file.
 
     Returns:
-      The file, and what it holds.
+      The file and its fields; the order of files is that of transformers, see :meth:`ImageProcessor.from_json`.
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -77,7 +77,7 @@ def find_processor(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     if not old.exists():
         raise FileNotFoundError(
             f"{old}: no such file, and neither {nested.name} nor a pretrained_cfg of timm in {config.name} says how "
-            "images are to be prepared"
+            "images are preprocessed"
         )
     fields = read_json_object(old)
     if not any(fields.get(name) for name in ("image_processor_type", "feature_extractor_type")):
@@ -87,11 +87,10 @@ def find_processor(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
 
 
 def processor_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of :class:`subspace_jax.data.ImageProcessor` that fields of Hugging Face or timm mean.
+    """Returns the arguments of :class:`subspace_jax.data.ImageProcessor` for a Hugging Face or timm config.
 
     Raises:
-      ValueError: The processor or something that it does is not supported, a field is misspelt, or a value is not of
-        its kind.
+      ValueError: The processor or one of its steps is not supported, a field is misspelt, or a value is invalid.
     """
     if (nested := fields.get("image_processor")) is not None:
         return _of_hugging_face(_mapping("image_processor", nested))
@@ -133,7 +132,7 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuses misspelt fields and steps that are unknown here; all others are left aside, as in transformers."""
+    """Refuses misspelt fields and unknown steps; other fields are ignored, as in transformers."""
     for name, value in fields.items():
         if name in known or name == "do_convert_rgb" or value in (None, False):
             continue
@@ -144,7 +143,7 @@ def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None
 
 
 def _of_convnext(size: Any, crop: tuple[int, int] | None, share: float) -> tuple[Any, tuple[int, int] | None]:
-    """Small sizes are cut out of a larger picture, large ones take all of it."""
+    """Sizes below 384 are cropped from a larger image, as in transformers."""
     if not isinstance(size, int):
         raise ValueError(f"size: expected the shortest_edge for a ConvNext processor, got {size}")
     if size >= 384:

@@ -1,1 +1,1 @@
-"""Where examples come from: TensorFlow Datasets, folders, generators."""
+"""Sources of examples: TensorFlow Datasets, image folders, generators."""

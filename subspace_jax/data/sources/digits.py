@@ -1,8 +1,8 @@
-"""The TFDS set ``digits``, made from the 1797 handwritten digits that come with scikit-learn.
+"""The TFDS set ``digits``: the 1797 handwritten digits bundled with scikit-learn.
 
-It is prepared offline and without TensorFlow.  Three things make that possible: the files are array_record, images
-are handed to TFDS as Pillow images (arrays would be encoded by TensorFlow), and the builder has no code path (TFDS
-would look there for checksums of downloads, by way of a package that it does not install).
+It is prepared offline and without TensorFlow: the files are array_record, images are passed to TFDS as Pillow images
+(arrays would be encoded by TensorFlow), and the builder has no code path (TFDS would search it for checksums, with a
+package that it does not install).
 """
 
 import contextlib
@@ -25,9 +25,8 @@ NUM_TRAIN = 1200
 class Digits(tfds.core.GeneratorBasedBuilder):
     """1797 images of handwritten digits, 8x8 pixels from 0 to 16, in ten classes.
 
-    The 1797 examples are put in the order ``np.random.RandomState(0).permutation(1797)`` (the legacy generator, whose
-    numbers NumPy has frozen); the split ``train`` is the first 1200 of them and ``test`` the other 597, each stored
-    in that order.
+    The order of the examples is ``np.random.RandomState(0).permutation(1797)`` (the legacy generator, which NumPy keeps
+    stable); the split ``train`` is the first 1200 of them, ``test`` the other 597.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, as bundled with scikit-learn.
     """
@@ -66,12 +65,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_digits(data_dir: str | Path) -> Path:
-    """Writes the set ``digits`` below a folder, unless it is there already; takes about a second.
+    """Writes the set ``digits`` unless it exists; takes about a second.
 
-    The files appear all at once, by a rename, so that several processes may prepare into one folder at a time.
+    The files are renamed into place, so that several processes may write to one folder.
 
     Args:
-      data_dir: The folder of all TFDS sets; made when it is not there.
+      data_dir: Folder of TFDS sets; created if missing.
 
     Returns:
       The folder of the set.
@@ -88,8 +87,8 @@ def prepare_digits(data_dir: str | Path) -> Path:
         return there
     try:
         there.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of our own rather than the one that TFDS would pick: its name comes from Python's global generator,
-        # so that two processes with equal seeds would write into the same one.
+        # Not the temporary folder of TFDS, whose name comes from Python's global generator: two processes with equal
+        # seeds would write into the same one.
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=there.parent) as scratch:
             builder = Digits(data_dir=scratch, file_format="array_record")
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Labelled images from TensorFlow Datasets (TFDS), read by index and without TensorFlow."""
+"""Labelled images from TensorFlow Datasets (TFDS), by index and without TensorFlow."""
 
 import difflib
 import os
@@ -12,24 +12,25 @@ from typing import Any
 import numpy as np
 
 from subspace_jax.data.images.decode import decode_image
+from subspace_jax.data.sources.images import Images
 
-__all__ = ["ImageSource", "default_data_dir", "describe_images", "image_source"]
+__all__ = ["ImageSource", "default_data_dir", "describe_images", "image_set", "image_source"]
 
 
 def default_data_dir() -> str:
-    """Returns the folder of TFDS sets: ``TFDS_DATA_DIR`` where it is set, else ``~/tensorflow_datasets``."""
+    """Returns the folder of TFDS sets: ``TFDS_DATA_DIR`` if set, else ``~/tensorflow_datasets``."""
     return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 class ImageSource:
     """Labelled images by index: ``source[i]`` is ``{"inputs": float32 [height, width, channels], "labels": int32 []}``.
 
-    Made by :func:`image_source`.
+    Returned by :func:`image_source`.
 
     Attributes:
       name: Name of the set.
-      split: Split, as it was asked for.
-      num_classes: Number of labels.
+      split: Split.
+      num_classes: Number of classes.
       image_shape: ``(height, width, channels)``.
     """
 
@@ -78,7 +79,7 @@ def checked_label(label: Any, num_classes: int) -> np.int32:
     """Returns a label as int32.
 
     Raises:
-      ValueError: There is no such class; sets without labels for a split hold -1 there.
+      ValueError: There is no such class; a split without labels holds -1.
     """
     if not 0 <= label < num_classes:
         raise ValueError(f"label {label}, expected 0 to {num_classes - 1}")
@@ -93,27 +94,27 @@ def image_source(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageSource:
-    """Opens a split of an image set, for :func:`subspace_jax.data.train_batches` and its kin.
+    """Opens a split of an image set, for :func:`subspace_jax.data.train_batches` and :func:`eval_batches`.
 
-    ``digits`` (see :class:`subspace_jax.data.digits.Digits`) is prepared on first use, offline and in a second.  Every
-    other set must have been prepared in array_record format: nothing is ever downloaded here.  Pixels are divided by
+    ``digits`` (:class:`subspace_jax.data.sources.digits.Digits`) is prepared on first use, offline.  Other sets have to
+    be prepared in array_record format (:mod:`subspace_jax.data.prepare`); nothing is downloaded.  Pixels are divided by
     255, those of ``digits`` by 16.
 
     Args:
       name: TFDS name, such as ``"digits"``, ``"cifar10"`` or ``"some_set/config:1.0.0"``.
       split: TFDS split, slices included: ``"train"``, ``"train[:90%]"``, ``"train[1000:]"``.
       data_dir: Folder of TFDS sets; :func:`default_data_dir` by default.
-      mean: Subtracted from the scaled pixels, one number a channel; needs ``std``.
-      std: What the difference is divided by; needs ``mean``.
+      mean: Mean of each channel of the scaled pixels, subtracted; needs ``std``.
+      std: Standard deviation of each channel, divided by; needs ``mean``.
 
     Returns:
       The images, with ``num_classes`` and ``image_shape``.
 
     Raises:
-      FileNotFoundError: The set is not prepared below ``data_dir``; the message holds the command that prepares it.
-      OSError: ``digits`` can't be written below ``data_dir``.
-      ValueError: Name or split is unknown, the set is not one of labelled images of one size with one or three 8-bit
-        channels, it is prepared in a format without random access, or ``mean`` and ``std`` don't fit.
+      FileNotFoundError: The set is not prepared in ``data_dir``; the message has the command that prepares it.
+      OSError: ``digits`` can't be written to ``data_dir``.
+      ValueError: Name or split is unknown, the set does not hold labelled images of one size with one or three 8-bit
+        channels, it is prepared in a format without random access, or ``mean`` and ``std`` are invalid.
     """
     records, info = open_labelled_records(name, split, data_dir)
     shape, _ = _labelled_images(info)
@@ -123,18 +124,55 @@ def image_source(
     return ImageSource(records, info, split, scale, shift)
 
 
-def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple[int | None, ...], int]:
-    """Returns what is known of an image set without reading it; it need not be prepared.
+def image_set(
+    name: str, split: str, data_dir: str | os.PathLike | None = None, *, on_unreadable: str = "raise"
+) -> Images:
+    """Opens a split of a prepared image set of TensorFlow Datasets; images may vary in size.
+
+    Nothing is downloaded, and TensorFlow is not needed; see :mod:`subspace_jax.data.prepare`.
 
     Args:
-      name: As for :func:`image_source`.
-      data_dir: Likewise.
+      name: TFDS name, such as ``"imagenet2012"``, ``"oxford_flowers102"`` or ``"digits"``.
+      split: TFDS split, slices included.
+      data_dir: Folder of TFDS sets; :func:`subspace_jax.data.default_data_dir` by default.
+      on_unreadable: See :func:`image_folder`.
+
+    Returns:
+      The images, decoded by :func:`decode_image`; the 16 levels of ``digits`` are scaled to 255.
+
+    Raises:
+      FileNotFoundError: The set is not prepared; the message has the command that prepares it.
+      ValueError: Name or split is unknown, or the set does not hold 8-bit images with one label each.
+    """
+    records, info = open_labelled_records(name, split, data_dir)
+    image, label = info.supervised_keys
+    largest, num_classes = 16 if info.name == "digits" else 255, info.features[label].num_classes
+
+    def read(index: int) -> tuple[np.ndarray, int]:
+        record = records[index]
+        pixels = decode_image(record[image])
+        if largest != 255:
+            pixels = np.round(pixels * (255 / largest)).astype(np.uint8)
+        return pixels, checked_label(record[label], num_classes)
+
+    def describe(index: int) -> str:
+        return f"{info.name} {split} record {index}"
+
+    return Images(f"{info.name} {split}", len(records), read, describe, info.features[label].names, on_unreadable)
+
+
+def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple[int | None, ...], int]:
+    """Returns image shape and number of classes of an image set, without reading it; it need not be prepared.
+
+    Args:
+      name: See :func:`image_source`.
+      data_dir: See :func:`image_source`.
 
     Returns:
       Shape of an image, with None for a dimension that varies, and the number of classes.
 
     Raises:
-      ValueError: TFDS knows no such set, or it is not one of labelled images.
+      ValueError: TFDS has no such set, or it does not hold labelled images.
     """
     import tensorflow_datasets as tfds
 
@@ -151,10 +189,10 @@ def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tup
 
 
 def open_records(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[Sequence[Any], Any]:
-    """Opens a split of any prepared set: its records by index, as TFDS decodes them, and TFDS's description of it.
+    """Returns the records of a split of any prepared set, by index and decoded by TFDS, and the set's ``DatasetInfo``.
 
     Raises:
-      FileNotFoundError: The set is not prepared below ``data_dir``; the message holds the command that prepares it.
+      FileNotFoundError: The set is not prepared in ``data_dir``; the message has the command that prepares it.
       ValueError: Name or split is unknown, or the set is prepared in a format without random access.
     """
     data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
@@ -165,13 +203,13 @@ def open_records(name: str, split: str, data_dir: str | os.PathLike | None = Non
 def open_labelled_records(
     name: str, split: str, data_dir: str | os.PathLike | None = None
 ) -> tuple[Sequence[Any], Any]:
-    """Opens a split of a prepared set of labelled images like :func:`open_records`, the images as the bytes of files.
+    """Opens a split of labelled images like :func:`open_records`, without decoding the images.
 
-    TFDS would decode them by what is installed, the indices of a palette as they are, and without their orientation.
+    TFDS decodes by the packages that are installed, returns indices of palettes, and ignores the orientation.
 
     Raises:
-      FileNotFoundError: As of :func:`open_records`.
-      ValueError: Likewise, or the set is not one of labelled 8-bit images.
+      FileNotFoundError: See :func:`open_records`.
+      ValueError: See :func:`open_records`; or the set does not hold labelled 8-bit images.
     """
     import tensorflow_datasets as tfds
 
@@ -183,7 +221,7 @@ def open_labelled_records(
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    """Finds a prepared set by its files alone: asking its code instead may go to the network."""
+    """Finds a prepared set by its files; its code may access the network."""
     import tensorflow_datasets as tfds
 
     base = re.split("[/:]", name)[0]
@@ -198,7 +236,7 @@ def _builder(name: str, data_dir: str) -> Any:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         pass
-    except Exception as error:  # what TFDS says of damaged files, and of names that it can't take apart
+    except Exception as error:  # of damaged files, and of names that can't be parsed
         if base.isidentifier() and there.is_dir():
             raise ValueError(f"name: the set in {there} is damaged: {' '.join(str(error).split())}") from error
         check_name(name, data_dir)
@@ -212,15 +250,15 @@ def _builder(name: str, data_dir: str) -> Any:
 
 
 def check_name(name: str, data_dir: str) -> None:
-    """Checks that TFDS has code for a set.
+    """Checks that TFDS has a set.
 
     Args:
       name: TFDS name.
       data_dir: Folder that was searched, for the message.
 
     Raises:
-      FileNotFoundError: The name looks like the path of a folder or a file.
-      ValueError: It has none; the message holds near misses.
+      FileNotFoundError: The name looks like a path.
+      ValueError: There is no such set; the message has similar names.
     """
     import tensorflow_datasets as tfds
 
@@ -235,7 +273,7 @@ def check_name(name: str, data_dir: str) -> None:
 
 
 def missing_folder(folder: pathlib.Path) -> str:
-    """Returns the message about a path that is no folder of images, with near names of folders beside it."""
+    """Returns the message about a path that is no image folder, with similar names beside it."""
     if folder.is_dir():
         return f"{folder}: expected a set of TensorFlow Datasets by name, got a folder"
     there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
@@ -250,7 +288,7 @@ def _prepare_command(name: str, data_dir: str) -> str:
 
 
 def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
-    """Returns shape and number of classes, and refuses what is no set of labelled images."""
+    """Returns image shape and number of classes; raises where the set does not hold labelled images."""
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
@@ -273,7 +311,7 @@ def _records(
     builder: Any, split: str, name: str, data_dir: str, decoders: dict[str, Any] | None = None
 ) -> Sequence[Any]:
     splits = sorted(builder.info.splits)
-    # TFDS has several exceptions, and none that lists the splits, for a split that it can't read.
+    # TFDS raises several exceptions for a split that it can't read, none of which lists the splits.
     if re.split(r"[\[+]", split)[0] not in splits:
         raise ValueError(f"split: {name!r} has no split {split!r}, only {splits} and slices such as 'train[:90%]'")
     try:
@@ -292,7 +330,7 @@ def _records(
 def _affine(
     largest: int, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scale and shift, float32 ``[channels]``, with ``(pixels / largest - mean) / std`` in one step."""
+    """Returns scale and shift, float32 ``[channels]``, of ``(pixels / largest - mean) / std``."""
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std: expected both or none, got mean = {mean} and std = {std}")
     mean = np.zeros(channels) if mean is None else np.asarray(mean, np.float64)

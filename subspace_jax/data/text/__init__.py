@@ -1,4 +1,4 @@
-"""Text: tokenizers, examples from files and sets, rows of tokens."""
+"""Text: tokenizers, examples from files and datasets, padded and packed rows of tokens."""
 
 from subspace_jax.data.text.corpus import docstrings, function_summaries
 from subspace_jax.data.text.records import Choice, Completion, mapping_of, read_texts, tfds_texts

@@ -1,4 +1,4 @@
-"""Real text without a download: the documentation inside installed Python packages."""
+"""Text without a download: the documentation in installed Python packages."""
 
 import ast
 import functools
@@ -17,11 +17,11 @@ _SUMMARY = (20, 200)  # characters of a function's summary; its signature has at
 
 
 def docstrings(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "train") -> list[str]:
-    """Collects the docstrings of modules, classes and functions, in English prose of some 80 characters and more.
+    """Returns the docstrings of modules, classes and functions of 80 characters and more.
 
-    Sources are parsed, not imported.  The order is that of file names, and equal texts are taken once.  A tenth of the
-    files, by a hash of their names, is the split "validation".  What is found depends on the versions installed: the
-    standard library of Python 3.11 gives about 1.6 million characters.
+    Sources are parsed, not imported.  The order is that of file names, without duplicates.  A tenth of the files, by a
+    hash of their names, is the split "validation".  The result depends on the installed versions: the standard library
+    of Python 3.11 gives about 1.6 million characters.
 
     Args:
       packages: Names of installed packages; "stdlib" for the standard library.
@@ -37,17 +37,17 @@ def docstrings(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "trai
 
 
 def function_summaries(packages: Sequence[str] = (STANDARD_LIBRARY,), split: str = "train") -> list[Completion]:
-    """Collects functions and methods with what they do: the first paragraph of the docstring, of 20 to 200 characters.
+    """Returns functions and methods with the first paragraph of their docstring, of 20 to 200 characters.
 
-    Prompts are such as ``"split(s, sep=None): "``.  Files and splits are those of :func:`docstrings`, so that a model
-    that learnt the split "train" of these has met no summary of "validation".
+    A prompt is the signature, ``"split(s, sep=None): "``.  Files and splits are those of :func:`docstrings`, so that
+    "validation" here and "train" there are disjoint.
 
     Args:
       packages: Names of installed packages; "stdlib" for the standard library.
       split: "train" or "validation".
 
     Returns:
-      One example for each function; of equal ones the first.
+      One example for each function, without duplicates.
 
     Raises:
       ValueError: A package is not installed or has no sources, or the split is unknown.

@@ -1,4 +1,4 @@
-"""Examples of text from files and from TensorFlow Datasets."""
+"""Text examples from files and from TensorFlow Datasets."""
 
 import difflib
 import json
@@ -11,14 +11,14 @@ from subspace_jax.data.sources.tfds import default_data_dir, open_records
 
 
 class Completion(NamedTuple):
-    """A text of which the second part is to be learnt; a plain text has an empty prompt."""
+    """A prompt and the completion to learn; plain text has an empty prompt."""
 
     prompt: str
     completion: str
 
 
 class Choice(NamedTuple):
-    """A question with options, of which ``label`` is right."""
+    """A question with options; ``label`` is the index of the correct one."""
 
     prompt: str
     options: tuple[str, ...]
@@ -29,17 +29,17 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
     """Reads ``.jsonl``, ``.parquet`` or plain-text files, in UTF-8 with or without a byte order mark.
 
     Args:
-      path: The file.  Plain text holds one document, or several with empty lines between.
-      prompt: Field that holds the prompt, or "" for none.
-      completion: Field that holds the text to be learnt.
+      path: The file.  Documents in plain text are separated by empty lines.
+      prompt: Field of the prompt, or "" for none.
+      completion: Field of the text to learn.
 
     Returns:
       The examples.
 
     Raises:
-      FileNotFoundError: There is no such file; the message has near names.
-      ValueError: The file is empty, of another kind (CSV, one JSON value, compressed) or not UTF-8, a line is no JSON
-        object, or a field is missing or no text; file, line and field are named.
+      FileNotFoundError: There is no such file; the message has similar names.
+      ValueError: The file is empty, of another format (CSV, one JSON value, compressed) or not UTF-8, a line is no JSON
+        object, or a field is missing or no text.
       OSError: It can't be read.
       ImportError: A Parquet file needs the extra ``text``.
     """
@@ -71,7 +71,7 @@ def _no_file(file: Path) -> str:
 
 
 def near_names(path: str | os.PathLike) -> str:
-    """Returns a hint at files with a name like one that is not there, or "" where there are none."""
+    """Returns a hint at files with names similar to a missing one, or "" where there are none."""
     path = Path(path)
     try:
         names = os.listdir(path if path.is_dir() else path.parent)
@@ -92,7 +92,7 @@ def _plain_text(file: Path) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Bytes that are no UTF-8 become lone surrogates, so that their line can be named.
+    # Bytes that are not UTF-8 become lone surrogates, so that the message can name the line.
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -158,13 +158,13 @@ def tfds_texts(name: str, split: str, data_dir: str | None = None) -> list[Compl
     Args:
       name: Name of the set, with its config and version where it has them.
       split: Split, such as "train" or "validation[:100]".
-      data_dir: Folder of prepared sets; the usual place by default.
+      data_dir: Folder of TFDS sets; :func:`subspace_jax.data.default_data_dir` by default.
 
     Returns:
       The examples.
 
     Raises:
-      ValueError: There is no mapping for the set, its split is empty, or a record is not as the mapping expects it.
+      ValueError: There is no mapping for the set, its split is empty, or a record has an unexpected format.
       FileNotFoundError: It is not prepared.
     """
     mapping = mapping_of(name)
@@ -194,7 +194,7 @@ def mapping_of(name: str) -> Callable[[Mapping[str, Any], Any], Completion | Cho
     """Returns the function ``(record, features) -> example`` for a set of TensorFlow Datasets.
 
     Raises:
-      ValueError: There is none; the message has near names.
+      ValueError: There is none; the message has similar names.
     """
     for known, mapping in _MAPPINGS.items():
         if name == known or name.startswith((f"{known}/", f"{known}:")):
@@ -213,7 +213,7 @@ def _gem_e2e(record, _):
 
 
 def _e2e(record, _):
-    # TFDS keeps the table that was parsed from the meaning representation.
+    # TFDS stores a table parsed from the meaning representation.
     table = record["input_text"]["table"]
     pairs = zip(table["column_header"], table["content"], strict=True)
     meaning = ", ".join(f"{_text(name)}[{_text(value)}]" for name, value in pairs)

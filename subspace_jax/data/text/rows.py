@@ -1,12 +1,12 @@
-"""From texts to rows of tokens: padded, packed, or one for each option of a question.
+"""Rows of tokens from texts: padded, packed, or one for each option of a question.
 
-Rows are dicts of arrays for :func:`subspace_jax.data.train_batches` and its kin, ``[rows, length]`` each:
+Rows are dicts of arrays ``[rows, length]`` for :func:`subspace_jax.data.train_batches` and :func:`eval_batches`:
 
 - ``inputs`` int32, tokens;
-- ``labels`` int32, the token that comes next at each place;
-- ``weights`` float32, 1 where that token is to be learnt and 0 elsewhere;
-- ``segment_ids`` int32, from 1, which text of a row a token belongs to; 0 is filling;
-- ``positions`` int32, the place within that text, from 0.
+- ``labels`` int32, the next token at each position;
+- ``weights`` float32, 1 where the loss counts and 0 elsewhere;
+- ``segment_ids`` int32, number of the text in its row, from 1; 0 for padding;
+- ``positions`` int32, position in the text, from 0.
 """
 
 import bisect
@@ -21,17 +21,15 @@ Rows = dict[str, np.ndarray]
 
 
 def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of an example, opened and ended as the tokenizer does, and which of them are to be learnt.
+    """Returns the tokens of an example with start and end tokens, and the mask of the loss.
 
     Args:
-      example: Prompt and completion; they are encoded as one text, as a model meets it.  A token that holds the end
-        of the prompt and the first character of the completion (" A" after "Answer: ") belongs to the completion, as
-        in the masks of transformers.
+      example: Prompt and completion, encoded as one text.  A token with both the end of the prompt and the first
+        character of the completion (" A" after "Answer: ") belongs to the completion, as in transformers.
       tokenizer: The tokenizer.
 
     Returns:
-      Tokens ``[n]`` int32, and ``[n]`` bool: the completion and the token that ends it.  A token that opens the text
-      is given, never asked for.
+      Tokens ``[n]`` int32, and the mask ``[n]`` bool, True for the completion and the end token.
     """
     prompt, completion = tokenizer.encode_pair(example.prompt, example.completion)
     given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + prompt
@@ -41,13 +39,13 @@ def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
 
 
 def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncate: bool = False) -> Rows:
-    """One row for each example, filled up at the end.
+    """Returns one row for each example, padded at the end.
 
     Args:
       examples: The examples.
       tokenizer: The tokenizer.
-      length: Tokens of a row.
-      truncate: Whether longer texts are cut off; they are refused otherwise.
+      length: Length of a row in tokens.
+      truncate: Whether to truncate longer texts; otherwise they raise.
 
     Raises:
       ValueError: There is no example, or one does not fit.
@@ -58,17 +56,17 @@ def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, 
 
 
 def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncation: str = "split") -> Rows:
-    """Puts several texts into a row, so that little of it is filling; the longest come first, best fit.
+    """Packs several texts into a row by best-fit decreasing.
 
-    No text sees another one, if the model is given ``segment_ids``.  Which texts share a row is a function of their
+    Texts of a row don't attend to each other if the model is given ``segment_ids``.  The packing is a function of the
     lengths alone; n texts take ``n log n`` steps.
 
     Args:
       examples: The examples.
       tokenizer: The tokenizer.
-      length: Tokens of a row.
-      truncation: What becomes of texts longer than a row: "split" makes several of them, each of which is a text
-        of its own; "cut" drops their ends; "refuse" raises.
+      length: Length of a row in tokens.
+      truncation: Treatment of texts longer than a row: "split" makes several texts of each, "cut" drops their ends,
+        "refuse" raises.
 
     Raises:
       ValueError: There is no example, one does not fit, or ``truncation`` is unknown.
@@ -76,7 +74,7 @@ def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int,
     pieces = _pieces(examples, tokenizer, length, truncation)
     sizes = [len(tokens) - 1 for tokens, _ in pieces]
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # rows by the places that they have left
+    open_rows: dict[int, list[int]] = {}  # rows by their number of free positions
     left_sizes: list[int] = []  # the keys of open_rows, in order
     for i in sorted(range(len(pieces)), key=lambda i: (-sizes[i], i)):
         at = bisect.bisect_left(left_sizes, sizes[i])
@@ -99,38 +97,38 @@ def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int,
 
 
 def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -> Rows:
-    """One row for each option of each question: its likelihood after the prompt is what options are compared by.
+    """Returns one row for each option of each question, to compare options by their likelihood.
 
-    Spaces at the end of a prompt count as the begin of every option, as in the LM Evaluation Harness: a tokenizer may
-    join them with one option and not with another, and likelihoods compare only from the same prompt.
+    Trailing spaces of a prompt become part of every option, as in the LM Evaluation Harness: a tokenizer may join them
+    with some options only, and likelihoods are comparable only for the same prompt.
 
     Args:
       examples: The questions.
       tokenizer: The tokenizer.
-      length: Tokens of a row.
+      length: Length of a row in tokens.
 
     Returns:
-      Rows as elsewhere, and for each row ``question`` int32 ``[rows]``, ``option`` int32 ``[rows]`` and ``is_answer``
-      float32 ``[rows]``; see :func:`subspace_jax.metrics.choice_accuracy`.
+      Rows as of :func:`pad_rows`, with further fields ``[rows]``: ``question`` and ``option`` int32, ``is_answer``
+      float32; see :func:`subspace_jax.metrics.choice_accuracy`.
 
     Raises:
-      ValueError: There is no question, one does not fit into a row, has no options, or no right one, or an option has
-        no token whose likelihood could be taken.
+      ValueError: There is no question, one does not fit into a row, has no options or no correct one, or an option has
+        no token after the first of the text.
     """
-    texts, places = [], []
+    texts, columns = [], []
     for number, choice in enumerate(examples):
         if not 0 <= choice.label < len(choice.options):
             raise ValueError(f"question {number}: label {choice.label} is none of its {len(choice.options)} options")
         prompt = choice.prompt.rstrip()
         for i, option in enumerate(choice.options):
             texts.append(Completion(prompt, choice.prompt[len(prompt) :] + option))
-            places.append((number, i, i == choice.label))
-    for text, (number, i, _) in zip(texts, places, strict=True):
-        # Rows with nothing to learn would be left out, and the others be taken for their neighbours.
+            columns.append((number, i, i == choice.label))
+    for text, (number, i, _) in zip(texts, columns, strict=True):
+        # Rows without a loss are dropped, which would shift the others.
         if tokenizer.eos_id is None and not encode(text, tokenizer)[1][1:].any():
             raise ValueError(f"question {number}: option {i} has no token after the first one of the text")
     rows = pad_rows(texts, tokenizer, length)
-    question, option, right = (np.array(column) for column in zip(*places, strict=True))
+    question, option, right = (np.array(column) for column in zip(*columns, strict=True))
     return rows | {
         "question": question.astype(np.int32),
         "option": option.astype(np.int32),
@@ -139,7 +137,7 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
 
 
 def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Encoded texts of at most ``length + 1`` tokens: the last one is a label only."""
+    """Returns encoded texts of at most ``length + 1`` tokens, the last of which is a label only."""
     if length < 1:
         raise ValueError(f"length: expected at least 1 token, got {length}")
     if truncation not in ("split", "cut", "refuse"):
@@ -152,11 +150,11 @@ def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, n
         starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
         for start in starts:
             part = slice(start, start + length + 1)
-            # A piece without anything to learn only takes room.
+            # Pieces without a loss are dropped.
             if learnt[part][1:].any():
                 pieces.append((tokens[part], learnt[part]))
     if not pieces:
-        raise ValueError("examples: there is nothing to learn in them")
+        raise ValueError("examples: no token has a loss")
     return pieces
 
 
@@ -173,9 +171,9 @@ def _fill(rows, length: int, tokenizer: Tokenizer) -> Rows:
         start = 0
         for segment, (tokens, learnt) in enumerate(row, start=1):
             size = len(tokens) - 1
-            place = (r, slice(start, start + size))
-            out["inputs"][place], out["labels"][place] = tokens[:-1], tokens[1:]
-            out["weights"][place] = learnt[1:]
-            out["segment_ids"][place], out["positions"][place] = segment, np.arange(size)
+            span = (r, slice(start, start + size))
+            out["inputs"][span], out["labels"][span] = tokens[:-1], tokens[1:]
+            out["weights"][span] = learnt[1:]
+            out["segment_ids"][span], out["positions"][span] = segment, np.arange(size)
             start += size
     return out

@@ -1,4 +1,4 @@
-"""Which tokens of a Hugging Face folder open, end and fill texts, and which are cut out of a text as they stand."""
+"""Special tokens of a Hugging Face folder: start, end, padding, and added tokens."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-# What classes of transformers call these tokens where a folder says nothing.
+# Defaults of the classes of transformers.
 _DEFAULT_NAMES = {
     "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
@@ -18,24 +18,24 @@ _DEFAULT_NAMES = {
     "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
 }
 _CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}
-# Those that open a text by themselves where tokenizer.json has no post-processor.
+# Classes that add a start token where tokenizer.json has no post-processor.
 _OPENING_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
-    """Reads what a folder says of its tokenizer beside ``tokenizer.json``.
+    """Reads the settings of a tokenizer besides ``tokenizer.json``.
 
     Args:
-      folder: With ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, if there.
+      folder: May hold ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``.
       known: Whether the tokenizer has a token.
 
     Returns:
-      The fields of the first, completed by the others: ``special_tokens_map.json`` names tokens for folders of older
-      versions of transformers (those that list no ``added_tokens_decoder``) and is second to the config elsewhere;
+      The fields of the first, completed by the others: ``special_tokens_map.json`` overrides the config in folders of
+      older versions of transformers (without ``added_tokens_decoder``), and is overridden by it otherwise;
       ``added_tokens`` is ``{id: token}``, and ``family`` the class by which transformers reads the folder, or None.
 
     Raises:
-      ValueError: A file is no JSON object, or one of these fields is of the wrong type; file and field are named.
+      ValueError: A file is no JSON object, or a field has the wrong type.
     """
     config, named, added = (
         read_json_object(file) if (file := folder / name).is_file() else {}
@@ -63,7 +63,7 @@ def read_settings(folder: Path, known: Callable[[str], bool]) -> dict[str, Any]:
 
 
 def _class_of(model_type: Any, name: Any) -> str | None:
-    """Names the class by which transformers reads a folder: the one that is named, else that of the model's family."""
+    """Returns the class by which transformers reads a folder: the one it names, else that of the model's family."""
     if model_type == "qwen2" or (model_type == "gpt2" and name is None):
         return _CLASSES[model_type]
     if model_type == "mistral":
@@ -94,7 +94,7 @@ def _content(token: Any, where: str) -> str:
 
 
 def role_of(settings: Mapping[str, Any], name: str) -> str | None:
-    """Returns the token that is named, such as for "eos_token"; the file may give it as text or as an object."""
+    """Returns a token by its role, such as "eos_token"; the file may hold a string or an object."""
     token = settings.get(name)
     return None if token is None else _content(token, name)
 

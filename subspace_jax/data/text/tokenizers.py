@@ -1,4 +1,4 @@
-"""Tokenizers: any ``tokenizer.json``, and bytes for when there is no file."""
+"""Tokenizers: any ``tokenizer.json``, and a tokenizer of bytes."""
 
 import bisect
 import contextlib
@@ -13,13 +13,13 @@ from subspace_jax.data.text import special_tokens
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back.
+    """The protocol of tokenizers.
 
     Attributes:
-      vocab_size: Tokens are below this.
-      bos_id: Token that opens a text, or None where none does.
-      eos_id: Token that ends a text, or None.
-      pad_id: Token that fills up rows.
+      vocab_size: Largest token + 1.
+      bos_id: Token at the start of a text, or None.
+      eos_id: Token at the end of a text, or None.
+      pad_id: Padding token.
     """
 
     vocab_size: int
@@ -28,21 +28,21 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text, none added."""
+        """Returns the tokens of a text, without start and end tokens."""
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """Returns the tokens of prompt and completion, encoded as the one text that they are.
+        """Returns the tokens of prompt and completion, encoded as one text.
 
-        The completion's begin with the token that holds its first character, also where that one holds the end of the
-        prompt as well: a space, mostly.
+        A token with both the end of the prompt (often a space) and the first character of the completion belongs to
+        the completion.
         """
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, without those that are no text."""
+        """Returns the text of tokens, without special tokens."""
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 as tokens 0 to 255, then padding, beginning and end: 259 tokens, and no file."""
+    """UTF-8 bytes as tokens 0 to 255, followed by padding, start and end token."""
 
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
 
@@ -56,26 +56,25 @@ class ByteTokenizer:
         return self.encode(prompt), self.encode(completion)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text; bytes that are no UTF-8 become U+FFFD, as where a text is cut inside a character."""
+        """Returns the text; bytes that are not UTF-8, as of a truncated character, become U+FFFD."""
         return bytes(t for t in map(int, tokens) if 0 <= t < 256).decode(errors="replace")
 
 
 class FileTokenizer:
-    """A tokenizer of the ``tokenizers`` library, as Hugging Face folders hold it.
+    """A tokenizer of the ``tokenizers`` library, read from a Hugging Face folder.
 
-    ``tokenizer.json`` decides, and ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``
-    beside it name the tokens that open, end and fill texts.  As in transformers, texts are opened with what the
-    post-processor of ``tokenizer.json`` adds in front, if it has one.  Without one, the token named as ``bos_token``
-    opens them, unless ``add_bos_token`` is false or the tokenizer's class has no such habit (GPT-2, Qwen2).
-    Truncation, padding and dropout that are stored in ``tokenizer.json`` belong to the run that wrote it: no token is
-    cut off, added or left to chance.
+    Besides ``tokenizer.json``, the files ``tokenizer_config.json``, ``special_tokens_map.json`` and
+    ``added_tokens.json`` define start, end and padding tokens.  As in transformers, the start token is the one that the
+    post-processor of ``tokenizer.json`` adds, if it has one; otherwise ``bos_token``, unless ``add_bos_token`` is false
+    or the tokenizer's class adds none (GPT-2, Qwen2).  Truncation, padding and dropout stored in ``tokenizer.json`` are
+    ignored.
 
     Args:
-      path: ``tokenizer.json``, or a folder that holds it.
+      path: ``tokenizer.json``, or its folder.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: A file is damaged, or names a token that the tokenizer doesn't know; the file is named.
+      ValueError: A file is damaged, or names an unknown token.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -106,14 +105,14 @@ class FileTokenizer:
             self.eos_id = end if eos is None else eos
             self._tokenizer.post_processor = None  # it would also move offsets
         self.pad_id = next(t for t in (pad, self.eos_id, 0) if t is not None)
-        # Ids may have gaps, so that the count of tokens says nothing.
+        # Ids may have gaps, so the number of tokens is no bound.
         ids = [*self._tokenizer.get_vocab(with_added_tokens=True).values(), self.bos_id, self.eos_id, self.pad_id]
         self.vocab_size = 1 + max(t for t in ids if t is not None)
         if self.vocab_size > 2**31:
             raise ValueError(f"tokenizer: {file}: expected ids below 2^31, got {self.vocab_size - 1}")
 
     def _add_tokens(self, settings: dict[str, Any]) -> None:
-        """Adds what the files beside tokenizer.json add, and marks what they name as special."""
+        """Adds the tokens of the files beside tokenizer.json, and marks special ones."""
         import tokenizers
 
         known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -190,10 +189,10 @@ class FileTokenizer:
 
 
 def _space_as_its_class(tokenizer, settings: dict[str, Any]) -> None:
-    """Sets what transformers' own classes for GPT-2, Qwen2 and Llama make of spaces, whatever tokenizer.json says.
+    """Treats spaces as transformers' classes for GPT-2, Qwen2 and Llama do, which override ``tokenizer.json``.
 
-    ``add_prefix_space`` counts there, and ``legacy``, by which Llama's, but not Code Llama's, puts a space after each
-    special token as well.
+    They use ``add_prefix_space``, and Llama's (not Code Llama's) ``legacy``, which also adds a space after each special
+    token.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -219,7 +218,7 @@ _MATCHING = ("single_word", "lstrip", "rstrip", "normalized")
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Makes a ValueError of what the tokenizers library raises: plain exceptions, and panics, which are none."""
+    """Turns exceptions and panics of the tokenizers library into ValueError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -240,7 +239,7 @@ def _check_unicode(text: str) -> None:
 def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
     """Returns the text that new tokens add to a prompt.
 
-    Tokens that stand alone would lose the space before them, or the first bytes of a character.
+    Decoded separately, new tokens may lose a leading space, or the first bytes of a character.
 
     Args:
       tokenizer: The tokenizer.
@@ -248,7 +247,7 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequen
       new: Tokens that follow.
 
     Returns:
-      What is added; it goes right after the text of the prompt.
+      The text that follows the text of the prompt.
     """
     prompt, new = ([int(t) for t in np.asarray(tokens)] for tokens in (prompt, new))
     before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + new)
@@ -259,12 +258,16 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequen
 
 
 def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer of a file or folder, or that of bytes for ``"bytes"``."""
+    """Returns the tokenizer of a file or folder, or :class:`ByteTokenizer` for ``"bytes"``."""
     return ByteTokenizer() if name == "bytes" else FileTokenizer(name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError where a model has no row for some token of a tokenizer: its largest id counts."""
+    """Checks that the embedding table of a model covers a tokenizer.
+
+    Raises:
+      ValueError: The largest token is at least ``vocab_size``.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer: it has {tokenizer.vocab_size} tokens, the model has rows for {vocab_size} (the largest id is "

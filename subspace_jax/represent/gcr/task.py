@@ -114,7 +114,7 @@ def default_config() -> ConfigDict:
     dimension for all classes, or one for each; ``model.loss`` is that of :class:`ClassifierTask`.
 
     With ``data.image.size`` above 0 images may have any size, and are brought to this one as
-    :class:`subspace_jax.data.TrainImage` does with the other fields there, or :class:`subspace_jax.data.EvalImage`
+    :class:`subspace_jax.data.TrainImage` does with the other fields there, or :meth:`subspace_jax.data.ImageProcessor.evaluation`
     (``eval_size`` is ``size`` where it is 0); ``data.name`` may then be "folder", a folder ``data.data_dir`` with one
     for each split and in it one for each class.  ``data.repeats`` is that of repeated augmentation, ``model.mixup`` and
     ``model.cutmix`` are options of :func:`subspace_jax.data.mix_images`.
@@ -286,7 +286,7 @@ def _images(config: ConfigDict) -> tuple[data.Images, data.Images, int]:
             for split in (config.train_split, config.eval_split)
         )
     image = config.image
-    shown = data.EvalImage(image.eval_size or image.size, crop=image.eval_crop, method=image.method, as_bytes=True)
+    shown = data.ImageProcessor.evaluation(image.eval_size or image.size, crop=image.eval_crop, method=image.method, as_bytes=True)
     return train_set, eval_set.map(shown), train_set.num_classes
 
 
@@ -300,7 +300,7 @@ def _transform(config: ConfigDict) -> data.Transform | None:
         return data.random_crop_flip if config.augment else None
     fields = {k: v for k, v in image.items() if k not in ("eval_size", "eval_crop", "on_unreadable")}
     try:
-        data.EvalImage(image.eval_size or image.size, crop=image.eval_crop, method=image.method)
+        data.ImageProcessor.evaluation(image.eval_size or image.size, crop=image.eval_crop, method=image.method)
         return data.TrainImage(**fields, as_bytes=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"data.image.{error}") from error

@@ -108,7 +108,7 @@ def test_batches_of_rows_go_on_where_they_stopped():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda: text.pack_rows([], TOKENIZER, 8), "examples: there is nothing to learn"),
+        (lambda: text.pack_rows([], TOKENIZER, 8), "examples: no token has a loss"),
         (lambda: text.pack_rows([text.Completion("", "a")], TOKENIZER, 0), "length: expected at least 1"),
         (lambda: text.pack_rows([text.Completion("", "a")], TOKENIZER, 8, truncation="drop"), "truncation: expected"),
         (lambda: text.choice_rows([text.Choice("p", ("a",), 1)], TOKENIZER, 8), "question 0: label 1 is none of its 1"),

@@ -54,7 +54,7 @@ def test_what_is_no_tokenizer_is_refused(folder):
     with pytest.raises(ValueError, match="eos_token '<end>'"):
         text.load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         text.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer"):
