@@ -1,5 +1,6 @@
 """A Griffe extension for mkdocstrings: links from Sphinx roles, and functions that are named like their module."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -28,7 +29,9 @@ class Reference(griffe.Extension):
         for module in modules:
             for member in module.members.values():
                 if member.is_alias and member.target_path.startswith(f"{pkg.path}."):
-                    member.resolve_target()
+                    # Griffe does not know names that are assigned as a tuple.
+                    with contextlib.suppress(griffe.AliasResolutionError):
+                        member.resolve_target()
         shadowed = [
             (module, name, pkg[path.removeprefix(f"{pkg.path}.")])
             for module in modules
