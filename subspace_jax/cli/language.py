@@ -163,4 +163,4 @@ def _place(args: argparse.Namespace):
     model, params = language.load_adapted(
         args.model, args.adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
-    return language.CausalLMTask(model, mesh), params, mesh
+    return language.CausalLMTask(model), params, mesh

@@ -74,9 +74,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     config = train.override(config, overrides)
     is_peft = language.is_peft(config)
-    _, metrics = train.run(
+    metrics = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
-    )
+    ).metrics
     folder = os.path.join(os.path.abspath(args.workdir), "adapter" if is_peft else "model")
     # The task is that of the config that was given, which has run.
     language.export(args.workdir, folder, merged=not is_peft, trust_remote_code=True)

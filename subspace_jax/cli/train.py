@@ -40,9 +40,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
     config = train.override(train.load_config(args.config), overrides)
-    _, metrics = train.run(
+    result = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     )
+    metrics = {**result.metrics, **result.summary}
     shared.write_result(args.workdir, metrics)
     print("; ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(

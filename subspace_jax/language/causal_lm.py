@@ -19,32 +19,29 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 
 
-class CausalLMTask:
+class CausalLMTask(train.Task):
     """Next-token prediction as a :class:`subspace_jax.train.Task`; all parameters train.
 
-    Batches are rows of :mod:`subspace_jax.data.text`.  Parameters are float32; stacked layers are gathered over the
-    mesh axes that split the batch one by one, within the scan over them.
+    Batches are those of :mod:`subspace_jax.data.text`.  Parameters are float32; stacked layers are gathered one by one
+    over the mesh axes that shard the batch, within the scan over them.  On a mesh that shards positions activations are
+    sharded along the sequence, and attention gathers keys and values; see
+    :func:`subspace_jax.nn.sequence_attention`.
 
     Args:
       config: The model.
-      mesh: The mesh of the run.  Where it splits places, activations are split along the length of a row, and attention
-        gathers keys and values; see :func:`subspace_jax.nn.sequence_attention`.
-      rules: Logical name to mesh axis or axes.
-      folder: Checkpoint folder to start from; None starts from random numbers.
+      folder: Checkpoint folder to start from; None starts from random parameters.
       dtype: Type of the activations.
       remat: What is kept of a layer for the backward pass: "none", "dots" or "full".
       axes: Logical axes of the parameters, where some of them are structured; those of the config by default.
       stacked: Whether layers are stacks that a loop runs over, or a tuple; see :func:`subspace_jax.nn.unstack_layers`.
         The latter is for one device: on many, all layers would be gathered at once.
-      loss_chunk: Places of a row whose scores ``[batch, loss_chunk, vocab]`` are there at a time; 0 for all.
+      loss_chunk: Positions whose logits ``[batch, loss_chunk, vocab]`` are in memory at a time; 0 for all.
     """
 
     def __init__(
         self,
         config: nn.CausalLMConfig,
-        mesh: Mesh,
         *,
-        rules: train.Rules = train.DEFAULT_RULES,
         folder: str | os.PathLike | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
@@ -53,34 +50,27 @@ class CausalLMTask:
         loss_chunk: int = 0,
     ):
         self.config = config
+        self._folder, self._dtype, self._loss_chunk = folder, dtype, loss_chunk
         self._axes = nn.param_axes(config) if axes is None else axes
-        hooks = {"remat": remat}
-        self._arranged = (lambda params: params) if stacked else nn.unstack_layers
+        self._hooks: dict[str, Any] = {"remat": remat}
+        layer = jax.tree.map(lambda names: P(*names[1:]), self._axes["layers"])
         if stacked:
-            hooks["on_layer"] = train.layer_gatherer(self._axes["layers"], mesh, rules)
+            self._arranged = lambda params: params
+            self._hooks["on_layer"] = functools.partial(train.all_gather_params, axes=layer)
         else:
-            layer = jax.tree.map(lambda names: P(*names[1:]), self._axes["layers"])
+            self._arranged = nn.unstack_layers
             self._axes = {**self._axes, "layers": (layer,) * config.num_layers}
-        self._loss_chunk = loss_chunk
-        self._split = functools.partial(train.shard_positions, mesh=mesh, rules=rules)
-        places = train.mesh_axes("sequence", mesh, rules)
-        self._shares = math.prod(mesh.shape[axis] for axis in places)
-        if places:
-            rows, heads = (train.mesh_axes(name, mesh, rules) for name in ("batch", "heads"))
-            hooks["on_stream"] = self._split
-            hooks["attend_with"] = nn.sequence_attention(
-                train.auto_mesh(mesh), places, batch_axes=rows, head_axes=heads
-            )
-        self._options = {"dtype": dtype, "options": nn.LayerOptions(**hooks)}
-        self._options = {"dtype": dtype, "options": nn.LayerOptions(**hooks)}
-        if folder is not None:
-            # Only then: a task without this method starts from ``init``.
-            self.load = functools.partial(self._load, folder, mesh, rules)
 
-    def _load(self, folder, mesh, rules, shardings):
-        # A folder is read into stacks, whatever they are arranged to then.
-        stacks = functools.partial(train.param_shardings, mesh=mesh, rules=rules)
-        params = self._arranged(interop.load_causal_lm(folder, shardings=stacks, dtype=jnp.float32)[1])
+    def load(self, shardings):
+        """Returns the parameters of the folder, where there is one."""
+        if self._folder is None:
+            return None
+        mesh, rules = jax.tree.leaves(shardings)[0].mesh, train.current_rules()
+
+        def stacks(shapes, axes):  # a folder is read into stacks, whatever they are arranged to then
+            return train.param_shardings(shapes, axes, mesh, rules)
+
+        params = self._arranged(interop.load_causal_lm(self._folder, shardings=stacks, dtype=jnp.float32)[1])
         return jax.device_put(params, shardings[0]), {}
 
     def init(self, key):
@@ -91,37 +81,48 @@ class CausalLMTask:
         """Returns the logical axis names of parameters and variables."""
         return self._axes, {}
 
-    def loss(self, params, variables, batch, key):
-        """Returns the mean negative log-likelihood over the tokens of the batch that are learnt, and their accuracy.
+    def loss(self, params, variables, batch, *, key, step):
+        """Returns the mean negative log-likelihood over the weighted tokens of the batch, and their accuracy.
 
         Micro-batches of an accumulated step count alike, whatever their numbers of such tokens.
         """
-        del key
+        del key, step
         nll, hits = self.nll(params, batch)
         count = jnp.maximum(jnp.sum(batch["weights"]), 1)
         loss, accuracy = (jnp.sum(x * batch["weights"]) / count for x in (nll, hits))
         return loss, (variables, {"accuracy": accuracy})
 
-    def evaluate(self, params, variables, batch):
-        """Returns sums over the tokens that are learnt in the real rows, and the number of such tokens."""
-        del variables
+    def evaluate(self, params, variables, batch, *, key):
+        """Returns sums over the weighted tokens of the examples, and the number of such tokens."""
+        del variables, key
         nll, hits = self.nll(params, batch)
         weights = batch["weights"] * batch["mask"][:, None]
         return {"loss": jnp.sum(nll * weights), "accuracy": jnp.sum(hits * weights), "count": jnp.sum(weights)}
 
     def nll(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Negative log-likelihood of each label in nats, and whether no token is likelier, ``[batch, length]``."""
+        hooks, shards = dict(self._hooks), 1
+        if sequence := train.mesh_axes("sequence"):
+            mesh = train.current_mesh()
+            shards = math.prod(mesh.shape[axis] for axis in sequence)
+            axes = {"batch_axes": train.mesh_axes("batch"), "head_axes": train.mesh_axes("heads")}
+            hooks |= {"on_stream": _shard, "attend_with": nn.sequence_attention(mesh, sequence, **axes)}
         out = nn.causal_lm_apply(
             self.config,
             params,
-            self._split(batch["inputs"]),
+            _shard(batch["inputs"]),
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             with_logits=False,
-            **self._options,
+            dtype=self._dtype,
+            options=nn.LayerOptions(**hooks),
         )
-        labels = self._split(batch["labels"])
-        return token_nll(self.config, params, out.final, labels, self._loss_chunk, self._shares)
+        return token_nll(self.config, params, out.final, _shard(batch["labels"]), self._loss_chunk, shards)
+
+
+def _shard(x: jax.Array) -> jax.Array:
+    """Shards activations along examples and positions, where positions are sharded at all."""
+    return train.constrain(x, ("batch", "sequence")) if train.mesh_axes("sequence") else x
 
 
 def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], mesh: Mesh) -> tuple[float, float]:
@@ -134,7 +135,9 @@ def score_rows(task: CausalLMTask, params: PyTree, batches: Iterable[Mapping], m
       mesh: The mesh on which the parameters live.
     """
     whole = NamedSharding(mesh, P())
-    score = train.jit_on_mesh(lambda params, batch: task.evaluate(params, {}, batch), mesh, whole)
+    score = train.jit_on_mesh(
+        lambda params, batch: task.evaluate(params, {}, batch, key=jax.random.key(0)), mesh, whole
+    )
     rows = train.batch_sharding(mesh)
     sums = [score(params, train.to_device(batch, rows)) for batch in batches]
     return tuple(sum(float(s[name]) for s in sums) for name in ("loss", "count"))

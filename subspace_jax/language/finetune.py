@@ -3,7 +3,6 @@
 import difflib
 import functools
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -21,6 +20,7 @@ from subspace_jax.data import text
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
 from subspace_jax.train.fields import check_choice, nearest
+from subspace_jax.train.optimizer import uses_probes
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ def default_config() -> ConfigDict:
     ``.parquet`` or text file, or a TFDS set; ``data.prompt`` and ``data.completion`` name the fields of a file.
     ``data.evaluation`` is a second file, or empty for a split.
     ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
-    ``optim.name`` "adaprelora" and ``optim.lora.stats`` "full" a step also finds the energies of the whole weights'
-    gradients, see :func:`subspace_jax.adapters.add_energy_probes`; over micro-batches they are averaged.
+    ``optim.name`` "adaprelora" and ``optim.kwargs.stats`` "full" a step also finds the energies of the whole weights'
+    gradients, see :func:`subspace_jax.adapters.add_gradient_probes`; over micro-batches they are averaged.
     """
     config = train.default_config()
     config.task = "subspace_jax.language.finetune"
@@ -87,58 +87,63 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def build(config: ConfigDict) -> tuple[CausalLMTask | AdaptedLMTask, train.Data]:
-    """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
+def build(config: ConfigDict) -> train.Run:
+    """Makes the run of a config, as :func:`subspace_jax.train.build` asks for it.
 
     Raises:
       ValueError: A name is unknown, sizes don't fit together, or a file is malformed (file and line are named).
       FileNotFoundError: A file or set is not there.
     """
-    model, tokenizer = model_of(config)
+    model, tokenizer = _sized_model(config)
     sizes = config.data
-    if not 1 <= sizes.length <= model.max_length:
-        raise ValueError(f"data.length: {sizes.length} places in a row, the model has {model.max_length}")
     rows = [
         text.pack_rows(texts_of(config, split), tokenizer, sizes.length, truncation=sizes.truncation)
         for split in ("train", "eval")
     ]
-    task = _task(config, model, train.make_mesh(**config.mesh), config.model.folder or None)
+    task = _task(config, model, config.model.folder or None)
     batches = functools.partial(data.train_batches, rows[0], batch_size=sizes.batch_size)
     batches(seed=config.seed)  # what is wrong with batch size or seed shows now
-    return task, train.Data(
-        batch_size=sizes.batch_size,
-        steps_per_epoch=data.steps_per_epoch(len(rows[0]["inputs"]), sizes.batch_size),
+    examples = train.DataSpec(
+        batch=train.batch_shapes(rows[0], sizes.batch_size),
         train=lambda seed: batches(seed=seed),
-        evaluate=data.eval_passes(rows[1], sizes.eval_batch_size),
+        evaluate={"eval": data.eval_passes(rows[1], sizes.eval_batch_size)},
+        steps_per_epoch=data.steps_per_epoch(len(rows[0]["inputs"]), sizes.batch_size),
     )
+    return train.Run((train.Phase("train", task, examples),))
 
 
-def outline(config: ConfigDict, mesh: Mesh) -> tuple[CausalLMTask | AdaptedLMTask, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns the task and the shapes of a batch, for :func:`subspace_jax.planning.plan_run`; no text is read.
+def outline(config: ConfigDict) -> train.Run:
+    """Returns the run of a config without its texts, for :func:`subspace_jax.planning.plan_run`.
 
     Args:
       config: As for :func:`build`; of a folder only its config and tokenizer are read.
-      mesh: The mesh of the run, of devices that need not be there.
 
     Raises:
       ValueError: A name is unknown, or sizes don't fit together.
       FileNotFoundError: A folder is not there.
     """
-    model, _ = model_of(config)
+    model, _ = _sized_model(config)
     shape = (config.data.batch_size, config.data.length)
-    if not 1 <= shape[1] <= model.max_length:
-        raise ValueError(f"data.length: {shape[1]} places in a row, the model has {model.max_length}")
     names = ("inputs", "labels", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     # Adapters are planned for a frozen model that comes from a folder, also where none is named yet.
-    task = _task(config, model, mesh, folder=config.model.folder or (config.adapter.method and "unread") or None)
-    return task, {**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    task = _task(config, model, config.model.folder or (config.adapter.method and "unread") or None)
+    return train.Run((train.Phase("train", task, train.outlined(batch, config.data.eval_batch_size)),))
 
 
-def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str | None) -> CausalLMTask | AdaptedLMTask:
-    shares = math.prod(mesh.shape[axis] for axis in train.mesh_axes("sequence", mesh))
-    if config.data.length % shares:
-        raise ValueError(f"data.length: {config.data.length} places of a row don't split over mesh.sequence={shares}")
+def _sized_model(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
+    """The model and its tokenizer, once the length of a sequence is checked."""
+    model, tokenizer = model_of(config)
+    length, shards = config.data.length, config.mesh.sequence
+    if not 1 <= length <= model.max_length:
+        raise ValueError(f"data.length: {length} positions in a sequence, the model has {model.max_length}")
+    if shards > 0 and length % shards:
+        raise ValueError(f"data.length: {length} positions don't divide among mesh.sequence={shards}")
+    return model, tokenizer
+
+
+def _task(config: ConfigDict, model: nn.CausalLMConfig, folder: str | None) -> CausalLMTask | AdaptedLMTask:
     fields = config.model
     if fields.loss_chunk < 0:
         raise ValueError(f"model.loss_chunk: expected at least 0, got {fields.loss_chunk}")
@@ -148,15 +153,16 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, mesh: Mesh, folder: str 
     options["folder"] = folder
     settings = _settings(config, model)
     if not settings:
-        return CausalLMTask(model, mesh, stacked=fields.stacked, **options)
+        return CausalLMTask(model, stacked=fields.stacked, **options)
     if not fields.stacked:
         raise ValueError(
-            f"model.stacked: false is for a model that trains as a whole, got adapter.method {config.adapter.method!r}"
+            f"model.stacked: false is for a model that trains all parameters, got adapter.method "
+            f"{config.adapter.method!r}"
         )
     options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
-    options["probes"] = config.optim.name == "adaprelora" and config.optim.lora.stats == "full"
-    task = AdaptedLMTask(model, mesh, settings, **options)
-    shapes = adapters.drop_energy_probes(task.shapes)
+    options["probes"] = uses_probes(config.optim)
+    task = AdaptedLMTask(model, settings, **options)
+    shapes = adapters.drop_gradient_probes(task.shapes)
     log.info("Adapters:\n%s", adapters.describe(nn.param_shapes(model), shapes, settings))
     return task
 
@@ -261,12 +267,12 @@ def export(
     """
     if not overwrite:
         _check_new(folder)
-    experiment, state = train.restore(workdir, step=step, trust_remote_code=trust_remote_code)
-    task, model = experiment.task, experiment.config.model
+    run, phase, state, _ = train.restore(workdir, step=step, trust_remote_code=trust_remote_code)
+    task, model = phase.task, run.config.model
     if isinstance(task, AdaptedLMTask) and not merged:
-        shapes, params = (adapters.drop_energy_probes(tree) for tree in (task.shapes, state.params))
+        shapes, params = (adapters.drop_gradient_probes(tree) for tree in (task.shapes, state.params))
         fields = interop.peft_fields(task.config, shapes, task.settings, base_model=model.folder)
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(experiment.mesh, P()))(params)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(run.mesh, P()))(params)
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
             for name, file in interop.side_files(model.folder, model.tokenizer, adapter=True).items():

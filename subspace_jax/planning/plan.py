@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from subspace_jax.train.experiment import task_module
 from subspace_jax.train.fields import nearest
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh, shard_bytes
-from subspace_jax.train.step import make_train_step, state_shardings
+from subspace_jax.train.step import jit_train_step, state_shardings
 from subspace_jax.train.task import Task
 
 PyTree = Any
@@ -108,9 +107,8 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
     For GPUs it is traced and lowered but not compiled: state and FLOPs are known then, temporaries and collectives
     are not.
 
-    The module that ``config.task`` names may have a function ``outline(config, mesh) -> (task, batch)``, with the
-    shapes of a batch, which needs neither data nor devices.  Without it, ``build`` is called, and the shapes are those
-    of a first batch.
+    The module that ``config.task`` names may have a function ``outline(config) -> Run``, which reads no data.  Without
+    it, ``build`` is called.
 
     Args:
       config: The config of a run.
@@ -130,11 +128,15 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
         placed = make_mesh(**sizes, devices=tpu_devices(topology))
     else:
         placed = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    task, batch = _outline(module, config, placed)
+    config.mesh.update({"sequence": 1, **sizes})
+    phase = getattr(module, "outline", module.build)(config).phases[0]
+    task, batch = phase.task, phase.data.batch
     rows = next(iter(batch.values())).shape[0]
     check_batch_size(rows, placed, accumulate=config.train.accumulate)
     # Its length is that of the schedule, which changes no shape; it has to be longer than the warm-up.
-    tx = make_optimizer(config.optim, config.train.steps or config.optim.warmup_steps + 1000)
+    tx = phase.tx or make_optimizer(
+        config.optim, config.train.steps or config.optim.warmup_steps + 1000, task.roles()
+    )
     options = {"accumulate": config.train.accumulate, "remat": config.train.remat}
     return plan_step(task, tx, batch, placed, topology, **options)
 
@@ -187,16 +189,6 @@ def usual_meshes(topology: str) -> list[dict[str, int]]:
     return found
 
 
-def _outline(
-    module: ModuleType, config: ConfigDict, mesh: Mesh | AbstractMesh
-) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
-    if hasattr(module, "outline"):
-        return module.outline(config, mesh)
-    task, data = module.build(config)
-    first = next(data.train(config.seed))
-    return task, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in first.items()}
-
-
 def plan_step(
     task: Task,
     tx: optax.GradientTransformation,
@@ -234,7 +226,7 @@ def plan_step(
         **{"topology": topology, "mesh": dict(mesh.shape), "rows": next(iter(batch.values())).shape[0]},
         **{"limit": chip.memory, **sizes},
     }
-    traced = make_train_step(task, tx, mesh, accumulate=accumulate, remat=remat).trace(abstract, dict(batch))
+    traced = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat).trace(abstract, dict(batch))
     products = count_products(traced.jaxpr)
     known["needed_flops"] = products.flops // math.prod(mesh.shape.values())
     state = sum(sizes.values())

@@ -203,11 +203,11 @@ def open_feature_model(
 def _of_run(path: pathlib.Path, mesh: Mesh, at: int | Literal["best"] | None, trust: bool) -> FeatureModel:
     # A single process reads the checkpoint on one device, whatever the mesh of the run was.
     settings = [f"mesh.{axis}=1" for axis in train.MESH_AXES] if jax.process_count() == 1 else ()
-    experiment, state = train.restore(path, step=at, settings=settings, trust_remote_code=trust)
-    task = experiment.task
+    run, phase, state, _ = train.restore(path, step=at, settings=settings, trust_remote_code=trust)
+    task, config = phase.task, run.config
     if not isinstance(task, FeatureTask):
-        raise ValueError(f"model: {path} is a run of {experiment.config.task}, expected a run of a classifier")
-    image = experiment.config.data.get("image")
+        raise ValueError(f"model: {path} is a run of {config.task}, expected a run of a classifier")
+    image = config.data.get("image")
     if image is None or not image.size:
         raise ValueError(f"model: the run in {path} does not resize its images; expected data.image.size above 0")
     side = image.eval_size or image.size

@@ -1,7 +1,7 @@
 """Training: tasks, meshes and sharding rules, the one train step, the loop, checkpoints, configs, metrics."""
 
 from subspace_jax.train.adapter_config import adapter_recipe, adapter_settings, default_adapter
-from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
+from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints, Record
 from subspace_jax.train.config import (
     default_config,
     differing_fields,
@@ -10,14 +10,24 @@ from subspace_jax.train.config import (
     read_config,
     save_config,
 )
-from subspace_jax.train.context import all_gather_params, constrain, current_mesh, gathered, use_mesh
-from subspace_jax.train.evaluators import Evaluator, TaskEvaluator
-from subspace_jax.train.experiment import Experiment, build, evaluate_run, restore, run
+from subspace_jax.train.context import (
+    all_gather_params,
+    constrain,
+    current_mesh,
+    current_rules,
+    gathered,
+    jit_on_mesh,
+    mesh_axes,
+    use_mesh,
+)
+from subspace_jax.train.evaluators import Evaluations, Evaluator, TaskEvaluator, evaluate
+from subspace_jax.train.experiment import Restored, build, evaluate_run, restore, run
+from subspace_jax.train.hooks import Hook
 from subspace_jax.train.interruptions import NotFiniteError, Preempted
-from subspace_jax.train.loop import Data, FitResult, evaluate, fit
+from subspace_jax.train.loop import FitResult, fit
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
-from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes
+from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes, outlined
 from subspace_jax.train.processes import Cluster, find_cluster, initialize
 from subspace_jax.train.sharding import (
     DEFAULT_RULES,
@@ -26,24 +36,20 @@ from subspace_jax.train.sharding import (
     auto_mesh,
     batch_sharding,
     check_batch_size,
-    follow_params,
-    gather,
-    jit_on_mesh,
-    layer_gatherer,
     make_mesh,
-    mesh_axes,
+    opt_state_shardings,
     param_shardings,
-    resolve,
-    shard_positions,
     to_device,
+    to_partition_spec,
 )
 from subspace_jax.train.step import (
     TrainState,
     complete_state,
     init_state,
-    make_eval_step,
+    jit_train_step,
     make_train_step,
     new_state,
+    saved_part,
     state_shardings,
 )
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
@@ -57,16 +63,18 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "Cluster",
-    "Data",
     "DataSpec",
+    "Evaluations",
     "Evaluator",
-    "Experiment",
     "FitResult",
+    "Hook",
     "Metrics",
     "MetricsLog",
     "NotFiniteError",
     "Phase",
     "Preempted",
+    "Record",
+    "Restored",
     "Rules",
     "Run",
     "Task",
@@ -84,6 +92,7 @@ __all__ = [
     "complete_state",
     "constrain",
     "current_mesh",
+    "current_rules",
     "default_adapter",
     "default_config",
     "differing_fields",
@@ -91,15 +100,12 @@ __all__ = [
     "evaluate_run",
     "find_cluster",
     "fit",
-    "follow_params",
-    "gather",
     "gathered",
     "init_state",
     "initialize",
     "jit_on_mesh",
-    "layer_gatherer",
+    "jit_train_step",
     "load_config",
-    "make_eval_step",
     "make_mesh",
     "make_optimizer",
     "make_schedule",
@@ -107,20 +113,22 @@ __all__ = [
     "mesh_axes",
     "module_arrays",
     "new_state",
+    "opt_state_shardings",
+    "outlined",
     "override",
     "param_shardings",
     "plot_curves",
     "read_config",
     "read_metrics",
     "replacing",
-    "resolve",
     "restore",
     "run",
     "save_config",
-    "shard_positions",
+    "saved_part",
     "split_module",
     "state_shardings",
     "to_device",
+    "to_partition_spec",
     "use_mesh",
     "writable_folder",
 ]

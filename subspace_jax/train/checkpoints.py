@@ -1,12 +1,11 @@
 """Checkpoints of a run: asynchronous, atomic, the latest few and the best, exact on resume.
 
-Orbax writes a checkpoint into a temporary folder and renames it when it is whole, so that a killed run never leaves
-half of one behind.  Damage that comes later (a flipped bit, a truncated file, a lost folder) is found by the digests
-of the files, and met by going back to the checkpoint before; what is damaged or can't be read is never deleted.
+Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that a killed run leaves no
+partial one behind.  Damage that comes later (a flipped bit, a truncated file, a lost folder) is found by the digests of
+the files, and met by going back to the checkpoint before; what is damaged or can't be read is never deleted.
 """
 
 import contextlib
-import copy
 import itertools
 import json
 import logging
@@ -14,13 +13,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
 import jax
-import orbax.checkpoint as ocp
 
-from subspace_jax.train import arrays_handler, digests
+from subspace_jax.train import digests
 from subspace_jax.train.reading import (
     CheckpointMismatchError,
     DamagedError,
@@ -34,6 +31,26 @@ log = logging.getLogger(__name__)
 
 PyTree = Any
 
+_PHASE = "phase"  # beside the metrics of a checkpoint
+
+
+class Record(NamedTuple):
+    """What a checkpoint holds beside the state, as JSON.
+
+    Attributes:
+      phase: Index of the phase.
+      rows: The rows of the run until then.
+      data: Position in the data: the state of its iterator, or None.
+    """
+
+    phase: int = 0
+    rows: Sequence[Mapping[str, Any]] = ()
+    data: Any = None
+
+
+Find = Callable[[Record], tuple[TrainState, TrainState]]
+Take = Callable[[TrainState, Record], None]
+
 
 class Checkpoints:
     """The checkpoints below one folder.
@@ -41,8 +58,8 @@ class Checkpoints:
     Args:
       directory: The folder; made when it is not there.
       keep: How many of the latest checkpoints stay.
-      best: ``"max:METRIC"`` or ``"min:METRIC"``: the checkpoint with the best value of this metric stays too.
-      skip: Entries of ``variables`` that are neither written nor read; see :class:`subspace_jax.train.Task`.
+      best: ``"max:METRIC"`` or ``"min:METRIC"``: the checkpoint with the best value of this metric stays too, within
+        its phase.  One for all phases, or one for each; an empty one ranks none.
       read_only: Nothing is changed in the folder, which a run may be writing to at the same time: it is neither made
         nor freed of what looks like a leftover.
 
@@ -51,24 +68,23 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        directory: str | Path,
-        *,
-        keep: int = 2,
-        best: str = "min:loss",
-        skip: tuple[str, ...] = (),
-        read_only: bool = False,
+        self, directory: str | Path, *, keep: int = 2, best: str | Sequence[str] = "min:loss", read_only: bool = False
     ):
+        # Late: importing the train package does not import Orbax.
+        import orbax.checkpoint as ocp
+
+        from subspace_jax.train import arrays_handler
+
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-        self._mode, self._metric = parse_best(best)
+        self._ranks = [best and parse_best(best)] if isinstance(best, str) else [b and parse_best(b) for b in best]
         self._keep = keep
-        self._skip = skip
         self._read_only = read_only
         self.directory = Path(directory).absolute()
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._handlers = {"state": arrays_handler.ArraysHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._ocp, self._arrays = ocp, arrays_handler
+        self._handlers = {"state": arrays_handler.ArraysHandler(), "run": ocp.JsonCheckpointHandler()}
         self._manager: ocp.CheckpointManager | None = None  # made at the first save
         self._writing_step: int | None = None
         self._metrics = {step: self._read_metrics(step) for step in self.steps()}
@@ -81,76 +97,63 @@ class Checkpoints:
         return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir())
 
     def best_step(self) -> int | None:
-        """Returns the step of the best checkpoint, or None where there is none with the metric."""
-        return self._best(self.steps())
+        """Returns the step of the best checkpoint of the latest phase, or None where none has the metric."""
+        phases = [phase for step in self.steps() if (phase := self._phase(step)) is not None]
+        return self._best(self.steps(), phases[-1]) if phases else None
 
-    def save(
-        self,
-        state: TrainState,
-        data: grain.DatasetIterator | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, state: TrainState, record: Record | None = None, metrics: Mapping[str, float] | None = None) -> None:
         """Writes a checkpoint in the background, of the state's own step; returns once the arrays are copied.
 
         Args:
-          state: The train state; it may be donated after the call.
-          data: The iterator whose position is saved with it; the position is the same on every process.
-          metrics: Numbers by which the best checkpoint is found.
+          state: The train state, without what no checkpoint holds; it may be donated after the call.
+          record: What is saved with it; the same on every process.
+          metrics: Scalars by which the best checkpoint is found.
         """
         step = int(state.step)
         if step in self.steps():
             return
-        items = {"state": arrays_handler.ArraysSave(self._as_dict(state))}
-        if data is not None:
-            items["data"] = ocp.args.JsonSave(copy.deepcopy(data.get_state()))
+        ocp = self._ocp
+        # As text now, for the iterator and the rows go on while this is written.
+        record = json.loads(json.dumps((record or Record())._asdict()))
+        items = {"state": self._arrays.ArraysSave(_as_dict(state)), "run": ocp.args.JsonSave(record)}
         with self._writing(f"checkpoint of step {step}"):
             if self._manager is None:
                 self._manager = self._make_manager()
             self._manager.wait_until_finished()
-            self._writing_step, self._metrics[step] = step, dict(metrics or {})
+            self._writing_step, self._metrics[step] = step, {**(metrics or {}), _PHASE: record["phase"]}
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=self._metrics[step])
 
     def restore(
-        self,
-        abstract: TrainState,
-        shardings: TrainState,
-        *,
-        data: grain.DatasetIterator | None = None,
-        step: int | None = None,
-    ) -> TrainState | None:
-        """Reads a checkpoint, each device its own share.
+        self, find: Find, *, take: Take | None = None, step: int | None = None
+    ) -> tuple[TrainState, Record] | None:
+        """Reads a checkpoint, each device its own shards.
 
-        Without ``step`` the latest checkpoint that is whole is taken; one that is damaged is passed over with a
-        warning.  A read that fails is tried again, and then is an error: what it would have read may be whole.  Mesh
-        and number of processes may be others than those that wrote it.
+        Without ``step`` the latest complete checkpoint is taken; a damaged one is passed over with a warning.  A read
+        that fails is tried again, and then is an error: what it would have read may be complete.  Mesh and number of
+        processes may be others than those that wrote it.
 
         Args:
-          abstract: What is expected, as :func:`subspace_jax.train.state_shardings` gives it.
-          shardings: Where it is to live.
-          data: Iterator that is set to the saved position.
+          find: ``find(record)`` returns what is expected and where it is to live, as
+            :func:`subspace_jax.train.state_shardings` gives them, without what no checkpoint holds.
+          take: ``take(state, record)`` sets the position in the data.
           step: The step to read; then damage is an error.
 
         Returns:
-          The state, without the entries of ``skip``, or None where there is no checkpoint.
+          The state and the record, or None where there is no checkpoint.
 
         Raises:
           CheckpointMismatchError: The checkpoint is of another model.
-          ValueError: ``data`` does not take the saved position.
+          ValueError: ``take`` raised.
           FileNotFoundError: There is no checkpoint of ``step``, or there are some and all are damaged.
           OSError: A checkpoint can't be read.
         """
         found = self.steps()
         if step is not None and step not in found:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {found}")
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self._as_dict(abstract),
-            self._as_dict(shardings),
-        )
         cause = None
         for candidate in [step] if step is not None else reversed(found):
             try:
-                return TrainState(**self._read(candidate, target, data))
+                return self._read(candidate, find, take)
             except DamagedError as damage:
                 if step is not None:
                     raise FileNotFoundError(
@@ -207,23 +210,10 @@ class Checkpoints:
                 "what was complete before is still there"
             ) from error
 
-    def _value(self, metrics: Mapping[str, float]) -> float:
-        """What checkpoints are ranked by; one that was not evaluated, or gave no number, is the worst."""
-        value = metrics.get(self._metric, math.nan)
-        return value if not math.isnan(value) else (-math.inf if self._mode == "max" else math.inf)
+    def _read(self, step: int, find: Find, take: Take | None) -> tuple[TrainState, Record]:
+        """Reads the record and then the state.
 
-    def _as_dict(self, state: TrainState) -> dict[str, PyTree]:
-        found = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-        if self._skip:
-            found["variables"] = {name: x for name, x in state.variables.items() if name not in self._skip}
-        return found
-
-    def _read(
-        self, step: int, target: Mapping[str, PyTree], data: grain.DatasetIterator | None
-    ) -> Mapping[str, PyTree]:
-        """Reads the state, and sets the position in the data.
-
-        By the handlers and not by the manager, which waits in the end until every process has read its share: where
+        By the handlers and not by the manager, which waits in the end until every process has read its shards: where
         one can't, the others would wait for ever.  The bytes are read once more than that, for their digests, by all
         processes together.
         """
@@ -236,36 +226,49 @@ class Checkpoints:
                 digests.check(folder, known, sorted(known)[jax.process_index() :: jax.process_count()])
             return known
 
-        def read() -> tuple[Mapping[str, PyTree], PyTree]:
+        def read() -> tuple[TrainState, Record]:
+            record = self._read_record(folder)
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *map(_as_dict, find(record))
+            )
             self._check(step, target)
-            state = self._handlers["state"].restore(folder / "state", args=arrays_handler.ArraysRestore(target))
-            if int(state["step"]) != step:
-                raise DamagedError(f"it holds the state of step {int(state['step'])}")
-            if data is None:
-                return state, None
-            if not (folder / "data").is_dir():
-                raise DamagedError(f"{folder / 'data'} is not there")
-            position = self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())
-            index = position.get("next_index", step) if isinstance(position, Mapping) else step
+            arrays = self._handlers["state"].restore(folder / "state", args=self._arrays.ArraysRestore(target))
+            state = TrainState(**arrays)
+            if int(state.step) != step:
+                raise DamagedError(f"it holds the state of step {int(state.step)}")
+            index = record.data.get("next_index", step) if isinstance(record.data, Mapping) else step
+            taken = step - int(state.phase_start)
             # Each step takes one element at least; where there are digests, a position is what was saved.
-            if known is None and (type(index) is not int or index < step):
-                raise DamagedError(f"{folder / 'data'} holds the position {position}")
-            return state, position
+            if known is None and take is not None and (record.data is None or type(index) is not int or index < taken):
+                raise DamagedError(f"{folder / 'run'} holds the position {record.data}")
+            return state, record
 
         known = together(verify, what)
         if known is None:
             log.info("The checkpoint of step %d in %s has no digests; it is read as it is.", step, self.directory)
-        state, position = together(read, what, verified=known is not None)
-        if data is not None:
+        state, record = together(read, what, verified=known is not None)
+        if take is not None:
             try:
-                data.set_state(position)
+                take(state, record)
             except Exception as error:  # whatever an iterator makes of what is no position of its own
                 if known is None:
-                    raise DamagedError(f"{folder / 'data'} holds the position {str(position)[:100]}") from error
+                    raise DamagedError(f"{folder / 'run'} holds the position {str(record.data)[:100]}") from error
                 raise ValueError(
-                    f"data: the iterator does not take the position in {folder / 'data'} ({first_line(error)})"
+                    f"data: the iterator does not take the position in {folder / 'run'} ({first_line(error)})"
                 ) from error
-        return state
+        return state, record
+
+    def _read_record(self, folder: Path) -> Record:
+        if not (folder / "run").is_dir():
+            raise DamagedError(f"{folder / 'run'} is not there")
+        found = self._handlers["run"].restore(folder / "run", args=self._ocp.args.JsonRestore())
+        try:
+            record = Record(**found)
+        except TypeError:
+            record = Record(phase=-1)
+        if type(record.phase) is not int or record.phase < 0 or not isinstance(record.rows, list):
+            raise DamagedError(f"{folder / 'run'}: expected phase, rows and data, got {str(found)[:100]}")
+        return record
 
     def _read_metrics(self, step: int) -> dict[str, float] | None:
         """Returns the metrics of a checkpoint, or None where they can't be told; a warning then names the file."""
@@ -289,16 +292,25 @@ class Checkpoints:
             )
             return None
 
-    def _best(self, steps: Iterable[int]) -> int | None:
-        """Returns the first of the best steps."""
-        scored = [step for step in steps if self._metric in (self._metrics.get(step) or {})]
-        pick = max if self._mode == "max" else min
-        return pick(scored, key=lambda step: self._value(self._metrics[step]), default=None)
+    def _phase(self, step: int) -> int | None:
+        return (self._metrics.get(step) or {}).get(_PHASE)
 
-    def _make_manager(self) -> ocp.CheckpointManager:
+    def _best(self, steps: Iterable[int], phase: int | None) -> int | None:
+        """Returns the first of the best steps of a phase; one whose metric is no number comes last."""
+        rank = self._ranks[min(phase, len(self._ranks) - 1)] if phase is not None else None
+        if not rank:
+            return None
+        mode, metric = rank
+        scored = [step for step in steps if self._phase(step) == phase and metric in self._metrics[step]]
+        values = {step: self._metrics[step][metric] for step in scored}
+        if mode == "max":
+            return max(scored, key=lambda step: -math.inf if math.isnan(values[step]) else values[step], default=None)
+        return min(scored, key=lambda step: math.inf if math.isnan(values[step]) else values[step], default=None)
+
+    def _make_manager(self) -> Any:
+        ocp = self._ocp
         options = ocp.CheckpointManagerOptions(
-            best_fn=self._value,  # without it, Orbax stores no metrics
-            best_mode=self._mode,
+            best_fn=lambda metrics: 0.0,  # without it, Orbax stores no metrics
             preservation_policy=_Preserved(self._preserved),
             cleanup_tmp_directories=True,
             step_prefix=None,
@@ -313,9 +325,10 @@ class Checkpoints:
         digests.write(folder)
 
     def _preserved(self, steps: Sequence[int]) -> set[int]:
-        """The latest, the best, and those whose metrics can't be told."""
+        """The latest, the best of their phases, and those whose metrics can't be told."""
+        latest = steps[-self._keep :]
         unknown = {step for step in steps if self._metrics.get(step) is None}
-        return {*steps[-self._keep :], self._best(reversed(steps)), *unknown}
+        return {*latest, *unknown, *(self._best(reversed(steps), phase) for phase in map(self._phase, latest))}
 
     def _check(self, step: int, target: Mapping[str, PyTree]) -> None:
         """Compares names, shapes and dtypes before any array is read."""
@@ -333,6 +346,10 @@ class Checkpoints:
             raise CheckpointMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another model:\n  {shown}{more}"
             )
+
+
+def _as_dict(state: TrainState) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
 
 
 def parse_best(best: str) -> tuple[str, str]:

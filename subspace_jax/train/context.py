@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.train import sharding
@@ -152,3 +152,35 @@ def _gather_entries(tree: PyTree, axes: PyTree, ungathered: tuple[str, ...]) -> 
     if not ungathered or not isinstance(tree, dict):
         return all_gather_params(tree, axes)
     return {name: x if name in ungathered else all_gather_params(x, axes[name]) for name, x in tree.items()}
+
+
+def jit_on_mesh(
+    function: Callable,
+    mesh: Mesh,
+    out_shardings: PyTree,
+    *,
+    rules: sharding.Rules = sharding.DEFAULT_RULES,
+    in_shardings: PyTree = None,
+    donate_argnums: int | tuple = (),
+) -> Callable:
+    """Compiles a function of sharded arrays, traced under the mesh, whatever the type of the mesh's axes.
+
+    On Explicit axes its body runs with Auto ones: the same program, and results typed by ``out_shardings``.
+
+    Args:
+      function: Takes and returns pytrees of arrays.
+      mesh: The mesh on which they live.
+      out_shardings: Shardings of the results, or one for all.
+      rules: Logical name to mesh axis or axes.
+      in_shardings: Of the arguments; by default as they come.
+      donate_argnums: As for ``jax.jit``.
+    """
+
+    def placed(*args):
+        with use_mesh(mesh, rules):
+            return function(*args)
+
+    if AxisType.Explicit in mesh.axis_types:
+        placed = jax.sharding.auto_axes(placed, out_sharding=out_shardings)
+    given = {} if in_shardings is None else {"in_shardings": in_shardings}
+    return jax.jit(placed, out_shardings=out_shardings, donate_argnums=donate_argnums, **given)

@@ -1,16 +1,26 @@
 """What is measured of a model between steps: arrays collected on the devices, figures made of them on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from subspace_jax.train.context import gathered
+from subspace_jax.train.context import gathered, jit_on_mesh
+from subspace_jax.train.host import on_first_process
+from subspace_jax.train.interruptions import Timed
+from subspace_jax.train.sharding import DEFAULT_RULES, Rules, auto_mesh, batch_sharding, to_device
 
 if TYPE_CHECKING:
+    from subspace_jax.train.step import TrainState
     from subspace_jax.train.task import Batch, Task
 
+EVALUATION_KEY = 2**32 - 2  # folded into the key of a run, whose steps are int32
 PyTree = Any
+Sets = Mapping[str, Callable[[], Iterable[Mapping[str, np.ndarray]]]]
 
 
 class Evaluator:
@@ -76,3 +86,131 @@ class TaskEvaluator(Evaluator):
     def scalar_names(self, collected):
         """Returns the names of the sums."""
         return tuple(sorted(collected.keys() - {"count"}))
+
+
+class Evaluations:
+    """The evaluators of a task, compiled for a mesh at their first pass.
+
+    Args:
+      task: The task.
+      mesh: The mesh on which states live.
+      rules: Logical name to mesh axis or axes.
+      data_timeout: Seconds that a set may let the run wait for a batch; 0 waits for ever.
+    """
+
+    def __init__(self, task: "Task", mesh: Mesh, rules: Rules = DEFAULT_RULES, *, data_timeout: float = 0.0):
+        self.evaluators = dict(task.evaluators())
+        self._mesh, self._rules, self._timeout = mesh, rules, data_timeout
+        self._compiled: dict[str, tuple[Callable, Callable]] = {}
+
+    def run(self, name: str, state: "TrainState", sets: Sets) -> dict[str, Any]:
+        """Returns the scalars, as floats, and arrays of one evaluator.
+
+        Args:
+          name: Its name.
+          state: The train state.
+          sets: Those of :attr:`subspace_jax.train.DataSpec.evaluate`.
+
+        Raises:
+          ValueError: A set is not there, or gave no batch.
+        """
+        evaluator = self.evaluators[name]
+        prepare, collect = self._programs(name)
+        params, variables, key, step = self._on_auto_axes((state.params, state.variables, state.key, state.step))
+        model = prepare(params, variables)
+        found = {}
+        if not evaluator.sets:
+            found["result"] = jax.device_get(collect(model, None, key, step, 0)[0])
+        for name_of_set in evaluator.sets:
+            if name_of_set not in sets:
+                raise ValueError(f"data.evaluate: no set {name_of_set!r} for {name!r}; there are {sorted(sets)}")
+            batches = Timed(iter(sets[name_of_set]()), self._timeout, "evaluation data")
+            try:
+                results = (collect(model, batch, key, step, i) for i, batch in enumerate(self._placed(batches)))
+                found[name_of_set] = _REDUCTIONS[evaluator.reduce](results)
+            finally:
+                batches.close()
+            if found[name_of_set] is None:
+                raise ValueError(f"data.evaluate: the set {name_of_set!r} gave no batch")
+        finished = on_first_process(lambda: dict(evaluator.finish(**found)))
+        return {key: float(x) if np.ndim(x) == 0 else np.asarray(x) for key, x in finished.items()}
+
+    def _placed(self, batches):
+        place = batch_sharding(auto_mesh(self._mesh), self._rules)
+        return (to_device(batch, place) for batch in batches)
+
+    def _programs(self, name: str) -> tuple[Callable, Callable]:
+        if name not in self._compiled:
+            evaluator, mesh = self.evaluators[name], auto_mesh(self._mesh)
+
+            def collect(model, batch, key_data, step, index):
+                key = jax.random.fold_in(jax.random.wrap_key_data(key_data), EVALUATION_KEY)
+                key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+                found = evaluator.collect(model, batch, key=key)
+                rows = evaluator.reduce == "rows" and batch is not None
+                return found, batch["mask"] if rows else None
+
+            replicated = NamedSharding(mesh, P())
+            self._compiled[name] = (
+                jit_on_mesh(evaluator.prepare, mesh, None, rules=self._rules),
+                jit_on_mesh(collect, mesh, replicated, rules=self._rules),
+            )
+        return self._compiled[name]
+
+    def _on_auto_axes(self, tree: PyTree) -> PyTree:
+        """The same shards as arrays on a mesh with axes of type Auto."""
+        if AxisType.Explicit not in self._mesh.axis_types:
+            return tree
+        mesh = auto_mesh(self._mesh)
+
+        def moved(x):
+            shards = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), shards)
+
+        return jax.tree.map(moved, tree)
+
+
+def _sum(results: Iterable[tuple[PyTree, None]]) -> PyTree | None:
+    total = None
+    for found, _ in results:
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return jax.device_get(total)
+
+
+def _rows(results: Iterable[tuple[PyTree, jax.Array]]) -> PyTree | None:
+    parts = []
+    for found, mask in results:
+        kept = jax.device_get(mask) > 0
+        parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[kept], jax.device_get(found)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
+
+
+_REDUCTIONS = {"sum": _sum, "rows": _rows}
+
+
+def evaluate(
+    task: "Task", state: "TrainState", sets: Sets, *, mesh: Mesh, rules: Rules = DEFAULT_RULES, name: str = "eval"
+) -> dict[str, Any]:
+    """Runs one evaluator of a task.
+
+    Args:
+      task: The task.
+      state: The train state.
+      sets: Name to a function that makes one pass over the set, see :class:`subspace_jax.train.DataSpec`.
+      mesh: The mesh on which the state lives.
+      rules: Logical name to mesh axis or axes.
+      name: The evaluator.
+
+    Returns:
+      Scalars and arrays by name.
+
+    Raises:
+      ValueError: A set is not there or gave no example.
+    """
+    return Evaluations(task, mesh, rules).run(name, state, sets)
+
+
+def scalars(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the scalars of an evaluator by the names by which ``best`` ranks: those of "eval" have no prefix."""
+    prefix = "" if name == "eval" else f"{name}/"
+    return {prefix + key: value for key, value in values.items() if np.ndim(value) == 0}

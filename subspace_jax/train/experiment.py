@@ -1,66 +1,40 @@
 """A run as its config describes it."""
 
+import dataclasses
 import importlib.util
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from subspace_jax.train.checkpoints import Checkpoints, parse_best
-from subspace_jax.train.config import default_config, differing_fields, override, read_config, save_config
+from subspace_jax.train.checkpoints import Checkpoints, Record, parse_best
+from subspace_jax.train.config import default_config, differing_fields, override, read_config
+from subspace_jax.train.context import REMAT_POLICIES
+from subspace_jax.train.evaluators import Evaluations, scalars
 from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, nearest, shown
-from subspace_jax.train.loop import Data, FitResult, check_evaluation, evaluate, fit
+from subspace_jax.train.loop import FitResult, fit
 from subspace_jax.train.optimizer import make_optimizer
-from subspace_jax.train.sharding import check_batch_size, make_mesh, shard_bytes
-from subspace_jax.train.step import (
-    REMAT_POLICIES,
-    TrainState,
-    complete_state,
-    frozen_names,
-    make_eval_step,
-    state_shardings,
-)
-from subspace_jax.train.task import Task
+from subspace_jax.train.phases import DataSpec, Phase, Run
+from subspace_jax.train.programs import Programs, check_run
+from subspace_jax.train.sharding import make_mesh, shard_bytes
+from subspace_jax.train.step import TrainState, complete_state
 from subspace_jax.train.workdir import writable_folder
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What a config describes.
+def build(config: ConfigDict) -> Run:
+    """Makes the run that a config describes, and so finds what is wrong with it before anything is written.
 
-    Attributes:
-      config: The config.
-      task: The method.
-      data: Its data.
-      tx: The optimizer.
-      mesh: The mesh.
-      num_steps: Length of the run.
-    """
-
-    config: ConfigDict
-    task: Task
-    data: Data
-    tx: optax.GradientTransformation
-    mesh: Mesh
-    num_steps: int
-
-
-def build(config: ConfigDict) -> Experiment:
-    """Makes what a config describes, and so finds what is wrong with it before anything is written.
-
-    ``config.task`` names a module with a function ``build(config) -> (task, data)``; a module of the user's own
-    serves as well as those of this library.  It is imported, and so is code: of a config that came from somebody else,
-    see :func:`restore`.
+    ``config.task`` names a module with a function ``build(config) -> Run``, which gives the phases; a module of the
+    user's own serves as well as those of this library.  It is imported, and so is code: of a config that came from
+    somebody else, see :func:`restore`.
 
     Types and ranges of fields, the optimizer and the length of its warm-up are checked before any data are read.
 
@@ -68,7 +42,7 @@ def build(config: ConfigDict) -> Experiment:
       config: The config of a run; fields that it lacks, as one of an earlier version may, have their defaults.
 
     Returns:
-      The experiment.
+      The run, with the complete config, its mesh, and the optimizers and numbers of steps of all phases.
 
     Raises:
       ValueError: A field has a value that can't serve; the message names it.
@@ -76,18 +50,65 @@ def build(config: ConfigDict) -> Experiment:
     """
     module, config = task_module(config)
     mesh = make_mesh(**config.mesh)
-    task, data = module.build(config)
-    check_batch_size(data.batch_size, mesh, accumulate=config.train.accumulate)
-    num_steps = config.train.steps or round(config.train.epochs * data.steps_per_epoch)
+    run = complete_run(module.build(config), config)
+    run = dataclasses.replace(run, mesh=mesh)
+    check_run(run)
+    for phase in run.phases:
+        check_memory(*Programs(run).states(phase), mesh)
+    return run
+
+
+def complete_run(run: Run, config: ConfigDict) -> Run:
+    """Fills in what the config says: numbers of steps and optimizers of phases without, and all fields of the run.
+
+    Args:
+      run: From a method's ``build`` or ``outline``.
+      config: The config, with the fields of :func:`subspace_jax.train.default_config`.
+
+    Raises:
+      ValueError: The run has no step, or the optimizer can't serve.
+    """
+    settings, made = config.train, {}
+    phases = []
+    for phase in run.phases:
+        num_steps = phase.num_steps or _num_steps(phase, config)
+        tx = phase.tx
+        if tx is None:  # one object for phases that share their task, which so share a compiled step
+            key = (id(phase.task), num_steps)
+            if key not in made:
+                made[key] = make_optimizer(config.optim, num_steps, phase.task.roles())
+            tx = made[key]
+        phases.append(phase._replace(num_steps=num_steps, tx=tx))
+    return dataclasses.replace(
+        run,
+        phases=tuple(phases),
+        config=config,
+        seed=config.seed,
+        accumulate=settings.accumulate,
+        remat=settings.remat,
+        log_every=settings.log_every,
+        eval_every=settings.eval_every or None,
+        checkpoint_every=settings.checkpoint_every or None,
+        keep=settings.keep,
+        best=settings.best,
+        profile_at=settings.profile_at,
+        data_timeout=settings.data_timeout,
+        max_skipped=settings.max_skipped,
+    )
+
+
+def _num_steps(phase: Phase, config: ConfigDict) -> int:
+    settings = config.train
+    if not settings.steps and not isinstance(phase.data, DataSpec):
+        raise ValueError(f"train.steps: expected a number of steps, as the data of phase {phase.name!r} come later")
+    epoch = phase.data.steps_per_epoch if isinstance(phase.data, DataSpec) else 0
+    num_steps = settings.steps or round(settings.epochs * epoch)
     if not 1 <= num_steps <= LARGEST_INT:
         raise ValueError(
             f"train.steps, train.epochs: expected a run of at least 1 step and at most {LARGEST_INT}, got "
-            f"{config.train.steps} steps, {config.train.epochs} epochs of {data.steps_per_epoch}"
+            f"{settings.steps} steps, {settings.epochs} epochs of {epoch}"
         )
-    tx = make_optimizer(config.optim, num_steps)
-    check_evaluation(task, data, mesh, best=config.train.best)
-    check_memory(task, tx, mesh)
-    return Experiment(config, task, data, tx, mesh, num_steps)
+    return num_steps
 
 
 def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
@@ -135,9 +156,8 @@ def is_own_task(name: str) -> bool:
     return name.startswith("subspace_jax.")
 
 
-def check_memory(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> None:
+def check_memory(abstract: TrainState, shardings: TrainState, mesh: Mesh) -> None:
     """Raises a ValueError where the train state alone is larger than the memory of this host, or of its devices."""
-    abstract, shardings = state_shardings(task, tx, mesh)
     needed, devices = shard_bytes(abstract, shardings), jax.local_devices()
     if devices[0].platform == "cpu":
         there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host"
@@ -181,41 +201,34 @@ def run(
       ValueError: See :func:`build` and :func:`subspace_jax.train.fit`.
       OSError: ``workdir`` can't be written.
     """
-    experiment = build(config)
-    config = experiment.config
+    described = build(config)
     workdir = writable_folder(workdir)
     saved = workdir / "config.json"
-    is_first_process = jax.process_index() == 0
-    if is_first_process and saved.is_file() and not restart:
+    if jax.process_index() == 0 and saved.is_file() and not restart:
         try:
-            if changes := differing_fields(read_config(saved), config):
+            if changes := differing_fields(read_config(saved), described.config):
                 log.warning("The config differs from that of the earlier run in %s: %s", workdir, "; ".join(changes))
         except ValueError as error:  # damaged, and written anew
             log.warning("%s", error)
-    settings, epoch = config.train, experiment.data.steps_per_epoch
     return fit(
-        experiment.task,
-        experiment.tx,
-        experiment.data,
-        num_steps=experiment.num_steps,
-        workdir=workdir,
-        mesh=experiment.mesh,
-        seed=config.seed,
-        accumulate=settings.accumulate,
-        remat=settings.remat,
-        log_every=settings.log_every,
-        eval_every=settings.eval_every or epoch,
-        checkpoint_every=settings.checkpoint_every or epoch,
-        keep=settings.keep,
-        best=settings.best,
-        profile_at=settings.profile_at,
-        data_timeout=settings.data_timeout,
-        max_skipped=settings.max_skipped,
-        progress=progress,
-        restart=restart,
-        change_seed=change_seed,
-        on_start=lambda _: save_config(config, saved) if is_first_process else None,
+        dataclasses.replace(described, workdir=workdir, progress=progress, restart=restart, change_seed=change_seed)
     )
+
+
+class Restored(NamedTuple):
+    """A checkpoint of a run.
+
+    Attributes:
+      run: The run.
+      phase: The phase that the checkpoint is of.
+      state: Its state.
+      rows: The rows of the run until then.
+    """
+
+    run: Run
+    phase: Phase
+    state: TrainState
+    rows: tuple[Any, ...]
 
 
 def restore(
@@ -224,7 +237,7 @@ def restore(
     step: int | Literal["best"] | None = None,
     settings: Iterable[str] = (),
     trust_remote_code: bool = False,
-) -> tuple[Experiment, TrainState]:
+) -> Restored:
     """Reads a checkpoint of a run back, onto the mesh that its config describes; the run may be going on.
 
     The ``task`` of the folder's ``config.json`` is a module that is imported: those of this library are, others only
@@ -237,7 +250,7 @@ def restore(
       trust_remote_code: Whether a task that is not of this library may be imported, which runs its code.
 
     Returns:
-      The experiment and the state.
+      The run, the phase and its state.
 
     Raises:
       FileNotFoundError: There is no run, or no such checkpoint.
@@ -248,25 +261,23 @@ def restore(
         raise FileNotFoundError(f"workdir: {workdir} holds no run (there is no config.json)")
     config = override(read_config(workdir / "config.json"), settings)
     check_trusted(config, workdir / "config.json", trust_remote_code)
-    experiment = build(config)
+    run = build(config)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
-    abstract, shardings = state_shardings(experiment.task, experiment.tx, experiment.mesh)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        best=experiment.config.train.best,
-        skip=frozen_names(experiment.task),
-        read_only=True,
-    )
+    best = [run.best if phase.best is None else phase.best for phase in run.phases]
+    checkpoints, programs = Checkpoints(workdir / "checkpoints", best=best, read_only=True), Programs(run)
     try:
         if step == "best" and (step := checkpoints.best_step()) is None:
             raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint that was evaluated")
-        state = checkpoints.restore(abstract, shardings, step=step)
+        found: tuple[TrainState, Record] | None = checkpoints.restore(programs.saved, step=step)
     finally:
         checkpoints.close()
-    if state is None:
+    if found is None:
         raise FileNotFoundError(f"workdir: {workdir} holds no checkpoint yet")
-    return experiment, complete_state(experiment.task, state, shardings)
+    state, record = found
+    phase = run.phases[record.phase]
+    state = complete_state(phase.task, state, programs.states(phase)[1], run.rules)
+    return Restored(run, phase, state, tuple(record.rows))
 
 
 def check_trusted(config: ConfigDict, path: Path, trust_remote_code: bool) -> None:
@@ -295,13 +306,15 @@ def evaluate_run(
       trust_remote_code: See :func:`restore`.
 
     Returns:
-      Its step, and the metrics.
+      Its step, and the scalars of all evaluators of its phase.
 
     Raises:
       FileNotFoundError: There is no run, or no such checkpoint.
       ValueError: A setting is unknown or can't serve.
     """
-    experiment, state = restore(workdir, step=step, settings=settings, trust_remote_code=trust_remote_code)
-    eval_step = make_eval_step(experiment.task, experiment.tx, experiment.mesh)
-    metrics = evaluate(eval_step, state, experiment.data.evaluate(), mesh=experiment.mesh)
+    run, phase, state, _ = restore(workdir, step=step, settings=settings, trust_remote_code=trust_remote_code)
+    data = phase.data if isinstance(phase.data, DataSpec) else phase.data(state)
+    evaluations, metrics = Evaluations(phase.task, run.mesh, run.rules), {}
+    for name in evaluations.evaluators:
+        metrics |= scalars(name, evaluations.run(name, state, data.evaluate))
     return int(state.step), metrics

@@ -1,19 +1,15 @@
-"""What a run meets and how it ends then: a notice to leave, data that does not come, numbers that are not finite."""
+"""What may end a run early: preemption, data that does not come, steps that are not finite."""
 
 import contextlib
 import logging
 import queue
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from subspace_jax.train.workdir import replacing
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +19,7 @@ LOST_PROCESS_EXIT = 77
 
 
 class Preempted(Exception):
-    """The run was asked to leave by SIGTERM, saved its state and stopped; the same call goes on from there.
+    """The run got SIGTERM, saved its state and stopped; the same call resumes from there.
 
     Attributes:
       step: Step of the checkpoint.
@@ -35,11 +31,11 @@ class Preempted(Exception):
 
 
 class NotFiniteError(ArithmeticError):
-    """Steps in a row gave a loss or a gradient that is not finite; the message says where the last batch lies."""
+    """Steps in a row gave a loss or a gradient that is not finite; the message names the file of the last batch."""
 
 
 class Lasting:
-    """A stream of text that nobody may be reading any more: then what is written is dropped.
+    """A stream of text that may have no reader left: what is written is then dropped.
 
     It equals what it wraps, so that a progress bar makes way for messages on the same stream.
 
@@ -71,34 +67,36 @@ class Lasting:
             self._stream.flush()
 
 
-class Notice:
-    """Whether the run was asked to leave, and at which step all processes do so together.
+class Preemption:
+    """Whether the run was asked to stop by SIGTERM, and at which step all processes do so together.
 
-    In a run of one process SIGTERM sets a flag, as long as the context lasts and where the main thread runs it.  With
-    several, ``jax.distributed`` has its own handler, and agrees on a step.
+    In a run of one process the signal sets a flag, as long as the context lasts and where the main thread runs it.
+    With several, ``jax.distributed`` has its own handler, and agrees on a step.
     """
 
     def __init__(self):
-        self._came = threading.Event()
+        self._requested = threading.Event()
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator["Notice"]:
+    def listen(self) -> Iterator["Preemption"]:
         """Listens within the context."""
         alone = not jax.distributed.is_initialized()
         if not alone or threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._came.set())
+        before = signal.signal(signal.SIGTERM, lambda *_: self._requested.set())
         try:
             yield self
         finally:
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
-    def came(self, step: int) -> bool:
-        """Whether all leave after this step; with several processes to be asked at every step by each of them."""
+    def requested(self, step: int) -> bool:
+        """Whether all stop after this step; with several processes each of them asks at every step."""
         if jax.distributed.is_initialized():
+            from jax.experimental import multihost_utils
+
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._came.is_set()
+        return self._requested.is_set()
 
 
 class Timed:
@@ -148,43 +146,3 @@ class Timed:
                 self._given.put((next(self._items), None))
             except BaseException as error:  # whatever it is, it belongs to who asked
                 self._given.put((None, error))
-
-
-class FiniteWatch:
-    """Stops a run all of whose last steps were skipped.
-
-    Args:
-      limit: Steps in a row; 0 never stops.  Looked at every ``limit`` steps, so that devices are not waited for in
-        between: a run stops after ``limit`` to ``2 limit - 1`` of them.
-      skipped: Steps that were skipped before.
-      workdir: Where the last batch is written.
-    """
-
-    def __init__(self, limit: int, skipped: int, workdir: str | Path):
-        self._limit, self._before, self._workdir = limit, skipped, Path(workdir)
-        self._seen = 0
-
-    def look(self, step: int, skipped: jax.Array, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a step.
-
-        Args:
-          step: Its number.
-          skipped: The count of the step's metrics.
-          batch: The rows that this process gave.
-
-        Raises:
-          NotFiniteError: The last ``limit`` steps were all skipped.
-        """
-        self._seen += 1
-        if not self._limit or self._seen % self._limit:
-            return
-        count = int(skipped)
-        if count - self._before >= self._limit:
-            file = self._workdir / f"not_finite_{step}_{jax.process_index()}.npz"
-            with replacing(file) as partial:
-                np.savez(partial, **{name: np.asarray(rows) for name, rows in batch.items()})
-            raise NotFiniteError(
-                f"loss, gradient or update of {self._limit} steps in a row up to step {step} was not finite "
-                f"(train.max_skipped); the last batch is in {file}, and the parameters are those before these steps"
-            )
-        self._before = count

@@ -1,141 +1,77 @@
-"""The train loop: resume, step, evaluate, log, checkpoint."""
+"""The train loop: phases of rounds of steps, with rows, evaluations and checkpoints between them."""
 
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from subspace_jax.train.checkpoints import Checkpoints, parse_best
-from subspace_jax.train.fields import nearest
-from subspace_jax.train.interruptions import FiniteWatch, Notice, Preempted, Timed
+from subspace_jax.train.checkpoints import Checkpoints, Record
+from subspace_jax.train.context import jit_on_mesh, use_mesh
+from subspace_jax.train.evaluators import scalars
+from subspace_jax.train.hooks import Hook, own_hooks
+from subspace_jax.train.host import on_first_process, run_on_host
+from subspace_jax.train.interruptions import Preempted, Preemption, Timed
 from subspace_jax.train.lock import locked
-from subspace_jax.train.metrics_log import MetricsLog, plot_curves, progress_bar
+from subspace_jax.train.metrics_log import plot_curves
+from subspace_jax.train.phases import At, DataSpec, Phase, Row, Run
+from subspace_jax.train.placement import placed, without_aliases
+from subspace_jax.train.programs import Programs, check_data, check_run
 from subspace_jax.train.reading import together
-from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, check_batch_size, make_mesh, to_device
-from subspace_jax.train.step import (
-    TrainState,
-    complete_state,
-    frozen_names,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    run_key,
-    state_shardings,
-)
-from subspace_jax.train.task import Batch, Metrics, Task
+from subspace_jax.train.sharding import batch_sharding, make_mesh, to_device
+from subspace_jax.train.step import TrainState, complete_state, init_optimizer, init_state, run_key, saved_part
 from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, warn_of_lost, writable_folder
 
 log = logging.getLogger(__name__)
 
+PyTree = Any
 
-@dataclass(frozen=True)
-class Data:
-    """The data of a run.
-
-    Attributes:
-      batch_size: Rows of a batch, over all processes.
-      steps_per_epoch: Batches in one pass over the training set.
-      train: Makes the endless, shuffled, checkpointable iterator from a seed.  Its state is the same on every process,
-        so that a run may go on with another number of them.
-      evaluate: Makes one ordered pass over the evaluation set; its batches hold a ``mask``.
-    """
-
-    batch_size: int
-    steps_per_epoch: int
-    train: Callable[[int], grain.DatasetIterator]
-    evaluate: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+_IN_FLIGHT = 3  # steps that may wait on the devices
+_HOST_KEY = 2**32 - 3  # folded into the key of a run, whose steps are int32
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns: the final state, and the metrics of the last evaluation."""
+    """What :func:`fit` returns.
+
+    Attributes:
+      state: The final state.
+      metrics: Scalars of the last evaluation: those of "eval" by their names, others as ``NAME/METRIC``.
+      rows: The rows of the run, see :class:`subspace_jax.train.At`.
+      summary: What ``Run.summary`` makes of them.
+    """
 
     state: TrainState
     metrics: dict[str, float]
+    rows: tuple[Row, ...]
+    summary: dict[str, float]
 
 
-def fit(
-    task: Task,
-    tx: optax.GradientTransformation,
-    data: Data,
-    *,
-    num_steps: int,
-    workdir: str | Path,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    seed: int = 0,
-    accumulate: int = 1,
-    remat: str = "none",
-    log_every: int = 50,
-    eval_every: int = 0,
-    checkpoint_every: int = 0,
-    keep: int = 2,
-    best: str = "min:loss",
-    profile_at: int = 0,
-    data_timeout: float = 0.0,
-    max_skipped: int = 0,
-    progress: bool = True,
-    restart: bool = False,
-    change_seed: bool = False,
-    on_start: Callable[[int], None] | None = None,
-) -> FitResult:
-    """Trains up to a number of steps, going on from the last checkpoint in ``workdir`` where there is one.
+def fit(run: Run, hooks: Sequence[Hook] = ()) -> FitResult:
+    """Carries out a run, from the last checkpoint in its ``workdir`` where there is one.
 
-    A run that was killed and is started again ends with the very bits of one that was not.  The loop hands steps to
-    the devices without waiting for them; it reads numbers back only when it logs, evaluates or saves.
+    A run that was killed and is started again ends with the same bits as one that was not.  The loop hands steps to
+    the devices without waiting for them, up to a few; it reads values back only for rows, evaluations and checkpoints.
 
     A run that gets SIGTERM ends its step, saves and raises :class:`Preempted`; with several processes all of them do so
     after the same step.
 
     Written below ``workdir``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png``,
-    ``newest_checkpoint.json``, while it runs ``run.lock``, and, when asked for, ``profile/``.
+    ``newest_checkpoint.json``, while it runs ``run.lock``, where it has a config ``config.json``, and, when asked for,
+    ``profile/``.
 
     Args:
-      task: The method.
-      tx: The optimizer.
-      data: Its data.
-      num_steps: Step at which the run ends, counted from its very beginning.
-      workdir: Folder of the run.
-      mesh: The mesh; all devices along ``data`` by default.
-      rules: Logical name to mesh axis or axes.
-      seed: Seed of parameters, data order and step randomness.
-      accumulate: Micro-batches in a batch.
-      remat: See :func:`subspace_jax.train.make_train_step`.
-      log_every: Steps between two rows of training metrics.
-      eval_every: Steps between two evaluations; 0 evaluates at the end only.
-      checkpoint_every: The most steps that a kill at any time may cost; 0 saves at the end only.  A checkpoint is begun
-        twice in that many steps, and written in the background while steps go on; the next one waits until it is whole.
-        So the newest that is whole never lies further back, however slow the disk is.
-      keep: How many of the latest checkpoints stay; the best one stays besides.
-      best: Evaluation metric by which the best is found: ``"max:METRIC"`` or ``"min:METRIC"``.
-      profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that goes on
-        from that step or a later one.
-      data_timeout: Seconds that the data may let the run wait for a batch; 0 waits for ever.
-      max_skipped: Skipped steps in a row (see :func:`subspace_jax.train.make_train_step`) after which the run stops,
-        with the last batch saved; looked at every so many steps.  0 never stops.
-      progress: Whether to show a progress bar.
-      restart: Begin at step 0 where ``workdir`` holds a run, which is kept below it in a folder ``earlier.1`` (or the
-        next number that is free).
-      change_seed: Go on with another seed than that of the run, in its randomness and in the order of its data from
-        there on; without it, another seed is refused.
-      on_start: Called with the step from which the run goes on, when nothing is left that could refuse it.
+      run: The run.
+      hooks: Observers, called after those that log and show the run.
 
     Returns:
-      The final state and the metrics of the last evaluation.
+      The final state, the metrics of the last evaluation, and all rows.
 
     Raises:
-      ValueError: A number is out of range, a batch can't be split over the mesh, evaluation has no such metric, or
+      ValueError: A number is out of range, a batch can't be sharded over the mesh, evaluation has no such metric, or
         ``workdir`` holds a run with another seed.
       CheckpointMismatchError: ``workdir`` holds checkpoints of another model.
       OSError: ``workdir`` can't be read or written, is in use by another run, or has lost its checkpoints, or the disk
@@ -144,228 +80,320 @@ def fit(
       NotFiniteError: Too many steps in a row were skipped.
       Preempted: The run got SIGTERM, and its state is saved.
     """
-    if num_steps < 1 or log_every < 1:
-        raise ValueError(f"num_steps and log_every: expected at least 1, got {num_steps} and {log_every}")
-    periods = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "profile_at": profile_at}
-    if min(periods.values()) < 0:
-        raise ValueError(f"{', '.join(periods)}: expected 0 or a number of steps, got {periods}")
-    if data_timeout < 0 or max_skipped < 0:
-        raise ValueError(f"data_timeout, max_skipped: expected at least 0, got {data_timeout} and {max_skipped}")
-    mesh = make_mesh() if mesh is None else mesh
-    check_batch_size(data.batch_size, mesh, rules, accumulate)
-    check_evaluation(task, data, mesh, rules, best=best)
-    abstract, shardings = state_shardings(task, tx, mesh, rules)
-    train_step = make_train_step(task, tx, mesh, rules, accumulate=accumulate, remat=remat)
-    workdir = writable_folder(workdir)
-    batches = data.train(seed)
-    with locked(workdir), contextlib.ExitStack() as last:
-        if restart:
-            together(lambda: jax.process_index() or set_aside(workdir), f"move what is in {workdir}")
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, skip=frozen_names(task))
+    run = dataclasses.replace(run, mesh=make_mesh() if run.mesh is None else run.mesh)
+    check_run(run)
+    programs = Programs(run)
+    for phase in run.phases:
+        programs.step(phase)  # raises where the options can't serve
+    run = dataclasses.replace(run, workdir=writable_folder(run.workdir))
+    with locked(run.workdir), contextlib.ExitStack() as last:
+        if run.restart:
+            together(lambda: jax.process_index() or set_aside(run.workdir), f"move what is in {run.workdir}")
+        best = [run.best if phase.best is None else phase.best for phase in run.phases]
+        checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.keep, best=best)
         last.callback(checkpoints.close)
-        state = checkpoints.restore(abstract, shardings, data=batches)
-        if state is None:
-            check_never_saved(workdir)
-            state = init_state(task, tx, mesh, rules, seed=seed)
-        else:
-            state = _with_seed(state, seed, shardings, workdir, change=change_seed)
-            state = complete_state(task, state, shardings)
-            warn_of_lost(workdir, checkpoints.steps())
-            log.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
-        start = int(state.step)
-        checkpoints.remove_after(start)
-        if on_start is not None:
-            on_start(start)
-        run = _Run(
-            train_step=train_step,
-            evaluate=functools.partial(evaluate, make_eval_step(task, tx, mesh, rules), mesh=mesh, rules=rules),
-            data=data,
-            batches=batches,
-            checkpoints=checkpoints,
-            workdir=workdir,
-            data_timeout=data_timeout,
-            max_skipped=max_skipped,
-        )
-        every = _Every(num_steps, log_every, eval_every, checkpoint_every)
+        loop = _Loop(run, programs, checkpoints, [*own_hooks(run), *hooks])
         try:
-            result = run.go(state, start, every, profile_at, batch_sharding(mesh, rules), progress)
+            result = loop.carry_out()
         except jax.errors.JaxRuntimeError:
             if jax.process_count() > 1:
                 # At once: closing below waits for the others, and JAX ends the process when it finds one dead.
                 log.error("Process %d lost another one, or failed itself; the run ends.", jax.process_index())
             raise
         last.close()
-        run.mark_saved(int(result.state.step))
+        loop.mark_saved(int(result.state.step))
         if jax.process_index() == 0:
-            plot_curves({"run": workdir / "metrics.jsonl"}, workdir / "curves.png")
+            plot_curves({"run": run.workdir / "metrics.jsonl"}, run.workdir / "curves.png")
     return result
 
 
-def _with_seed(state: TrainState, seed: int, shardings: TrainState, workdir: Path, *, change: bool) -> TrainState:
-    """Compares the key of a restored state with that of a seed; raises ValueError for another one."""
-    key = run_key(seed)
-    if np.array_equal(np.asarray(key), np.asarray(state.key)):
+@dataclasses.dataclass
+class _Loop:
+    """A run in progress."""
+
+    run: Run
+    programs: Programs
+    checkpoints: Checkpoints
+    hooks: Sequence[Hook]
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last evaluation
+    begun: int = 0  # step of the last checkpoint, which is complete when the next one is begun
+    data: DataSpec | None = None  # of the phase, and its iterator
+    batches: Any = None
+    position: Any = None  # of data that are not open yet
+
+    def carry_out(self) -> FitResult:
+        index, state = self.resume()
+        with contextlib.ExitStack() as last:
+            for hook in self.hooks:
+                last.callback(hook.on_close)
+            for hook in self.hooks:
+                hook.on_start(self.run, int(state.step), int(state.skipped))
+            preemption = last.enter_context(Preemption().listen())
+            last.enter_context(use_mesh(self.run.mesh, self.run.rules))
+            while True:
+                state = self.carry_out_phase(index, state, preemption)
+                if index + 1 == len(self.run.phases):
+                    break
+                state, index = self.enter(index + 1, self.handed_on(index, state)), index + 1
+            if not self.metrics:  # a run that had ended before
+                self.evaluate(index, state, (False, True), log_rows=False)
+            summary = {}
+            if self.run.summary is not None:
+                found = on_first_process(lambda: dict(self.run.summary(tuple(self.rows))))
+                summary = {name: float(value) for name, value in found.items()}
+                self.add_row(index, int(state.step), "summary", summary)
+            result = FitResult(state, self.metrics, tuple(self.rows), summary)
+            for hook in self.hooks:
+                hook.on_end(result)
+        return result
+
+    def resume(self) -> tuple[int, TrainState]:
+        """Returns the phase, and its state from the last checkpoint or before the first step."""
+        run = self.run
+        restored = self.checkpoints.restore(self.find, take=self.take)
+        if restored is None:
+            check_never_saved(run.workdir)
+            self.data = self.batches = self.position = None
+            first = run.phases[0]
+            state = init_state(first.task, first.tx, run.mesh, run.rules, seed=run.seed)
+            if first.enter is not None:
+                with use_mesh(run.mesh, run.rules):
+                    state = self.enter(0, state)
+            return 0, state
+        state, record = restored
+        phase = run.phases[record.phase]
+        shardings = self.programs.states(phase)[1]
+        state = _with_seed(state, run, shardings)
+        state = complete_state(phase.task, state, shardings, run.rules)
+        self.rows = list(record.rows)
+        self.begun = int(state.step)
+        warn_of_lost(run.workdir, self.checkpoints.steps())
+        log.info("Going on from step %d of %s.", self.begun, self.checkpoints.directory)
+        self.checkpoints.remove_after(self.begun)
+        return record.phase, state
+
+    def find(self, record: Record) -> tuple[TrainState, TrainState]:
+        return self.programs.saved(record)
+
+    def take(self, state: TrainState, record: Record) -> None:
+        """Opens the data of a restored state at their position; those that depend on the state are opened later."""
+        data = self.run.phases[record.phase].data
+        self.data, self.batches, self.position = None, None, record.data
+        if isinstance(data, DataSpec):
+            self.data, self.batches = data, data.train(self.seed(record.phase))
+            self.batches.set_state(record.data)
+
+    def seed(self, index: int) -> int:
+        return (self.run.seed + index) % 2**32
+
+    def carry_out_phase(self, index: int, state: TrainState, preemption: Preemption) -> TrainState:
+        phase = self.run.phases[index]
+        self.metrics = {}
+        taken = int(state.step) - int(state.phase_start)
+        round_steps = phase.round_steps or phase.num_steps
+        while taken < phase.num_steps:
+            if taken % round_steps == 0:
+                if taken and self.stops(phase):
+                    self.evaluate(index, state, (True,))
+                    break
+                state = self.refresh(index, state, taken // round_steps)
+            self.open(index, state, renew=taken % round_steps == 0)
+            until = min(phase.num_steps, (taken // round_steps + 1) * round_steps)
+            state = self.carry_out_round(index, state, range(taken + 1, until + 1), preemption)
+            taken = until
+        self.data = self.batches = self.position = None
         return state
-    if not change:
-        raise ValueError(
-            f"seed: the run in {workdir} began with another seed than {seed}; give that one, or go on with this one by "
-            "--change-seed (change_seed=True), or start anew by --restart (restart=True)"
-        )
-    log.warning("Going on with another seed than that of the run before: %d.", seed)
-    return dataclasses.replace(state, key=jax.device_put(np.asarray(key), shardings.key))
 
+    def carry_out_round(self, index: int, state: TrainState, steps: range, preemption: Preemption) -> TrainState:
+        """Takes these steps, counted within the phase; the last of them ends the round."""
+        run, phase, start = self.run, self.run.phases[index], int(state.phase_start)
+        every = _Every.of(run, phase, self.data)
+        train_step, place = self.programs.step(phase), batch_sharding(run.mesh, run.rules)
+        waiting: deque[jax.Array] = deque()
+        is_last_phase = index + 1 == len(run.phases)
+        with contextlib.closing(Timed(self.batches, run.data_timeout, "training data")) as batches:
+            for taken in steps:
+                batch = next(batches)
+                state, metrics = train_step(state, to_device(batch, place))
+                step = start + taken
+                waiting.append(metrics["skipped"])
+                if len(waiting) > _IN_FLIGHT:
+                    jax.block_until_ready(waiting.popleft())
+                for hook in self.hooks:
+                    hook.on_step(step, metrics, batch)
+                ends = taken == phase.num_steps
+                ends_round = ends or (phase.round_steps > 0 and taken == steps[-1])
+                if ends_round or taken % every.log == 0:
+                    self.add_row(index, step, "train", {k: float(v) for k, v in jax.device_get(metrics).items()})
+                fresh = None
+                if ends_round or _due(every.evaluate, taken):
+                    fresh = self.evaluate(index, state, (False, ends))
+                if ends or every.due_to_save(taken) or (phase.best and fresh):
+                    self.save(index, state, fresh)
+                    if every.checkpoint == 1:  # there is no middle in which to write it
+                        self.checkpoints.wait()
+                if preemption.requested(step) and not (ends and is_last_phase):
+                    self.save(index, state, None)
+                    self.checkpoints.wait()
+                    self.mark_saved(step)
+                    raise Preempted(step, run.workdir)
+        return state
 
-def check_evaluation(task: Task, data: Data, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, best: str) -> None:
-    """Finds, on shapes alone, what would stop a run at its first evaluation.
+    def save(self, index: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
+        task = self.run.phases[index].task
+        self.checkpoints.save(saved_part(task, state), Record(index, self.rows, self.batches.get_state()), metrics)
+        self.mark_saved(self.begun)
+        self.begun = int(state.step)
 
-    Args:
-      task: The method.
-      data: Its data.
-      mesh: The mesh.
-      rules: Logical name to mesh axis or axes.
-      best: See :func:`fit`.
+    def mark_saved(self, step: int) -> None:
+        """Notes a checkpoint that is complete; step 0 is none."""
+        if step and jax.process_index() == 0:
+            mark_saved(self.run.workdir, step)
 
-    Raises:
-      ValueError: There is no evaluation batch, it can't be split over the mesh, or evaluation has no such metric.
-    """
-    batch = next(iter(data.evaluate()), None)
-    if batch is None:
-        raise ValueError("data.evaluate: the evaluation set gave no batch")
-    shapes = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch.items()}
-    rows = next(iter(shapes.values())).shape[0] * jax.process_count()
-    check_batch_size(rows, mesh, rules, name="eval_batch_size")
-    params, variables = jax.eval_shape(task.init, jax.random.key(0))
-    metrics = jax.eval_shape(task.evaluate, params, variables, shapes).keys() - {"count"}
-    if parse_best(best)[1] not in metrics:
-        near = nearest(parse_best(best)[1], metrics)
-        raise ValueError(f"best: evaluation gives {sorted(metrics)}, got {best!r}{near}")
+    def add_row(self, index: int, step: int, split: str, values: Mapping[str, float]) -> None:
+        row = {"phase": self.run.phases[index].name, "step": step, "split": split, **values}
+        self.rows.append(row)
+        for hook in self.hooks:
+            hook.on_row(row)
+
+    def evaluate(
+        self, index: int, state: TrainState, last: tuple[bool, ...], *, log_rows: bool = True
+    ) -> dict[str, float]:
+        """Runs the evaluators whose ``last`` is one of these, and returns their scalars."""
+        phase = self.run.phases[index]
+        evaluations = self.programs.evaluations(phase)
+        data = self.data or self.data_of(index, state)
+        found = {}
+        for name, evaluator in evaluations.evaluators.items():
+            if evaluator.last in last:
+                values = scalars(name, evaluations.run(name, state, data.evaluate))
+                found |= values
+                if log_rows:
+                    bare = {key.removeprefix(f"{name}/"): value for key, value in values.items()}
+                    self.add_row(index, int(state.step), name, bare)
+        self.metrics = {**self.metrics, **found}
+        return found
+
+    def stops(self, phase: Phase) -> bool:
+        if phase.stop is None:
+            return False
+        rows = [row for row in self.rows if row["phase"] == phase.name]
+        return on_first_process(lambda: bool(phase.stop(rows)))
+
+    def open(self, index: int, state: TrainState, *, renew: bool) -> None:
+        """Opens the data of a phase, and those that are a function of the state anew at the start of a round."""
+        if self.batches is not None:
+            if isinstance(self.run.phases[index].data, DataSpec) or not renew:
+                return
+            self.position = self.batches.get_state()
+        self.data = self.data_of(index, state)
+        self.batches = self.data.train(self.seed(index))
+        if self.position is not None:
+            self.batches.set_state(self.position)
+
+    def data_of(self, index: int, state: TrainState) -> DataSpec:
+        phase = self.run.phases[index]
+        if isinstance(phase.data, DataSpec):
+            return phase.data
+        data = phase.data(state)
+        check_data(phase, data, self.run)
+        return data
+
+    def at(self, index: int, state: TrainState, *folded: int) -> At:
+        """What host code of a phase is given, at a state of it."""
+        phase = self.run.phases[index]
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), _HOST_KEY)
+        for number in folded:
+            key = jax.random.fold_in(key, number)
+
+        def evaluate(name: str) -> Mapping[str, Any]:
+            data = self.data or self.data_of(index, state)
+            return self.programs.evaluations(phase).run(name, state, data.evaluate)
+
+        return At(tuple(self.rows), key, evaluate, run_on_host)
+
+    def refresh(self, index: int, state: TrainState, number: int) -> TrainState:
+        phase = self.run.phases[index]
+        if phase.refresh is None:
+            return state
+        new = phase.refresh(state, self.at(index, state, index, number))
+        abstract, shardings = self.programs.states(phase)
+        where = f"phase {phase.name!r}: refresh: "
+        parts = {
+            name: placed(where + name, *(getattr(x, name) for x in (new, abstract, shardings)))
+            for name in ("params", "variables", "opt_state")
+        }
+        return dataclasses.replace(state, **without_aliases(parts))
+
+    def handed_on(self, index: int, state: TrainState) -> TrainState:
+        """The state that the next phase enters from."""
+        phase = self.run.phases[index]
+        self.checkpoints.wait()
+        step = self.checkpoints.best_step() if phase.best is not None else None
+        if step is None or step == int(state.step):
+            return state
+        best, _ = self.checkpoints.restore(self.find, step=step)
+        best = complete_state(phase.task, best, self.programs.states(phase)[1], self.run.rules)
+        return dataclasses.replace(best, step=state.step, skipped=state.skipped, key=state.key)
+
+    def enter(self, index: int, state: TrainState) -> TrainState:
+        """Makes the first state of a phase from the last of the one before."""
+        phase = self.run.phases[index]
+        abstract, shardings = self.programs.states(phase)
+        params, variables, opt_state = state.params, state.variables, None
+        if phase.enter is not None:
+            params, variables, opt_state = phase.enter(state, self.at(max(index - 1, 0), state, index, 2**32 - 1))
+        where = f"phase {phase.name!r}: enter: "
+        params = placed(f"{where}params", params, abstract.params, shardings.params)
+        variables = placed(f"{where}variables", variables, abstract.variables, shardings.variables)
+        if opt_state is None:
+            opt_state = jit_on_mesh(
+                lambda params: init_optimizer(phase.tx, params),
+                self.run.mesh,
+                shardings.opt_state,
+                rules=self.run.rules,
+            )(params)
+        else:
+            opt_state = placed(f"{where}opt_state", opt_state, abstract.opt_state, shardings.opt_state)
+        parts = {"params": params, "variables": variables, "opt_state": opt_state}
+        self.data = self.batches = self.position = None
+        return dataclasses.replace(state, phase_start=jax.numpy.copy(state.step), **without_aliases(parts))
 
 
 class _Every(NamedTuple):
-    """When something is due."""
+    """After how many steps of a phase something is due; 0 at the end of rounds or phases only."""
 
-    num_steps: int
     log: int
     evaluate: int
     checkpoint: int
 
-    def due(self, period: int, step: int) -> bool:
-        return step == self.num_steps or (period > 0 and step % period == 0)
+    @classmethod
+    def of(cls, run: Run, phase: Phase, data: DataSpec) -> "_Every":
+        def steps(period: int | None) -> int:
+            return data.steps_per_epoch if period is None else period
 
-    def due_to_save(self, step: int) -> bool:
-        # Also in the middle: a checkpoint is whole at the latest when the next is due, and then the one before it is
-        # one interval old.
-        return self.due(self.checkpoint, step) or (
-            self.checkpoint > 1 and step % self.checkpoint == self.checkpoint // 2
+        return cls(run.log_every, steps(run.eval_every), steps(run.checkpoint_every))
+
+    def due_to_save(self, taken: int) -> bool:
+        # Also in the middle: a checkpoint is complete at the latest when the next is due, and then the one before it
+        # is one interval old.
+        return _due(self.checkpoint, taken) or (self.checkpoint > 1 and taken % self.checkpoint == self.checkpoint // 2)
+
+
+def _due(period: int, taken: int) -> bool:
+    return period > 0 and taken % period == 0
+
+
+def _with_seed(state: TrainState, run: Run, shardings: TrainState) -> TrainState:
+    """Compares the key of a restored state with that of the seed; raises ValueError for another one."""
+    key = run_key(run.seed)
+    if np.array_equal(np.asarray(key), np.asarray(state.key)):
+        return state
+    if not run.change_seed:
+        raise ValueError(
+            f"seed: the run in {run.workdir} began with another seed than {run.seed}; give that one, or go on with "
+            "this one by --change-seed (change_seed=True), or start anew by --restart (restart=True)"
         )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the loop holds in hand; made for one call of :func:`fit`."""
-
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[TrainState, Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
-    data: Data
-    batches: grain.DatasetIterator
-    checkpoints: Checkpoints
-    workdir: Path
-    data_timeout: float
-    max_skipped: int
-
-    def go(self, state, start, every, profile_at, rows, progress) -> FitResult:
-        final: dict[str, float] = {}
-        begun = start  # step of the last checkpoint, which is whole when the next one is begun
-        skipped_before = int(state.skipped)
-        watch = FiniteWatch(self.max_skipped, skipped_before, self.workdir)
-        with (
-            Notice().listen() as notice,
-            contextlib.closing(Timed(self.batches, self.data_timeout, "training data")) as batches,
-            contextlib.closing(MetricsLog(self.workdir, start_step=start)) as metrics_log,
-            logging_redirect_tqdm(),
-            progress_bar(every.num_steps, start, show=progress) as bar,
-            contextlib.ExitStack() as trace,
-        ):
-            for step in range(start + 1, every.num_steps + 1):
-                if step == profile_at:
-                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
-                batch = next(batches)
-                state, metrics = self.train_step(state, to_device(batch, rows))
-                if profile_at and step == min(profile_at + 4, every.num_steps):
-                    jax.block_until_ready(state)
-                    trace.close()  # nothing happens where no trace was begun
-                bar.update()
-                watch.look(step, metrics["skipped"], batch)
-                if every.due(every.log, step):
-                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                    metrics_log.write(step, "train", values)
-                    bar.set_postfix(loss=f"{values['loss']:.4g}")
-                    if values["skipped"] > skipped_before:
-                        log.warning(
-                            "Up to step %d, %d steps were skipped: a result of theirs was not finite.",
-                            step,
-                            values["skipped"],
-                        )
-                        skipped_before = values["skipped"]
-                if every.due(every.evaluate, step):
-                    final = self._evaluation(state)
-                    metrics_log.write(step, "eval", final)
-                    log.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
-                if every.due_to_save(step):
-                    fresh = final if every.due(every.evaluate, step) else None
-                    self.checkpoints.save(state, self.batches, fresh)
-                    self.mark_saved(begun)
-                    begun = step
-                    if every.checkpoint == 1:  # there is no middle in which to write it
-                        self.checkpoints.wait()
-                if notice.came(step) and step < every.num_steps:
-                    self.checkpoints.save(state, self.batches)
-                    self.checkpoints.wait()
-                    self.mark_saved(step)
-                    raise Preempted(step, self.workdir)
-        return FitResult(state, final or self._evaluation(state))
-
-    def mark_saved(self, step: int) -> None:
-        """Notes a checkpoint that is whole; step 0 is none."""
-        if step and jax.process_index() == 0:
-            mark_saved(self.workdir, step)
-
-    def _evaluation(self, state) -> dict[str, float]:
-        batches = Timed(iter(self.data.evaluate()), self.data_timeout, "evaluation data")
-        with contextlib.closing(batches):
-            return self.evaluate(state, batches)
-
-
-def evaluate(
-    eval_step: Callable[[TrainState, Batch], Metrics],
-    state: TrainState,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    *,
-    mesh: Mesh,
-    rules: Rules = DEFAULT_RULES,
-) -> dict[str, float]:
-    """Averages what :meth:`Task.evaluate` sums, over one pass; the sums stay on the devices until the end.
-
-    Args:
-      eval_step: From :func:`subspace_jax.train.make_eval_step`.
-      state: The train state.
-      batches: One pass over the evaluation set.
-      mesh: The mesh.
-      rules: Logical name to mesh axis or axes.
-
-    Returns:
-      The means by name.
-
-    Raises:
-      ValueError: There is no example.
-    """
-    rows = batch_sharding(mesh, rules)
-    total = None
-    for batch in batches:
-        sums = eval_step(state, to_device(batch, rows))
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    total = {name: float(value) for name, value in jax.device_get(total or {}).items()}
-    count = total.pop("count", 0.0)
-    if not count:
-        raise ValueError("evaluate: the evaluation set gave no example")
-    return {name: value / count for name, value in total.items()}
+    log.warning("Going on with another seed than that of the run before: %d.", run.seed)
+    return dataclasses.replace(state, key=jax.device_put(np.asarray(key), shardings.key))

@@ -193,3 +193,23 @@ def array_data(
         evaluate={name: data.eval_passes(rows, eval_batch_size or batch_size) for name, rows in evaluate.items()},
         steps_per_epoch=data.steps_per_epoch(num_examples, batch_size),
     )
+
+
+def outlined(
+    batch: Mapping[str, jax.ShapeDtypeStruct], eval_batch_size: int = 0, *, sets: Sequence[str] = ("eval",)
+) -> DataSpec:
+    """Makes the data of a run that is planned and not carried out: shapes without examples.
+
+    Args:
+      batch: Shapes of a training batch.
+      eval_batch_size: Examples in a batch of evaluation; that of training by default.
+      sets: Names of the sets for evaluation, whose batches have the same arrays and a mask.
+    """
+    num_examples = eval_batch_size or next(iter(batch.values())).shape[0]
+    shapes = {name: jax.ShapeDtypeStruct((num_examples, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    shapes["mask"] = jax.ShapeDtypeStruct((num_examples,), np.float32)
+
+    def no_examples(seed):
+        raise ValueError("data: this run was made for planning, and has no examples")
+
+    return DataSpec(dict(batch), no_examples, {name: lambda: [shapes] for name in sets}, 1)

@@ -1,17 +1,16 @@
-"""From logical axis names to devices: one mesh, one table of rules, shardings for the whole train state.
+"""From logical axis names to devices: one mesh, one table of rules, shardings of the whole train state.
 
-Parameters carry names such as ``("embed", "mlp")``; a rule maps each name to mesh axes.  Optimizer state takes its
-sharding from the parameter that it belongs to, which is found by path: an array at ``…/momentum/head/bases`` belongs to
-the parameter ``head/bases``.
+Parameters carry names such as ``("embed", "mlp")``; a rule maps each name to mesh axes.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +18,7 @@ PyTree = Any
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 MESH_AXES = ("data", "fsdp", "tensor")
-SEQUENCE = "sequence"  # an axis that a mesh has only where it splits something
+SEQUENCE = "sequence"  # an axis that a mesh has only where its size is above 1
 
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -46,23 +45,23 @@ def make_mesh(
     """Arranges devices in a mesh with the axes ``data``, ``fsdp`` and ``tensor``, and ``sequence`` where it is asked.
 
     Args:
-      data: Replicas that split the batch; -1 takes the devices that are left.
-      fsdp: Ways in which parameters and optimizer state are split; the batch is split along it too.
-      tensor: Ways in which single matrices are split, class subspaces along their class axis.
-      sequence: Ways in which the places of a row are split, in tasks that can (language models); parameters and
-        optimizer state are split along it too.
+      data: Replicas, over which the batch is sharded; -1 takes the devices that are left.
+      fsdp: Devices over which parameters and optimizer state are sharded, and the batch too.
+      tensor: Devices over which single matrices are sharded, class subspaces along their class axis.
+      sequence: Devices over which the positions of a sequence are sharded, in tasks that can (language models), and
+        parameters and optimizer state too.
       devices: The devices to use; all of them by default.
       axis_type: Of all axes.  The steps of this package run with Auto axes, where the compiler places the collectives;
-        on a mesh with Explicit axes they take and return arrays whose types show how they are split, and do the same.
+        on a mesh with Explicit axes they do the same, and the types of their arrays show the sharding.
 
     Returns:
       The mesh, ``tensor`` its last axis and ``sequence`` before it.  Devices lie along the links of a TPU slice, as JAX
       arranges them; where it can't, or where these two would go over several processes though they could stay inside
-      one, they lie process by process, since every process reads rows of its own.
+      one, they lie process by process, since every process reads examples of its own.
 
     Raises:
       ValueError: A size is neither positive nor -1, more than one is -1, the mesh is larger than the devices, or -1
-        can't be filled evenly.
+        does not divide them.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, SEQUENCE: sequence, "tensor": tensor}
@@ -95,7 +94,7 @@ def make_mesh(
 
 
 def _splits_processes(devices: np.ndarray) -> bool:
-    """Whether the axes after the first two, which do not split the batch, go over several processes."""
+    """Whether the axes after the first two, which do not shard the batch, go over several processes."""
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(devices)
     processes = processes.reshape(*devices.shape[:2], -1)
     return bool(np.any(processes != processes[..., :1]))
@@ -109,7 +108,7 @@ def to_partition_spec(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules
     """Maps the logical names of one array to mesh axes.
 
     A mesh axis serves one dimension of an array only, and only where it divides the dimension evenly (ten classes
-    can't be split over four devices); otherwise the dimension stays whole.
+    don't divide among four devices); otherwise the dimension is replicated.
 
     Args:
       names: Logical name of each dimension, or None; may be shorter than ``shape``.
@@ -139,7 +138,7 @@ def to_partition_spec(names: P, shape: tuple[int, ...], mesh: Mesh, rules: Rules
 
 
 def axes_of_name(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
-    """The mesh axes to which a rule maps a logical name; rules without ``"sequence"`` split no places."""
+    """Returns the mesh axes to which a rule maps a logical name; without a rule for "sequence" it has none."""
     if name == "sequence" and name not in rules:
         return ()
     if name not in rules:
@@ -151,18 +150,17 @@ def axes_of_name(name: str, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[s
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
-    """The sharding of every array of a batch: rows split over the data axes."""
+    """Returns the sharding of every array of a batch: examples over the data axes."""
     return NamedSharding(mesh, P(axes_of_name("batch", mesh, rules)))
 
 
 def check_batch_size(
     batch_size: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, accumulate: int = 1, name: str = "batch_size"
 ) -> None:
-    """Raises a ValueError if a batch can't be split over the mesh, or into that many micro-batches.
+    """Raises a ValueError if a batch can't be sharded over the mesh, or divided into that many micro-batches.
 
-    With several processes, each has to hold an equal share of the rows, and no row may belong to two: every process
-    reads its own.  The processes are those of the mesh's devices, which may be described and not there; an abstract
-    mesh has none.
+    Every process has to hold as many examples as the others, and none that another one holds, for it reads its own.
+    The processes are those of the mesh's devices, which may be described only; an abstract mesh has none.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 micro-batch, got {accumulate}")
@@ -170,19 +168,20 @@ def check_batch_size(
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size < 1 or batch_size % (ways * accumulate):
         raise ValueError(
-            f"{name}: {batch_size} rows don't split over {ways} devices ({_show({a: mesh.shape[a] for a in axes})}) "
-            f"x {accumulate} accumulated micro-batches; take a multiple of {ways * accumulate}"
+            f"{name}: {batch_size} examples don't divide among {ways} devices "
+            f"({_show({a: mesh.shape[a] for a in axes})}) x {accumulate} accumulated micro-batches; take a multiple of "
+            f"{ways * accumulate}"
         )
     if isinstance(mesh, AbstractMesh):
         return
     num_processes = max(jax.process_count(), len({device.process_index for device in mesh.devices.flat}))
-    shares = batch_sharding(mesh, rules).devices_indices_map((ways,))
-    holders = {(rows.indices(ways)[0], device.process_index) for device, (rows,) in shares.items()}
+    shards = batch_sharding(mesh, rules).devices_indices_map((ways,))
+    holders = {(rows.indices(ways)[0], device.process_index) for device, (rows,) in shards.items()}
     per_process = Counter(process for _, process in holders)
     if len(holders) > ways or len(per_process) < num_processes or len(set(per_process.values())) > 1:
         raise ValueError(
-            f"mesh: {_show(mesh.shape)} gives the processes {dict(sorted(per_process.items()))} of {ways} shares of a "
-            f"batch; every one of {num_processes} processes needs as many, and none that another one holds "
+            f"mesh: {_show(mesh.shape)} gives the processes {dict(sorted(per_process.items()))} of {ways} shards of a "
+            f"batch; each of {num_processes} processes needs as many, and none that another one holds "
             f"(the axes {', '.join(a for a in mesh.axis_names if a not in axes)} have to stay inside a process)"
         )
 
@@ -210,128 +209,67 @@ def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
-def gather(tree: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PyTree:
-    """Gathers arrays over the mesh axes that split rows or places, before they are used; works under ``jax.jit`` only.
-
-    This is what "fully sharded" means: an array is stored in shares, and whole (but for ``tensor``) where it meets rows
-    of the batch.  Left to itself, the compiler may instead split a product over its contracted dimension by the axis
-    that already splits its rows; on a mesh of 2 x 2 x 2 the gradient then comes out wrong (JAX 0.10.2, forwards right).
-
-    Stacks with a logical axis ``"layers"`` are left as they are: gathered here, all layers would be whole at once.  The
-    task that scans over them applies :func:`layer_gatherer` inside the scan.
-
-    Args:
-      tree: Tree of arrays.
-      axes: Their logical axes, as :meth:`subspace_jax.train.Task.axes` gives them.
-      mesh: The mesh.
-      rules: Logical name to mesh axis or axes.
-
-    Returns:
-      The same arrays.
-    """
-    return jax.tree.map(lambda x, names: x if "layers" in names else _whole(x, names, mesh, rules), tree, axes)
-
-
-def layer_gatherer(axes: PyTree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Callable[[PyTree], PyTree]:
-    """Returns what gathers the parameters of one layer, as :func:`gather` does, where a scan runs it.
-
-    Args:
-      axes: Logical axes of the stacked parameters, ``"layers"`` the first of each.
-      mesh: The mesh.
-      rules: Logical name to mesh axis or axes.
-    """
-    return lambda layer: jax.tree.map(lambda x, names: _whole(x, P(*names[1:]), mesh, rules), layer, axes)
-
-
-def _whole(x: jax.Array, names: P, mesh: Mesh, rules: Rules) -> jax.Array:
-    if mesh.size == 1:
-        # A constraint makes another array of it, and a scan keeps a copy of that for its backward pass.
-        return x
-    batch_axes = axes_of_name("batch", mesh, rules) + axes_of_name("sequence", mesh, rules)
-    groups = [axes_of(entry) for entry in to_partition_spec(names, x.shape, mesh, rules)]
-    spec = P(*(tuple(axis for axis in group if axis not in batch_axes) or None for group in groups))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
-
-
-def shard_positions(x: jax.Array, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.Array:
-    """Splits an array ``[batch, length, ...]`` of activations by rows and places; works under ``jax.jit`` only.
-
-    Args:
-      x: The array; it is handed on as it is on a mesh that splits no places.
-      mesh: The mesh.
-      rules: Logical name to mesh axis or axes.
-    """
-    if not axes_of_name("sequence", mesh, rules):
-        return x
-    free = (P.UNCONSTRAINED,) * (x.ndim - 2)
-    spec = P(axes_of_name("batch", mesh, rules), axes_of_name("sequence", mesh, rules), *free)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(auto_mesh(mesh), spec))
-
-
 def auto_mesh(mesh: Mesh) -> Mesh:
     """The same devices and axes with axes of type Auto: the mesh of constraints inside a step."""
     types = (AxisType.Auto,) * len(mesh.axis_names)
     return mesh if mesh.axis_types == types else Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
-def jit_on_mesh(
-    function: Callable,
-    mesh: Mesh,
-    out_shardings: PyTree,
-    *,
-    in_shardings: PyTree = None,
-    donate_argnums: int | tuple = (),
-) -> Callable:
-    """Compiles a function of sharded arrays, whatever the type of the mesh's axes.
+def opt_state_shardings(
+    tx: optax.GradientTransformation, params: PyTree, shardings: PyTree, rules: Rules = DEFAULT_RULES
+) -> PyTree:
+    """Gives each array of an optimizer's state the sharding of the parameter that it belongs to.
 
-    On Explicit axes its body runs with Auto ones: the same program, and results typed by ``out_shardings``.
-
-    Args:
-      function: Takes and returns pytrees of arrays.
-      mesh: The mesh on which they live.
-      out_shardings: Shardings of the results, or one for all.
-      in_shardings: Of the arguments; by default as they come.
-      donate_argnums: As for ``jax.jit``.
-    """
-    if AxisType.Explicit in mesh.axis_types:
-        function = jax.sharding.auto_axes(function, out_sharding=out_shardings)
-    given = {} if in_shardings is None else {"in_shardings": in_shardings}
-    return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, **given)
-
-
-def follow_params(tree: PyTree, params: PyTree, shardings: PyTree, rules: Rules = DEFAULT_RULES) -> PyTree:
-    """Gives each array of an optimizer state the sharding of the parameter that it belongs to.
-
-    The owner is the parameter with the longest path that ends the array's path, or all of it but its last part.  An
-    array of the parameter's shape takes its sharding; one whose shape leaves out some of the parameter's dimensions (a
-    second moment for each subspace, a row or column statistic) takes the axes of those that it keeps.  So does one that
-    has others in their place (a moment in a subspace of the rows, a basis): these are ranks, and take what the rule for
-    ``"rank"`` names and the dimensions that are kept leave free.  Anything else is replicated.
+    The owner is the parameter with the longest path that ends the array's path, or all of it but its last part.  Which
+    dimension of the array is which of the parameter shows when ``tx.init`` is evaluated on the shapes of ``params``
+    and again on shapes that are all a little larger and distinct: one that is equal both times follows.  The others
+    are ranks (a moment in a subspace of the rows, a basis): where the array has as many dimensions as the parameter,
+    they take what the rule for ``"rank"`` names and the other dimensions leave free.  All else is replicated.
 
     Args:
-      tree: The optimizer state, arrays or ``ShapeDtypeStruct``.
-      params: The parameters, likewise.
+      tx: The optimizer; its ``init`` works under ``jax.eval_shape``.
+      params: The parameters, arrays or ``ShapeDtypeStruct``.
       shardings: Their shardings, ``NamedSharding`` on one mesh.
-      rules: Logical name to mesh axis or axes; of them ``"rank"`` is used, and ranks stay whole without it.
+      rules: Logical name to mesh axis or axes; of them ``"rank"`` is used, and ranks are replicated without it.
 
     Returns:
-      A tree of ``NamedSharding`` with the structure of ``tree``.
+      A tree of ``NamedSharding`` with the structure of the state.
     """
-    owners = {}
-    flat_shardings = jax.tree.leaves(shardings)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flat_shardings = treedef.flatten_up_to(shardings)
+    larger = [_larger(x.shape) for _, x in flat]
+    probes = treedef.unflatten(
+        [jax.ShapeDtypeStruct(shape, x.dtype) for shape, (_, x) in zip(larger, flat, strict=True)]
+    )
+    tree, probed = (jax.eval_shape(tx.init, shapes) for shapes in (params, probes))
+    if not flat:
+        raise ValueError("opt_state_shardings: expected at least one parameter, got none")
     mesh = flat_shardings[0].mesh
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params), flat_shardings, strict=True):
-        owners[tuple(_key(k) for k in path)] = (leaf.shape, sharding.spec)
+    owners = {
+        tuple(_key(k) for k in path): (tuple(zip(x.shape, shape, strict=True)), sharding.spec)
+        for (path, x), shape, sharding in zip(flat, larger, flat_shardings, strict=True)
+    }
+
+    # An optimizer may choose what it keeps by the sizes of a parameter, and then keep something else of the larger one.
+    found = dict(jax.tree_util.tree_leaves_with_path(probed))
 
     def choose(path, leaf):
-        whole = tuple(_key(k) for k in path)
-        for names in (whole, whole[:-1]):  # the second for fields of what an optimizer keeps of one parameter
-            for start in range(len(names) + 1):
-                if names[start:] in owners:
-                    return NamedSharding(mesh, _matching_spec(leaf.shape, *owners[names[start:]], mesh, rules))
+        names = tuple(_key(k) for k in path)
+        for tail in (names, names[:-1]):  # the second for fields of what an optimizer keeps of one parameter
+            for start in range(len(tail) + 1):
+                if tail[start:] in owners:
+                    other = None if path not in found else found[path].shape
+                    spec = _following(leaf.shape, other, *owners[tail[start:]], mesh, rules)
+                    return NamedSharding(mesh, spec)
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes in the same order that are all larger and distinct; of equal ones the first becomes the largest."""
+    order = sorted(range(len(shape)), key=lambda i: (shape[i], -i))
+    return tuple(size + 1 + order.index(i) for i, size in enumerate(shape))
 
 
 def _key(entry: Any) -> str:
@@ -341,21 +279,27 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def _matching_spec(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_spec: P, mesh: Mesh, rules: Rules) -> P:
-    spec = tuple(owner_spec) + (None,) * (len(owner_shape) - len(owner_spec))
-    kept, start = {}, 0
-    for i, size in enumerate(shape):
-        place = next((j for j in range(start, len(owner_shape)) if owner_shape[j] == size), None)
-        if place is not None:
-            kept[i], start = spec[place], place + 1
-    ranks = [size for i, size in enumerate(shape) if i not in kept]
-    # The inner product of a factor with itself, say, has the rank twice: small, and of no side of the parameter.
-    if ranks and (len(shape) != len(owner_shape) or not set(ranks).isdisjoint(owner_shape)):
-        return P()
-    taken = {axis for entry in kept.values() for axis in axes_of(entry)}
-    free = tuple(axis for axis in axes_of(rules.get("rank")) if axis in mesh.shape and axis not in taken)
-    split = iter(to_partition_spec(P(*["rank"] * len(ranks)), tuple(ranks), mesh, {"rank": free}))
-    return P(*(kept[i] if i in kept else next(split) for i in range(len(shape))))
+def _following(
+    shape: tuple[int, ...], probed: tuple[int, ...] | None, owner: Sequence[tuple[int, int]], owner_spec: P, mesh, rules
+) -> P:
+    """The spec of an array, by its shapes at both evaluations and the sizes of its parameter at both."""
+    left = dict(enumerate(tuple(owner_spec) + (None,) * (len(owner) - len(owner_spec))))
+    if probed is None or len(shape) != len(probed):
+        return P(*left.values()) if shape == tuple(size for size, _ in owner) else P()
+    spec: list[Any] = [None] * len(shape)
+    ranks = []
+    for i, sizes in enumerate(zip(shape, probed, strict=True)):
+        if sizes in owner:  # the second dimension of a factor's product with itself is replicated
+            spec[i] = left.pop(owner.index(sizes), None)
+        else:
+            ranks.append(i)
+    if len(shape) == len(owner):
+        taken = {axis for entry in spec for axis in axes_of(entry)}
+        free = tuple(axis for axis in axes_of(rules.get("rank")) if axis in mesh.shape and axis not in taken)
+        entries = to_partition_spec(P(*["rank"] * len(ranks)), tuple(shape[i] for i in ranks), mesh, {"rank": free})
+        for i, entry in zip(ranks, entries, strict=True):
+            spec[i] = entry
+    return P(*spec)
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -364,8 +308,5 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Makes global arrays from the rows that this process holds."""
+    """Makes global arrays from the examples that this process holds."""
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-mesh_axes, resolve = axes_of_name, to_partition_spec

@@ -15,7 +15,6 @@ from subspace_jax import planning, train
 from subspace_jax.cli.main import main
 from subspace_jax.planning import chips as plan_chips
 from subspace_jax.planning import hlo as plan_hlo
-
 from tests.train.common import classification, make_tx, regression
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
@@ -279,7 +278,7 @@ def test_rings_are_as_fast_as_their_links():
         (["--topology", "v5e:3x5"], "v5e has no slice '3x5'; known are"),
         (["--topology", "v5e:2x4", "--mesh", "fsdp=4,tensor=4"], "has 16 places, v5e:2x4 has 8 chips"),
         (["--topology", "v5e:2x4", "--mesh", "fsdp=three"], "--mesh: expected a form such as"),
-        (["--topology", "h100:8", "--mesh", "fsdp=8", "--config.data.batch_size=12"], "12 rows don't split over 8"),
+        (["--topology", "h100:8", "--mesh", "fsdp=8", "--config.data.batch_size=12"], "12 examples don't divide among 8"),
         (["--topology", "h100:8", "--config.data.batch_sise=12"], "did you mean data.batch_size?"),
         (["--topology", "h100:8", "--examples-per-shard", "-1"], "--examples-per-shard: expected at least 1"),
         (["--topology", "h100:8", "--json", "no/such/plan.json"], "--json: no folder"),

@@ -1,7 +1,8 @@
-"""Small tasks, runs and comparisons that the tests of the train room share."""
+"""Small tasks, runs and comparisons that the tests of training share."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from subspace_jax import data, represent, train
 from subspace_jax.train import optimizer
 
 
-class Regression:
+class Regression(train.Task):
     """Least squares with everything that a run has to carry: noise from the key, and a running mean as a variable."""
 
     def __init__(self, n=8):
@@ -23,13 +24,13 @@ class Regression:
     def axes(self):
         return {"w": P("embed")}, {"mean": P("embed"), "seen": P()}
 
-    def loss(self, params, variables, batch, key):
+    def loss(self, params, variables, batch, *, key, step):
         x = batch["inputs"] + 0.1 * jax.random.normal(key, batch["inputs"].shape)
         error = jnp.mean(jnp.square(x @ params["w"] - batch["labels"]))
         mean = 0.9 * variables["mean"] + 0.1 * jnp.mean(x, axis=0)
         return error, ({"mean": mean, "seen": variables["seen"] + 1}, {"error": jnp.sqrt(error)})
 
-    def evaluate(self, params, variables, batch):
+    def evaluate(self, params, variables, batch, *, key):
         centred = batch["inputs"] - jnp.broadcast_to(variables["mean"], batch["inputs"].shape)
         squares = jnp.square(centred @ params["w"] - batch["labels"])
         return {"loss": jnp.sum(batch["mask"] * squares), "count": jnp.sum(batch["mask"])}
@@ -41,13 +42,16 @@ def arrays(rows, n=8, seed=0):
     return {"inputs": x, "labels": (x @ rng.standard_normal(n)).astype(np.float32)}
 
 
-def data_of(train_set, eval_set, batch_size=16, eval_batch_size=None):
-    return train.Data(
-        batch_size=batch_size,
-        steps_per_epoch=data.steps_per_epoch(len(train_set["labels"]), batch_size),
-        train=lambda seed: data.train_batches(train_set, batch_size=batch_size, seed=seed),
-        evaluate=functools.partial(data.eval_batches, eval_set, batch_size=eval_batch_size or batch_size),
+def data_of(train_set, eval_set, batch_size=16, eval_batch_size=0):
+    return train.array_data(
+        train_set, batch_size=batch_size, evaluate={"eval": eval_set}, eval_batch_size=eval_batch_size
     )
+
+
+def run_of(task, tx, data, *, num_steps, **fields):
+    """A run of one phase, often due."""
+    fields = {"log_every": 2, "eval_every": 4, "checkpoint_every": 3, "progress": False, **fields}
+    return train.Run((train.Phase("train", task, data, num_steps, tx),), **fields)
 
 
 def regression():
@@ -73,14 +77,14 @@ def classification(num_classes=8, n=16, dims=2, features=(16,), head="grassmann"
 def make_tx(num_steps=20, grassmann="riemannian_sgd", **settings):
     config = optimizer.default_config()
     config.update(settings)
-    config.grassmann.name = grassmann
-    return train.make_optimizer(config, num_steps)
+    config.manifold.name = grassmann
+    return train.make_optimizer(config, num_steps, {"head/bases": "grassmann"})
 
 
 def take_steps(task, data, tx, mesh, num_steps=4, seed=0, **options):
     """Returns the state and the metrics of every step."""
     state = train.init_state(task, tx, mesh, seed=seed)
-    step = train.make_train_step(task, tx, mesh, **options)
+    step = train.jit_train_step(task, tx, mesh, **options)
     batches, metrics = data.train(seed), []
     for _ in range(num_steps):
         state, values = step(state, train.to_device(next(batches), train.batch_sharding(mesh)))
@@ -88,19 +92,25 @@ def take_steps(task, data, tx, mesh, num_steps=4, seed=0, **options):
     return state, metrics
 
 
-def assert_close(got, expected, atol):
-    """Compares within ``atol``, for numbers above 1 within that share of them."""
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-        x, y = np.asarray(a), np.asarray(b)
-        scale = np.maximum(1.0, np.abs(y))
-        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+def assert_close(actual, expected, atol):
+    """Compares within ``atol``, relative to values above 1."""
+    scaled = [
+        jax.tree.map(lambda x, y: x / np.maximum(1.0, np.abs(y)), tree, expected)
+        for tree in map(to_numpy, (actual, expected))
+    ]
+    chex.assert_trees_all_close(*scaled, rtol=0, atol=atol)
 
 
-def assert_same_bits(got, expected):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-        name = jax.tree_util.keystr(path)
-        assert x.dtype == y.dtype, name
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+def to_numpy(tree):
+    """A copy on the host, which survives the donation of a state."""
+    return jax.tree.map(np.array, tree)
+
+
+def assert_same_bits(actual, expected):
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(lambda x: np.asarray(x).reshape(-1).view(np.uint8), tree) for tree in (actual, expected))
+    )
 
 
 class Interrupted(Exception):
@@ -127,4 +137,4 @@ class Breaking:
 
 def breaking(data, at):
     """The same data, whose iterator raises at step ``at + 1``."""
-    return train.Data(data.batch_size, data.steps_per_epoch, lambda seed: Breaking(data.train(seed), at), data.evaluate)
+    return data._replace(train=lambda seed: Breaking(data.train(seed), at))

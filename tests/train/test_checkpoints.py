@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from subspace_jax import train
+from subspace_jax.train import digests, reading
 
-from .common import Interrupted, Regression, assert_same_bits, breaking, regression
+from .common import Interrupted, Regression, assert_same_bits, breaking, regression, run_of
 
 # The reader of Orbax leaves tasks behind when a file turns out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -24,7 +26,7 @@ def states():
     """The states after 0, 1, 2, ... steps, on the host."""
     task, data = regression()
     mesh = train.make_mesh()
-    state, step, batches = train.init_state(task, TX, mesh), train.make_train_step(task, TX, mesh), data.train(0)
+    state, step, batches = train.init_state(task, TX, mesh), train.jit_train_step(task, TX, mesh), data.train(0)
     made = [jax.tree.map(np.array, state)]
     for _ in range(8):
         state, _ = step(state, train.to_device(next(batches), train.batch_sharding(mesh)))
@@ -33,7 +35,22 @@ def states():
 
 
 def expected(task=None, tx=TX):
-    return train.state_shardings(task or Regression(), tx, train.make_mesh())
+    found = train.state_shardings(task or Regression(), tx, train.make_mesh())
+    return lambda record: found
+
+
+def restored(checkpoints, **options):
+    """The state that is restored."""
+    found = checkpoints.restore(expected(), **options)
+    return None if found is None else found[0]
+
+
+def record_of(batches):
+    return train.Record(data=batches.get_state())
+
+
+def at_position(batches):
+    return lambda state, record: batches.set_state(record.data)
 
 
 def save(folder, states, metrics, **options):
@@ -72,7 +89,7 @@ def test_there_is_no_best_where_none_was_evaluated(states, tmp_path):
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
     task, data = regression()
     mesh = train.make_mesh()
-    step, batches, place = train.make_train_step(task, TX, mesh), data.train(0), train.batch_sharding(mesh)
+    step, batches, place = train.jit_train_step(task, TX, mesh), data.train(0), train.batch_sharding(mesh)
     state, _ = step(train.init_state(task, TX, mesh), train.to_device(next(batches), place))
     before = jax.tree.map(np.array, state)
     checkpoints = train.Checkpoints(tmp_path)
@@ -80,9 +97,9 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     for _ in range(10):
         state, _ = step(state, train.to_device(next(batches), place))
     checkpoints.wait()
-    restored = checkpoints.restore(*expected(), step=1)
+    found = restored(checkpoints, step=1)
     checkpoints.close()
-    assert_same_bits(restored, before)
+    assert_same_bits(found, before)
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint_and_is_removed(states, tmp_path):
@@ -90,7 +107,7 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint_and_is_removed(states, tmp_p
     shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
     checkpoints = train.Checkpoints(tmp_path)
     assert checkpoints.steps() == [1, 2]
-    assert_same_bits(checkpoints.restore(*expected()), states[2])
+    assert_same_bits(restored(checkpoints), states[2])
     checkpoints.save(states[3])
     checkpoints.close()
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
@@ -101,7 +118,7 @@ def test_reading_only_changes_nothing(states, tmp_path):
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     checkpoints = train.Checkpoints(tmp_path, keep=1, read_only=True)
-    assert_same_bits(checkpoints.restore(*expected()), states[2])
+    assert_same_bits(restored(checkpoints), states[2])
     checkpoints.close()
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
@@ -129,7 +146,7 @@ def delete_manifests(folder):
 
 
 def lose_the_position(folder):
-    shutil.rmtree(folder / "data")
+    shutil.rmtree(folder / "run")
 
 
 DAMAGES = [truncate_arrays, delete_metadata, truncate_metadata, delete_manifests, lose_the_position]
@@ -139,7 +156,7 @@ DAMAGES = [truncate_arrays, delete_metadata, truncate_metadata, delete_manifests
 def whole(tmp_path_factory):
     task, data = regression()
     folder = tmp_path_factory.mktemp("whole")
-    result = train.fit(task, TX, data, num_steps=12, workdir=folder, log_every=2, checkpoint_every=3, progress=False)
+    result = train.fit(run_of(task, TX, data, num_steps=12, workdir=folder, eval_every=0))
     return result, (folder / "metrics.jsonl").read_text()
 
 
@@ -168,9 +185,9 @@ def test_all_damaged_is_an_error_and_nothing_is_deleted(states, tmp_path):
     for step in "12":
         truncate_arrays(tmp_path / step)
     with pytest.raises(FileNotFoundError, match=r"none of the checkpoints \[1, 2\] in .* can be read"):
-        checkpoints.restore(*expected())
+        restored(checkpoints)
     with pytest.raises(FileNotFoundError, match=r"checkpoint of step 2 in .* is damaged"):
-        checkpoints.restore(*expected(), step=2)
+        restored(checkpoints, step=2)
     assert checkpoints.steps() == [1, 2]
 
 
@@ -200,27 +217,27 @@ def test_restore_notices_a_flipped_bit_in_any_file_of_a_checkpoint(states, two, 
         checkpoints = train.Checkpoints(two, read_only=True)
         caplog.clear()
         expected_step = 2 if path.name in LATE and path.parent == two / "2" else 1
-        assert_same_bits(checkpoints.restore(*expected()), states[expected_step])
+        assert_same_bits(restored(checkpoints), states[expected_step])
         assert ("is damaged" in caplog.text) == (expected_step == 1)
         if expected_step == 1:
             with pytest.raises(FileNotFoundError, match=r"checkpoint of step 2 in .* is damaged"):
-                checkpoints.restore(*expected(), step=2)
+                restored(checkpoints, step=2)
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["state/_METADATA", "metrics/metrics", "data/metadata", "digests.json"])
+@pytest.mark.parametrize("name", ["state/_METADATA", "metrics/metrics", "run/metadata", "digests.json"])
 @pytest.mark.parametrize(
     "content", ["", "null", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}', "[" * 5000]
 )
 def test_restore_passes_over_a_checkpoint_with_other_json(name, content, two, states, caplog):
     _, data = regression()
     checkpoints, batches = train.Checkpoints(two), data.train(0)
-    checkpoints.save(states[3], batches, {"loss": 0.1})
+    checkpoints.save(states[3], record_of(batches), {"loss": 0.1})
     checkpoints.close()
     (two / "3" / name).write_text(content)
     checkpoints = train.Checkpoints(two)
-    assert checkpoints.best_step() == (3 if name in ("state/_METADATA", "data/metadata") else 2)
-    assert_same_bits(checkpoints.restore(*expected()), states[2])
+    assert checkpoints.best_step() == (3 if name in ("state/_METADATA", "run/metadata") else 2)
+    assert_same_bits(restored(checkpoints), states[2])
     assert str(two / "3" / name) in caplog.text
 
 
@@ -228,17 +245,13 @@ def test_restore_tells_whole_checkpoints_that_changed_places(two):
     (two / "2").rename(two / "3")
     (two / "1").rename(two / "2")
     with pytest.raises(FileNotFoundError, match=r"step 3 in .* is damaged \(it holds the state of step 2"):
-        train.Checkpoints(two, read_only=True).restore(*expected(), step=3)
+        restored(train.Checkpoints(two, read_only=True), step=3)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
 @pytest.mark.parametrize("where", ["arrays", "digests"])
 def test_restore_tries_a_read_that_failed_again_and_then_stops(where, number, two, states, monkeypatch):
-    owner, name = (
-        (train.checkpoints.ocp.StandardCheckpointHandler, "restore")
-        if where == "arrays"
-        else (train.digests.hashlib, "file_digest")
-    )
+    owner, name = (ocp.StandardCheckpointHandler, "restore") if where == "arrays" else (digests.hashlib, "file_digest")
     read, failures = getattr(owner, name), []
 
     def flaky(*args, **kwargs):
@@ -248,14 +261,14 @@ def test_restore_tries_a_read_that_failed_again_and_then_stops(where, number, tw
         return read(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, flaky)
-    monkeypatch.setattr(train.reading, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
     before = {path: path.stat().st_mtime_ns for path in files_of(two)}
     flaky.times = 1
-    assert_same_bits(train.Checkpoints(two).restore(*expected()), states[2])
+    assert_same_bits(restored(train.Checkpoints(two)), states[2])
     assert failures
     flaky.times = 1000
     with pytest.raises(OSError, match=f"can't read the checkpoint of step 2 in .*{os.strerror(number)}"):
-        train.Checkpoints(two).restore(*expected())
+        restored(train.Checkpoints(two))
     assert {path: path.stat().st_mtime_ns for path in files_of(two)} == before
 
 
@@ -277,25 +290,34 @@ def test_a_checkpoint_without_digests_is_read_and_its_damage_found_by_the_reader
     for step in "12":
         (two / step / "digests.json").unlink()
     with caplog.at_level("INFO", "subspace_jax"):
-        assert_same_bits(train.Checkpoints(two, read_only=True).restore(*expected()), states[2])
+        assert_same_bits(restored(train.Checkpoints(two, read_only=True)), states[2])
     assert "has no digests" in caplog.text
     truncate_arrays(two / "2")
-    assert_same_bits(train.Checkpoints(two, read_only=True).restore(*expected()), states[1])
+    assert_same_bits(restored(train.Checkpoints(two, read_only=True)), states[1])
 
 
-@pytest.mark.parametrize("position", ["null", "3", '{"next_index": null}', '{"next_index": 1}', '{"next_index": "2"}'])
+@pytest.mark.parametrize(
+    "position",
+    [
+        "null",
+        *(
+            f'{{"phase": 0, "rows": [], "data": {text}}}'
+            for text in ("null", '{"next_index": null}', '{"next_index": 1}', '{"next_index": "2"}')
+        ),
+    ],
+)
 def test_restore_passes_over_a_position_that_is_none_where_there_are_no_digests(position, states, tmp_path):
     _, data = regression()
     batches, checkpoints = data.train(0), train.Checkpoints(tmp_path)
     for step in (1, 2):
         next(batches)
-        checkpoints.save(states[step], batches)
+        checkpoints.save(states[step], record_of(batches))
     checkpoints.close()
     for step in "12":
         (tmp_path / step / "digests.json").unlink()
-    (tmp_path / "2" / "data" / "metadata").write_text(position)
+    (tmp_path / "2" / "run" / "metadata").write_text(position)
     other = data.train(0)
-    assert_same_bits(train.Checkpoints(tmp_path).restore(*expected(), data=other), states[1])
+    assert_same_bits(restored(train.Checkpoints(tmp_path), take=at_position(other)), states[1])
     assert other.get_state() == {"next_index": 1}
 
 
@@ -308,22 +330,22 @@ def test_restore_says_where_an_iterator_does_not_take_the_position(states, tmp_p
             raise KeyError("shard")
 
     checkpoints = train.Checkpoints(tmp_path)
-    checkpoints.save(states[1], Other())
+    checkpoints.save(states[1], record_of(Other()))
     checkpoints.close()
-    with pytest.raises(ValueError, match=r"data: the iterator does not take the position in .*1/data \('shard'\)"):
-        train.Checkpoints(tmp_path).restore(*expected(), data=Other())
+    with pytest.raises(ValueError, match=r"data: the iterator does not take the position in .*1/run \('shard'\)"):
+        restored(train.Checkpoints(tmp_path), take=at_position(Other()))
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(states, tmp_path):
     checkpoints = save(tmp_path, states, {1: None, 2: None})
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*; there are \[1, 2\]"):
-        checkpoints.restore(*expected(), step=7)
-    assert_same_bits(checkpoints.restore(*expected(), step=1), states[1])
+        restored(checkpoints, step=7)
+    assert_same_bits(restored(checkpoints, step=1), states[1])
 
 
 def test_no_checkpoint_gives_none(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
-    assert checkpoints.restore(*expected()) is None
+    assert restored(checkpoints) is None
     assert (checkpoints.steps(), checkpoints.best_step()) == ([], None)
 
 
@@ -338,7 +360,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(states, tmp_
 
     checkpoints = save(tmp_path, states, {1: None})
     with pytest.raises(train.CheckpointMismatchError, match=r"step 1 in .* is of another model") as refused:
-        checkpoints.restore(*expected(Other()))
+        checkpoints.restore(expected(Other()))
     lines = {line.strip() for line in str(refused.value).split("\n")[1:]}
     assert lines >= {
         "params/bias: not in the checkpoint",
@@ -351,7 +373,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(states, tmp_
 
 def test_a_checkpoint_of_another_optimizer_is_refused(states, tmp_path):
     with pytest.raises(train.CheckpointMismatchError, match=r"opt_state.*trace.*: only in the checkpoint"):
-        save(tmp_path, states, {1: None}).restore(*expected(tx=optax.sgd(0.1)))
+        save(tmp_path, states, {1: None}).restore(expected(tx=optax.sgd(0.1)))
 
 
 def test_a_refused_run_leaves_the_workdir_as_it_was(tmp_path):
@@ -384,12 +406,13 @@ def test_the_position_in_the_data_is_saved_once_for_all_processes(tmp_path, stat
     for _ in range(3):
         next(batches)
     checkpoints = train.Checkpoints(tmp_path)
-    checkpoints.save(states[3], batches)
+    checkpoints.save(states[3], record_of(batches))
     next(batches)
     checkpoints.wait()
-    assert json.loads((tmp_path / "3" / "data" / "metadata").read_text()) == {"next_index": 3}
+    found = json.loads((tmp_path / "3" / "run" / "metadata").read_text())
+    assert found == {"phase": 0, "rows": [], "data": {"next_index": 3}}
     other = data.train(0)
-    checkpoints.restore(*expected(), data=other)
+    restored(checkpoints, take=at_position(other))
     np.testing.assert_array_equal(next(other)["inputs"], next(_skip(data.train(0), 3))["inputs"])
     checkpoints.close()
 

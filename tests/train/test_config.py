@@ -243,7 +243,7 @@ def test_complete_config_fills_what_an_earlier_version_did_not_write_and_refuses
     for name, value, message in [
         ("seed", None, "seed: expected int such as 0, got None"),
         ("seed", True, "seed: expected int such as 0, got True"),
-        ("optim", 3, "optim: expected the fields b1, .*learning_rate, .*got 3"),
+        ("optim", 3, "optim: expected the fields clip_norm, .*learning_rate, .*got 3"),
         ("model", {"features": ["a"]}, r"model\.features: expected tuple such as \(128, 64\), got \['a'\]"),
     ]:
         with pytest.raises(ValueError, match=message):

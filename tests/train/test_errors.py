@@ -12,6 +12,11 @@ from subspace_jax.represent.gcr import task as classify
 
 from .common import Regression, arrays, data_of, regression
 
+
+def eight(*values):
+    return pytest.param(*values, marks=pytest.mark.eight_devices)
+
+
 GOOD = ["data.name=union_of_subspaces", "data.batch_size=64", "model.features=()", "model.dims=(2,)", "train.steps=2"]
 
 
@@ -32,22 +37,25 @@ def refusal(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.batch_size=20"], "batch_size: 20 rows don't split over 8 devices (data=8, fsdp=1)"),
-        (["data.batch_size=24", "train.accumulate=2"], "x 2 accumulated micro-batches; take a multiple of 16"),
-        (["data.eval_batch_size=20"], "eval_batch_size: 20 rows don't split over 8 devices"),
+        eight(["data.batch_size=20"], "batch_size: 20 examples don't divide among 8 devices (data=8, fsdp=1)"),
+        eight(["data.batch_size=24", "train.accumulate=2"], "x 2 accumulated micro-batches; take a multiple of 16"),
+        eight(["data.eval_batch_size=20"], "eval_batch_size: 20 examples don't divide among 8 devices"),
         (["train.accumulate=0"], "accumulate: expected at least 1 micro-batch, got 0"),
-        (["mesh.data=4", "mesh.tensor=4"], "mesh: data=4, fsdp=1, tensor=4 needs 16 devices, there are 8 (cpu)"),
-        (["mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 needs a multiple of 3 devices, there are 8 (cpu)"),
+        (["mesh.data=4", "mesh.tensor=4"], "mesh: data=4, fsdp=1, tensor=4 needs 16 devices, there are 1 (cpu)"),
+        (["mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 needs a multiple of 3 devices, there are 1 (cpu)"),
         (["mesh.fsdp=-1"], "mesh: sizes are positive, at most one of them -1"),
         (["mesh.data=0"], "mesh: sizes are positive"),
         (["optim.name=sdg"], "optim.name: expected one of ('sgd', 'adam', 'adamw', 'lamb', 'galore', "),
-        (["optim.grassmann.name=adam"], "optim.grassmann.name: expected one of ('rsgd', 'radam'), got 'adam'"),
+        (
+            ["optim.manifold.name=adam"],
+            "optim.manifold.name: expected one of ('riemannian_sgd', 'riemannian_adam'), got 'adam'",
+        ),
         (
             ["optim.schedule=root"],
             "optim.schedule: expected one of ('constant', 'linear', 'cosine', 'step'), got 'root'",
         ),
         (["optim.warmup_steps=2"], "optim.warmup_steps: expected 0 to 1 for a run of 2, got 2"),
-        (["optim.grassmann.retraction=expo"], "retraction: expected one of"),
+        (["optim.manifold.kwargs.retraction=expo"], "optim.manifold.kwargs.retraction: expected one of"),
         (["train.remat=some"], "remat: expected one of ['dots', 'full', 'none'], got 'some'"),
         (["train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
         (["train.best=accuracy"], "best: expected 'max:METRIC' or 'min:METRIC'"),
@@ -82,29 +90,46 @@ def test_a_workdir_that_can_not_be_written_is_named(below, tmp_path):
         train.run(train.override(classify.default_config(), GOOD), workdir, progress=False)
 
 
-def test_fit_refuses_an_evaluation_set_without_a_batch(tmp_path):
+def test_fit_refuses_an_evaluation_set_without_a_batch(fit, tmp_path):
     task, data = regression()
-    with pytest.raises(ValueError, match=r"data\.evaluate: the evaluation set gave no batch"):
-        train.fit(
-            task,
-            optax.sgd(0.1),
-            train.Data(data.batch_size, data.steps_per_epoch, data.train, lambda: []),
-            num_steps=1,
-            workdir=tmp_path,
-        )
+    for sets, message in (({"eval": lambda: []}, "set 'eval' gave no batch"), ({}, "no set 'eval' for 'eval'")):
+        with pytest.raises(ValueError, match=rf"data\.evaluate: .*{message}"):
+            fit(task, optax.sgd(0.1), data._replace(evaluate=sets), num_steps=1, workdir=tmp_path)
 
 
-def test_fit_refuses_an_evaluation_batch_that_does_not_split(tmp_path):
+@pytest.mark.eight_devices
+def test_fit_refuses_an_evaluation_batch_that_does_not_shard(fit, tmp_path):
     data = data_of(arrays(32), arrays(32), eval_batch_size=12)
-    with pytest.raises(ValueError, match="eval_batch_size: 12 rows don't split over 8 devices"):
-        train.fit(Regression(), optax.sgd(0.1), data, num_steps=1, workdir=tmp_path)
+    with pytest.raises(ValueError, match="eval_batch_size: 12 examples don't divide among 8 devices"):
+        fit(Regression(), optax.sgd(0.1), data, num_steps=1, workdir=tmp_path)
 
 
-def test_a_mesh_without_the_axes_of_the_rules_is_named(tmp_path):
+def test_a_mesh_without_the_axes_of_the_rules_is_named(fit, tmp_path):
     task, data = regression()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match=r"rule for 'batch' names mesh axes \['fsdp'\]; the mesh has \['data'\]"):
-        train.fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path, mesh=mesh)
+        fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_steps": 0}, "num_steps: expected at least 1 in phase 'train', got 0"),
+        ({"tx": None}, "tx: expected an optimizer in phase 'train', got none"),
+        ({"stop": lambda rows: True}, "stop: it is called between rounds; expected round_steps in phase 'train'"),
+        ({"round_steps": -1}, "round_steps: expected at least 0"),
+        ({"best": "max:f1"}, r"best: evaluation gives \['loss'\], got 'max:f1'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fit_refuses_a_phase_that_can_not_be(fields, message, tmp_path):
+    task, data = regression()
+    phase = train.Phase("train", task, data, 1, optax.sgd(0.1))._replace(**fields)
+    with pytest.raises(ValueError, match=message):
+        train.fit(train.Run((phase,), workdir=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"phases: expected names that differ, got \['a', 'a'\]"):
+        train.fit(train.Run((phase._replace(name="a"),) * 2, workdir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_run_and_a_run_without_a_checkpoint_are_told_apart(tmp_path):
@@ -124,7 +149,7 @@ def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
     task, _ = regression()
     for options, message in (({"remat": "all"}, "remat: expected one of"), ({"accumulate": 0}, "accumulate: expected")):
         with pytest.raises(ValueError, match=message):
-            train.make_train_step(task, optax.sgd(0.1), train.make_mesh(), **options)
+            train.make_train_step(task, optax.sgd(0.1), **options)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +165,7 @@ def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
         ("gcr/imagenet_resnet.py", "data.batch_size=1000000000", "data.batch_size: expected at most 1048576 rows"),
         ("gcr/imagenet_resnet.py", "train.remat=al", "train.remat: expected one of"),
         ("gcr/imagenet_resnet.py", "train.epochs=-3", "train.epochs: expected a finite number at least 0, got -3.0"),
-        ("lm/large.py", "optim.low_rank.side=lefty", "optim.low_rank: side: expected one of .*; did you mean 'left'"),
+        ("lm/large.py", "optim.kwargs.side=left", "optim.kwargs.side: unknown argument, expected one of"),
         ("lm/tiny.py", "model.size=tiniy", "model.size: expected one of .*; did you mean 'tiny'"),
     ],
 )  # fmt: skip

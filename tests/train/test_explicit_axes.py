@@ -9,6 +9,8 @@ from subspace_jax import optim, train
 
 from .common import Interrupted, assert_same_bits, breaking, classification, make_tx, take_steps
 
+pytestmark = pytest.mark.eight_devices
+
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -63,7 +65,7 @@ def test_a_step_on_explicit_axes_serves_a_jitted_caller_under_set_mesh():
     mesh = train.make_mesh(**SIZES, axis_type=AxisType.Explicit)
     step, tx = None, optax.sgd(0.1)
     with jax.set_mesh(mesh):
-        step = train.make_train_step(task, tx, mesh)
+        step = train.jit_train_step(task, tx, mesh)
         batch = train.to_device(next(data.train(0)), train.batch_sharding(mesh))
         state, metrics = jax.jit(step)(train.init_state(task, tx, mesh), batch)
     auto = train.make_mesh(**SIZES)

@@ -7,12 +7,16 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax import data, train
+from subspace_jax import train
+
+from .common import run_of
+
+pytestmark = pytest.mark.eight_devices
 
 BASE = np.arange(8, dtype=np.float32)
 
 
-class Shift:
+class Shift(train.Task):
     """Learns how far a frozen vector is from the mean of the inputs."""
 
     frozen = ("base",)
@@ -28,22 +32,22 @@ class Shift:
 
     def load(self, shardings):
         params, variables = jax.jit(lambda: self.init(None), out_shardings=shardings)()
-        return params, {**variables, **self.complete(variables, {"base": shardings[1]["base"]})}
+        return params, {**variables, **self.restore_frozen(variables, {"base": shardings[1]["base"]})}
 
-    def complete(self, variables, shardings):
+    def restore_frozen(self, variables, shardings):
         self.reads += 1
         assert variables["seen"].shape == ()
         return {"base": jax.device_put(BASE, shardings["base"])}
 
-    def loss(self, params, variables, batch, key):
+    def loss(self, params, variables, batch, *, key, step):
         shifted = (variables["base"] + params["shift"])[None]
         error = jnp.mean(jnp.square(batch["inputs"] - jnp.broadcast_to(shifted, batch["inputs"].shape)))
         # What is returned for a frozen entry counts nothing.
         return error, ({"base": variables["base"] + 1, "seen": variables["seen"] + 1}, {})
 
-    def evaluate(self, params, variables, batch):
+    def evaluate(self, params, variables, batch, *, key):
         return {
-            "loss": jnp.sum(batch["mask"]) * self.loss(params, variables, batch, None)[0],
+            "loss": jnp.sum(batch["mask"]) * self.loss(params, variables, batch, key=key, step=0)[0],
             "count": jnp.sum(batch["mask"]),
         }
 
@@ -51,23 +55,18 @@ class Shift:
 @pytest.fixture
 def fit(tmp_path):
     x = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)
-    rows = {"inputs": x, "labels": np.zeros(32, np.int32)}
-    made = train.Data(
-        8,
-        4,
-        lambda seed: data.train_batches(rows, batch_size=8, seed=seed),
-        lambda: data.eval_batches(rows, batch_size=16),
-    )
+    made = train.array_data({"inputs": x}, batch_size=8, evaluate={"eval": {"inputs": x}}, eval_batch_size=16)
 
     def run(folder, num_steps, **options):
-        task, options = Shift(), {"mesh": train.make_mesh(2, 4), "checkpoint_every": 2, "progress": False, **options}
-        result = train.fit(task, optax.sgd(0.1), made, num_steps=num_steps, workdir=tmp_path / folder, **options)
+        task, options = Shift(), {"mesh": train.make_mesh(2, 4), "checkpoint_every": 2, **options}
+        workdir = tmp_path / folder
+        result = train.fit(run_of(task, optax.sgd(0.1), made, num_steps=num_steps, workdir=workdir, **options))
         return task, result.state
 
     return run
 
 
-def test_frozen_variables_stay_and_are_read_again_when_a_run_goes_on(fit, tmp_path):
+def test_frozen_variables_stay_and_are_read_again_when_fit_resumes(fit, tmp_path):
     _, whole = fit("whole", 4)
     fit("halves", 2)
     task, again = fit("halves", 4)

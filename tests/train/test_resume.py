@@ -31,6 +31,7 @@ from .common import (
     data_of,
     make_tx,
     regression,
+    run_of,
 )
 
 NUM_STEPS = 13
@@ -50,10 +51,8 @@ def uninterrupted(tmp_path_factory):
         workdir, (task, data) = tmp_path_factory.mktemp("whole"), regression()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "plot_curves", lambda *arguments: None)
-            result = train.fit(
-                task, a_tx(), data, num_steps=NUM_STEPS, workdir=workdir, accumulate=accumulate,
-                log_every=2, eval_every=4, checkpoint_every=3, progress=False,
-            )  # fmt: skip
+            fields = {"num_steps": NUM_STEPS, "workdir": workdir, "accumulate": accumulate}
+            result = train.fit(run_of(task, a_tx(), data, **fields))
         return result, (workdir / "metrics.jsonl").read_text()
 
     return run
@@ -176,7 +175,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fit,
                 beside()
             return next(self._batches)
 
-    watched = train.Data(data.batch_size, data.steps_per_epoch, lambda seed: Beside(data.train(seed), 3), data.evaluate)
+    watched = data._replace(train=lambda seed: Beside(data.train(seed), 3))
     result = fit(task, a_tx(), watched, num_steps=5, workdir=tmp_path)
     assert len(refused) == 1
     assert_same_bits(result.state, fit(task, a_tx(), data, num_steps=5, workdir=tmp_path / "alone").state)
@@ -204,7 +203,8 @@ def test_what_is_restored_on_another_mesh_is_what_was_saved(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
     checkpoints.save(saved)
     checkpoints.wait()
-    restored = checkpoints.restore(*train.state_shardings(task, tx, train.make_mesh(data=1, fsdp=2, tensor=4)))
+    expected = train.state_shardings(task, tx, train.make_mesh(data=1, fsdp=2, tensor=4))
+    restored, _ = checkpoints.restore(lambda record: expected)
     checkpoints.close()
     assert_same_bits(restored, saved)
 
@@ -217,7 +217,7 @@ def test_a_user_iterator_of_grain_resumes_in_the_middle_of_an_epoch(fit, tmp_pat
         records = [{name: values[i] for name, values in rows.items()} for i in range(48)]
         return iter(grain.MapDataset.source(records).shuffle(seed).repeat().to_iter_dataset().batch(16))
 
-    data = train.Data(16, 3, batches, made.evaluate)
+    data = made._replace(train=batches)
     task, tx = Regression(), optax.sgd(0.05)
     fit(task, tx, data, num_steps=4, workdir=tmp_path / "parts")
     parts = fit(task, tx, data, num_steps=8, workdir=tmp_path / "parts")
@@ -271,7 +271,7 @@ def test_a_process_killed_with_sigkill_resumes_to_the_bits_of_one_that_was_not(t
     printed = [process.communicate(timeout=120)[0] for process in (again, whole)]
     assert (again.returncode, whole.returncode) == (0, 0), "\n".join(printed)
     assert "Going on from step" in printed[0]
-    (_, resumed), (_, expected) = (train.restore(tmp_path / name) for name in ("killed", "whole"))
+    resumed, expected = (train.restore(tmp_path / name).state for name in ("killed", "whole"))
     assert int(resumed.step) == 60
     assert_same_bits(resumed, expected)
     assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax import optim, train
 
 from .common import assert_close, classification, make_tx, take_steps
+
+pytestmark = pytest.mark.eight_devices
 
 MESHES = {
     "data": {"data": 8},
@@ -118,7 +121,7 @@ def test_initial_state_does_not_depend_on_the_mesh(sizes):
         (P("class", "embed", None), (8, 16, 2), P("tensor", "fsdp", None)),
         (P("class"), (8, 16), P("tensor")),
         (P(), (8, 16), P()),
-        (P("class", "embed"), (6, 16), P(None, "fsdp")),  # 6 classes don't split in 4
+        (P("class", "embed"), (6, 16), P(None, "fsdp")),  # 6 classes don't divide among 4
         (P("class", "embed"), (8, 3), P("tensor", None)),
         (P("class", "vocab"), (8, 8), P("tensor", None)),  # an axis serves one dimension only
         (P("class", "vocab"), (6, 8), P(None, "tensor")),  # and is free again where it was of no use
@@ -128,71 +131,101 @@ def test_initial_state_does_not_depend_on_the_mesh(sizes):
         (P("layers", "embed"), (3, 4), P(None, "fsdp")),
     ],
 )
-def test_names_resolve_to_mesh_axes(names, shape, expected):
-    assert train.resolve(names, shape, train.make_mesh(data=1, fsdp=2, tensor=4)) == expected
+def test_to_partition_spec_maps_names_to_mesh_axes(names, shape, expected):
+    assert train.to_partition_spec(names, shape, train.make_mesh(data=1, fsdp=2, tensor=4)) == expected
 
 
-def test_resolve_takes_rules_of_the_users_own():
+def test_to_partition_spec_takes_rules_of_the_users_own():
     mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
     rules = {**train.DEFAULT_RULES, "class": ("fsdp", "tensor"), "embed": None}
-    assert train.resolve(P("class", "embed"), (8, 16), mesh, rules) == P(("fsdp", "tensor"), None)
-    assert train.resolve(P("class", "embed"), (2, 16), mesh, rules) == P("fsdp", None)
+    assert train.to_partition_spec(P("class", "embed"), (8, 16), mesh, rules) == P(("fsdp", "tensor"), None)
+    assert train.to_partition_spec(P("class", "embed"), (2, 16), mesh, rules) == P("fsdp", None)
 
 
-def test_resolve_refuses_what_it_does_not_know():
+def test_to_partition_spec_refuses_what_it_does_not_know():
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
     with pytest.raises(ValueError, match="no sharding rule for the logical axis 'klass'"):
-        train.resolve(P("klass"), (8,), mesh)
+        train.to_partition_spec(P("klass"), (8,), mesh)
     with pytest.raises(ValueError, match="name 2 dimensions"):
-        train.resolve(P("class", "embed"), (8,), mesh)
+        train.to_partition_spec(P("class", "embed"), (8,), mesh)
     plain = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match=r"rule for 'class' names mesh axes \['tensor'\]; the mesh has \['data'\]"):
-        train.resolve(P("class"), (8,), plain)
+        train.to_partition_spec(P("class"), (8,), plain)
 
 
-def follow(tree, params, specs, mesh):
+def follow(init, params, specs, mesh, update=None):
+    """The specs of what ``init`` makes of parameters."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.tree.map(lambda sharding: sharding.spec, train.follow_params(tree, params, shardings))
+    found = train.opt_state_shardings(optax.GradientTransformation(init, update), params, shardings)
+    return jax.tree.map(lambda sharding: sharding.spec, found)
 
 
 def test_optimizer_state_follows_its_parameter_factored_statistics_included():
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"head": {"bases": jnp.zeros((8, 16, 2))}, "bases": jnp.zeros((4, 6))}
     specs = {"head": {"bases": P("tensor", "fsdp", None)}, "bases": P("tensor")}
-    state = {
-        "same": {"head": {"bases": jnp.zeros((8, 16, 2))}, "bases": jnp.zeros((4, 6))},
-        "per_subspace": {"head": {"bases": jnp.zeros(8)}},
-        "row": {"head": {"bases": jnp.zeros((8, 16))}, "bases": jnp.zeros(4)},
-        "column": {"head": {"bases": jnp.zeros((8, 2))}, "bases": jnp.zeros(6)},
-        "other_shape": {"head": {"bases": jnp.zeros((16, 8))}},
-        "placeholder": {"head": {"bases": jnp.zeros(1)}},
-        "count": jnp.zeros((), jnp.int32),
-    }
-    got = follow(state, params, specs, mesh)
+
+    def init(params):
+        (k, n, p), (m, q) = params["head"]["bases"].shape, params["bases"].shape
+        return {
+            "same": params,
+            "per_subspace": {"head": {"bases": jnp.zeros(k)}},
+            "row": {"head": {"bases": jnp.zeros((k, n))}, "bases": jnp.zeros(m)},
+            "column": {"head": {"bases": jnp.zeros((k, p))}, "bases": jnp.zeros(q)},
+            "transposed": {"head": {"bases": jnp.zeros((n, k))}},
+            "coincidence": {"bases": jnp.zeros((m, 4))},  # a rank of 4, which shards over what is left, 2 devices
+            "placeholder": {"head": {"bases": jnp.zeros(1)}},
+            "count": jnp.zeros((), jnp.int32),
+        }
+
+    got = follow(init, params, specs, mesh)
     assert got["same"] == {"head": {"bases": P("tensor", "fsdp", None)}, "bases": P("tensor", None)}
     assert got["per_subspace"]["head"]["bases"] == P("tensor")
     assert got["row"] == {"head": {"bases": P("tensor", "fsdp")}, "bases": P("tensor")}
     assert got["column"] == {"head": {"bases": P("tensor", None)}, "bases": P(None)}
-    assert got["other_shape"]["head"]["bases"] == got["placeholder"]["head"]["bases"] == got["count"] == P()
+    assert got["transposed"]["head"]["bases"] == P("fsdp", "tensor")
+    assert got["coincidence"]["bases"] == P("tensor", "fsdp")
+    assert got["placeholder"]["head"]["bases"] == P(None)
+    assert got["count"] == P()
 
 
-def test_state_in_a_subspace_is_split_along_the_side_that_it_keeps_and_else_along_its_rank():
+def test_state_in_a_subspace_is_sharded_along_the_side_that_it_keeps_and_else_along_its_rank():
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"layers": {"kernel": jnp.zeros((3, 16, 32))}, "factor": jnp.zeros((16, 4))}
     specs = {"layers": {"kernel": P(None, "fsdp", "tensor")}, "factor": P("fsdp", None)}
     tx = optim.low_rank_projection(optax.trace(0.9), rank=lambda path, shape: 4 if path == "layers/kernel" else None)
-    state = tx.init(params)
     got = {}
-    for x, spec in zip(jax.tree.leaves(state), jax.tree.leaves(follow(state, params, specs, mesh)), strict=True):
+    for x, spec in zip(
+        jax.tree.leaves(tx.init(params)), jax.tree.leaves(follow(tx.init, params, specs, mesh)), strict=True
+    ):
         got.setdefault(x.shape, set()).add(spec)
     assert got[3, 4, 32] == {P(None, "fsdp", "tensor")}
     assert got[3, 16, 4] == {P(None, "fsdp", None)}
-    odd = follow({"layers": {"kernel": jnp.zeros((3, 5, 32))}}, params, specs, mesh)
-    assert odd["layers"]["kernel"] == P(None, None, "tensor")
-    both = follow({"layers": {"kernel": jnp.zeros((3, 4, 4))}}, params, specs, mesh)
-    assert both["layers"]["kernel"] == P(None, "fsdp", None)
-    gram = follow({"gram": {"factor": jnp.zeros((4, 4))}}, params, specs, mesh)
-    assert gram["gram"]["factor"] == P()
+
+    def init(params):
+        layers, _, k = params["layers"]["kernel"].shape
+        rank = params["factor"].shape[1]
+        return {
+            "odd": {"layers": {"kernel": jnp.zeros((layers, 5, k))}},
+            "both": {"layers": {"kernel": jnp.zeros((layers, 4, 4))}},
+            "gram": {"factor": jnp.zeros((rank, rank))},
+        }
+
+    got = follow(init, params, specs, mesh)
+    assert got["odd"]["layers"]["kernel"] == P(None, None, "tensor")
+    assert got["both"]["layers"]["kernel"] == P(None, "fsdp", None)
+    assert got["gram"]["factor"] == P(None, None)
+
+
+def test_optimizer_state_that_depends_on_the_size_of_a_parameter_follows_it_where_it_has_its_shape():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+
+    def init(params):  # factored from 65 on, and so where the sizes are evaluated a second time
+        m, k = params["kernel"].shape
+        return {"kernel": {"row": jnp.zeros(m)} if m > 64 else jnp.zeros((m, k))}
+
+    got = follow(init, {"kernel": jnp.zeros((64, 8))}, {"kernel": P("fsdp", "tensor")}, mesh)
+    assert got["kernel"] == P("fsdp", "tensor")
 
 
 def test_training_in_subspaces_on_a_mesh_equals_one_device():
@@ -213,15 +246,15 @@ def test_state_of_any_optax_optimizer_can_be_placed(make):
     specs = {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     state = make(1e-3).init(params)
-    placed = jax.device_put(state, train.follow_params(state, params, shardings))
+    placed = jax.device_put(state, train.opt_state_shardings(make(1e-3), params, shardings))
     found = {str(x.sharding.spec) for x in jax.tree.leaves(placed) if x.shape == (128, 256)}
     assert found <= {str(P("fsdp", "tensor"))}
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
 
 
-def test_state_follows_a_parameter_that_is_the_whole_tree():
+def test_optimizer_state_follows_a_parameter_that_is_the_tree_itself():
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
-    got = follow(optax.adam(1e-3).init(jnp.zeros((8, 4))), jnp.zeros((8, 4)), P("tensor"), mesh)
+    got = follow(optax.adam(1e-3).init, jnp.zeros((8, 4)), P("tensor"), mesh)
     assert got[0].mu == got[0].nu == P("tensor", None)
     assert got[0].count == P()
 
@@ -232,12 +265,55 @@ def test_open_mesh_axis_takes_the_devices_that_are_left():
     assert train.make_mesh(data=2).size == 2
 
 
-def test_on_one_device_gathering_hands_arrays_on_as_they_are():
+def test_all_gather_params_hands_arrays_on_as_they_are_on_one_device_and_without_a_mesh():
     # Anything else is a value that a scan over layers copies for its backward pass.
-    layer, axes = {"kernel": jnp.ones((4, 8))}, {"kernel": P("layers", "embed", "mlp")}
+    layer, axes = {"kernel": jnp.ones((4, 8))}, {"kernel": P("embed", "mlp")}
 
     def same(layer):
-        assert train.layer_gatherer(axes, train.make_mesh(1))(layer)["kernel"] is layer["kernel"]
+        assert train.all_gather_params(layer, axes)["kernel"] is layer["kernel"]
+        assert train.constrain(layer["kernel"], ("batch", None)) is layer["kernel"]
         return layer
 
     jax.eval_shape(same, layer)
+    with train.use_mesh(train.make_mesh(1)):
+        jax.eval_shape(same, layer)
+
+
+def test_all_gather_params_leaves_stacks_of_layers_and_ungathered_entries_sharded():
+    mesh = train.make_mesh(1, 4, 2)
+    axes = {"stack": P("layers", "embed"), "kernel": P("embed", "mlp"), "table": P("embed", None)}
+    arrays = {"stack": jnp.ones((2, 8)), "kernel": jnp.ones((8, 4)), "table": jnp.ones((8, 4))}
+
+    class Holder(train.Task):
+        ungathered = ("table",)
+
+        def axes(self):
+            return axes, {}
+
+    placed = jax.device_put(arrays, train.param_shardings(arrays, axes, mesh))
+    with train.use_mesh(mesh):
+        gathered = jax.jit(train.gathered(Holder(), lambda params, variables: params))(placed, {})
+    for name in ("stack", "table"):
+        assert gathered[name].sharding.is_equivalent_to(placed[name].sharding, 2)
+    assert gathered["kernel"].sharding.spec == P(None, "tensor")
+
+
+def test_constrain_shards_by_logical_names_and_mesh_axes_names_them():
+    mesh = train.make_mesh(2, 2, sequence=2)
+    with train.use_mesh(mesh):
+        assert train.mesh_axes("sequence") == ("sequence",)
+        assert train.current_mesh() == mesh
+        x = jax.jit(lambda x: train.constrain(2 * x, ("batch", "sequence")))(jnp.ones((4, 8, 3)))
+    assert x.sharding.spec == P(("data", "fsdp"), "sequence")
+    assert train.mesh_axes("sequence") == ()
+    assert train.current_mesh() is None
+
+
+def test_one_jitted_function_is_traced_anew_under_another_mesh():
+    meshes, specs = [train.make_mesh(8), train.make_mesh(4, 2)], []
+    f = jax.jit(chex.assert_max_traces(lambda x: train.constrain(2 * x, (None, "embed")), n=2))
+    chex.clear_trace_counter()
+    for mesh in (*meshes, *meshes):
+        with train.use_mesh(mesh):
+            specs.append(f(jnp.ones((4, 8))).sharding.shard_shape((4, 8)))
+    assert specs == [(4, 8), (4, 4)] * 2

@@ -7,7 +7,21 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
 
-from .common import Regression, arrays, assert_close, assert_same_bits, classification, make_tx, regression, take_steps
+from .common import (
+    Regression,
+    arrays,
+    assert_close,
+    assert_same_bits,
+    classification,
+    make_tx,
+    regression,
+    take_steps,
+    to_numpy,
+)
+
+
+def eight(*values):
+    return pytest.param(*values, marks=pytest.mark.eight_devices)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +40,7 @@ def plain():
     ],
     ids=str,
 )
-def test_accumulation_and_rematerialisation_change_nothing(options, plain):
+def test_accumulation_and_rematerialization_change_no_step(options, plain):
     task, data = classification()
     state, metrics = take_steps(task, data, make_tx(), train.make_mesh(1), **options)
     assert_close(state, plain[0], atol=1e-5)
@@ -49,29 +63,26 @@ def test_bfloat16_activations_keep_the_state_float32_and_the_loss_close(plain):
 def step_and_state(tx=None, mesh=None, **options):
     task, data = regression()
     tx, mesh = tx or optax.sgd(1e-2, momentum=0.9), mesh or train.make_mesh()
-    return train.make_train_step(task, tx, mesh, **options), train.init_state(task, tx, mesh), data, mesh
+    return train.jit_train_step(task, tx, mesh, **options), train.init_state(task, tx, mesh), data, mesh
 
 
 def place(batch, mesh):
     return train.to_device(batch, train.batch_sharding(mesh))
 
 
-def numbers(state):
-    """A copy on the host, for the state itself is donated."""
-    return jax.tree.map(np.array, state)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("value", "accumulate"),
+    [(np.nan, 1), (np.inf, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((np.inf, 1), (np.nan, 2)))],
+)
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumulate):
     step, state, data, mesh = step_and_state(accumulate=accumulate)
     batches = data.train(0)
     state, _ = step(state, place(next(batches), mesh))
-    before = numbers(state)
+    before = to_numpy(state)
     bad = next(batches)
     bad["inputs"][3, 2] = value
     state, metrics = step(state, place(bad, mesh))
-    after = numbers(state)
+    after = to_numpy(state)
     for field in ("params", "variables", "opt_state", "key"):
         assert_same_bits(getattr(after, field), getattr(before, field))
     assert (after.step, after.skipped, int(metrics["skipped"])) == (2, 1, 1)
@@ -83,14 +94,14 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumu
 
 def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
     class Root(Regression):
-        def loss(self, params, variables, batch, key):
+        def loss(self, params, variables, batch, *, key, step):
             # The root has an infinite slope at 0.
             return jnp.sqrt(jnp.sum(0.0 * params["w"])), (variables, {})
 
     tx, mesh = optax.sgd(0.1), train.make_mesh(1)
     state = train.init_state(Root(), tx, mesh)
-    before = numbers(state.params)
-    state, metrics = train.make_train_step(Root(), tx, mesh)(state, arrays(8))
+    before = to_numpy(state.params)
+    state, metrics = train.jit_train_step(Root(), tx, mesh)(state, arrays(8))
     assert float(metrics["loss"]) == 0
     assert int(state.skipped) == 1
     assert_same_bits(state.params, before)
@@ -117,17 +128,20 @@ def spoiling(at, where, value):
     return optax.GradientTransformation(init, update)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize(("where", "value"), [("update", np.nan), ("update", np.inf), ("state", np.inf)])
+@pytest.mark.parametrize("sizes", [{"data": 1}, eight({"data": 2, "fsdp": 2, "tensor": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("update", np.nan), ("state", np.inf), pytest.param("update", np.inf, marks=pytest.mark.slow)],
+)
 def test_an_update_or_an_optimizer_state_that_is_not_finite_is_skipped(where, value, sizes):
     # Loss and gradient are finite; the state holds an infinite best value all along, which is not what is looked for.
     step, state, data, mesh = step_and_state(spoiling(1, where, value), train.make_mesh(**sizes))
     batches = data.train(0)
     state, _ = step(state, place(next(batches), mesh))
     assert int(state.skipped) == 0
-    before = numbers(state)
+    before = to_numpy(state)
     state, metrics = step(state, place(next(batches), mesh))
-    after = numbers(state)
+    after = to_numpy(state)
     assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
     assert (after.step, after.skipped, int(metrics["skipped"])) == (2, 1, 1)
     for field in ("params", "variables", "opt_state"):
@@ -136,12 +150,12 @@ def test_an_update_or_an_optimizer_state_that_is_not_finite_is_skipped(where, va
 
 def test_variables_that_are_no_longer_finite_are_not_kept():
     class Spoilt(Regression):
-        def loss(self, params, variables, batch, key):
-            loss, (found, metrics) = super().loss(params, variables, batch, key)
+        def loss(self, params, variables, batch, *, key, step):
+            loss, (found, metrics) = super().loss(params, variables, batch, key=key, step=step)
             return loss, ({**found, "mean": jnp.where(variables["seen"] == 1, jnp.nan, found["mean"])}, metrics)
 
     tx, mesh = optax.adam(1e-2), train.make_mesh(1)
-    step, state = train.make_train_step(Spoilt(), tx, mesh), train.init_state(Spoilt(), tx, mesh)
+    step, state = train.jit_train_step(Spoilt(), tx, mesh), train.init_state(Spoilt(), tx, mesh)
     with jax.numpy_dtype_promotion("standard"):
         for expected in (0, 1, 2):  # it stays at the value that spoils it
             state, _ = step(state, arrays(8))
@@ -149,7 +163,7 @@ def test_variables_that_are_no_longer_finite_are_not_kept():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.variables, state.opt_state)))
 
 
-def test_the_gradient_norm_leaves_out_what_energy_probes_deliver():
+def test_the_gradient_norm_leaves_out_parameters_with_the_role_probe():
     class Probed(Regression):
         def init(self, key):
             params, variables = super().init(key)
@@ -158,25 +172,95 @@ def test_the_gradient_norm_leaves_out_what_energy_probes_deliver():
         def axes(self):
             return {"w": P("embed"), "row_energy": P(None)}, super().axes()[1]
 
-        def loss(self, params, variables, batch, key):
-            loss, rest = super().loss(params, variables, batch, key)
+        def roles(self):
+            return {"row_energy": "probe"}
+
+        def loss(self, params, variables, batch, *, key, step):
+            loss, rest = super().loss(params, variables, batch, key=key, step=step)
             return loss + jnp.sum(1e3 * params["row_energy"]), rest
 
     norms = []
     for task in (Regression(), Probed()):
         tx, mesh = optax.sgd(0.0), train.make_mesh(1)
-        step, state = train.make_train_step(task, tx, mesh), train.init_state(task, tx, mesh)
+        step, state = train.jit_train_step(task, tx, mesh), train.init_state(task, tx, mesh)
         norms.append(float(step(state, arrays(8))[1]["grad_norm"]))
     assert norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"data": 1}, eight({"data": 2, "fsdp": 2, "tensor": 2})], ids=str)
 def test_a_step_is_compiled_once(sizes):
     step, state, data, mesh = step_and_state(mesh=train.make_mesh(**sizes))
     batches = data.train(0)
     for _ in range(4):
         state, _ = step(state, place(next(batches), mesh))
     assert step._cache_size() == 1
+
+
+def test_make_train_step_is_pure_and_traced_under_the_mesh_of_the_context():
+    task, data = regression()
+    tx = optax.sgd(1e-2)
+    step, batch = train.make_train_step(task, tx), next(data.train(0))
+    state = train.new_state(task, tx, jax.random.key(0))
+    plain, _ = jax.jit(step)(state, batch)
+    with train.use_mesh(train.make_mesh(1)):
+        placed, _ = jax.jit(step)(state, batch)
+    assert_same_bits(placed, plain)
+    again, _ = step(state, batch)
+    assert_close(again, plain, atol=1e-6)
+
+
+class Pair(Regression):
+    """Two factors of one prediction, and a metric that names the step and the entry."""
+
+    def init(self, key):
+        return {"a": jnp.full(self.n, 0.1), "b": {"scale": jnp.ones(())}, "c": jnp.ones(2)}, {"seen": jnp.zeros(())}
+
+    def axes(self):
+        return {"a": P("embed"), "b": {"scale": P()}, "c": P()}, {"seen": P()}
+
+    def loss(self, params, variables, batch, *, key, step):
+        error = jnp.mean(jnp.square(params["b"]["scale"] * batch["inputs"] @ params["a"] - batch["labels"]))
+        return error, ({"seen": variables["seen"] + 1}, {"step": step})
+
+
+def test_transforms_by_entry_update_in_turn_at_the_parameters_as_they_then_stand():
+    batch, task = arrays(8), Pair()
+    tx = {"a": optax.sgd(0.1), "b": optax.sgd(0.2)}
+    state = train.init_state(task, tx, train.make_mesh(1))
+    params = to_numpy(state.params)
+
+    def loss(params):
+        return task.loss(params, {"seen": jnp.zeros(())}, batch, key=None, step=0)[0]
+
+    expected = {**params, "a": params["a"] - 0.1 * jax.grad(loss)(params)["a"]}
+    expected = {**expected, "b": {"scale": params["b"]["scale"] - 0.2 * jax.grad(loss)(expected)["b"]["scale"]}}
+    state, metrics = train.jit_train_step(task, tx, train.make_mesh(1))(state, batch)
+    assert_close(state.params, expected, atol=1e-6)
+    assert state.opt_state.keys() == {"a", "b"}
+    assert (float(state.variables["seen"]), int(metrics["step"])) == (2, 0)
+
+
+def test_after_update_runs_once_and_what_it_makes_not_finite_is_skipped():
+    class Retracted(Regression):
+        def after_update(self, params, variables, *, key, step):
+            w = params["w"] / jnp.linalg.norm(params["w"])
+            return {"w": jnp.where(step == 2, jnp.nan, w)}, {**variables, "seen": variables["seen"] + 100}
+
+    tx, mesh = optax.sgd(0.1), train.make_mesh(1)
+    step, state = train.jit_train_step(Retracted(), tx, mesh, accumulate=2), train.init_state(Retracted(), tx, mesh)
+    for skipped in (0, 0, 1):
+        state, _ = step(state, arrays(8))
+        assert np.linalg.norm(state.params["w"]) == pytest.approx(1, abs=1e-6)
+        assert int(state.skipped) == skipped
+    assert int(state.variables["seen"]) == 2 * 102
+
+
+def test_accumulation_is_refused_for_a_loss_of_the_whole_batch():
+    class Whole(Regression):
+        splittable = False
+
+    with pytest.raises(ValueError, match="accumulate: the loss of Whole needs its whole batch, got 2"):
+        train.make_train_step(Whole(), optax.sgd(0.1), accumulate=2)
 
 
 def test_the_state_is_donated():
@@ -190,7 +274,7 @@ def test_the_state_is_donated():
 
 def test_every_step_and_every_micro_batch_has_randomness_of_its_own():
     class Draw(Regression):
-        def loss(self, params, variables, batch, key):
+        def loss(self, params, variables, batch, *, key, step):
             loss = jnp.sum(jnp.square(params["w"])) + jnp.sum(batch["inputs"]) * 0
             return loss, (variables, {"draw": jax.random.uniform(key)})
 
@@ -198,7 +282,7 @@ def test_every_step_and_every_micro_batch_has_randomness_of_its_own():
 
     def draws(seed, accumulate):
         state = train.init_state(Draw(), tx, mesh, seed=seed)
-        step, made = train.make_train_step(Draw(), tx, mesh, accumulate=accumulate), []
+        step, made = train.jit_train_step(Draw(), tx, mesh, accumulate=accumulate), []
         for _ in range(3):
             state, metrics = step(state, arrays(8))
             made.append(float(metrics["draw"]))
@@ -236,24 +320,26 @@ def test_metrics_are_replicated_scalars():
     assert all(value.shape == () and value.sharding.is_fully_replicated for value in metrics.values())
 
 
-def test_evaluation_of_a_set_that_does_not_fill_its_batches_counts_every_row_once():
+@pytest.mark.parametrize("sizes", [{"data": 1}, eight({"data": 2, "fsdp": 2, "tensor": 2})], ids=str)
+def test_evaluate_counts_every_example_of_a_set_that_does_not_fill_its_batches_once(sizes):
     task, data = classification()
-    mesh, tx = train.make_mesh(data=2, fsdp=2, tensor=2), make_tx()
+    mesh, tx = train.make_mesh(**sizes), make_tx()
     state = train.init_state(task, tx, mesh)
-    metrics = train.evaluate(train.make_eval_step(task, tx, mesh), state, data.evaluate(), mesh=mesh)
-    rows = [(batch["inputs"][batch["mask"] > 0], batch["labels"][batch["mask"] > 0]) for batch in data.evaluate()]
+    metrics = train.evaluate(task, state, data.evaluate, mesh=mesh)
+    rows = [
+        (batch["inputs"][batch["mask"] > 0], batch["labels"][batch["mask"] > 0]) for batch in data.evaluate["eval"]()
+    ]
     inputs, labels = (np.concatenate(part) for part in zip(*rows, strict=True))
     assert len(labels) == 72
-    params = jax.tree.map(np.asarray, state.params)
-    logits = np.asarray(task.module(params, {})(inputs))
-    assert metrics["accuracy"] == np.mean(logits.argmax(-1) == labels)  # exact: hits are whole numbers
+    logits = np.asarray(task.module(to_numpy(state.params), {})(inputs))
+    assert metrics["accuracy"] == np.mean(logits.argmax(-1) == labels)  # exact: correct predictions are counted
 
 
-def test_evaluation_of_nothing_is_refused():
+def test_evaluate_of_nothing_is_refused():
     task, _ = regression()
-    mesh, tx = train.make_mesh(1), optax.sgd(0.1)
-    state, step = train.init_state(task, tx, mesh), train.make_eval_step(task, tx, mesh)
+    mesh = train.make_mesh(1)
+    state = train.init_state(task, optax.sgd(0.1), mesh)
     empty = {**arrays(8), "mask": np.zeros(8, np.float32)}
-    for batches in ([], [empty]):
-        with pytest.raises(ValueError, match="no example"):
-            train.evaluate(step, state, batches, mesh=mesh)
+    for batches, message in (([], "gave no batch"), ([empty], "gave no example")):
+        with pytest.raises(ValueError, match=message):
+            train.evaluate(task, state, {"eval": lambda batches=batches: batches}, mesh=mesh)

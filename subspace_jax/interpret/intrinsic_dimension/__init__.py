@@ -2,6 +2,7 @@
 
 from subspace_jax.interpret.intrinsic_dimension.measure import (
     IntrinsicDimension,
+    Measurement,
     default_intrinsic,
     measure_config,
     measure_intrinsic_dimension,
@@ -11,6 +12,7 @@ from subspace_jax.interpret.intrinsic_dimension.task import SubspaceTask
 
 __all__ = [
     "IntrinsicDimension",
+    "Measurement",
     "SubspaceTask",
     "default_intrinsic",
     "measure_config",

@@ -1,6 +1,5 @@
 """Image classification by a fully connected network: the networks of arXiv 1804.08838."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from subspace_jax import data, losses, nn, train
 from subspace_jax.interpret import intrinsic_dimension
 
 
-class FullyConnectedTask:
+class FullyConnectedTask(train.Task):
     """A network of linear layers with a ReLU between them, as a :class:`subspace_jax.train.Task`.
 
     Batches hold ``inputs [batch, ...]``, ``labels [batch]`` and, for evaluation, ``mask [batch]``.
@@ -43,18 +42,18 @@ class FullyConnectedTask:
         names = [("embed", "mlp") if i % 2 == 0 else ("mlp", "embed") for i in range(len(self._widths) - 1)]
         return {f"layer{i}": {"kernel": P(*axes), "bias": P(axes[1])} for i, axes in enumerate(names)}, {}
 
-    def loss(self, params, variables, batch, key):
+    def loss(self, params, variables, batch, *, key, step):
         """Returns the mean cross-entropy over the batch with the penalty, and the accuracy as a metric."""
-        del key
+        del key, step
         logits = self.logits(params, batch["inputs"])
         loss = jnp.mean(losses.cross_entropy(logits, batch["labels"]))
         if self._l2:
             loss += self._l2 * sum(0.5 * jnp.sum(jnp.square(layer["kernel"])) for layer in params.values())
         return loss, (variables, {"accuracy": jnp.mean(_hits(logits, batch["labels"]))})
 
-    def evaluate(self, params, variables, batch):
-        """Returns sums of cross-entropy and hits over the real rows, and their number."""
-        del variables
+    def evaluate(self, params, variables, batch, *, key):
+        """Returns sums of cross-entropy and correct predictions, and the number of examples."""
+        del variables, key
         logits, real = self.logits(params, batch["inputs"]), batch["mask"] > 0
         return {
             "loss": jnp.sum(losses.cross_entropy(logits, batch["labels"]), where=real),
@@ -91,14 +90,14 @@ def default_config() -> ConfigDict:
     )
     config.model = ConfigDict({"features": (64,), "l2": 0.0})
     config.optim.name = "adam"
-    config.optim.b2 = 0.99
+    config.optim.kwargs = {"b2": 0.99}
     config.optim.schedule = "constant"
     config.intrinsic = intrinsic_dimension.default_intrinsic()
     return config.lock()
 
 
-def build(config: ConfigDict) -> tuple[FullyConnectedTask, train.Data]:
-    """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
+def build(config: ConfigDict) -> train.Run:
+    """Makes the run of a config, as :func:`subspace_jax.train.build` asks for it.
 
     Raises:
       ValueError: A field can't serve.
@@ -113,15 +112,10 @@ def build(config: ConfigDict) -> tuple[FullyConnectedTask, train.Data]:
         data.image_source(sizes.name, split, sizes.data_dir or None) for split in (sizes.train_split, sizes.eval_split)
     ]
     learn, test = (data.load_arrays(source) for source in sources)
-    batches = functools.partial(data.train_batches, learn, batch_size=sizes.batch_size)
-    batches(seed=config.seed)  # what is wrong with batch size or seed shows now
+    sets = {"evaluate": {"eval": test}, "eval_batch_size": sizes.eval_batch_size}
+    examples = train.array_data(learn, batch_size=sizes.batch_size, **sets)
     widths = (math.prod(sources[0].image_shape), *model.features, sources[0].num_classes)
-    return FullyConnectedTask(widths, model.l2), train.Data(
-        batch_size=sizes.batch_size,
-        steps_per_epoch=data.steps_per_epoch(len(learn["labels"]), sizes.batch_size),
-        train=lambda seed: batches(seed=seed),
-        evaluate=data.eval_passes(test, sizes.eval_batch_size),
-    )
+    return train.Run((train.Phase("train", FullyConnectedTask(widths, model.l2), examples),))
 
 
 def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:

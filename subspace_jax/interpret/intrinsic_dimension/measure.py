@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax import metrics as measures
@@ -25,10 +24,9 @@ from subspace_jax.train.config import differing_fields, read_config, save_config
 from subspace_jax.train.experiment import build
 from subspace_jax.train.fields import check_at_least, check_choice, complete_config
 from subspace_jax.train.lock import locked
-from subspace_jax.train.loop import Data, fit
+from subspace_jax.train.loop import fit
 from subspace_jax.train.optimizer import make_optimizer
-from subspace_jax.train.sharding import DEFAULT_RULES, Rules
-from subspace_jax.train.task import Task
+from subspace_jax.train.phases import Phase, Run
 from subspace_jax.train.workdir import naming, replacing, unmark_saved, writable_folder
 
 log = logging.getLogger(__name__)
@@ -57,54 +55,57 @@ class IntrinsicDimension:
     rows: tuple[Mapping[str, Any], ...]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """How a dimension is measured.
+
+    Attributes:
+      method: See :func:`subspace_jax.optim.random_subspace`.
+      scope: See there.
+      repeats: Runs of each dimension, with seeds ``seed``, ``seed + 1`` and so on, for start, subspace and data order.
+      fraction: Fraction of the baseline that counts as solved.
+      metric: Metric of the evaluation that is the score: larger is better, and the baseline positive.
+      search: "all" tries all dimensions, for a whole curve; "ascending" and "bisect" are those of
+        :func:`subspace_jax.metrics.search_d_int`.
+      baseline: Score of training in all parameters; 0 for that of ``repeats`` runs.
+    """
+
+    method: str = "fastfood"
+    scope: str = "global"
+    repeats: int = 1
+    fraction: float = 0.9
+    metric: str = "accuracy"
+    search: str = "all"
+    baseline: float = 0.0
+
+
 def default_intrinsic() -> ConfigDict:
     """Returns the fields ``intrinsic`` of a run, for :func:`measure_config`.
 
-    ``dims``, ``method``, ``scope``, ``repeats``, ``fraction``, ``metric`` and ``search`` are those of
-    :func:`measure_intrinsic_dimension`.  ``baseline`` 0 trains in all parameters first, with ``optim`` but for
-    ``full_learning_rate`` where that is above 0.
+    ``dims`` are those of :func:`measure_intrinsic_dimension`, the others those of :class:`Measurement`.  The baseline
+    is measured with ``optim`` but for ``full_learning_rate`` where that is above 0.
     """
     return ConfigDict(
         {
             "dims": (10, 20, 50, 100, 200, 500, 1000),
-            "method": "fastfood",
-            "scope": "global",
-            "repeats": 1,
-            "fraction": 0.9,
-            "metric": "accuracy",
-            "search": "all",
-            "baseline": 0.0,
+            **dataclasses.asdict(Measurement()),
             "full_learning_rate": 0.0,
         }
     )
 
 
 def measure_intrinsic_dimension(
-    task: Task,
+    run: Run,
     dims: Sequence[int],
+    measurement: Measurement = Measurement(),
     *,
-    data: Data,
-    tx: optax.GradientTransformation,
-    num_steps: int,
-    workdir: str | Path,
-    method: str = "fastfood",
-    scope: str = "global",
     select: Select | None = None,
-    repeats: int = 1,
-    baseline: float | None = None,
     full_tx: optax.GradientTransformation | None = None,
-    metric: str = "accuracy",
-    fraction: float = 0.9,
-    search: str = "all",
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    progress: bool = True,
 ) -> IntrinsicDimension:
     """Trains a task in random subspaces of growing dimension, and finds the smallest that is enough.
 
     A measurement that was killed goes on when it is called again with the same ``workdir``: runs in its table are not
-    made again, and the one that was interrupted goes on from its last checkpoint.  More dimensions or repeats may be
+    repeated, and the one that was interrupted resumes from its last checkpoint.  More dimensions or repeats may be
     asked for then.
 
     Written below ``workdir``: ``table.jsonl``, a row for each run; ``curve.png``; ``solutions/``, the vector of each
@@ -112,26 +113,12 @@ def measure_intrinsic_dimension(
     writes it for each run, whose checkpoints go once it has ended.
 
     Args:
-      task: The task.
+      run: A run of one phase: its task, data and number of steps, the optimizer of the vector (learning rates are ten
+        times and more those of usual training), the first seed, and the folder of the measurement.
       dims: Dimensions of subspaces, in any order.
-      data: Its data.
-      tx: Optimizer of the vector: learning rates are ten times and more those of usual training.
-      num_steps: Length of each run.
-      workdir: Folder of the measurement.
-      method: See :func:`subspace_jax.optim.random_subspace`.
-      scope: See there.
-      select: See there.
-      repeats: Runs of each dimension, with seeds ``seed``, ``seed + 1`` and so on, for start, subspace and data order.
-      baseline: Score of training in all parameters; by default ``repeats`` runs measure it.
-      full_tx: Their optimizer; ``tx`` by default.
-      metric: Metric of the evaluation that is the score: larger is better, and the baseline positive.
-      fraction: Share of the baseline that counts as solved.
-      search: "all" tries all dimensions, for a whole curve; "ascending" and "bisect" are those of
-        :func:`subspace_jax.metrics.search_d_int`.
-      seed: First seed.
-      mesh: See :func:`subspace_jax.train.fit`.
-      rules: See :func:`subspace_jax.train.fit`.
-      progress: Whether to show progress bars.
+      measurement: How they are measured.
+      select: See :func:`subspace_jax.optim.random_subspace`.
+      full_tx: Optimizer of the runs in all parameters; that of ``run`` by default.
 
     Returns:
       The dimension, and the table.
@@ -140,68 +127,85 @@ def measure_intrinsic_dimension(
       ValueError: A setting can't serve, or ``workdir`` holds the table of a measurement with other ones.
       OSError: ``workdir`` can't be written.
     """
-    if search not in SEARCHES:
-        raise ValueError(f"search: expected one of {SEARCHES}, got {search!r}")
-    if repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    how = measurement
+    if how.search not in SEARCHES:
+        raise ValueError(f"search: expected one of {SEARCHES}, got {how.search!r}")
+    if how.repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {how.repeats}")
     if not dims:
         raise ValueError("dims: expected at least one dimension, got none")
-    options = {"method": method, "scope": scope, "select": select}
+    if len(run.phases) != 1:
+        raise ValueError(f"run: expected one phase, got {len(run.phases)}")
+    (phase,) = run.phases
     # What can't serve shows before the first run.
-    tasks = {dim: SubspaceTask(task, dim, **options) for dim in sorted(set(dims))}
+    options = {"method": how.method, "scope": how.scope, "select": select}
+    tasks = {dim: SubspaceTask(phase.task, dim, **options) for dim in sorted(set(dims))}
+    phases = {dim: phase._replace(task=task) for dim, task in tasks.items()}
+    phases[0] = phase._replace(tx=full_tx or phase.tx)
     num_params = next(iter(tasks.values())).num_params
-    settings = {"method": method, "scope": scope, "metric": metric, "num_steps": num_steps, "num_params": num_params}
-    workdir = writable_folder(workdir)
-    with locked(workdir):
-        table = _Table(workdir / "table.jsonl", settings)
-
-        def score(dim: int) -> float:
-            return float(np.mean([one(dim, seed + i) for i in range(repeats)]))
-
-        def one(dim: int, run_seed: int) -> float:
-            if (known := table.score(dim, run_seed)) is not None:
-                return known
-            name = f"{'full' if dim == 0 else f'd{dim}'}_seed{run_seed}"
-            result = fit(
-                tasks[dim] if dim else task,
-                tx if dim else (full_tx or tx),
-                data,
-                num_steps=num_steps,
-                workdir=workdir / "runs" / name,
-                mesh=mesh,
-                rules=rules,
-                seed=run_seed,
-                checkpoint_every=max(1, num_steps // 5),
-                keep=1,
-                best=f"max:{metric}",
-                progress=progress,
-            )
-            value = result.metrics[metric]
-            if dim:
-                _save_solution(workdir / "solutions" / f"{name}.npz", result.state)
-            table.add(dim, run_seed, value)
-            if jax.process_index() == 0:
-                unmark_saved(workdir / "runs" / name)
-                shutil.rmtree(workdir / "runs" / name / "checkpoints", ignore_errors=True)
-            log.info("%s: %s %.4f", name, metric, value)
-            return value
-
-        baseline = score(0) if baseline is None else baseline
+    settings = {"method": how.method, "scope": how.scope, "metric": how.metric}
+    settings |= {"num_steps": phase.num_steps, "num_params": num_params}
+    run = dataclasses.replace(run, workdir=writable_folder(run.workdir), config=None, summary=None)
+    with locked(run.workdir):
+        table = _Table(run.workdir / "table.jsonl", settings)
+        score = _Scores(run, phases, table, how)
+        baseline = how.baseline or score(0)
         if not baseline > 0:
             raise ValueError(f"baseline: expected a positive score, got {baseline}")
-        if search == "all":
+        if how.search == "all":
             for dim in tasks:
                 score(dim)
         else:
-            measures.search_d_int(score, list(tasks), baseline, fraction, search)
-        rows = [row for row in table.rows if row["dim"] in tasks and seed <= row["seed"] < seed + repeats]
-        found, value = measures.d_int([r["dim"] for r in rows], [r["score"] for r in rows], baseline, fraction)
-        result = IntrinsicDimension(found, value, baseline, fraction, num_params, tuple(table.rows))
+            measures.search_d_int(score, list(tasks), baseline, how.fraction, how.search)
+        seeds = range(run.seed, run.seed + how.repeats)
+        rows = [row for row in table.rows if row["dim"] in tasks and row["seed"] in seeds]
+        dims_of, scores = [row["dim"] for row in rows], [row["score"] for row in rows]
+        found, value = measures.d_int(dims_of, scores, baseline, how.fraction)
+        result = IntrinsicDimension(found, value, baseline, how.fraction, num_params, tuple(table.rows))
         if jax.process_index() == 0:
-            plot_intrinsic_dimension(
-                dataclasses.replace(result, rows=tuple(rows)), workdir / "curve.png", metric=metric
-            )
+            shown = dataclasses.replace(result, rows=tuple(rows))
+            plot_intrinsic_dimension(shown, run.workdir / "curve.png", metric=how.metric)
         return result
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The mean score of a dimension's runs, 0 for all parameters; runs of the table are not repeated."""
+
+    run: Run
+    phases: Mapping[int, Phase]
+    table: "_Table"
+    how: Measurement
+
+    def __call__(self, dim: int) -> float:
+        return float(np.mean([self._one(dim, self.run.seed + i) for i in range(self.how.repeats)]))
+
+    def _one(self, dim: int, seed: int) -> float:
+        if (known := self.table.score(dim, seed)) is not None:
+            return known
+        name = f"{'full' if dim == 0 else f'd{dim}'}_seed{seed}"
+        folder, phase = self.run.workdir / "runs" / name, self.phases[dim]
+        result = fit(
+            dataclasses.replace(
+                self.run,
+                phases=(phase,),
+                workdir=folder,
+                seed=seed,
+                eval_every=0,
+                checkpoint_every=max(1, phase.num_steps // 5),
+                keep=1,
+                best=f"max:{self.how.metric}",
+            )
+        )
+        value = result.metrics[self.how.metric]
+        if dim:
+            _save_solution(self.run.workdir / "solutions" / f"{name}.npz", result.state)
+        self.table.add(dim, seed, value)
+        if jax.process_index() == 0:
+            unmark_saved(folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        log.info("%s: %s %.4f", name, self.how.metric, value)
+        return value
 
 
 def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> IntrinsicDimension:
@@ -224,8 +228,8 @@ def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = 
     own = complete_config(ConfigDict({"intrinsic": config.intrinsic}), ConfigDict({"intrinsic": default_intrinsic()}))
     fields = own.intrinsic.to_dict()
     _check_fields(fields)
-    experiment = build(config)
-    baseline, rate = fields.pop("baseline"), fields.pop("full_learning_rate")
+    run = build(config)
+    rate, dims = fields.pop("full_learning_rate"), fields.pop("dims")
     folder = writable_folder(workdir)
     saved = folder / "config.json"
     if saved.is_file():
@@ -237,20 +241,9 @@ def measure_config(config: ConfigDict, workdir: str | Path, *, progress: bool = 
         save_config(config, saved)
     full = config.optim.copy_and_resolve_references()
     full.learning_rate = rate or full.learning_rate
-    return measure_intrinsic_dimension(
-        experiment.task,
-        fields.pop("dims"),
-        data=experiment.data,
-        tx=experiment.tx,
-        full_tx=make_optimizer(full, experiment.num_steps),
-        num_steps=experiment.num_steps,
-        workdir=folder,
-        baseline=baseline or None,
-        seed=config.seed,
-        mesh=experiment.mesh,
-        progress=progress,
-        **fields,
-    )
+    full_tx = make_optimizer(full, run.phases[0].num_steps, run.phases[0].task.roles())
+    run = dataclasses.replace(run, workdir=folder, progress=progress)
+    return measure_intrinsic_dimension(run, dims, Measurement(**fields), full_tx=full_tx)
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
@@ -268,7 +261,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def plot_intrinsic_dimension(result: IntrinsicDimension, output: str | Path, *, metric: str = "score") -> None:
-    """Draws the score over the dimension: the mean of each dimension's runs, and from the worst to the best.
+    """Draws the score over the dimension: the mean of each dimension's runs, and their range.
 
     Args:
       result: Of :func:`measure_intrinsic_dimension`.

@@ -10,15 +10,14 @@ from subspace_jax.optim.random_subspace.subspace import Select
 from subspace_jax.train.task import Task
 
 
-class SubspaceTask:
+class SubspaceTask(Task):
     """A task whose only parameter is ``theta [dim]``; see :func:`subspace_jax.optim.random_subspace`.
 
-    A task like every other: meshes, checkpoints and exact resume are those of :func:`subspace_jax.train.fit`.  What
-    starts frozen (parameters and projection) is in ``variables["subspace"]``, and in checkpoints.
+    Parameters at the start and projection are in ``variables["subspace"]``, and in checkpoints.
 
     Args:
-      task: The task; weight penalties in its loss then act on the whole parameters, as they should.
-      dim: Numbers to train.
+      task: The task; weight penalties in its loss act on all its parameters.
+      dim: Dimension of the subspace.
       method: "dense", "sparse", "fastfood" or "said".
       select: Which parameters move; the others stay as they start.
       scope: "global" or "leaf".
@@ -46,8 +45,7 @@ class SubspaceTask:
         parts = jax.tree.map(lambda x: P(*(None,) * x.ndim), variables["subspace"])
         parts = dataclasses.replace(parts, start=start)
         self._axes = {"theta": P(None)}, {"task": rest, "subspace": parts}
-        if hasattr(task, "load"):
-            self.load = self._load
+        self.splittable = task.splittable
 
     def init(self, key):
         """Returns the vector, and parameters, projection and the task's own variables."""
@@ -58,18 +56,23 @@ class SubspaceTask:
         """Returns the logical axis names: the start has those of the task, the projection is on every device."""
         return self._axes
 
-    def loss(self, params, variables, batch, key):
+    def loss(self, params, variables, batch, *, key, step):
         """Returns what the task returns at the parameters that belong to the vector."""
         subspace = variables["subspace"]
-        loss, (rest, metrics) = self._task.loss(subspace.expand(params["theta"]), variables["task"], batch, key)
+        expanded = subspace.expand(params["theta"])
+        loss, (rest, metrics) = self._task.loss(expanded, variables["task"], batch, key=key, step=step)
         return loss, ({"task": rest, "subspace": subspace}, metrics)
 
-    def evaluate(self, params, variables, batch):
+    def evaluate(self, params, variables, batch, *, key):
         """Returns what the task returns at the parameters that belong to the vector."""
-        return self._task.evaluate(variables["subspace"].expand(params["theta"]), variables["task"], batch)
+        return self._task.evaluate(variables["subspace"].expand(params["theta"]), variables["task"], batch, key=key)
 
-    def _load(self, shardings):
-        params, rest = self._task.load((shardings[1]["subspace"].start, shardings[1]["task"]))
+    def load(self, shardings):
+        """Returns the subspace at what the task loads, if anything."""
+        start = self._task.load((shardings[1]["subspace"].start, shardings[1]["task"]))
+        if start is None:
+            return None
+        params, rest = start
         make = jax.jit(self._within, out_shardings=shardings)
         return make(jax.random.key(0), params, rest)
 

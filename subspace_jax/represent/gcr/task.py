@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax import data, losses, train
@@ -26,7 +25,7 @@ OWN_SETS = ("union_of_subspaces", "folder")
 LOSSES = {"softmax": losses.cross_entropy, "sigmoid": losses.binary_cross_entropy}
 
 
-class ClassifierTask:
+class ClassifierTask(train.Task):
     """Classification as a :class:`subspace_jax.train.Task`.
 
     Batches hold ``inputs [batch, ...]``, ``labels [batch]`` and, for evaluation, ``mask [batch]``.
@@ -67,10 +66,15 @@ class ClassifierTask:
         """Returns the module with these arrays."""
         return nnx.merge(self._graph, params, variables)
 
-    def loss(self, params, variables, batch, key):
+    def roles(self):
+        """Returns that the bases of a Grassmann head move on the manifold."""
+        return {"head/bases": "grassmann"} if "bases" in self._axes[0]["head"] else {}
+
+    def loss(self, params, variables, batch, *, key, step):
         """Returns the mean loss over the batch, and the accuracy as a metric (of mixed images, if any)."""
         model = self.module(params, variables)
         model.train()
+        del step
         drop_key, mix_key = jax.random.split(key)
         inputs = _pixels(batch["inputs"])
         weight = None
@@ -85,8 +89,9 @@ class ClassifierTask:
         accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32))
         return loss, (train.module_arrays(model)[1], {"accuracy": accuracy})
 
-    def evaluate(self, params, variables, batch):
-        """Returns sums of cross-entropy (no smoothing) and hits over the real rows, and their number."""
+    def evaluate(self, params, variables, batch, *, key):
+        """Returns sums of cross-entropy (no smoothing) and correct predictions, and the number of examples."""
+        del key
         logits = self.module(params, variables)(_pixels(batch["inputs"]))
         real = batch["mask"] > 0
         hits = (jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32)
@@ -114,10 +119,11 @@ def default_config() -> ConfigDict:
     dimension for all classes, or one for each; ``model.loss`` is that of :class:`ClassifierTask`.
 
     With ``data.image.size`` above 0 images may have any size, and are brought to this one as
-    :class:`subspace_jax.data.TrainImage` does with the other fields there, or :meth:`subspace_jax.data.ImageProcessor.evaluation`
-    (``eval_size`` is ``size`` where it is 0); ``data.name`` may then be "folder", a folder ``data.data_dir`` with one
-    for each split and in it one for each class.  ``data.repeats`` is that of repeated augmentation, ``model.mixup`` and
-    ``model.cutmix`` are options of :func:`subspace_jax.data.mix_images`.
+    :class:`subspace_jax.data.TrainImage` does with the other fields there, or
+    :meth:`subspace_jax.data.ImageProcessor.evaluation` (``eval_size`` is ``size`` where it is 0); ``data.name`` may then
+    be "folder", a folder ``data.data_dir`` with one for each split and in it one for each class.  ``data.repeats`` is
+    that of repeated augmentation, ``model.mixup`` and ``model.cutmix`` are options of
+    :func:`subspace_jax.data.mix_images`.
     """
     config = train.default_config()
     config.task = "subspace_jax.represent.gcr.task"
@@ -167,14 +173,14 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
-    """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
+def build(config: ConfigDict) -> train.Run:
+    """Makes the run of a config, as :func:`subspace_jax.train.build` asks for it.
 
     Args:
       config: With the fields of :func:`default_config`.
 
     Returns:
-      ``(task, data)``.
+      A run of one phase.
 
     Raises:
       ValueError: A name is unknown, or a size can't serve.
@@ -183,37 +189,39 @@ def build(config: ConfigDict) -> tuple[ClassifierTask, train.Data]:
     sizes = config.data
     transform = _transform(sizes)
     train_set, eval_set, num_classes = _sets(config)
-    batch = functools.partial(
+    batches = functools.partial(
         data.train_batches,
         train_set,
         batch_size=sizes.batch_size,
         repeats=sizes.repeats,
         transform=transform,
     )
-    task = _task(config, _input_shape(config, train_set), num_classes)
-    batch(seed=config.seed)  # what is wrong with batch size or seed shows now
-    return task, train.Data(
-        batch_size=sizes.batch_size,
-        steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
-        train=lambda seed: batch(seed=seed),
-        evaluate=data.eval_passes(eval_set, sizes.eval_batch_size),
+    shape = _input_shape(config, train_set)
+    task = _task(config, shape, num_classes)
+    batches(seed=config.seed)  # what is wrong with batch size or seed shows now
+    return _run(
+        task,
+        train.DataSpec(
+            batch=_batch(config, shape),
+            train=lambda seed: batches(seed=seed),
+            evaluate={"eval": data.eval_passes(eval_set, sizes.eval_batch_size)},
+            steps_per_epoch=data.steps_per_epoch(_num_examples(train_set), sizes.batch_size),
+        ),
     )
 
 
-def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTask, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns the task and the shapes of a batch, for :func:`subspace_jax.planning.plan_run`; no image is read.
+def outline(config: ConfigDict) -> train.Run:
+    """Returns the run of a config without its examples, for :func:`subspace_jax.planning.plan_run`; no image is read.
 
     A set of TensorFlow Datasets need not be prepared; of a folder the names of its files are read.
 
     Args:
       config: As for :func:`build`.
-      mesh: The mesh of the run, of which nothing depends.
 
     Raises:
       ValueError: A name is unknown, or a size can't serve.
       FileNotFoundError: The folder is not there.
     """
-    del mesh
     sizes, side = config.data, config.data.image.size
     _transform(sizes)
     if sizes.name in OWN_SETS:
@@ -226,11 +234,19 @@ def outline(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[ClassifierTa
         shape = (side, side, 3) if side else given
     if None in shape:
         raise ValueError(f"data.image.size: images of {sizes.name!r} vary in size, expected the one that they get")
-    batch = {
-        "inputs": jax.ShapeDtypeStruct((sizes.batch_size, *shape), jnp.uint8 if side else jnp.float32),
-        "labels": jax.ShapeDtypeStruct((sizes.batch_size,), jnp.int32),
+    return _run(_task(config, shape, num_classes), train.outlined(_batch(config, shape), sizes.eval_batch_size))
+
+
+def _run(task: ClassifierTask, examples: train.DataSpec) -> train.Run:
+    return train.Run((train.Phase("train", task, examples),))
+
+
+def _batch(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    batch_size = config.data.batch_size
+    return {
+        "inputs": jax.ShapeDtypeStruct((batch_size, *shape), jnp.uint8 if config.data.image.size else jnp.float32),
+        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    return _task(config, shape, num_classes), batch
 
 
 def _task(config: ConfigDict, input_shape: tuple[int, ...], num_classes: int) -> ClassifierTask:
@@ -286,7 +302,9 @@ def _images(config: ConfigDict) -> tuple[data.Images, data.Images, int]:
             for split in (config.train_split, config.eval_split)
         )
     image = config.image
-    shown = data.ImageProcessor.evaluation(image.eval_size or image.size, crop=image.eval_crop, method=image.method, as_bytes=True)
+    shown = data.ImageProcessor.evaluation(
+        image.eval_size or image.size, crop=image.eval_crop, method=image.method, as_bytes=True
+    )
     return train_set, eval_set.map(shown), train_set.num_classes
 
 
