@@ -70,7 +70,10 @@ def test_every_implementation_gives_the_same_under_vmap_of_vmap(x, c, implementa
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "tensor"), None)])
+@pytest.mark.parametrize(
+    "spec",
+    [("data", None), *(pytest.param(x, marks=pytest.mark.slow) for x in ((None, "data"), (("data", "tensor"), None)))],
+)
 def test_shards_give_what_whole_arrays_give(x, c, implementation, axis_type, spec, cpu_mesh, put):
     mesh = cpu_mesh({"data": 4, "tensor": 2}, axis_type)
     op = jax.jit(functools.partial(energy, implementation=implementation))

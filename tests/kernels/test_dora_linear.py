@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +11,8 @@ import pytest
 from jax.sharding import AxisType
 
 from subspace_jax import kernels
+
+from ..variants import rest_slow
 
 compose, layer, norm = kernels.dora_compose, kernels.dora_linear, kernels.dora_weight_norm
 
@@ -40,9 +43,9 @@ def test_compose_and_its_gradients_are_those_of_the_authors_code(x64, golden, pr
         jnp.asarray(g[f"{prefix}_g"][0]),
     )
     assert out.dtype == base.dtype
-    np.testing.assert_allclose(out, g[f"{prefix}_out"], rtol=rtol, atol=rtol)
+    chex.assert_trees_all_close(out, g[f"{prefix}_out"], rtol=rtol, atol=rtol)
     for got, name in zip(back(dout), ("d_base", "d_lora", "d_g"), strict=True):
-        np.testing.assert_allclose(got, g[f"{prefix}_{name}"].reshape(got.shape), rtol=rtol, atol=10 * rtol)
+        chex.assert_trees_all_close(got, g[f"{prefix}_{name}"].reshape(got.shape), rtol=rtol, atol=10 * rtol)
 
 
 def test_bfloat16_is_rounded_once(golden):
@@ -52,11 +55,12 @@ def test_bfloat16_is_rounded_once(golden):
     wanted = g["bf_out_fp32g"].view(ml_dtypes.bfloat16).astype(np.float64)
     exact = g["bf_exact_g32"]
     # One unit in the last place of the largest results, for fused multiply-adds may round differently.
-    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=2.0**-8, atol=1e-6)
+    chex.assert_trees_all_close(out.astype(np.float64), wanted, rtol=2.0**-8, atol=1e-6)
     _, cancelling, ours, _ = g["bf_err"]
     assert np.max(np.abs(out.astype(np.float64) - exact)) <= min(1.01 * ours, cancelling / 3)
 
 
+@pytest.mark.slow
 def test_compose_has_the_derivatives_of_the_plain_formula(x64):
     rng = np.random.default_rng(0)
     base, lora, weights = (jnp.asarray(rng.normal(size=(2, 7, 5))) for _ in range(3))
@@ -73,10 +77,10 @@ def test_compose_has_the_derivatives_of_the_plain_formula(x64):
 
     want = gradients(plain)
     for got in (gradients(ours), gradients(jax.jit(ours)), gradients(jax.checkpoint(ours))):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-13)
     mapped = jax.vmap(jax.grad(lambda *args: jnp.sum(ours(*args)), (0, 2)), (0, 0, None))(base, lora, g)
     single = jax.grad(lambda *args: jnp.sum(ours(*args)), (0, 2))(base[1], lora[1], g)
-    jax.tree.map(lambda m, s: np.testing.assert_allclose(m[1], s, rtol=1e-12), mapped, single)
+    jax.tree.map(lambda m, s: chex.assert_trees_all_close(m[1], s, rtol=1e-12), mapped, single)
 
 
 def test_inner_is_kept_only_if_the_magnitude_is_trained():
@@ -98,7 +102,7 @@ def test_layer_and_gradients_are_those_of_the_authors_code(x64, golden, mode, de
     y, back = jax.vjp(lambda x, a, b, m: run(x, w.T, a, b, m), x, a.T, b.T, m)
     dx, da, db, dm = back(dout)
     for name, got in (("y", y), ("dx", dx), ("dA", da.T), ("dB", db.T), ("dm", dm)):
-        np.testing.assert_allclose(got, g[f"{mode}_{name}"], rtol=1e-12, atol=1e-12)
+        chex.assert_trees_all_close(got, g[f"{mode}_{name}"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -110,14 +114,14 @@ def test_every_gradient_is_that_of_the_plain_formula(x64, detach):
 
     got = gradients(lambda *args: layer(*args, 0.7, detach_norm=detach))
     want = gradients(lambda *args: plain_layer(*args, 0.7, detach))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 def test_the_first_step_starts_from_the_layer_as_it_was():
     for dtype in (jnp.float32, jnp.bfloat16):
         x, w, a, b, _ = layer_args(dtype=dtype)
         b = jnp.zeros_like(b)
-        np.testing.assert_array_equal(layer(x, w, a, b, norm(w, a, b, 2.0), 2.0), unadapted(x, w))
+        chex.assert_trees_all_equal(layer(x, w, a, b, norm(w, a, b, 2.0), 2.0), unadapted(x, w))
 
 
 def unadapted(x, w):
@@ -128,7 +132,7 @@ def test_the_magnitude_scales_all_but_the_bias(x64):
     x, w, a, b, m = layer_args(dtype=jnp.float64)
     bias = jnp.arange(10.0)
     once = layer(x, w, a, b, m, 0.7, bias)
-    np.testing.assert_allclose(
+    chex.assert_trees_all_close(
         layer(x, w, a, b, 3 * m, 0.7, bias), 3 * (once - bias[None, None]) + bias[None, None], rtol=1e-12
     )
 
@@ -138,8 +142,8 @@ def test_dropout_reaches_the_adapter_and_the_correction_only(x64):
     dropped = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x / 0.5, 0.0)
     g = m / norm(w, a, b, 0.7)
     want = x @ w + (g[None, None] - 1) * (dropped @ w) + g[None, None] * 0.7 * (dropped @ a @ b)
-    np.testing.assert_allclose(layer(x, w, a, b, m, 0.7, dropped=dropped), want, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(layer(x, w, a, b, m, 0.7, dropped=x), layer(x, w, a, b, m, 0.7), rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_close(layer(x, w, a, b, m, 0.7, dropped=dropped), want, rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_close(layer(x, w, a, b, m, 0.7, dropped=x), layer(x, w, a, b, m, 0.7), rtol=1e-11, atol=1e-12)
 
 
 def test_bfloat16_is_near_float32():
@@ -152,7 +156,7 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("mode", rest_slow(AxisType.Explicit, AxisType.Auto))
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode):
     x, w, a, b, m = layer_args((8,), 16, 12, 4)
 
@@ -171,9 +175,10 @@ def test_shards_give_what_one_device_does(cpu_mesh, put, mode):
             put(m, mesh, "tensor"),
         )
         got = jax.jit(both)(*placed)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tpus_keep_no_inner_for_a_frozen_magnitude(compile_for_tpu, topology):
     t, rows, columns, rank = 4096, 4096, 14336, 64
     bf16, one = jnp.bfloat16, t * columns * 2

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax import kernels
 from subspace_jax.kernels import column_energy, norm_chunk_size
 from subspace_jax.kernels.dora_weight_norm import xla
+
+from ..variants import rest_slow
 
 norm = kernels.dora_weight_norm
 CASES = ("c0", "c1", "c2", "c3")
@@ -39,27 +42,27 @@ def stored(g, case):
     return *(jnp.asarray(g[f"{case}_{name}"].T) for name in "WAB"), float(g[f"{case}_s"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(*CASES))
 def test_follows_the_authors_code_in_float64(x64, golden, case):
     g = golden("dora/norm_f64")
     got = norm(*stored(g, case))
     for name in ("norm", "norm_chunk7", "norm_dense"):
-        np.testing.assert_allclose(got, g[f"{case}_{name}"], rtol=1e-12)
+        chex.assert_trees_all_close(got, g[f"{case}_{name}"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(*CASES[::-1]))
 def test_follows_the_authors_code_in_float32(golden, case):
     g = golden("dora/norm_f32")
     got = norm(*stored(g, case))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, g[f"{case}_norm"], rtol=1e-5)
+    chex.assert_trees_all_close(got, g[f"{case}_norm"], rtol=1e-5)
 
 
 def test_bfloat16_is_the_authors_number_once_rounded(golden):
     g = golden("dora/norm_bf16")
     w, a, b = (jnp.asarray(g[f"bf_{name}"].view(ml_dtypes.bfloat16).T) for name in "WAB")
     got = norm(w, a, b, float(g["bf_s"]))
-    np.testing.assert_array_equal(np.asarray(got.astype(jnp.bfloat16)).view(np.uint16), g["bf_norm"])
+    chex.assert_trees_all_equal(np.asarray(got.astype(jnp.bfloat16)).view(np.uint16), g["bf_norm"])
 
 
 def test_chunks_are_those_of_the_authors_code(golden):
@@ -69,7 +72,7 @@ def test_chunks_are_those_of_the_authors_code(golden):
 
 
 # The form for TPUs, and the sweep in chunks, give what the default does here.
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", rest_slow(jnp.bfloat16, jnp.float32))
 def test_every_form_is_near_float64(dtype):
     w, a, b = factors(70, 33, 5, dtype)
     want = reference(w, a, b, 0.7)
@@ -81,23 +84,25 @@ def test_every_form_is_near_float64(dtype):
         jnp.sqrt(xla._plain_in_parts(w, a, b, scale)),
     ):
         # bfloat16 arguments are taken as they are, and sums are float32.
-        np.testing.assert_allclose(got, want, rtol=1e-5)
+        chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
-def test_chunks_of_rows_change_nothing(x64, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [(32,), pytest.param((1, 7, 64, 70), marks=pytest.mark.slow)], ids=str)
+def test_chunks_of_rows_change_nothing(x64, monkeypatch, chunks):
     w, a, b = factors(70, 33, 5, jnp.float64)
-    for chunk in (1, 7, 32, 64, 70):
+    for chunk in chunks:
         monkeypatch.setattr(xla, "norm_chunk_size", lambda *_, chunk=chunk: chunk)
         for energy in (None, column_energy(w)):
             got = xla.factored_squares(w, a, b, jnp.float64(0.7), energy, budget=16 << 20)
-            np.testing.assert_allclose(jnp.sqrt(got), reference(w, a, b, 0.7), rtol=1e-12)
+            chex.assert_trees_all_close(jnp.sqrt(got), reference(w, a, b, 0.7), rtol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 100), st.floats(-4, 4), st.sampled_from([(1, 1, 1), (9, 6, 12), (17, 3, 2)]))
 def test_leading_axes_are_single_weights(seed, scale, shape):
     w, a, b = factors(*shape, lead=(2, 3), seed=seed)
-    np.testing.assert_allclose(norm(w, a, b, scale), reference(w, a, b, scale), rtol=2e-5, atol=1e-5)
+    chex.assert_trees_all_close(norm(w, a, b, scale), reference(w, a, b, scale), rtol=2e-5, atol=1e-5)
 
 
 def test_columns_that_cancel_are_computed_as_they_stand():
@@ -107,20 +112,20 @@ def test_columns_that_cancel_are_computed_as_they_stand():
     undone = jnp.where(jnp.arange(40)[None] % 2 == 0, noise - 0.5 * a @ b, w)
     got = jax.jit(norm)(undone, a, b, 0.5)
     # W itself is rounded to 6e-8 of entries near 1, against 1e-3 that are left.
-    np.testing.assert_allclose(got, reference(undone, a, b, 0.5), rtol=2e-4)
-    np.testing.assert_allclose(got[1::2], reference(undone, a, b, 0.5)[1::2], rtol=1e-5)
+    chex.assert_trees_all_close(got, reference(undone, a, b, 0.5), rtol=2e-4)
+    chex.assert_trees_all_close(got[1::2], reference(undone, a, b, 0.5)[1::2], rtol=1e-5)
 
 
 def test_scale_0_gives_the_norm_of_the_weight_and_nan_stays():
     w, a, b = factors(20, 12, 3)
-    np.testing.assert_allclose(norm(w, a, b, 0.0), np.linalg.norm(w, axis=0), rtol=1e-6)
+    chex.assert_trees_all_close(norm(w, a, b, 0.0), np.linalg.norm(w, axis=0), rtol=1e-6)
     got = norm(w.at[0, 3].set(jnp.nan), a, b, 1.0)
-    np.testing.assert_array_equal(np.isnan(got), np.arange(12) == 3)
+    chex.assert_trees_all_equal(np.isnan(got), np.arange(12) == 3)
 
 
 def test_rescaling_the_factors_changes_nothing(x64):
     w, a, b = factors(20, 12, 3, jnp.float64)
-    np.testing.assert_allclose(norm(w, 8 * a, b / 8, 0.3), norm(w, a, b, 0.3), rtol=1e-14)
+    chex.assert_trees_all_close(norm(w, 8 * a, b / 8, 0.3), norm(w, a, b, 0.3), rtol=1e-14)
 
 
 def test_derivatives_are_those_of_the_plain_formula(x64):
@@ -129,23 +134,23 @@ def test_derivatives_are_those_of_the_plain_formula(x64):
     got, want = (
         jax.grad(lambda w, a, b, f=f: jnp.sum(weights * f(w, a, b, 0.7)), (0, 1, 2))(*args) for f in (norm, plain)
     )
-    for g, e in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, e, rtol=1e-12, atol=1e-13)
+    chex.assert_trees_all_close(tuple(got), tuple(want), rtol=1e-12, atol=1e-13)
     mapped = jax.vmap(jax.grad(lambda w, a, b, c: jnp.sum(c * norm(w, a, b, 0.7)), (0, 1, 2)))(*args, weights)
-    for g, e in zip(mapped, want, strict=True):
-        np.testing.assert_allclose(g, e, rtol=1e-12, atol=1e-13)
+    chex.assert_trees_all_close(tuple(mapped), tuple(want), rtol=1e-12, atol=1e-13)
 
 
 def test_a_column_of_zeros_has_a_gradient_of_zeros():
     w, a, b = (jnp.zeros_like(x) for x in factors(6, 4, 2))
     for g in jax.grad(lambda *args: jnp.sum(norm(*args, 1.0)), (0, 1, 2))(w, a, b):
-        np.testing.assert_array_equal(g, np.zeros_like(g))
+        chex.assert_trees_all_equal(g, np.zeros_like(g))
 
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [("fsdp", None), (None, "tensor"), ("fsdp", "tensor")])
-@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize(
+    "spec", [("fsdp", "tensor"), *(pytest.param(x, marks=pytest.mark.slow) for x in (("fsdp", None), (None, "tensor")))]
+)
+@pytest.mark.parametrize("cancels", rest_slow(False, True))
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode, spec, cancels):
     w, a, b = factors(32, 16, 4)
     w = w.at[:, 3].set(-0.5 * (a @ b)[:, 3] * (1 + 5e-3)) if cancels else w
@@ -167,7 +172,7 @@ def test_shards_give_what_one_device_does(cpu_mesh, put, mode, spec, cancels):
         got = jax.jit(both)(*placed)
     # Where a column all but vanishes, its direction, and so its gradient, is known to few digits.
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if cancels else {"rtol": 1e-5, "atol": 1e-5}
-    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, **tolerance), got, want)
+    chex.assert_trees_all_close(got, want, **tolerance)
 
 
 @pytest.mark.eight_devices
@@ -175,7 +180,7 @@ def test_under_shard_map_rows_of_a_shard_are_its_own(cpu_mesh):
     w, a, b = factors(32, 16, 4, lead=(8,))
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)
     run = jax.shard_map(lambda *args: norm(*args, 0.5), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    np.testing.assert_allclose(jax.jit(run)(w, a, b), reference(w, a, b, 0.5), rtol=1e-5)
+    chex.assert_trees_all_close(jax.jit(run)(w, a, b), reference(w, a, b, 0.5), rtol=1e-5)
 
 
 def test_rows_split_over_chips_cost_one_sum_of_norms(tpu_mesh):
@@ -191,7 +196,7 @@ def test_rows_split_over_chips_cost_one_sum_of_norms(tpu_mesh):
     assert "all-gather" not in text
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(8192, 8192, 384), (4096, 14336, 16)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), rest_slow((4096, 14336, 16), (8192, 8192, 384)))
 def test_tpus_read_the_weight_once_and_hold_nothing_of_its_size(compile_for_tpu, topology, rows, columns, rank):
     shapes = [((rows, columns), jnp.bfloat16), ((rows, rank), jnp.bfloat16), ((rank, columns), jnp.bfloat16)]
     compiled = compile_for_tpu(lambda *args: norm(*args, 0.5), *shapes, topology=topology)
@@ -240,7 +245,7 @@ def test_bad_input_is_named(change, error, message):
         functools.partial(norm, **args)()
 
 
-@pytest.mark.parametrize("with_energy", [False, True])
+@pytest.mark.parametrize("with_energy", rest_slow(True, False))
 def test_norms_and_gradients_of_any_size_are_those_of_float64(x64, with_energy):
     # Columns of each size side by side, and a column of zeros.
     size = np.array([1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 0.0])
@@ -253,7 +258,7 @@ def test_norms_and_gradients_of_any_size_are_those_of_float64(x64, with_energy):
     def norm(*args):
         return kernels.dora_weight_norm(*args, np.float32(0.5), energy=energy)
 
-    np.testing.assert_allclose(norm(*narrow), want, rtol=2e-6)
+    chex.assert_trees_all_close(norm(*narrow), want, rtol=2e-6)
     weights = jnp.asarray(gaussian(8) / np.where(size > 0, size, 1), jnp.float32)
     got = jax.grad(lambda *args: jnp.sum(weights * norm(*args)), (0, 1, 2))(*narrow)
     unit = np.divide(w + 0.5 * a @ b, want, out=np.zeros_like(w), where=want > 0) * np.asarray(weights, np.float64)

@@ -1,5 +1,6 @@
 """Energy probes: what ``jax.grad`` delivers for them, on one device and with tokens on many."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,11 +38,11 @@ def gradient(x, w, target, gain=None):
 
 
 def assert_energies(got, g, rtol=1e-5):
-    np.testing.assert_allclose(got[0], np.sum(g**2, axis=-1), rtol=rtol)
-    np.testing.assert_allclose(got[1], np.sum(g**2, axis=-2), rtol=rtol)
+    chex.assert_trees_all_close(got[0], np.sum(g**2, axis=-1), rtol=rtol)
+    chex.assert_trees_all_close(got[1], np.sum(g**2, axis=-2), rtol=rtol)
 
 
-@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize("lead", [(), pytest.param((2,), marks=pytest.mark.slow)])
 def test_gradients_of_probes_are_energies_and_all_others_stay(lead):
     x, w, target, probes = layer(lead)
     value, (dx, dw, got) = jax.value_and_grad(loss, (0, 1, 3))(x, w, target, probes)
@@ -49,9 +50,9 @@ def test_gradients_of_probes_are_energies_and_all_others_stay(lead):
     plain, (expected_dx, expected_dw) = jax.value_and_grad(
         lambda x, w: jnp.sum(jnp.square(product(x, w) - target)) / 2, (0, 1)
     )(x, w)
-    np.testing.assert_allclose(value, plain, rtol=1e-6)
-    np.testing.assert_allclose(dx, expected_dx, rtol=1e-6)
-    np.testing.assert_allclose(dw, expected_dw, rtol=1e-6)
+    chex.assert_trees_all_close(value, plain, rtol=1e-6)
+    chex.assert_trees_all_close(dx, expected_dx, rtol=1e-6)
+    chex.assert_trees_all_close(dw, expected_dw, rtol=1e-6)
 
 
 def test_a_gain_after_the_weight_belongs_to_its_gradient():
