@@ -1,68 +1,32 @@
 """The fields of ``config.json``: type and range of each are checked before use."""
 
-import collections
 import contextlib
-import json
 import os
 import pathlib
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from subspace_jax.data.json_object import read_json_object
+
 Fields = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Sizes that no model has.  Most sizes show in the tensors; these bounds are for what is built before those are seen.
+# Bounds that no model reaches, for what is built before the tensors are compared.
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000
 MAX_HEAD_DIM = 2**16
 MAX_IMAGE = 2**14
-_MAX_BYTES = 100_000_000
 _ABSENT = object()
 
 
-def read_json(file: str | os.PathLike, *, unique: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
-
-    Args:
-      file: The file.
-      unique: Whether a name that stands twice in an object is refused; the last one counts otherwise.
-
-    Raises:
-      ValueError: The file is not JSON in UTF-8, is nested too deeply or too large, or holds no object; the message
-        names the file.
-      OSError: It can't be read, or is not there.
-    """
-    file = pathlib.Path(file)
-    if (size := file.stat().st_size) > _MAX_BYTES:
-        raise ValueError(f"{file}: expected at most {_MAX_BYTES} bytes, got {size}")
-    try:
-        fields = json.loads(file.read_bytes(), object_pairs_hook=unique_names if unique else None)
-    except RecursionError as error:
-        raise ValueError(f"{file}: not JSON: nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dict of the pairs of a JSON object, and refuses names that stand there twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {shown(twice)} stands twice")
-    return made
-
-
 def read_fields(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads the fields of the ``config.json`` of a model's folder.
+    """Reads the fields of ``config.json`` in the folder of a model.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is no JSON object, or not that of a model: the folder is the workdir of a run or an adapter's; or
-        its weights are in files of other names.
+      ValueError: It is no JSON object; the folder is the workdir of a run or an adapter; or the weights are in files of
+        other names.
     """
     folder = pathlib.Path(folder)
     file = folder / "config.json"
@@ -74,7 +38,7 @@ def read_fields(folder: str | os.PathLike) -> dict[str, Any]:
         if not (folder / "checkpoints").is_dir():
             raise FileNotFoundError(f"{file}: no such file; expected the folder of a Hugging Face or timm checkpoint")
         raise ValueError(_what_a_run_has(folder))
-    fields = read_json(file)
+    fields = read_json_object(file)
     named = fields.keys() & {"model_type", "architecture"}
     if not named and ("task" in fields or (folder / "checkpoints").is_dir()):
         raise ValueError(_what_a_run_has(folder))
@@ -96,7 +60,7 @@ def _what_a_run_has(folder: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def naming(file: str | os.PathLike) -> Iterator[None]:
-    """Puts the name of a file before the message of a ``ValueError``."""
+    """Prefixes the message of a ``ValueError`` with the name of a file."""
     try:
         yield
     except ValueError as error:
@@ -104,7 +68,7 @@ def naming(file: str | os.PathLike) -> Iterator[None]:
 
 
 def shown(value: Any) -> str:
-    """The start of a value's representation."""
+    """Returns the beginning of the representation of a value."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return short.repr(value)
@@ -116,7 +80,7 @@ def integer(fields: Fields, name: str, default: Any = _ABSENT, *, least: int = 1
 
 
 def checked_integer(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) -> int:
-    """Returns an integer, and raises ``ValueError`` for what is none, or none in ``[least, most]``."""
+    """Returns the value; raises ``ValueError`` unless it is an integer in ``[least, most]``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         kind = {0: "an integer of at least 0", 1: "a positive integer"}[least]
         raise ValueError(f"{name}: expected {kind}, got {shown(value)}")
@@ -126,7 +90,7 @@ def checked_integer(name: str, value: Any, least: int = 1, most: int = MAX_SIZE)
 
 
 def integers(fields: Fields, name: str, default: tuple[int, ...], *, most: int = MAX_SIZE) -> tuple[int, ...]:
-    """Returns a field that lists positive integers, one for each stage of a network."""
+    """Returns a field with a list of positive integers, one for each stage of a network."""
     values = fields.get(name, default)
     if not isinstance(values, list | tuple) or not 1 <= len(values) <= 32:
         raise ValueError(f"{name}: expected a list of positive integers, one for each stage, got {shown(values)}")
@@ -134,7 +98,7 @@ def integers(fields: Fields, name: str, default: tuple[int, ...], *, most: int =
 
 
 def pair(fields: Fields, name: str, default: Any, *, most: int = MAX_IMAGE) -> tuple[int, int]:
-    """Returns a field that is height and width, or one number for both."""
+    """Returns a field with height and width, or one number for both."""
     value = fields.get(name, default)
     sides = value if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2:
@@ -144,7 +108,7 @@ def pair(fields: Fields, name: str, default: Any, *, most: int = MAX_IMAGE) -> t
 
 
 def square(fields: Fields, name: str, default: Any) -> int:
-    """Returns the side of a square, which may be given as two equal numbers."""
+    """Returns a field with the side of a square, or two equal numbers."""
     height, width = pair(fields, name, default)
     if height != width:
         raise ValueError(f"{name}: expected a square, got {shown(fields[name])}")
@@ -160,7 +124,7 @@ def number(fields: Fields, name: str, default: Any = _ABSENT, *, least: float = 
 
 
 def flag(fields: Fields, name: str, default: bool) -> bool:
-    """Returns a field that is true or false; null counts as absent where that means false."""
+    """Returns a boolean field; null counts as absent where the default is false."""
     value = fields.get(name, default)
     if value is None and not default:
         return False
@@ -170,7 +134,7 @@ def flag(fields: Fields, name: str, default: bool) -> bool:
 
 
 def word(fields: Fields, name: str, default: str | None, known: Collection[str]) -> str:
-    """Returns a field that is one of some words."""
+    """Returns a field that has one of the known values."""
     value = fields.get(name, default)
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: {shown(value)} is not supported; expected one of {sorted(known)}")
@@ -178,7 +142,7 @@ def word(fields: Fields, name: str, default: str | None, known: Collection[str])
 
 
 def group(fields: Fields, name: str) -> dict[str, Any]:
-    """Returns a field that is an object; an empty one where it is absent or null."""
+    """Returns a field that is an object; empty where it is absent or null."""
     value = fields.get(name)
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}: expected an object, got {shown(value)}")
@@ -186,7 +150,7 @@ def group(fields: Fields, name: str) -> dict[str, Any]:
 
 
 def num_labels(fields: Fields) -> int:
-    """Classes of a Hugging Face model: as many as ``id2label`` names, else ``num_labels``, else 2."""
+    """Returns the number of classes of a Hugging Face model: of ``id2label``, else ``num_labels``, else 2."""
     if fields.get("id2label") is not None:
         return len(group(fields, "id2label"))
     return integer(fields, "num_labels", 2, least=0)
@@ -199,7 +163,7 @@ def label_fields(count: int) -> dict[str, Any]:
 
 
 def timm_image_size(fields: Fields) -> tuple[int, int] | None:
-    """Height and width of the images by a ``config.json`` of timm, where it names them."""
+    """Returns height and width of the images in a ``config.json`` of timm, or None."""
     arguments, pretrained = group(fields, "model_args"), group(fields, "pretrained_cfg")
     if arguments.get("img_size") is not None:
         return pair(arguments, "img_size", None)
@@ -212,12 +176,12 @@ def timm_image_size(fields: Fields) -> tuple[int, int] | None:
 
 
 def check_timm_sizes(fields: Fields, mlp: tuple[int, int] | None = None, **found: Any) -> None:
-    """Refuses sizes in a ``config.json`` of timm, its ``model_args`` above all, that are not those of the tensors.
+    """Raises ValueError where sizes in a ``config.json`` of timm differ from those of the tensors.
 
     Args:
       fields: The fields.
-      mlp: Width of the perceptrons and of the model, for ``mlp_ratio``.
-      **found: What the tensors show, by timm's names.
+      mlp: Width of the MLPs and of the model, for ``mlp_ratio``.
+      **found: Sizes of the tensors, by the names of timm.
     """
     given = group(fields, "model_args")
     named = [(name, given[name]) for name in found if name in given]
@@ -231,7 +195,7 @@ def check_timm_sizes(fields: Fields, mlp: tuple[int, int] | None = None, **found
 
 
 def dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor that a config is read off: so many axes, none of them empty."""
+    """Returns the shape of a tensor; raises ValueError unless it has ``count`` axes, none of them empty."""
     shape = shapes[name]
     if len(shape) != count or 0 in shape:
         raise ValueError(f"{name}: expected a tensor with {count} axes, none of them empty, got {tuple(shape)}")

@@ -1,7 +1,7 @@
-"""The safetensors container: tensors read as slices of memory-mapped files, and written one by one.
+"""The safetensors format: tensors read as slices of memory-mapped files, and written one at a time.
 
-Layout: eight bytes with the length of a header, the header in JSON, then the tensors' bytes.  The ``safetensors``
-package judges whether a file is one; tensors are then read through our own memory maps, for its slices are copies.
+A file is eight bytes with the length of a header, the header in JSON, and the bytes of the tensors.  The package
+``safetensors`` validates a file; tensors are read through memory maps of our own, as its slices are copies.
 """
 
 import json
@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from subspace_jax.interop.config_fields import read_json, shown, unique_names
+from subspace_jax.data.json_object import read_json_object, unique_names
+from subspace_jax.interop.config_fields import shown
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -36,14 +37,14 @@ _COMPARED_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor inside a file, of which nothing has been read.
+    """A tensor in a file, not read yet.
 
     Attributes:
       file: The file.
       name: Name of the tensor.
-      dtype: Its type.
+      dtype: Its dtype.
       shape: Its shape.
-      offset: Where its bytes begin in the file.
+      offset: Offset of its bytes in the file.
     """
 
     file: pathlib.Path
@@ -54,24 +55,23 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Maps the tensor, and returns the part at ``index`` without a copy.
+        """Memory-maps the tensor, and returns the part at ``index`` without a copy.
 
-        Pages are read when they are looked at, and the mapping goes when the result does: whoever copies
-        the part elsewhere and drops it holds one copy.
+        Pages are read on access, and the mapping is freed with the result.
 
         Args:
-          index: Slices, as many as there are axes or fewer.
+          index: Slices, at most one for each axis.
         """
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)[index]
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)[index]
 
     def equals(self, other: "StoredTensor") -> bool:
-        """Whether two tensors have the same shape and values; some rows of both are looked at at a time."""
+        """Whether two tensors have the same shape and values; some rows are compared at a time."""
         if self == other:
             return True
         if self.shape != other.shape or 0 in self.shape:
@@ -92,7 +92,7 @@ class StoredTensor:
 
 
 def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Reads what a file holds.
+    """Reads the header of a file.
 
     Args:
       file: A ``.safetensors`` file.
@@ -101,9 +101,9 @@ def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[
       Its tensors by name, and its metadata.
 
     Raises:
-      ValueError: By the rules of the ``safetensors`` package the file is none, is cut off, or contradicts itself; or it
-        names a tensor twice, or one has a type that is not in :data:`DTYPES`.  The message names the file.
-      OSError: It can't be read, or is not there.
+      ValueError: The ``safetensors`` package refuses the file, a tensor is named twice, or one has a dtype that is not
+        in :data:`DTYPES`.  The message names the file.
+      OSError: The file can't be read.
     """
     file = pathlib.Path(file)
     with file.open("rb") as stream:
@@ -111,7 +111,7 @@ def read_header(file: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[
             with safe_open(file, framework="numpy") as opened:
                 metadata = opened.metadata() or {}
         except (SafetensorError, OSError) as error:
-            # Names out of the file stand in its message as they are.
+            # Its message may contain any text of the file.
             told = " ".join(str(error).split())[:300]
             raise ValueError(f"{file}: not a safetensors file, or cut off: {told}") from error
         length = int.from_bytes(stream.read(8), "little")
@@ -135,19 +135,16 @@ def write_safetensors(
     shapes: Mapping[str, tuple[Sequence[int], np.dtype]],
     tensors: Iterable[np.ndarray],
 ) -> None:
-    """Writes tensors one after the other, so that only one of them has to be in memory.
-
-    The file appears in full or not at all where the caller writes into a folder of its own; bytes are flushed to
-    the disk.
+    """Writes tensors one at a time, so that only one of them has to be in memory, and flushes them to disk.
 
     Args:
-      file: Where to write.
-      shapes: Name to shape and type, in the order of the file.
+      file: File to write.
+      shapes: Name to shape and dtype, in the order of the file.
       tensors: The tensors in the same order.
 
     Raises:
-      ValueError: A type has no name in this format, or a tensor is not as announced.
-      OSError: The disk is full, say.
+      ValueError: The format has no name for a dtype, or a tensor differs from ``shapes``.
+      OSError: Writing failed.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in shapes.items():
@@ -181,7 +178,7 @@ def has_weights(folder: str | os.PathLike) -> bool:
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """Reads what a checkpoint folder holds: ``model.safetensors``, or else the shards of its index.
+    """Reads the headers of a checkpoint folder: of ``model.safetensors``, or else of the shards of its index.
 
     Args:
       folder: The folder.
@@ -190,14 +187,14 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
       Its tensors by name.
 
     Raises:
-      FileNotFoundError: There is no folder, no weights, or a shard is missing.
+      FileNotFoundError: The folder, its weights or a shard do not exist.
       ValueError: The weights are pickled, a file is damaged, or the index contradicts its shards.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     index, single = folder / _INDEX, folder / _SINGLE
-    # The order of transformers: an index beside a single file is left over from earlier weights.
+    # As in transformers: an index beside a single file belongs to earlier weights.
     if single.is_file() or (single.exists() and not index.exists()):
         return read_header(single)[0]
     if index.exists():
@@ -213,7 +210,7 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
 
 
 def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index, unique=True).get("weight_map")
+    weight_map = read_json_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: expected JSON with a weight_map, an object, got {shown(weight_map)}")
     shards: dict[str, dict[str, StoredTensor]] = {}
@@ -235,5 +232,5 @@ def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredT
 
 
 def some(names: list[str]) -> str:
-    """Shows the first few of many names."""
+    """Formats the first names of a list."""
     return f"{names[:8]}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "none"

@@ -13,7 +13,11 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop"
 MODELS = ("gpt2", "llama", "llama31", "mistral", "qwen2", "llama_sharded")
 
 
-@pytest.fixture(params=MODELS)
+# Llama and Mistral differ in their fields only, shards in files only.
+_SLOW = ("mistral", "llama_sharded")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in _SLOW else []) for name in MODELS])
 def model(request):
     """Each golden checkpoint in turn, by name."""
     return request.param

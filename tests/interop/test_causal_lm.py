@@ -151,7 +151,13 @@ def shardings_on(mesh):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
-    ("model", "sizes"), [*((name, (2, 2, 2)) for name in MODELS), ("llama", (1, 4, 2)), ("llama", (8, 1, 1))]
+    ("model", "sizes"),
+    [
+        ("gpt2", (2, 2, 2)),
+        *(pytest.param(name, (2, 2, 2), marks=pytest.mark.slow) for name in MODELS if name != "gpt2"),
+        ("llama", (1, 4, 2)),
+        pytest.param("llama", (8, 1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_load_causal_lm_shards_parameters_over_a_mesh(model, sizes, checkpoint, tmp_path):
     mesh = train.make_mesh(*sizes)
@@ -204,6 +210,7 @@ def peak_beside_the_arrays(folder, where):
     return extra, total
 
 
+@pytest.mark.slow
 def test_loading_onto_a_mesh_holds_no_second_copy(write_random, tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 512, "num_layers": 6, "num_heads": 8, "mlp_size": 1024}
     config = nn.CausalLMConfig.llama3("8b", **sizes, num_kv_heads=2, head_dim=64)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from subspace_jax import interop
+from subspace_jax.data.json_object import read_json_object
 from subspace_jax.interop import hf
-from subspace_jax.interop.config_fields import read_json
 
 from .test_hf_config import GPT2, LLAMA
 from .vision_goldens import copy
@@ -148,10 +148,10 @@ def test_minus_one_is_no_token_and_null_heads_of_keys_are_those_of_queries():
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
     ],
 )
-def test_files_that_hold_no_json_object_are_named_by_read_json(tmp_path, content, message):
+def test_files_that_hold_no_json_object_are_named_by_read_json_object(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.json: {message}"):
-        read_json(tmp_path / "config.json")
+        read_json_object(tmp_path / "config.json")
     for read in (interop.read_config, interop.load_causal_lm, interop.load_vision, interop.load_dual):
         with pytest.raises(ValueError, match=f"config.json: {message}"):
             read(tmp_path)

@@ -14,7 +14,9 @@ from subspace_jax.interop.hf.clip import dual_config_from_fields, dual_tensor_la
 from .conftest import rewrite, tensors_of
 from .vision_goldens import DUAL, GOLDEN, close, copy, gradients_are, jit, pixels, stored
 
-every_model = pytest.mark.parametrize("name", DUAL)
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "clip_legacy" else []) for name in DUAL]
+)
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def found(name):
         own = (losses.siglip_loss if config.biased else losses.clip_loss)(image_features, text_features, *numbers)
         return jnp.mean(own), (text, image_features, text_features, scores)
 
-    # Of one of CLIP's two the gradients are enough: they differ in settings of the forward pass.
+    # One of the two models of CLIP suffices for the gradients: they differ in settings of the forward pass.
     run = jax.value_and_grad(loss, has_aux=True) if name != "clip_legacy" else lambda params: (loss(params), None)
     with jax.default_matmul_precision("highest"):
         return jit(run)(params)
@@ -68,8 +70,10 @@ def test_gradients_are_those_of_the_reference(name):
     assert count == sum(key.startswith("grad:") for key in golden)
 
 
-@every_model
-def test_a_mask_hides_padding(name):
+@pytest.mark.parametrize(
+    "name", ["siglip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("clip", "clip_legacy"))]
+)
+def test_encode_text_with_a_mask_ignores_padding(name):
     golden, (config, params) = stored(name), loaded(name)
     ids, mask = (jnp.asarray(golden[key], jnp.int32) for key in ("input_ids", "attention_mask"))
 

@@ -9,6 +9,8 @@ import pytest
 
 from subspace_jax import interop, nn
 
+from .conftest import MODELS
+
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("capture_hidden",))
 def run(config, params, tokens, **options):
@@ -16,7 +18,7 @@ def run(config, params, tokens, **options):
         return nn.causal_lm_apply(config, params, tokens, **options)
 
 
-def test_logits_hidden_states_and_padding(model, checkpoint, expected):
+def test_causal_lm_apply_gives_the_logits_and_hidden_states_of_transformers(model, checkpoint, expected):
     config, params = interop.load_causal_lm(checkpoint(model), dtype=jnp.float32)
     wanted = expected(model)
     tokens, mask = jnp.asarray(wanted["input_ids"], jnp.int32), jnp.asarray(wanted["attention_mask"])
@@ -29,7 +31,7 @@ def test_logits_hidden_states_and_padding(model, checkpoint, expected):
     assert np.all(np.isfinite(masked))
 
 
-def test_left_padding_gives_the_logits_of_the_text_alone(model, checkpoint, expected):
+def test_causal_lm_apply_ignores_left_padding(model, checkpoint, expected):
     config, params = interop.load_causal_lm(checkpoint(model), dtype=jnp.float32)
     wanted = expected(model)
     tokens = jnp.roll(jnp.asarray(wanted["input_ids"], jnp.int32), 4, axis=1)
@@ -39,7 +41,12 @@ def test_left_padding_gives_the_logits_of_the_text_alone(model, checkpoint, expe
     assert np.all(np.isfinite(out))
 
 
-def test_the_cache_generates_what_reading_again_does(model, checkpoint, expected):
+@pytest.mark.parametrize(
+    "model",
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "gpt2")],
+    indirect=True,
+)
+def test_generate_with_a_cache_gives_the_tokens_of_the_full_forward_pass(model, checkpoint, expected):
     config, params = interop.load_causal_lm(checkpoint(model), dtype=jnp.float32)
     prompt = np.asarray(expected(model)["input_ids"], np.int32)[:, :5]
     rows, count = np.pad(prompt, ((0, 0), (0, 14))), 14
@@ -55,7 +62,7 @@ def test_the_cache_generates_what_reading_again_does(model, checkpoint, expected
     np.testing.assert_array_equal(left.tokens, rows[:, 5:])
 
 
-def test_hugging_face_reads_what_is_written(model, checkpoint, expected, tmp_path):
+def test_transformers_reads_what_save_causal_lm_writes(model, checkpoint, expected, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config, params = interop.load_causal_lm(checkpoint(model), dtype=jnp.float32)

@@ -91,7 +91,7 @@ def test_windows_of_qwen2():
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' needs .*low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: .* got 0.5"),
         ({"hidden_act": "swiglu"}, "hidden_act: 'swiglu' is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 4},
             "layer_types: expected 4",

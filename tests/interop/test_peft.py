@@ -16,7 +16,11 @@ from subspace_jax import adapters, interop, nn
 PEFT = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 ADAPTERS = sorted("/".join(p.parent.parts[-2:]) for p in PEFT.glob("*/*/adapter_config.json"))
 
-every_adapter = pytest.mark.parametrize("name", ADAPTERS)
+# One of each kind and family in the quick tests, as each takes seconds to compile.
+QUICK = ("gpt2/rslora", "llama/dora", "llama/lora_embed", "llama/lora_head", "qwen2/lora_alllinear")
+every_adapter = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ADAPTERS]
+)
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def loaded(name, checkpoint):
 
 
 @every_adapter
-def test_logits_losses_and_merged_weights_are_those_of_peft(name, checkpoint, tmp_path):
+def test_logits_of_bound_and_merged_adapters_are_those_of_peft(name, checkpoint, tmp_path):
     config, params, adapter, io = loaded(name, checkpoint)
     tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
     loss, bound = run(adapters.bind(params, adapter.trainable, adapter.settings), tokens)
@@ -83,16 +87,15 @@ def test_logits_losses_and_merged_weights_are_those_of_peft(name, checkpoint, tm
 
 
 def with_gradients():
-    """Adapters whose gradients PEFT gives; one of each kind in the quick tests, for each takes seconds to compile."""
+    """Adapters whose gradients PEFT gives."""
     for name in ADAPTERS:
         with np.load(PEFT / name / "io.npz") as io:
             if any(key.startswith("grad:") for key in io):
-                quick = name in ("gpt2/rslora", "llama/lora_embed", "mistral/dora")
-                yield pytest.param(name, marks=[] if quick else pytest.mark.slow)
+                yield pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", with_gradients())
-def test_gradients_are_those_of_peft(name, checkpoint, tmp_path):
+def test_gradients_of_bound_adapters_are_those_of_peft(name, checkpoint, tmp_path):
     config, params, adapter, io = loaded(name, checkpoint)
     tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
     grads = jax.jit(jax.grad(lambda t: run(adapters.bind(params, t, adapter.settings), tokens)[0]))(adapter.trainable)
@@ -105,9 +108,9 @@ def test_gradients_are_those_of_peft(name, checkpoint, tmp_path):
         np.testing.assert_allclose(own, value, rtol=1e-3, atol=1e-5)
 
 
-@every_adapter
+@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("again", [True, False], ids=["fields kept", "fields made"])
-def test_what_is_written_has_the_keys_shapes_and_numbers_that_were_read(name, again, checkpoint, tmp_path):
+def test_save_peft_adapter_writes_the_tensors_that_were_read(name, again, checkpoint, tmp_path):
     config = interop.read_config(checkpoint(name.split("/")[0]))
     adapter = interop.load_peft_adapter(PEFT / name, config)
     fields = adapter.fields if again else None
@@ -147,7 +150,7 @@ def test_what_is_written_has_the_keys_shapes_and_numbers_that_were_read(name, ag
         ({"modules_to_save": ["q_proj"]}, "modules_to_save"),
     ],
 )
-def test_configs_that_can_not_be_followed_are_refused(fields, message, copied_adapter, checkpoint):
+def test_load_peft_adapter_refuses_fields_that_are_not_supported(fields, message, copied_adapter, checkpoint):
     config = interop.read_config(checkpoint("llama"))
     folder = copied_adapter("llama/lora", fields)
     with pytest.raises(ValueError, match=message):
@@ -162,13 +165,13 @@ def test_configs_that_can_not_be_followed_are_refused(fields, message, copied_ad
         ({"base_model.model.other.lora_A.weight": np.zeros((4, 32), np.float32)}, "no target has"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(tensors, message, copied_adapter, checkpoint):
+def test_load_peft_adapter_refuses_missing_and_unexpected_tensors(tensors, message, copied_adapter, checkpoint):
     config = interop.read_config(checkpoint("llama"))
     with pytest.raises(ValueError, match=message):
         interop.load_peft_adapter(copied_adapter("llama/lora", tensors=tensors), config)
 
 
-def test_dropout_is_written_and_read(checkpoint, tmp_path):
+def test_save_peft_adapter_writes_dropout(checkpoint, tmp_path):
     config = interop.read_config(checkpoint("llama"))
     adapter = interop.load_peft_adapter(PEFT / "llama/lora", config)
     settings = {path: dataclasses.replace(s, dropout=0.125) for path, s in adapter.settings.items()}
@@ -181,7 +184,7 @@ def test_dropout_is_written_and_read(checkpoint, tmp_path):
         )
 
 
-def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
+def test_save_peft_adapter_leaves_an_older_adapter_where_writing_fails(checkpoint, tmp_path, monkeypatch):
     config, folder = interop.read_config(checkpoint("llama")), tmp_path / "out"
     adapter = interop.load_peft_adapter(PEFT / "llama/lora", config)
     interop.save_peft_adapter(folder, config, adapter.trainable, adapter.settings)
@@ -205,14 +208,15 @@ def test_an_adapter_appears_as_a_whole_or_not_at_all(checkpoint, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_peft_can_not_hold_is_not_written(checkpoint, tmp_path):
-    config, params = interop.load_causal_lm(checkpoint("llama"), dtype=jnp.float32)
+def test_save_peft_adapter_refuses_what_peft_has_not(checkpoint, tmp_path):
+    config = interop.read_config(checkpoint("llama"))
+    shapes = nn.param_shapes(config)
     for rules in (
         {"q": adapters.SVFit(2)},
         {"q": adapters.LoRA(2, 2.0, init="pissa")},
         {"q": adapters.LoRA(2, 2.0), "v": adapters.DoRA(2, 2.0)},
         {"q": adapters.LoRA(2, 2.0), "v": adapters.LoRA(2, 2.0, rslora=True)},
     ):
-        trainable = adapters.prepare(jax.random.key(0), params, rules)[1]
+        _, trainable = jax.eval_shape(functools.partial(adapters.prepare, settings=rules), jax.random.key(0), shapes)
         with pytest.raises(ValueError, match="settings: "):
             interop.save_peft_adapter(tmp_path / "out", config, trainable, rules)

@@ -21,8 +21,11 @@ def channels_last(x):
     return np.moveaxis(x, 1, -1) if x.ndim == 4 else x
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_features_hidden_states_and_logits(name):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("resnet", "resnet_d_timm") else pytest.mark.slow) for name in MODELS],
+)
+def test_resnet_apply_gives_the_hidden_states_and_logits_of_the_reference(name):
     config, tree = interop.load_vision(vision.FOLDERS / name)
     wanted = vision.arrays(name)
     out = vision.run_resnet(config, tree, vision.pixels(name))
@@ -67,6 +70,7 @@ def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
         np.testing.assert_allclose(stored[key.removeprefix("train_grad:")], wanted[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_timm"])
 def test_one_training_pass_of_timm_gives_running_statistics(name):
     config, tree = interop.load_vision(vision.FOLDERS / name)

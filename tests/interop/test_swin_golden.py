@@ -17,8 +17,8 @@ from . import vision
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-@pytest.mark.parametrize("name", ["swin", "swin_timm"])
-def test_tokens_hidden_states_logits_loss_and_gradients(name):
+@pytest.mark.parametrize("name", ["swin", pytest.param("swin_timm", marks=pytest.mark.slow)])
+def test_swin_apply_gives_the_hidden_states_loss_and_gradients_of_the_reference(name):
     config, params = interop.load_vision(vision.FOLDERS / name)
     wanted = vision.arrays(name)
 

@@ -21,6 +21,7 @@ from .vision_goldens import (
     copy,
     forward,
     found,
+    gradients,
     gradients_are,
     jit,
     loaded,
@@ -28,13 +29,20 @@ from .vision_goldens import (
     stored,
 )
 
-every_model = pytest.mark.parametrize("name", [*HF, *DUAL, *TIMM])
+_SLOW = ("vit_model", "clip_legacy", "deit3_timm", "deit_distilled_timm")
+
+
+def models(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else []) for name in names]
+
+
+every_model = pytest.mark.parametrize("name", models([*HF, *DUAL, *TIMM]))
 
 
 @every_model
 def test_hidden_states_pooled_vectors_and_logits_are_those_of_the_reference(name):
     golden, tower = stored(name), "vision_" if name in DUAL else ""
-    output = found(name)[0]
+    output = found(name)
     wanted = {
         "tokens": golden.get(f"{tower}last_hidden_state", golden.get("features")),
         "pooled": golden.get(f"{tower}pooled"),
@@ -50,7 +58,14 @@ def test_hidden_states_pooled_vectors_and_logits_are_those_of_the_reference(name
         close(np.asarray(output.tokens[:, 0]) @ head["kernel"] + head["bias"], golden["cls_logits"])
 
 
-@pytest.mark.parametrize("name", [n for n in (*HF, *DUAL, *TIMM) if "pixel_values_other" in stored(n)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("vit", "siglip_vision_timm") else pytest.mark.slow)
+        for n in (*HF, *DUAL, *TIMM)
+        if "pixel_values_other" in stored(n)
+    ],
+)
 def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name):
     golden, tower = stored(name), "vision_" if name in DUAL else ""
     config, params = loaded(name)
@@ -71,9 +86,11 @@ def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name
         nn.vision_transformer_apply(config, params, pixels(name, "pixel_values_other"))
 
 
-@pytest.mark.parametrize("name", ["vit", "vit_timm", "deit3_timm"])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_timm", "deit3_timm"))]
+)
 def test_loss_and_its_gradients_are_those_of_the_reference(name):
-    golden, (_, value, grads) = stored(name), found(name)
+    golden, (value, grads) = stored(name), gradients(name)
     close(value, golden["loss"])
     layout = (timm if name in TIMM else hf).vit.tensor_layout(loaded(name)[0])
     count = gradients_are(golden, layout.tensors, grads)
@@ -174,7 +191,7 @@ def test_a_model_moves_between_the_libraries_where_both_can_express_it(tmp_path)
     assert moved[0].architecture is None
     run = jit(lambda params: nn.vision_transformer_apply(moved[0], params, pixels("vit_timm")).logits)
     with jax.default_matmul_precision("highest"):
-        close(run(moved[1]), found("vit_timm")[0].logits)
+        close(run(moved[1]), found("vit_timm").logits)
     interop.save_vision(tmp_path / "timm", *moved, layout="timm")
     again, back = interop.load_vision(tmp_path / "timm")
     assert again == config
@@ -284,7 +301,7 @@ def test_a_norm_behind_the_mean_of_patches_is_read_from_timm(tmp_path):
     rewrite(folder, lambda t: {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in t.items()})
     config, params = interop.load_vision(folder)
     assert (config.pool, config.norm_at) == ("mean", "pooled")
-    mean = np.asarray(found("vit_timm")[0].hidden[-1])[:, 1:].mean(axis=1)
+    mean = np.asarray(found("vit_timm").hidden[-1])[:, 1:].mean(axis=1)
     unit = (mean - mean.mean(axis=1, keepdims=True)) / np.sqrt(mean.var(axis=1, keepdims=True) + 1e-6)
     output = jit(functools.partial(nn.vision_transformer_apply, config))(params, pixels("vit_timm"))
     close(output.pooled, unit * np.asarray(params["norm"]["scale"]) + np.asarray(params["norm"]["bias"]))

@@ -34,7 +34,9 @@ def factors(name, adapter, config, grads):
     return seen
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name", ["dora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "lora_v4names"))]
+)
 def test_logits_loss_and_gradients_of_vit_are_those_of_peft(name):
     golden, (config, params) = stored("vit"), loaded("vit")
     adapter = interop.load_peft_adapter(GOLDEN / "vit" / name, config)
@@ -73,6 +75,7 @@ def test_scores_and_gradients_of_clip_s_two_towers_are_those_of_peft():
     assert factors("clip", "lora", config, grads) == 8
 
 
+@pytest.mark.slow
 def test_logits_loss_and_gradients_of_swin_are_those_of_peft():
     golden, (config, params) = stored("swin"), loaded("swin")
     adapter = interop.load_peft_adapter(GOLDEN / "swin" / "lora", config)
@@ -90,7 +93,7 @@ def test_logits_loss_and_gradients_of_swin_are_those_of_peft():
     assert factors("swin", "lora", config, grads) == sum(key.startswith("grad_lora:") for key in golden) > 0
 
 
-@pytest.mark.parametrize("ways", [adapters.bind, adapters.materialize])
+@pytest.mark.parametrize("ways", [adapters.bind, pytest.param(adapters.materialize, marks=pytest.mark.slow)])
 def test_logits_of_a_residual_network_with_adapted_convolutions_are_those_of_peft(ways):
     config, params = loaded("resnet")
     adapter = interop.load_peft_adapter(GOLDEN / "resnet" / "lora_conv", config)

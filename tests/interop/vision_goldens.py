@@ -13,7 +13,7 @@ from subspace_jax.interop.tensors import to_stored
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 
-# Programs that run once: to optimise their machine code takes as long as all else of a compilation.
+# Programs that run once: optimizing their machine code takes half of the compilation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 HF = ("vit", "vit_model", "deit_distilled")
@@ -32,7 +32,7 @@ def loaded(name):
     return interop.load_vision(GOLDEN / name)
 
 
-# What the backward pass computes again must not change its results.
+# Rematerialization does not change the results.
 REMAT = {"vit_timm": "dots", "deit3_timm": "full"}
 
 
@@ -43,19 +43,20 @@ def forward(name, params, pixels, **options):
 
 @functools.cache
 def found(name):
-    """What a golden checkpoint gives for its images; with labels also the loss and its gradients."""
-    golden, params = stored(name), loaded(name)[1]
-    if "labels" not in golden:
-        return jit(lambda params, x: forward(name, params, x))(params, pixels(name)), None, None
-    labels = jnp.asarray(golden["labels"], jnp.int32)
+    """What a golden checkpoint gives for its images."""
+    return jit(lambda params, x: forward(name, params, x))(loaded(name)[1], pixels(name))
+
+
+@functools.cache
+def gradients(name):
+    """The loss of a golden checkpoint, and its gradients."""
+    labels = jnp.asarray(stored(name)["labels"], jnp.int32)
 
     def loss(params):
         output = forward(name, params, pixels(name), options=nn.LayerOptions(remat=REMAT.get(name, "none")))
-        return jnp.mean(losses.cross_entropy(output.logits, labels)), output
+        return jnp.mean(losses.cross_entropy(output.logits, labels))
 
-    # One program for all: compiling takes longer than all else here.
-    (value, output), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return output, value, grads
+    return jit(jax.value_and_grad(loss))(loaded(name)[1])
 
 
 def pixels(name, key="pixel_values"):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from jax.typing import DTypeLike
 
-from subspace_jax.interop.config_fields import naming, read_fields, read_json
+from subspace_jax.data.json_object import read_json_object
+from subspace_jax.interop.config_fields import naming, read_fields
 from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_hf, token_ids
 from subspace_jax.interop.hf.causal_lm_names import is_buffer, tensor_names
 from subspace_jax.interop.reading import Shardings, check_depth, match_tensors, read_params
@@ -122,7 +123,7 @@ def _config_of_fields(folder: str | os.PathLike) -> CausalLMConfig:
     file = pathlib.Path(folder) / "generation_config.json"
     if not file.is_file():
         return config
-    generation = read_json(file)
+    generation = read_json_object(file)
     with naming(file):
         # Takes precedence, as in transformers.
         return config.replace(

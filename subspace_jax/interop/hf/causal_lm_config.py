@@ -1,4 +1,4 @@
-"""``config.json`` of Hugging Face checkpoints, in and out."""
+"""``config.json`` of causal language models of Hugging Face, read and written."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 
-# What null stands for the default of, which transformers works out.
+# Fields for which null means the default.
 _MAY_BE_NULL = {
     "n_inner",
     "n_positions",
@@ -49,22 +49,22 @@ _MAY_BE_NULL = {
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> CausalLMConfig:
-    """Turns the fields of a ``config.json`` into a config.
+    """Converts the fields of ``config.json`` to a config.
 
     Args:
-      fields: The fields; sizes are needed, all else has the defaults of its architecture.  Both spellings of the
+      fields: The fields; sizes are required, others have the defaults of the architecture.  Both spellings of the
         rotary settings are read.
 
     Returns:
       The config.
 
     Raises:
-      ValueError: The architecture, its rotary kind or its activation is not supported, a field that is needed is
-        absent, a field has a value of another type or out of range, or the fields contradict one another.
+      ValueError: The architecture, its kind of rotary embedding or its activation is not supported, a required field is
+        absent, a field has the wrong type or is out of range, or fields contradict one another.
     """
     family = word(fields, "model_type", None, _ARCHITECTURES)
     if fields.get("quantization_config"):
-        raise ValueError("quantization_config: quantised weights are not supported; expected plain floating point")
+        raise ValueError("quantization_config: quantized weights are not supported; expected plain floating point")
     tokens = token_ids(fields)
     fields = {name: value for name, value in fields.items() if value is not None or name not in _MAY_BE_NULL}
     if family == "gpt2":
@@ -73,11 +73,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> CausalLMConfig:
 
 
 def token_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tokens that open, end and fill texts, by the fields of ``config.json`` or ``generation_config.json``.
-
-    Raises:
-      ValueError: One is no id.
-    """
+    """Returns the BOS, EOS and padding tokens of ``config.json`` or ``generation_config.json``."""
     ends = fields.get("eos_token_id")
     if isinstance(ends, list):
         ends = [checked_integer("eos_token_id", end, 0) for end in ends]
@@ -91,7 +87,7 @@ def token_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(name: str, value: Any) -> int | None:
-    # Some files say -1 for none.
+    # Some files have -1 for none.
     return None if value is None or (value == -1 and isinstance(value, int)) else checked_integer(name, value, 0)
 
 
@@ -123,7 +119,7 @@ def _llama(family: str, fields: Mapping[str, Any], tokens: dict[str, Any]) -> Ca
     if "head_dim" not in fields and width % heads:
         raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
     head_dim = integer({"head_dim": width // heads, **fields}, "head_dim", most=MAX_HEAD_DIM)
-    # Null means a head of keys for each head of queries, absence what the architecture was first made with.
+    # Null means as many as query heads, absence the default of the architecture.
     absent = {"llama": heads, "mistral": 8, "qwen2": 32}[family]
     kv_heads = heads if fields.get("num_key_value_heads", 0) is None else integer(fields, "num_key_value_heads", absent)
     if heads % kv_heads:
@@ -179,9 +175,7 @@ def _rope(fields: Mapping[str, Any], max_length: int) -> Rope:
         raise ValueError(f"rope_parameters: settings for each kind of layer are not supported, got {shown(nested)}")
     partial = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise ValueError(
-            f"partial_rotary_factor: heads that are turned in part are not supported, got {shown(partial)}"
-        )
+        raise ValueError(f"partial_rotary_factor: partial rotary embeddings are not supported, got {shown(partial)}")
     needed = {"default": (), "linear": ("factor",)}.get(kind, ("factor", "low_freq_factor", "high_freq_factor"))
     if absent := [name for name in needed if name not in settings]:
         raise ValueError(f"rope_type {kind!r} needs {absent}; got {shown(settings)}")
@@ -193,14 +187,14 @@ def _rope(fields: Mapping[str, Any], max_length: int) -> Rope:
 
 
 def config_to_hf(config: CausalLMConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Turns a config into the fields of a ``config.json``, rotary settings in both spellings.
+    """Converts a config to the fields of ``config.json``, with both spellings of the rotary settings.
 
     Args:
       config: The config.
-      dtype: Name of the type of the weights.
+      dtype: Name of the dtype of the weights.
 
     Raises:
-      ValueError: The model is none that its family can express.
+      ValueError: The family can't express the model.
     """
     common = {
         "architectures": [_ARCHITECTURES[config.family]],
@@ -270,7 +264,7 @@ def _llama_fields(config: CausalLMConfig) -> dict[str, Any]:
         fields["use_sliding_window"] = config.windows is not None
         fields["sliding_window"] = next((w for w in windows if w), None)
         fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
-        # Old readers know only that the first so many layers see everything.
+        # Old readers use full attention in the first layers, up to this number.
         fields["max_window_layers"] = sum(w is None for w in windows)
     return fields
 

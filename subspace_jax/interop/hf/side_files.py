@@ -1,4 +1,4 @@
-"""Files beside the weights in a Hugging Face folder, which a folder made from it takes along."""
+"""Files beside the weights in a Hugging Face folder, to copy to a folder made from it."""
 
 import fnmatch
 import os
@@ -23,18 +23,18 @@ _OF_THE_MODEL = ("generation_config.json", "*processor_config.json")
 def side_files(
     folder: str | os.PathLike = "", tokenizer: str | os.PathLike = "", *, adapter: bool = False
 ) -> dict[str, Path]:
-    """Finds the files that a folder made from another one takes along.
+    """Finds the files to copy to a folder made from another one.
 
-    These are the tokenizer's (``tokenizer.json`` and its settings, sentencepiece models, vocabularies, added and
-    special tokens, chat templates), and the model's: ``generation_config.json`` and settings of processors.
+    These are the files of the tokenizer (``tokenizer.json`` and its settings, sentencepiece models, vocabularies, added
+    and special tokens, chat templates), ``generation_config.json`` and settings of processors.
 
     Args:
-      folder: Hugging Face folder of the model, or "" where it began from random numbers.
+      folder: Hugging Face folder of the model, or "" for a model trained from scratch.
       tokenizer: File or folder of another tokenizer, "bytes" for none, or "" for that of the model.
-      adapter: Whether the new folder is that of an adapter, which has no generation of its own.
+      adapter: Whether the new folder is that of an adapter, which has no generation config.
 
     Returns:
-      Names in the new folder, and the files.
+      Name in the new folder to file.
     """
     found = {}
     where = Path(tokenizer or folder or "bytes")

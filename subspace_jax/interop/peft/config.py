@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from subspace_jax.interop.config_fields import read_json
+from subspace_jax.data.json_object import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
         if (folder / "checkpoints").is_dir():
             raise ValueError(f"{folder}: this is a run without an adapter for PEFT; expected the folder of an adapter")
         raise FileNotFoundError(f"{folder}: has no {CONFIG}; expected the folder of a PEFT adapter")
-    fields = read_json(file)
+    fields = read_json_object(file)
     known = {"peft_type", *_EXPECTED, *_REFUSED, *_WITHOUT_EFFECT}
     if unknown := {name: value for name, value in fields.items() if name not in known and value}:
         log.warning("%s: these fields are set, unknown, and have no effect: %s", file, sorted(unknown))
