@@ -1,26 +1,24 @@
-"""Regression onto a low-rank matrix whose rows and columns differ in scale, by factors: a test of their optimizers."""
-
-import functools
+"""Regression onto a low-rank matrix whose rows and columns differ in scale: a test of optimizers of LoRA's factors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from subspace_jax import adapters, data, nn, train
+from subspace_jax import adapters, nn, train
+from subspace_jax.train.optimizer import uses_probes
 
 INPUTS, OUTPUTS, TARGET_RANK, ROWS = 64, 48, 4, 2000
 
 
-class LowRankRegressionTask:
-    """A kernel ``[64, 48]`` of zeros with a LoRA of scale 1, as a :class:`subspace_jax.train.Task`.
+class LowRankRegressionTask(train.Task):
+    """A kernel ``[64, 48]`` of zeros with a LoRA of scale 1.
 
     Batches hold ``inputs [batch, 64]``, ``labels [batch, 48]`` and, for evaluation, ``mask [batch]``.
 
     Args:
-      rank: Of the LoRA.
-      probes: Whether energy probes are beside the factors, see :func:`subspace_jax.adapters.add_energy_probes`.
+      rank: Rank of the LoRA.
+      probes: Whether there are gradient probes beside the factors, see :func:`subspace_jax.adapters.add_gradient_probes`.
       start: Mean square of the labels, the loss of the kernel of zeros.
     """
 
@@ -33,20 +31,19 @@ class LowRankRegressionTask:
         # No constant of the program: XLA's products with a constant of zeros came out as garbage (JAX 0.10.2, CPU).
         frozen = {"kernel": jnp.zeros((INPUTS, OUTPUTS), jnp.float32)}
         factors = adapters.init(key, frozen, self._rules)
-        return adapters.add_energy_probes(factors) if self._probes else factors, frozen
+        return adapters.add_gradient_probes(factors) if self._probes else factors, frozen
 
-    def axes(self):
-        """Returns the logical axis names: nothing is split."""
-        return jax.tree.map(lambda x: P(*(None,) * x.ndim), jax.eval_shape(self.init, jax.random.key(0)))
+    def roles(self):
+        """Returns the roles of factors and probes."""
+        return adapters.roles(jax.eval_shape(self.init, jax.random.key(0))[0], self._rules)
 
-    def loss(self, params, variables, batch, key):
-        """Returns the mean square of the errors, and that as a share of the start's as a metric."""
-        del key
+    def loss(self, params, variables, batch, *, key, step):
+        """Returns the mean squared error, and its ratio to that of the start as a metric."""
         loss = jnp.mean(self._squares(params, variables, batch))
         return loss, (variables, {"relative": loss / self._start})
 
-    def evaluate(self, params, variables, batch):
-        """Returns sums over the real rows, and their number."""
+    def evaluate(self, params, variables, batch, *, key):
+        """Returns sums over the examples that are not padding, and their number."""
         loss = jnp.sum(self._squares(params, variables, batch), where=batch["mask"] > 0)
         return {"loss": loss, "relative": loss / self._start, "count": jnp.sum(batch["mask"])}
 
@@ -56,7 +53,7 @@ class LowRankRegressionTask:
 
 
 def default_config() -> ConfigDict:
-    """Returns the fields of a run; ``model.rank`` is that of the factors, 4 that of the target."""
+    """Returns the fields of a run; ``model.rank`` is the rank of the factors.  The target has rank 4."""
     config = train.default_config()
     config.task = "examples.low_rank_regression"
     config.train.steps = 400
@@ -65,30 +62,27 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict({"rank": 8})
     config.optim.name = "adaprelora"
     config.optim.learning_rate = 0.1
-    config.optim.lora.scale = 1.0
-    config.optim.lora.stats = "full"
+    config.optim.kwargs = {"scale": 1.0, "stats": "full"}
     return config.lock()
 
 
-def build(config: ConfigDict) -> tuple[LowRankRegressionTask, train.Data]:
-    """Makes the task and the data of a config, as :func:`subspace_jax.train.build` asks for them.
+def build(config: ConfigDict) -> train.Run:
+    """Returns the run of a config, see :func:`subspace_jax.train.build`.
 
     Raises:
-      ValueError: A field can't serve.
+      ValueError: A field is invalid.
     """
     if not 1 <= config.model.rank <= OUTPUTS:
         raise ValueError(f"model.rank: expected 1 to {OUTPUTS}, got {config.model.rank}")
-    examples, sizes = axis_scaled_regression(config.seed), config.data
-    batches = functools.partial(data.train_batches, examples, batch_size=sizes.batch_size)
-    batches(seed=config.seed)  # what is wrong with batch size or seed shows now
-    probes = config.optim.name == "adaprelora" and config.optim.lora.stats == "full"
-    task = LowRankRegressionTask(config.model.rank, probes, float(np.mean(np.square(examples["labels"]))))
-    return task, train.Data(
-        batch_size=sizes.batch_size,
-        steps_per_epoch=data.steps_per_epoch(ROWS, sizes.batch_size),
-        train=lambda seed: batches(seed=seed),
-        evaluate=data.eval_passes(examples, sizes.eval_batch_size),
+    examples = axis_scaled_regression(config.seed)
+    data = train.array_data(
+        examples,
+        batch_size=config.data.batch_size,
+        evaluate={"eval": examples},
+        eval_batch_size=config.data.eval_batch_size,
     )
+    task = LowRankRegressionTask(config.model.rank, uses_probes(config.optim), float(np.mean(np.square(examples["labels"]))))
+    return train.Run((train.Phase("train", task, data),))
 
 
 def axis_scaled_regression(seed: int) -> dict[str, np.ndarray]:
