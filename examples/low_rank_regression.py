@@ -18,7 +18,7 @@ class LowRankRegressionTask(train.Task):
 
     Args:
       rank: Rank of the LoRA.
-      probes: Whether there are gradient probes beside the factors, see :func:`subspace_jax.adapters.add_gradient_probes`.
+      probes: Whether there are gradient probes, see :func:`subspace_jax.adapters.add_gradient_probes`.
       start: Mean square of the labels, the loss of the kernel of zeros.
     """
 
@@ -81,7 +81,8 @@ def build(config: ConfigDict) -> train.Run:
         evaluate={"eval": examples},
         eval_batch_size=config.data.eval_batch_size,
     )
-    task = LowRankRegressionTask(config.model.rank, uses_probes(config.optim), float(np.mean(np.square(examples["labels"]))))
+    start = float(np.mean(np.square(examples["labels"])))
+    task = LowRankRegressionTask(config.model.rank, uses_probes(config.optim), start)
     return train.Run((train.Phase("train", task, data),))
 
 

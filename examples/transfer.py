@@ -130,7 +130,10 @@ class TransferTask(ClassificationTask):
 
 
 def phases(
-    pretrained: ClassificationTask, adapted: TransferTask, data: tuple[train.DataSpec, train.DataSpec], fields: ConfigDict
+    pretrained: ClassificationTask,
+    adapted: TransferTask,
+    data: tuple[train.DataSpec, train.DataSpec],
+    fields: ConfigDict,
 ) -> tuple[train.Phase, train.Phase]:
     """Returns the phases of a run: pretraining by Adam at a constant rate, and adaptation as the config says.
 
