@@ -160,9 +160,10 @@ def shown(value: float) -> str:
 
 def reached_text(entry: dict) -> str:
     """Value of a figure, with the standard deviation where it is a mean over seeds of one command."""
-    values = entry["values"]
-    is_spread = len(values) > 1 and entry["reduce"] == "mean" and "baseline" not in entry
-    return shown(entry["reached"]) + (f" ± {shown(statistics.stdev(values))}" if is_spread else "")
+    values, reached = entry["values"], entry["reached"]
+    if len(values) == 1 or entry["reduce"] != "mean" or "baseline" in entry:
+        return shown(reached)
+    return f"{reached:.4f} ± {statistics.stdev(values):.4f}"
 
 
 def stored(method: Method) -> list[dict]:
