@@ -1,13 +1,16 @@
-"""Adapters of small networks: a run as the loop has it, and the figures that the methods must reach."""
+"""Adapters of small networks: a run of two phases, and the figures that the methods must reach."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from examples import fake_digits, rotated_digits
-from examples import rotated_images as rotated_images
-from subspace_jax import interop, represent, train
+from examples import fake_digits, rotated_digits, rotated_images, transfer
+from subspace_jax import interop, train
 
 SHORT = ["pretrain.epochs=1", "train.steps=4", "train.checkpoint_every=2", "train.eval_every=4"]
 
@@ -24,35 +27,57 @@ def run(spec, workdir, *settings):
     return train.run(train.override(train.load_config(spec), settings), workdir, progress=False)
 
 
-def test_a_run_is_restored_with_its_singular_vectors(tmp_path, configs):
+def build(spec, *settings):
+    return train.build(train.override(train.load_config(spec), settings))
+
+
+def test_transfer_adapts_the_network_that_the_first_phase_trained_and_is_restored_with_its_singular_vectors(
+    tmp_path, configs
+):
     result = run(f"{configs}/adapters/rotated_digits.py:svfit_head", tmp_path, "seed=1", *SHORT)
-    experiment, state = train.restore(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.variables), jax.device_get(result.state.variables))
-    shapes = jax.tree.map(jnp.shape, state.params)
+    assert [row["phase"] for row in result.rows if row["split"] == "eval"][-2:] == ["pretrain", "adapt"]
+    restored = train.restore(tmp_path)
+    chex.assert_trees_all_equal(jax.device_get(restored.state.variables), jax.device_get(result.state.variables))
+    shapes = jax.tree.map(jnp.shape, restored.state.params)
     assert shapes == {
         "layer1": {"kernel": {"delta": (64,)}},
         "layer2": {"kernel": {"delta": (128,)}},
         "head": {"kernel": {"full": (128, 10)}, "bias": {"full": (10,)}},
     }
-    assert isinstance(experiment.task, represent.TransferTask)
-    assert "SVFit" in experiment.task.table
+    task = restored.phase.task
+    assert isinstance(task, transfer.TransferTask)
+    assert "SVFit" in task.table
 
 
-def test_pretraining_reads_upright_digits_and_not_turned_ones():
-    images, labels = rotated_digits.digits(0)
-    options = {"key": jax.random.key(1), "epochs": 15}
-    flat = images.reshape(-1, 64)
-    params = rotated_digits.mlp_init(jax.random.key(0))
-    params = represent.train_whole(rotated_digits.mlp, params, flat[:1200], labels[:1200], **options)
-    turned = np.rot90(images, axes=(1, 2)).reshape(-1, 64)
-    upright, rotated = (
-        np.mean(np.argmax(rotated_digits.mlp(params, x[1200:]), -1) == labels[1200:]) for x in (flat, turned)
-    )
-    assert upright > 0.9
-    assert rotated < 0.25
+def test_transfer_enters_with_the_numbers_of_the_pretrained_network(configs):
+    made = build(f"{configs}/adapters/rotated_digits.py:lora")
+    pretrained, adapted = made.phases
+    params, _ = pretrained.task.init(jax.random.key(0))
+    zero = jnp.zeros((), jnp.int32)
+    state = train.TrainState(zero, zero, params, {}, (), jax.random.key_data(jax.random.key(0)), zero)
+    trainable, variables, opt_state = adapted.enter(state, train.At((), jax.random.key(1), None, None))
+    assert opt_state is None
+    x = jnp.asarray(rotated_digits.digits(0)[0][:8].reshape(-1, 64))
+    # A LoRA starts at zero.
+    expected = rotated_digits.mlp(params, x)
+    np.testing.assert_allclose(adapted.task.logits(trainable, variables, x), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"pretrain\.epochs: expected at least 1, got 0"):
+        build(f"{configs}/adapters/rotated_digits.py:lora", "pretrain.epochs=0")
 
 
-def test_fakes_are_whole_grey_levels_near_what_they_imitate():
+def test_pretraining_reads_upright_digits_and_not_rotated_ones(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
+    made = build(f"{configs}/adapters/rotated_digits.py:lora", "pretrain.epochs=15")
+    phase = made.phases[0]
+    short = {"phases": (phase,), "best": "max:accuracy", "workdir": tmp_path, "progress": False}
+    result = train.fit(dataclasses.replace(made, eval_every=0, checkpoint_every=0, **short))
+    assert result.metrics["accuracy"] > 0.9
+    sets = made.phases[1].data.evaluate
+    rotated = train.evaluate(phase.task, result.state, sets, mesh=train.make_mesh())
+    assert rotated["accuracy"] < 0.25
+
+
+def test_fakes_are_integer_grey_levels_near_what_they_imitate():
     images = rotated_digits.digits(0)[0] * 16
     made = fake_digits.fakes(images[:300], images[:400])
     assert made.keys() == set(fake_digits.KINDS)
@@ -66,30 +91,23 @@ def test_fakes_are_whole_grey_levels_near_what_they_imitate():
     np.testing.assert_array_equal(blocks, np.broadcast_to(blocks[:, :, :1, :, :1], blocks.shape))
 
 
-def test_areas_under_curves_are_those_of_scikit_learn():
-    from sklearn.metrics import roc_auc_score
-
+def test_detection_evaluator_gives_the_areas_of_scikit_learn():
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(np.round(rng.normal(size=(200, 2)), 1), jnp.float32)  # with ties
-    batch = {"kind": jnp.asarray(rng.integers(0, 6, 200)), "mask": jnp.asarray(rng.random(200) < 0.9, jnp.float32)}
-    areas = fake_digits._curves(logits, batch, seen=1)
-    kind, used, score = (
-        np.asarray(batch["kind"]),
-        np.asarray(batch["mask"]) > 0,
-        np.asarray(logits[:, 1] - logits[:, 0]),
+    score, kind = np.round(rng.normal(size=200), 1), rng.integers(0, 6, 200)  # with ties
+    found = fake_digits.DetectionEvaluator(None, seen=1).finish(
+        eval={"score": score, "kind": kind, "loss": np.zeros(200)}
     )
     for name, k in (("seen", 1), ("pca", 2), ("mixture", 5)):
-        rows = used & ((kind == 0) | (kind == k))
-        # In float32 sums of some thousand halves are exact.
-        np.testing.assert_allclose(areas[f"auc_{name}"], roc_auc_score(kind[rows] > 0, score[rows]), rtol=1e-5)
-    np.testing.assert_allclose(
-        areas["auc"], np.mean([areas[f"auc_{n}"] for n in ("pca", "sampling", "dct", "mixture")]), rtol=1e-6
-    )
+        rows = (kind == 0) | (kind == k)
+        assert found[f"auc_{name}"] == pytest.approx(roc_auc_score(kind[rows] > 0, score[rows]), rel=1e-9)
+    assert found["auc"] == pytest.approx(np.mean([found[f"auc_{n}"] for n in ("pca", "sampling", "dct", "mixture")]))
+    assert found["accuracy"] == np.mean((score > 0) == (kind > 0))
+    assert set(found) == set(fake_digits.DetectionEvaluator(None, seen=1).metrics)
 
 
 def test_effort_trains_the_triplets_of_attention_and_the_head(configs):
     config = train.load_config(f"{configs}/adapters/fake_digits.py:effort_blur")
-    task, _ = fake_digits.build(config)
+    task = fake_digits.build(config).phases[1].task
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
     # 3 blocks x 4 matrices x (48 + 1 + 48), and the head.
     assert sum(x.size for x in jax.tree.leaves(params)) == 1164 + 98
@@ -141,16 +159,18 @@ def test_effort_finds_unseen_fakes_better_than_a_probe(configs, tmp_path, kind, 
     assert effort - probe >= margin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vit_dora", "resnet_lora", "resnet_flora"])
 def test_adapters_of_vision_networks_train_are_restored_and_exported(configs, tmp_path, variant):
     result = run(f"{configs}/adapters/rotated_images.py:{variant}", tmp_path / "run", "adapter.dropout=0.1", *SHORT)
-    experiment, state = train.restore(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(result.state.params))
+    restored = train.restore(tmp_path / "run")
+    params = jax.device_get(restored.state.params)
+    chex.assert_trees_all_equal(params, jax.device_get(result.state.params))
     if variant == "vit_dora":
         config = rotated_images.CONFIGS["vit"]
-        interop.save_peft_adapter(tmp_path / "adapter", config, state.params, experiment.task.settings)
+        interop.save_peft_adapter(tmp_path / "adapter", config, params, restored.phase.task.settings)
         read = interop.load_peft_adapter(tmp_path / "adapter", config)
-        jax.tree.map(np.testing.assert_array_equal, read.trainable, jax.device_get(state.params))
+        chex.assert_trees_all_equal(read.trainable, params)
 
 
 def test_a_network_that_is_not_there_is_named(configs, tmp_path):
