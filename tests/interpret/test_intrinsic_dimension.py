@@ -6,25 +6,39 @@ import numpy as np
 import optax
 import pytest
 
-from subspace_jax import data, optim, represent, train
+from subspace_jax import data, optim, train
 from subspace_jax.cli.main import main
 from subspace_jax.interpret import intrinsic_dimension
-
-from tests.train.common import Interrupted, assert_close, assert_same_bits, breaking, data_of, regression, take_steps
+from subspace_jax.interpret.intrinsic_dimension.fully_connected import FullyConnectedTask
+from tests.train.common import (
+    Interrupted,
+    Regression,
+    assert_close,
+    assert_same_bits,
+    breaking,
+    data_of,
+    regression,
+    run_of,
+    take_steps,
+)
 
 
 @pytest.fixture
 def problem():
     made = data.union_of_subspaces(0, 4, 8, subspace_dim=2, num_train=64, num_test=40)
-    return represent.FullyConnectedTask((8, 8, 4), l2=1e-3), data_of(made.train, made.test, 32)
+    return FullyConnectedTask((8, 8, 4), l2=1e-3), data_of(made.train, made.test, 32)
 
 
 def measure(problem, workdir, dims=(5,), **options):
     task, own = problem
-    settings = {"num_steps": 6, "baseline": 0.5, "tx": optax.sgd(0.3), "progress": False, **options}
-    return intrinsic_dimension.measure_intrinsic_dimension(task, dims, data=own, workdir=workdir, **settings)
+    fields = {"num_steps": 6, "workdir": workdir, "log_every": 50, "checkpoint_every": 0}
+    measurement = intrinsic_dimension.Measurement(**{"baseline": 0.5, **options})
+    return intrinsic_dimension.measure_intrinsic_dimension(
+        run_of(task, optax.sgd(0.3), own, **fields), dims, measurement
+    )
 
 
+@pytest.mark.eight_devices
 def test_a_task_in_a_subspace_takes_the_same_steps_on_every_mesh():
     task, own = regression()
     inner = intrinsic_dimension.SubspaceTask(task, 3)
@@ -40,13 +54,21 @@ def test_a_task_in_a_subspace_takes_the_same_steps_on_every_mesh():
     assert_close(split.variables, whole.variables, atol=1e-5)
 
 
-def test_a_task_that_loads_its_start_keeps_it():
-    task, _ = regression()
+def test_a_subspace_task_starts_from_what_its_task_loads():
     start = {"w": jnp.arange(8.0)}
-    task.load = lambda shardings: jax.device_put((start, task.init(jax.random.key(0))[1]), shardings)
-    state = train.init_state(intrinsic_dimension.SubspaceTask(task, 3), optax.sgd(0.1), train.make_mesh())
+
+    class Loaded(Regression):
+        def load(self, shardings):
+            return jax.device_put((start, self.init(jax.random.key(0))[1]), shardings)
+
+    state = train.init_state(intrinsic_dimension.SubspaceTask(Loaded(), 3), optax.sgd(0.1), train.make_mesh())
     np.testing.assert_array_equal(state.variables["subspace"].start["w"], start["w"])
-    assert not hasattr(intrinsic_dimension.SubspaceTask(regression()[0], 3), "load")
+    assert (
+        intrinsic_dimension.SubspaceTask(regression()[0], 3).load(
+            (None, {"subspace": state.variables["subspace"], "task": None})
+        )
+        is None
+    )
 
 
 def test_a_killed_measurement_goes_on(problem, tmp_path):
@@ -100,7 +122,7 @@ def measure_rows(workdir):
         ("repeats: expected at least 1", {"repeats": 0}),
         ("dims: expected at least one dimension", {"dims": ()}),
         ("dim: expected an integer from 1 to 108", {"dims": (5, 109)}),
-        ("baseline: expected a positive score, got 0.0", {"baseline": 0.0}),
+        ("baseline: expected a positive score, got -1.0", {"baseline": -1.0}),
         ("best: evaluation gives", {"metric": "f1"}),
     ],
 )
@@ -123,7 +145,7 @@ def test_the_command_measures_what_a_config_says(configs, tmp_path, monkeypatch,
     assert "optim.learning_rate: 0.1 -> 0.2" in capsys.readouterr().err
     other = ["intrinsic-dimension", "--config", f"{configs}/gcr/digits.py", "--workdir", str(tmp_path / "other")]
     assert main(other) == 2
-    assert "expected the fields `intrinsic`" in capsys.readouterr().err
+    assert "expected the fields of intrinsic_dimension" in capsys.readouterr().err
 
 
 def test_configs_of_the_measurement_can_be_read(configs):

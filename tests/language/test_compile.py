@@ -14,14 +14,14 @@ def step_for_tpu(config, topology):
     mesh = train.make_mesh(**config.mesh, devices=devices)
     model = config.model
     options = {"dtype": model.dtype, "remat": model.remat, "loss_chunk": model.loss_chunk}
-    task = language.CausalLMTask(language.finetune.SIZES[model.size](), mesh, **options)
-    tx = train.make_optimizer(config.optim, num_steps=1000)
+    task = language.CausalLMTask(language.finetune.SIZES[model.size](), **options)
+    tx = train.make_optimizer(config.optim, num_steps=1000, roles=task.roles())
     state, _ = train.state_shardings(task, tx, mesh)
     shape = (config.data.batch_size, config.data.length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("inputs", "labels", "segment_ids", "positions")}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
-        return train.make_train_step(task, tx, mesh).lower(state, batch).compile(), state
+        return train.jit_train_step(task, tx, mesh).lower(state, batch).compile(), state
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Rows whose places are split over devices: results of one device, and what is sent and kept for them."""
+"""Sequences whose positions are sharded: results of one device, collectives and memory."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from subspace_jax import adapters, data, language, nn, planning, train
 from subspace_jax.data import text
+
+pytestmark = pytest.mark.eight_devices
 
 LENGTH = 32
 MODELS = {
@@ -28,27 +31,27 @@ def rows():
 
 def gradient(config, mesh, rows, settings=None, **options):
     """The loss of a batch and its gradient, on the host."""
-    if settings:
-        task = language.AdaptedLMTask(config, mesh, settings, **options)
-    else:
-        task = language.CausalLMTask(config, mesh, **options)
+    adapted = (language.AdaptedLMTask, settings) if settings else (language.CausalLMTask,)
+    task = adapted[0](config, *adapted[1:], **options)
     state = train.init_state(task, optax.identity(), mesh)
 
-    def loss(params, variables, batch):
-        params, variables = train.gather((params, variables), task.axes(), mesh)
-        return task.loss(params, variables, batch, jax.random.key(0))[0]
+    def loss_and_gradient(params, variables, batch):
+        options = {"key": jax.random.key(0), "step": 0}
+        (loss, _), gradient = task.gradients(params, variables, batch, **options)
+        return loss, gradient
 
     batch = train.to_device(rows, train.batch_sharding(mesh))
-    return jax.device_get(jax.jit(jax.value_and_grad(loss))(state.params, state.variables, batch))
+    with train.use_mesh(mesh):
+        return jax.device_get(jax.jit(loss_and_gradient)(state.params, state.variables, batch))
 
 
 @pytest.mark.parametrize(
     ("name", "sizes", "settings", "options"),
     [
-        ("gpt2", {"data": 1, "sequence": 8}, None, {}),
+        pytest.param("gpt2", {"data": 1, "sequence": 8}, None, {}, marks=pytest.mark.slow),
         ("llama", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, None, {"loss_chunk": 8, "remat": "full"}),
         ("llama", {"data": 2, "sequence": 4}, {"re:layers/(attn|mlp)/.*": adapters.DoRA(4, 8.0)}, {"remat": "dots"}),
-        ("window", {"data": 1, "fsdp": 2, "sequence": 4}, None, {"loss_chunk": 16}),
+        pytest.param("window", {"data": 1, "fsdp": 2, "sequence": 4}, None, {"loss_chunk": 16}, marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(rows, name, sizes, settings, options):
@@ -57,9 +60,7 @@ def test_loss_and_gradients_are_those_of_one_device(rows, name, sizes, settings,
         gradient(config, mesh, rows, settings, **options)
         for mesh in (train.make_mesh(1, devices=jax.devices()[:1]), train.make_mesh(**sizes))
     )
-    assert abs(split[0] - one[0]) < 1e-5
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(split[1]), jax.tree.leaves(one[1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(split, one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -81,8 +82,8 @@ def test_a_length_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match=r"12 queries and 12 keys don't split over 8 devices \(sequence\)"):
         attend(x, x, x)
     config = train.override(language.finetune.default_config(), ["mesh.sequence=8", "data.length=60"])
-    with pytest.raises(ValueError, match=r"data.length: 60 places of a row don't split over mesh.sequence=8"):
-        language.finetune.outline(config, train.make_mesh(**config.mesh))
+    with pytest.raises(ValueError, match=r"data.length: 60 positions don't divide among mesh.sequence=8"):
+        language.finetune.outline(config)
 
 
 def compiled(sequence, length=512, width=64):
@@ -90,15 +91,15 @@ def compiled(sequence, length=512, width=64):
     sizes = {"hidden_size": width, "mlp_size": 4 * width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1}
     config = nn.CausalLMConfig.tiny(vocab_size=320, **sizes, head_dim=width // 4, max_length=length)
     mesh = train.make_mesh(1, sequence=sequence, devices=jax.devices()[:sequence])
-    task, tx = language.CausalLMTask(config, mesh, remat="full"), optax.sgd(0.1)
+    task, tx = language.CausalLMTask(config, remat="full"), optax.sgd(0.1)
     abstract, _ = train.state_shardings(task, tx, mesh)
     names = ("inputs", "labels", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((2, length), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((2, length), jnp.float32)
-    return train.make_train_step(task, tx, mesh).lower(abstract, batch).compile()
+    return train.jit_train_step(task, tx, mesh).lower(abstract, batch).compile()
 
 
-def test_memory_falls_with_the_shares_of_a_row_and_only_keys_and_values_are_gathered():
+def test_memory_falls_with_the_shards_of_a_sequence_and_only_keys_and_values_are_gathered():
     length, width, head = 512, 64, 16
     found = {ways: compiled(ways, length, width) for ways in (1, 2, 8)}
     temporaries = {ways: step.memory_analysis().temp_size_in_bytes for ways, step in found.items()}

@@ -120,8 +120,8 @@ def default_config() -> ConfigDict:
 
     With ``data.image.size`` above 0 images may have any size, and are brought to this one as
     :class:`subspace_jax.data.TrainImage` does with the other fields there, or
-    :meth:`subspace_jax.data.ImageProcessor.evaluation` (``eval_size`` is ``size`` where it is 0); ``data.name`` may then
-    be "folder", a folder ``data.data_dir`` with one for each split and in it one for each class.  ``data.repeats`` is
+    :meth:`subspace_jax.data.ImageProcessor.evaluation` (``eval_size`` is ``size`` where it is 0); ``data.name`` may
+    then be "folder", a folder ``data.data_dir`` with one for each split and in it one for each class.  ``data.repeats`` is
     that of repeated augmentation, ``model.mixup`` and ``model.cutmix`` are options of
     :func:`subspace_jax.data.mix_images`.
     """
