@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
         default=0,
         help="examples for each shard of data x fsdp, instead of data.batch_size: the batch grows with the slice",
     )
-    plan.add_argument("--json", metavar="FILE", help="write the plan as JSON")
+    plan.add_argument("--json", metavar="FILE", help="write the plans as a JSON list")
     plan.add_argument("--plot", metavar="FILE", help="plot of --sweep (default: plan.png)")
 
 
@@ -70,16 +70,15 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.sweep or len(meshes) > 1:
         plans = _sweep(args, config, meshes)
     else:
-        plans = [_one(args, config, args.topology, meshes[0] if meshes else None)]
-        print(planning.plan_text(plans[0]))
+        plans = _plans(args, config, args.topology, meshes[0] if meshes else None, evaluations=True)
+        print("\n\n".join(map(planning.plan_text, plans)))
     if args.json:
-        found = [plan.as_dict() for plan in plans]
         with train.replacing(args.json) as partial:
-            partial.write_text(json.dumps(found if args.sweep or len(meshes) > 1 else found[0], indent=2) + "\n")
+            partial.write_text(json.dumps([plan.as_dict() for plan in plans], indent=2) + "\n")
         print(f"Wrote the plan to {os.path.abspath(args.json)}")
 
 
-def _one(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None):
+def _plans(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None, *, evaluations: bool) -> list:
     from subspace_jax import planning, train
 
     if args.examples_per_shard:
@@ -87,7 +86,7 @@ def _one(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] |
         sizes = planning.mesh_sizes(config.mesh if mesh is None else mesh, topology, num_chips)
         rows = args.examples_per_shard * sizes["data"] * sizes["fsdp"]
         config = train.override(config, [f"data.batch_size={rows}"])
-    return planning.plan_run(config, topology, mesh)
+    return planning.plan_run(config, topology, mesh, evaluations=evaluations)
 
 
 def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> list:
@@ -101,7 +100,8 @@ def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> li
             shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
             print(f"{topology} {shown} …", flush=True)
             try:
-                plans.append(_one(args, config, topology, mesh))
+                steps = _plans(args, config, topology, mesh, evaluations=False)
+                plans.append(max(steps, key=lambda plan: plan.total))  # of several phases, the largest step
             except ValueError as error:
                 left_out.append(f"{topology} {shown}: {error}")
     for text in left_out:

@@ -1,9 +1,10 @@
-"""Planning: ahead-of-time compilation of a train step for a named topology, and what it costs there."""
+"""Planning: ahead-of-time compilation of a run's programs for a named topology, and their cost."""
 
 from subspace_jax.planning.chips import CHIPS, Chip, find_topology, topologies_of, tpu_devices
 from subspace_jax.planning.cost import Collective, Cost, Temporary, module_cost
-from subspace_jax.planning.flops import Products, count_products
-from subspace_jax.planning.plan import Plan, mesh_sizes, plan_run, plan_step, usual_meshes
+from subspace_jax.planning.flops import MatmulFlops, count_matmul_flops
+from subspace_jax.planning.meshes import mesh_sizes, usual_meshes
+from subspace_jax.planning.plan import Plan, plan_evaluation, plan_run, plan_step
 from subspace_jax.planning.report import advice, best_plan, plan_text, plot_sweep, sweep_text
 from subspace_jax.planning.roofline import Roofline, collective_seconds, roofline
 
@@ -12,17 +13,18 @@ __all__ = [
     "Chip",
     "Collective",
     "Cost",
+    "MatmulFlops",
     "Plan",
-    "Products",
     "Roofline",
     "Temporary",
     "advice",
     "best_plan",
     "collective_seconds",
-    "count_products",
+    "count_matmul_flops",
     "find_topology",
     "mesh_sizes",
     "module_cost",
+    "plan_evaluation",
     "plan_run",
     "plan_step",
     "plan_text",

@@ -1,11 +1,10 @@
-"""What a plan knows about chips: peak rates, memory and links, from their makers' pages, and the slices that exist.
+"""Chips: peak rates, memory and links, from the vendors' pages, and the slices that exist.
 
 Sources, read in November 2026:
 
 - v5e, v5p, v6e: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of docs.cloud.google.com/tpu/docs (peak bf16 rate, memory
   rate, bidirectional interconnect bandwidth of a chip, number of ports).  A link's rate in one direction is that
-  bandwidth over ports over two.  ``memory`` is what the TPU compiler says that a program may have, a little below the
-  memory of the chip.
+  bandwidth over ports over two.  ``memory`` is the limit of the TPU compiler, a little below the memory of the chip.
 - a100, h100, h200: NVIDIA's data sheets (80 GB A100 SXM, H100 SXM, H200 SXM): dense bf16 rate, memory rate, NVLink
   bandwidth, which counts both directions.
 """
@@ -23,18 +22,18 @@ from subspace_jax.train.fields import nearest, shown
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of chip.
+    """A kind of chip.
 
     Attributes:
-      name: Its name in a topology.
+      name: Name in a topology.
       platform: "tpu" or "cuda".
-      flops: Peak rate of bfloat16 products, FLOP/s.
-      memory: Bytes that a program may use.
-      memory_rate: Bytes/s between chip and memory.
-      link_rate: Bytes/s of one link in one direction; for GPUs of all their links together.
-      wraps: Chips in a row that close to a ring are a multiple of this number; fewer are a line, and a collective has
-        the links of one direction only.
-      slices: Sides of the slices that are offered, smallest first; empty where any number of chips will do.
+      flops: Peak rate of bfloat16 matmuls, FLOP/s.
+      memory: Bytes available to a program.
+      memory_rate: Bytes/s of main memory.
+      link_rate: Bytes/s of one link in one direction; for GPUs of all links together.
+      wraps: An axis of the torus is a ring if its number of chips is a multiple of this; otherwise it is a line, and a
+        collective uses one direction only.
+      slices: Available slices, smallest first; empty if any number of chips is valid.
     """
 
     name: str
@@ -68,16 +67,16 @@ CHIPS = {
 
 
 def find_topology(topology: str) -> tuple[Chip, int]:
-    """Reads a topology such as ``v5e:4x4``, ``v5p:4x4x8`` or ``h100:8``.
+    """Parses a topology such as ``v5e:4x4``, ``v5p:4x4x8`` or ``h100:8``.
 
     Args:
-      topology: Name of the chip, a colon, and the sides of a slice, or for GPUs their number.
+      topology: Name of the chip, a colon, and the sides of a slice, or the number of GPUs.
 
     Returns:
-      The chip, and how many there are.
+      The chip, and the number of chips.
 
     Raises:
-      ValueError: There is no such chip or slice; the message lists those that are known.
+      ValueError: There is no such chip or slice; the message lists the known ones.
     """
     name, _, sides = topology.partition(":")
     chip = CHIPS.get(name)
@@ -104,13 +103,13 @@ def topologies_of(chip: Chip, least: int = 8, most: int = 512) -> list[str]:
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
-    """Describes the devices of a TPU slice that need not be there; programs can be compiled for them.
+    """Describes the devices of a TPU slice for ahead-of-time compilation, without the slice.
 
     Args:
       topology: As for :func:`find_topology`.
 
     Returns:
-      The devices, in the order in which a run on such a slice finds them.
+      The devices, in the order of ``jax.devices()`` on such a slice.
 
     Raises:
       ValueError: The slice is unknown, or the TPU compiler is not installed.
@@ -121,13 +120,13 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
             f"topology: {topology} is compiled by libtpu, which is not installed here; on Linux, "
             "`python -m pip install libtpu` adds it (no TPU is needed)"
         )
-    # Before it is loaded: away from Google's cloud it would wait for a metadata server that is not there, and for any
-    # other process that has it loaded, though no TPU is touched here.
+    # Before libtpu loads: outside Google's cloud it would wait for a metadata server, and for other processes that have
+    # loaded it, though no TPU is used here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    # A host has up to 2 x 2 chips; of a slice that is narrower, some compilers must be told.
+    # A host has up to 2 x 2 chips; some compilers need to know of a narrower slice.
     sides = [int(side) for side in topology.partition(":")[2].split("x")]
     host = {} if min(sides[:2]) > 1 else {"chips_per_host_bounds": (min(sides[0], 2), min(sides[1], 2), 1)}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **host).devices

@@ -1,4 +1,4 @@
-"""Counts what a convolution of a compiled module really multiplies."""
+"""Counts the FLOPs of a convolution in a compiled module."""
 
 import functools
 import math
@@ -9,10 +9,10 @@ from subspace_jax.planning.hlo import Op
 
 
 def convolution_flops(op: Op, ops: Mapping[str, Op]) -> int:
-    """Counts two FLOPs for every product of a convolution that is of two numbers and not of padding.
+    """Counts two FLOPs per multiply-add of a convolution, without those that multiply padding.
 
-    The TPU compiler writes batched products as convolutions with dilated, padded windows, in which most places meet
-    padding; those cost nothing.
+    The TPU compiler writes batched matmuls as convolutions with dilated, padded windows, which mostly cover padding;
+    that part is free.
     """
     left, right = (ops[name].results[0].shape for name in op.operands[:2])
     out = op.made.shape
@@ -28,21 +28,21 @@ def convolution_flops(op: Op, ops: Mapping[str, Op]) -> int:
     pads = re.search(r"\bpad=([\d_x\-]+)", window)
     low = [int(p.split("_")[0]) for p in pads[1].split("x")] if pads else [0] * len(spatial)
     stride, dilate, inner = field("stride", 1), field("lhs_dilate", 1), field("rhs_dilate", 1)
-    products = math.prod(out[out_dims.index(label)] for label in "bf") * right[right_dims.index("i")]
+    multiply_adds = math.prod(out[out_dims.index(label)] for label in "bf") * right[right_dims.index("i")]
     for i, label in enumerate(sorted(spatial)):
         sizes = (out[out_dims.index(label)], right[right_dims.index(label)], left[left_dims.index(label)])
-        products *= _meetings(*sizes, stride[i], dilate[i], inner[i], low[i])
-    return 2 * products
+        multiply_adds *= _overlaps(*sizes, stride[i], dilate[i], inner[i], low[i])
+    return 2 * multiply_adds
 
 
 @functools.cache
-def _meetings(out: int, kernel: int, size: int, stride: int, dilate: int, inner: int, low: int) -> int:
-    """Pairs of a place of the result and one of the window that meet a number."""
+def _overlaps(out: int, kernel: int, size: int, stride: int, dilate: int, inner: int, low: int) -> int:
+    """Counts the pairs of an output position and a window position that read an element of the input."""
     if (kernel, stride, dilate, low) == (1, 1, 1, 0):
         return min(out, size)
     span = (size - 1) * dilate + 1
     count = 0
-    for place in range(out):
-        starts = (place * stride + k * inner - low for k in range(kernel))
+    for position in range(out):
+        starts = (position * stride + k * inner - low for k in range(kernel))
         count += sum(1 for at in starts if 0 <= at < span and at % dilate == 0)
     return count

@@ -1,4 +1,4 @@
-"""What one device does in one run of a compiled module: products, memory traffic, collectives, and its large arrays."""
+"""The cost of a compiled module on one device: matmul FLOPs, memory traffic, collectives, and large arrays."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from subspace_jax.planning.convolution import convolution_flops
 from subspace_jax.planning.hlo import Module, Op, axis_of, parse_module, replica_groups, trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# They move nothing in memory: names for what is there, or the second half of what was counted at its start.
+# Instructions without memory traffic of their own: views, or the second half of an asynchronous pair.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "iota", "copy-done", "opt-barrier", "domain", "get-dimension-size"),
@@ -20,7 +20,7 @@ _FREE = {
 
 
 class CollectiveKey(NamedTuple):
-    """Kind, mesh axis, and how many devices work together."""
+    """Kind, mesh axis, and devices per group."""
 
     kind: str
     axis: str
@@ -33,11 +33,10 @@ class Collective:
 
     Attributes:
       kind: Name in HLO, such as "all-gather".
-      axis: Mesh axis or axes, see :func:`subspace_jax.train.plan_hlo.axis_of`.
-      devices: Devices in a group.
-      count: How often one runs.
-      nbytes: Bytes of the whole arrays, summed over all runs: of what is gathered, of what is reduced on one device,
-        of what is sent.
+      axis: Mesh axis or axes, see :func:`subspace_jax.planning.hlo.axis_of`.
+      devices: Devices per group.
+      count: Number of executions.
+      nbytes: Bytes over all executions: of gathered results, of the operands of a reduction on one device, or sent.
     """
 
     kind: str
@@ -49,7 +48,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Temporary:
-    """A large array that is neither argument nor result: its type, bytes with padding, and where it comes from."""
+    """A large array that is neither argument nor result: type, bytes with padding, and source."""
 
     type: str
     nbytes: int
@@ -58,13 +57,13 @@ class Temporary:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one device does in one step.
+    """The cost of one execution on one device.
 
     Attributes:
-      flops: Of matrix products and convolutions.
-      memory_bytes: Read from and written to main memory by all instructions.
-      collectives: By kind and axis, largest first.
-      temporaries: The largest ones, largest first.
+      flops: FLOPs of matmuls and convolutions.
+      memory_bytes: Bytes read from and written to main memory by all instructions.
+      collectives: Collectives by kind and axis, largest first.
+      temporaries: The largest temporaries, largest first.
       open_loops: Loops whose trip count depends on data; their bodies are counted once.
     """
 
@@ -84,14 +83,14 @@ class _Sum(NamedTuple):
 
 
 def module_cost(text: str, mesh: Mapping[str, int], num_temporaries: int = 10) -> Cost:
-    """Counts the work of a compiled module; the body of a loop counts as often as it runs.
+    """Counts the cost of a compiled module; the body of a loop counts once per iteration.
 
-    Of a conditional, the branch counts that moves more.  Elementwise operations are left out of ``flops``.
+    Of a conditional, the branch with the larger memory traffic counts.  ``flops`` excludes elementwise operations.
 
     Args:
-      text: What ``compiled.as_text()`` gives.
+      text: The output of ``compiled.as_text()``.
       mesh: Axis to size, in the order of the mesh.
-      num_temporaries: How many of the largest temporaries are listed.
+      num_temporaries: Number of largest temporaries to list.
 
     Returns:
       The cost.
@@ -117,16 +116,16 @@ class _Counting:
     def __init__(self, module: Module, mesh: Mapping[str, int]):
         self.module, self.mesh = module, mesh
         self.computation = functools.cache(self._computation)
-        self.products = functools.cache(self._products)
+        self.flops = functools.cache(self._flops)
 
     def _computation(self, name: str) -> _Sum:
-        """The sum over a computation that runs by itself, and all that it calls."""
+        """Returns the sum over a computation that is no fusion, and all that it calls."""
         ops = self.module.computations[name]
         flops = memory = open_loops = 0
         counts, payload = Counter(), Counter()
-        seen = set()  # channels of collectives that are spread over several fusions
+        seen = set()  # channels of collectives that consist of several fusions
         for op in ops.values():
-            flops += self._op_products(op, ops)
+            flops += self._op_flops(op, ops)
             memory += self._traffic(op, ops)
             for found, where in self._collectives(op, ops):
                 channel = found.attribute("channel_id")
@@ -158,11 +157,11 @@ class _Counting:
             return [(self.computation(name), 1) for name in called.get("to_apply", called.get("calls", []))]
         return []
 
-    def _products(self, name: str) -> int:
+    def _flops(self, name: str) -> int:
         ops = self.module.computations.get(name, {})
-        return sum(self._op_products(op, ops) for op in ops.values())
+        return sum(self._op_flops(op, ops) for op in ops.values())
 
-    def _op_products(self, op: Op, ops: Mapping[str, Op]) -> int:
+    def _op_flops(self, op: Op, ops: Mapping[str, Op]) -> int:
         opcode = op.opcode.removesuffix("-start")
         if opcode == "dot":
             left = ops[op.operands[0]].results[0].shape
@@ -171,13 +170,13 @@ class _Counting:
         if opcode == "convolution":
             return convolution_flops(op, ops)
         if opcode == "fusion":
-            return self.products(op.called()["calls"][0])
+            return self.flops(op.called()["calls"][0])
         if opcode == "custom-call" and (stated := re.search(r'"flops":"?(\d+)', op.rest)):
             return int(stated[1])
         return 0
 
     def _collectives(self, op: Op, ops: Mapping[str, Op]):
-        """Collectives that an instruction is or, a fusion, has a part of."""
+        """Yields the collective that an instruction is, or those inside a fusion."""
         if op.opcode.removesuffix("-start") in KINDS:
             yield op, ops
         elif op.opcode in ("fusion", "fusion-start"):
@@ -196,7 +195,7 @@ class _Counting:
         return CollectiveKey(kind, axis_of(groups, self.mesh, pairs=pairs), devices), nbytes
 
     def _traffic(self, op: Op, ops: Mapping[str, Op]) -> int:
-        """Bytes that an instruction reads from main memory and writes there."""
+        """Returns the bytes that an instruction reads from and writes to main memory."""
         if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")) or op.opcode == "async-start":
             return 0
         if "AllocateBuffer" in op.rest:
@@ -209,7 +208,7 @@ class _Counting:
         if op.opcode in ("slice-start", "dynamic-slice-start"):
             return op.made.nbytes * (1 + op.made.in_memory)
         if op.opcode.endswith("-start"):
-            return written  # what it makes stands beside what it takes
+            return written  # its results include its operands
         if op.opcode != "fusion":
             return written + _read(op, ops)
         inside = self.module.computations.get(op.called()["calls"][0], {})
@@ -217,23 +216,23 @@ class _Counting:
             return 0
         written = 0
         roots = self._roots(inside)
-        for place, array in enumerate(op.results):
-            root, where = roots[place] if place < len(roots) else (None, inside)
+        for i, array in enumerate(op.results):
+            root, where = roots[i] if i < len(roots) else (None, inside)
             if not array.in_memory or (root is not None and (root.opcode == "parameter" or root.opcode in KINDS)):
-                continue  # handed on, or a part of a collective that was counted where it started
+                continue  # forwarded, or a part of a collective that was counted at its start
             if root is not None and root.opcode == "dynamic-update-slice":
                 written += _memory_bytes(where[root.operands[1]], force=True)
             else:
                 written += array.nbytes
         for number, name in enumerate(op.operands):
-            whole = _memory_bytes(ops.get(name))
-            if whole:
+            nbytes = _memory_bytes(ops.get(name))
+            if nbytes:
                 elements = math.prod(ops[name].results[0].shape)
-                written += int(whole * min(1.0, self._used_elements(inside, number) / max(elements, 1)))
+                written += int(nbytes * min(1.0, self._used_elements(inside, number) / max(elements, 1)))
         return written
 
     def _roots(self, inside: Mapping[str, Op]) -> list[tuple[Op, Mapping[str, Op]]]:
-        """What a fusion's results are, each with the computation in which it stands; fusions nest."""
+        """Returns the roots of a fusion's results, each with its computation; fusions nest."""
         root = next((op for op in inside.values() if op.is_root), None)
         if root is None:
             return []
@@ -254,7 +253,7 @@ class _Counting:
         return found
 
     def _used_elements(self, inside: Mapping[str, Op], number: int) -> float:
-        """Elements that a fusion reads of one of its arguments, of which it may take slices only."""
+        """Returns the number of elements that a fusion reads of one argument, perhaps slices only."""
         parameter = next((x for x in inside.values() if x.opcode == "parameter" and x.literal == str(number)), None)
         return self._used_of(parameter.name, inside) if parameter else math.inf
 
@@ -271,7 +270,7 @@ class _Counting:
                 inner = self.module.computations.get(op.called()["calls"][0], {})
                 total += self._used_elements(inner, op.operands.index(name))
             elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
-                continue  # what it leaves as it was is not touched
+                continue  # elements outside the update are neither read nor written
             elif op.opcode == "tuple" or op.opcode in KINDS:
                 continue
             else:
@@ -288,9 +287,9 @@ def _read(op: Op, ops: Mapping[str, Op]) -> int:
 
 
 def largest_temporaries(module: Module, number: int) -> tuple[Temporary, ...]:
-    """Returns the largest arrays in main memory that instructions make, each type from one place once.
+    """Returns the largest results of instructions in main memory, one per type and source.
 
-    The compiler lets arrays share memory once they are no longer needed, so these do not add up to all temporaries.
+    Temporaries with disjoint live ranges share memory, so that these do not add up to the total.
     """
     found: dict[tuple[str, str], int] = {}
     inner = {name for c in module.computations.values() for op in c.values() if op.opcode in ("fusion", "custom-call")

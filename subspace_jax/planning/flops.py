@@ -1,4 +1,4 @@
-"""Counts products in a traced function, before any compiler has seen it."""
+"""Counts matmul FLOPs in a traced function, before compilation."""
 
 import math
 from typing import NamedTuple
@@ -6,23 +6,23 @@ from typing import NamedTuple
 from jax.extend import core
 
 
-class Products(NamedTuple):
-    """Matrix products and convolutions of a traced function, over all devices.
+class MatmulFlops(NamedTuple):
+    """Matmuls and convolutions of a traced function, over all devices.
 
     Attributes:
-      flops: Two for each multiplication with its addition.
-      nbytes: Bytes of what they take and give.
+      flops: Two per multiply-add.
+      nbytes: Bytes of their operands and results.
     """
 
     flops: int = 0
     nbytes: int = 0
 
 
-def count_products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Products:
-    """Counts the products of a jaxpr; the body of a scan counts as often as it runs.
+def count_matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> MatmulFlops:
+    """Counts the matmul FLOPs of a jaxpr; the body of a scan counts once per iteration.
 
-    A ``while`` whose length depends on data counts once, a ``cond`` as its most expensive branch.  Where an op has a
-    reference and a kernel, the reference counts.  What ``shard_map`` runs counts on each of its devices.
+    A ``while`` of data-dependent length counts once, a ``cond`` as its most expensive branch.  Of an op with a
+    reference and a kernel, the reference counts.  The body of a ``shard_map`` counts on each of its devices.
 
     Args:
       jaxpr: From ``jax.make_jaxpr(f)(...)`` or ``jax.jit(f).trace(...).jaxpr``.
@@ -40,7 +40,7 @@ def count_products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Products:
         inner, times = _inner(eqn)
         flops += times * inner.flops
         nbytes += times * inner.nbytes
-    return Products(flops, nbytes)
+    return MatmulFlops(flops, nbytes)
 
 
 def _own_flops(eqn) -> int:
@@ -55,21 +55,21 @@ def _own_flops(eqn) -> int:
     return 0
 
 
-def _inner(eqn) -> tuple[Products, int]:
+def _inner(eqn) -> tuple[MatmulFlops, int]:
     name, params = eqn.primitive.name, eqn.params
     if name == "cond":
-        return max((count_products(branch) for branch in params["branches"]), key=lambda p: p.flops), 1
+        return max((count_matmul_flops(branch) for branch in params["branches"]), key=lambda p: p.flops), 1
     if name == "reference_or_kernel":
-        return count_products(params["reference"]), 1
+        return count_matmul_flops(params["reference"]), 1
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
         mesh = params["mesh"]
         axes = params.get("newly_manual_axes", params.get("manual_axes", mesh.axis_names))
         times = math.prod(mesh.shape[axis] for axis in axes)
     if name == "custom_jvp_call":
-        return count_products(params["call_jaxpr"]), 1
-    found = [count_products(p) for p in params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]
-    return Products(sum(p.flops for p in found), sum(p.nbytes for p in found)), times
+        return count_matmul_flops(params["call_jaxpr"]), 1
+    found = [count_matmul_flops(p) for p in params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]
+    return MatmulFlops(sum(p.flops for p in found), sum(p.nbytes for p in found)), times
 
 
 def _nbytes(aval) -> int:

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled module: operations, loops with their trip counts, collectives with their mesh axes."""
+"""Parses the text of a compiled module: operations, loops with trip counts, collectives with mesh axes."""
 
 import itertools
 import math
@@ -22,10 +22,10 @@ class Array:
     """An array in the text.
 
     Attributes:
-      dtype: Its type, as HLO spells it.
-      shape: Its dimensions.
-      in_memory: Whether it lies in the chip's main memory; False for what the compiler keeps in memory on the chip.
-      padded_bytes: Bytes that it takes where its last dimensions are filled up to whole tiles.
+      dtype: HLO type.
+      shape: Dimensions.
+      in_memory: Whether it is in main memory (HBM); False for on-chip memory (VMEM, SMEM).
+      padded_bytes: Bytes with the last dimensions padded to tiles.
     """
 
     dtype: str
@@ -35,13 +35,13 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """Bytes without padding."""
         return math.prod(self.shape) * _bits(self.dtype) // 8
 
 
 @dataclass(frozen=True)
 class Op:
-    """One instruction: what it makes, of what, and the rest of its line."""
+    """One instruction: results, operands, and the rest of its line."""
 
     name: str
     opcode: str
@@ -52,12 +52,12 @@ class Op:
     is_root: bool = False
 
     def attribute(self, name: str) -> str | None:
-        """Returns the value of ``name=value`` where that is one word or stands in braces."""
+        """Returns the value of ``name=value``, one word or the content of braces; None if it is missing."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.rest)
         return found[1].strip("{}") if found else None
 
     def called(self) -> dict[str, list[str]]:
-        """Returns the computations that it calls, by the role that they have."""
+        """Returns the computations that it calls, by role."""
         found: dict[str, list[str]] = {}
         for match in _CALLED.finditer(self.rest):
             text = self.rest[match.end() :]
@@ -67,27 +67,27 @@ class Op:
 
     @property
     def made(self) -> Array:
-        """The array that it makes; an instruction that only begins names its operands before it and counters after."""
+        """The result array; an asynchronous start lists its operands before it and counters after."""
         arrays = [array for array in self.results if array.shape] or list(self.results)
         return arrays[-1] if self.opcode.endswith("-start") else self.results[0]
 
     @property
     def source(self) -> str:
-        """Where in the traced program it comes from."""
+        """Its source in the traced program."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1].replace("\\'", "'") if found else ""
 
 
 @dataclass(frozen=True)
 class Module:
-    """The computations of a module, each a dict of instructions by name, and the name of the first to run."""
+    """The computations of a module, each a dict of instructions by name, and the name of the entry."""
 
     computations: Mapping[str, Mapping[str, Op]] = field(default_factory=dict)
     entry: str = ""
 
 
 def parse_module(text: str) -> Module:
-    """Parses what ``compiled.as_text()`` gives.
+    """Parses the output of ``compiled.as_text()``.
 
     Args:
       text: The optimized HLO of one module.
@@ -139,15 +139,15 @@ def _parse_op(line: str) -> Op | None:
 
 def _closing(text: str, start: int) -> int:
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
         if depth == 0:
-            return place
+            return position
     return len(text) - 1
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:
-    """Returns the arrays of a type, one or those of a tuple."""
+    """Returns the arrays of a type, that of an array or a tuple."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(text):
         shape = tuple(int(d) for d in dims.split(",") if d)
@@ -161,7 +161,7 @@ def _bits(dtype: str) -> int:
 
 
 def _padded(dtype: str, shape: tuple[int, ...], layout: str) -> int:
-    """Bytes with the minor dimensions filled up to whole tiles, the first of which the layout names."""
+    """Returns bytes with the minor dimensions padded to tiles, by the first tile of the layout."""
     order, _, tiles = layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", tiles)
     sizes = list(shape)
@@ -173,18 +173,18 @@ def _padded(dtype: str, shape: tuple[int, ...], layout: str) -> int:
 
 
 def trip_count(module: Module, computation: Mapping[str, Op], loop: Op) -> int | None:
-    """Returns how often the body of a ``while`` runs.
+    """Returns the number of iterations of a ``while``.
 
-    The compiler for CPUs notes the number; for TPUs it is read from the condition, which compares a counter with a
-    constant, and the counter's first value.
+    The CPU compiler states it; for TPUs it follows from the condition, which compares a counter with a constant, and
+    the initial value of the counter.
 
     Args:
       module: The module.
-      computation: Where the loop stands.
+      computation: The computation that contains the loop.
       loop: The ``while``.
 
     Returns:
-      The number, or None where it depends on data.
+      The number, or None if it depends on data.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(noted[1])
@@ -201,7 +201,7 @@ def trip_count(module: Module, computation: Mapping[str, Op], loop: Op) -> int |
         return None
 
     def value(op: Op | None, where: Mapping[str, Op]) -> tuple[int | None, bool]:
-        """What an operand is at the first comparison, and whether the loop carries it."""
+        """Returns the value of an operand at the first comparison, and whether the loop carries it."""
         while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
             op = where.get(op.operands[0])
         if op is None:
@@ -224,13 +224,13 @@ def trip_count(module: Module, computation: Mapping[str, Op], loop: Op) -> int |
 
 
 def replica_groups(text: str) -> list[tuple[int, ...]]:
-    """Returns the groups of devices in which a collective works, from any of the forms that HLO has for them.
+    """Returns the device groups of a collective, from any of their forms in HLO.
 
     Args:
-      text: What follows the operands of the instruction.
+      text: The part of the instruction after its operands.
 
     Returns:
-      Groups of places in the order of the mesh's devices; none where the text names none.
+      Groups of device indices in the order of the mesh; empty if the text has none.
     """
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     if pairs:
@@ -238,7 +238,7 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", text)
     if named:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        # A part of an axis is 'axis':(outer)size, the places within an outer part and around an inner one.
+        # 'axis':(outer)size is a part of an axis, inside an outer part and outside an inner one.
         parts = {
             n: (int(o or 1), int(s or axes[n])) for n, o, s in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3])
         }
@@ -248,8 +248,8 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
             used += [len(dims) + 1] if name in parts else []
             dims += [outer, part, size // (outer * part)]
         order = [i for i in range(len(dims)) if i not in used] + used
-        places = _iota(named[2]) if named[2] else np.arange(math.prod(dims))
-        return _rows(places.reshape(dims).transpose(order), math.prod(dims[i] for i in used))
+        devices = _iota(named[2]) if named[2] else np.arange(math.prod(dims))
+        return _rows(devices.reshape(dims).transpose(order), math.prod(dims[i] for i in used))
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if iota:
         return _rows(_iota(iota[2]), int(iota[1]))
@@ -258,41 +258,41 @@ def replica_groups(text: str) -> list[tuple[int, ...]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Places in the order that ``[sides]T(permutation)`` gives them, or as a plain list."""
+    """Returns device indices in the order of ``[sides]T(permutation)``, or of a list."""
     found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
         return np.array([int(d) for d in re.findall(r"\d+", text)])
     dims = [int(d) for d in found[1].split(",")]
-    places = np.arange(math.prod(dims)).reshape(dims)
-    return places.transpose([int(d) for d in found[2].split(",")]) if found[2] else places
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices.transpose([int(d) for d in found[2].split(",")]) if found[2] else devices
 
 
-def _rows(places: np.ndarray, size: int) -> list[tuple[int, ...]]:
-    return [tuple(int(d) for d in row) for row in places.reshape(-1, size)]
+def _rows(devices: np.ndarray, size: int) -> list[tuple[int, ...]]:
+    return [tuple(int(d) for d in row) for row in devices.reshape(-1, size)]
 
 
 def axis_of(groups: Sequence[tuple[int, ...]], mesh: Mapping[str, int], *, pairs: bool = False) -> str:
-    """Names the mesh axis, or axes with "+" between, along which groups lie.
+    """Returns the mesh axis, or axes joined by "+", of device groups.
 
     Args:
       groups: From :func:`replica_groups`.
       mesh: Axis to size, in the order of the mesh.
-      pairs: Whether the groups are senders and receivers, which need not fill an axis.
+      pairs: Whether the groups are pairs of source and target, which need not cover an axis.
 
     Returns:
-      The name; "all" for all axes of more than one device, "?" where the groups fit no axis.
+      The name; "all" without groups, "?" if the groups match no axis.
     """
     long = [name for name, size in mesh.items() if size > 1]
-    places = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
+    devices = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
     if pairs:
-        found = [np.stack(np.unravel_index(g, places.shape)) for g in groups]
+        found = [np.stack(np.unravel_index(g, devices.shape)) for g in groups]
         moved = {name for c in found for name, row in zip(mesh, c, strict=True) if row[0] != row[1]}
         return "+".join(name for name in long if name in moved) or "?"
     wanted = {frozenset(g) for g in groups}
     for count in range(1, len(long) + 1):
         for names in itertools.combinations(long, count):
             order = [i for i, n in enumerate(mesh) if n not in names] + [i for i, n in enumerate(mesh) if n in names]
-            rows = _rows(places.transpose(order), math.prod(mesh[n] for n in names))
+            rows = _rows(devices.transpose(order), math.prod(mesh[n] for n in names))
             if {frozenset(row) for row in rows} == wanted:
                 return "+".join(names)
     return "all" if not groups else "?"

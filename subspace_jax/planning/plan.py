@@ -1,4 +1,4 @@
-"""Plans a run before it is paid for: compiles its very step for a slice that need not be there, and counts."""
+"""Plans of a run: its programs compiled for a topology without the devices, and their cost."""
 
 import dataclasses
 import math
@@ -6,78 +6,85 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.planning.chips import Chip, find_topology, tpu_devices
-from subspace_jax.planning.cost import Collective, Cost, Temporary, module_cost
-from subspace_jax.planning.flops import count_products
+from subspace_jax.planning.cost import Collective, Temporary, module_cost
+from subspace_jax.planning.flops import MatmulFlops, count_matmul_flops
+from subspace_jax.planning.meshes import mesh_sizes
 from subspace_jax.planning.roofline import Roofline, roofline
-from subspace_jax.train.experiment import task_module
-from subspace_jax.train.fields import nearest
-from subspace_jax.train.optimizer import make_optimizer
+from subspace_jax.train.evaluators import Evaluations
+from subspace_jax.train.experiment import complete_run, task_module
+from subspace_jax.train.phases import DataSpec, Optimizer, Run
+from subspace_jax.train.programs import evaluation_shapes, num_examples
 from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh, shard_bytes
-from subspace_jax.train.step import jit_train_step, state_shardings
+from subspace_jax.train.step import TrainState, jit_train_step, state_shardings
 from subspace_jax.train.task import Task
 
 PyTree = Any
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step takes; all bytes, FLOPs and seconds are of one chip.
+    """The cost of one program; all bytes, FLOPs and seconds are per chip.
 
     Attributes:
+      program: "step", "step of PHASE" if a run has several phases, or "evaluation NAME".
       topology: The slice, such as "v5e:4x4".
       mesh: Axis to size.
-      rows: Rows of a batch, over all chips.
-      params: Bytes of the parameters that train: the sum of their shards, as are the next three.
-      optimizer: Bytes of the optimizer's state.
-      variables: Bytes of all else in the state: frozen weights, running statistics, counters.
+      examples: Examples in a batch, over all chips.
+      params: Bytes of the trained parameters: the sum of their shards, as are the next four.
+      optimizer: Bytes of the optimizer state.
+      variables: Bytes of the rest of the state: frozen weights, running statistics, counters.
       batch: Bytes of the batch.
-      padding: What the arguments take beyond this sum, because the compiler fills arrays up to whole tiles.
-      temporaries: Bytes of activations, gradients and all else that a step drops; None where no compiler says.
-      code: Bytes of the program, and of results that lie beside the state.
-      total: Sum of all above; for a program that the compiler refused, what it says is needed.
-      limit: Bytes that a program may have.
-      flops: Of products, as the program does them.
-      needed_flops: The share of one chip in the products that the traced step has, however it is split.
-      memory_bytes: Read from and written to main memory; for GPUs, of products and of the state alone.
-      collectives: By kind and axis; None where no compiler says.
+      limit: Bytes available to a program.
+      needed_flops: Matmul FLOPs of the traced program divided by the number of chips, for any sharding.
+      model: Bytes of the arrays that an evaluator prepares beside the state.
+      padding: Bytes of the arguments beyond this sum: the compiler pads arrays to tiles.
+      temporaries: Bytes of activations, gradients and other temporaries; None if the program is not compiled.
+      code: Bytes of the program, and of results that are not in place of arguments.
+      total: Sum of all above; of a program that the compiler refuses, the bytes that it needs.
+      flops: Matmul FLOPs of the compiled program.
+      memory_bytes: Bytes read from and written to main memory; for GPUs, by matmuls and the optimizer only.
+      collectives: Collectives by kind and axis; None if the program is not compiled.
       largest: The largest temporaries.
-      open_loops: Loops of unknown length, that were counted once.
-      time: What the chip's rates allow; None where the program was refused.
-      compile_seconds: What compiling took.
-      refusal: Why the compiler refused the program, or empty.
+      open_loops: Loops of unknown length, counted once.
+      time: Roofline estimate; None if the program was refused.
+      compile_seconds: Compile time.
+      refusal: Message of the compiler that refused the program, or empty.
     """
 
+    program: str
     topology: str
     mesh: Mapping[str, int]
-    rows: int
+    examples: int
     params: int
     optimizer: int
     variables: int
     batch: int
-    padding: int
-    temporaries: int | None
-    code: int
-    total: int
     limit: int
-    flops: int
     needed_flops: int
-    memory_bytes: int
-    collectives: tuple[Collective, ...] | None
-    largest: tuple[Temporary, ...]
-    open_loops: int
-    time: Roofline | None
-    compile_seconds: float
+    model: int = 0
+    padding: int = 0
+    temporaries: int | None = None
+    code: int = 0
+    total: int = 0
+    flops: int = 0
+    memory_bytes: int = 0
+    collectives: tuple[Collective, ...] | None = None
+    largest: tuple[Temporary, ...] = ()
+    open_loops: int = 0
+    time: Roofline | None = None
+    compile_seconds: float = 0.0
     refusal: str = ""
 
     @property
@@ -86,12 +93,17 @@ class Plan:
         return math.prod(self.mesh.values())
 
     @property
+    def arguments(self) -> int:
+        """Bytes of state, batch and prepared arrays, without padding."""
+        return self.params + self.optimizer + self.variables + self.model + self.batch
+
+    @property
     def fits(self) -> bool:
-        """Whether a chip has the memory; for GPUs, whether it has that of the state and the batch."""
+        """Whether the program fits into the memory of a chip; for GPUs, whether state and batch do."""
         return not self.refusal and self.total <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all as numbers and texts, for JSON."""
+        """Returns all fields as JSON values."""
         times = None
         if self.time is not None:
             times = {
@@ -100,26 +112,30 @@ class Plan:
         return {**dataclasses.asdict(self), "mesh": dict(self.mesh), "time": times, "fits": self.fits}
 
 
-def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None = None) -> Plan:
-    """Plans the train step that :func:`subspace_jax.train.run` would take with a config.
+def plan_run(
+    config: ConfigDict, topology: str, mesh: Mapping[str, int] | None = None, *, evaluations: bool = True
+) -> list[Plan]:
+    """Plans every distinct train step and evaluation of the run that a config describes.
 
-    For TPUs the step is compiled for the slice, on any Linux host with ``libtpu``; nothing is run and no array made.
-    For GPUs it is traced and lowered but not compiled: state and FLOPs are known then, temporaries and collectives
-    are not.
+    For TPUs the programs are compiled for the slice, on any Linux host with ``libtpu``; nothing runs and no array is
+    allocated.  For GPUs they are traced and lowered but not compiled: state and FLOPs are known then, temporaries and
+    collectives are not.
 
-    The module that ``config.task`` names may have a function ``outline(config) -> Run``, which reads no data.  Without
-    it, ``build`` is called.
+    The module ``config.task`` may have a function ``outline(config) -> Run`` that reads no data; otherwise its
+    ``build`` is called.
 
     Args:
       config: The config of a run.
-      topology: The slice, such as ``v5e:4x4``, or ``h100:8``.
-      mesh: Axis to size; axes that are left out are 1, ``data`` takes what is left.  That of the config by default.
+      topology: The slice, such as ``v5e:4x4`` or ``h100:8``.
+      mesh: Axis to size; missing axes are 1, and ``data`` takes the remaining chips.  That of the config by default.
+      evaluations: Whether to plan evaluations too.
 
     Returns:
-      The plan.
+      The plans: steps in the order of phases, then evaluations.
 
     Raises:
-      ValueError: The topology is unknown, the mesh or the batch doesn't go into it, or libtpu is not there.
+      ValueError: The topology is unknown, mesh or batch do not match it, libtpu is not installed, or the data of a
+        phase depend on its state.
     """
     chip, count = find_topology(topology)
     module, config = task_module(config)
@@ -129,110 +145,176 @@ def plan_run(config: ConfigDict, topology: str, mesh: Mapping[str, int] | None =
     else:
         placed = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     config.mesh.update({"sequence": 1, **sizes})
-    phase = getattr(module, "outline", module.build)(config).phases[0]
-    task, batch = phase.task, phase.data.batch
-    rows = next(iter(batch.values())).shape[0]
-    check_batch_size(rows, placed, accumulate=config.train.accumulate)
-    # Its length is that of the schedule, which changes no shape; it has to be longer than the warm-up.
-    tx = phase.tx or make_optimizer(
-        config.optim, config.train.steps or config.optim.warmup_steps + 1000, task.roles()
-    )
-    options = {"accumulate": config.train.accumulate, "remat": config.train.remat}
-    return plan_step(task, tx, batch, placed, topology, **options)
+    run = _with_optimizers(getattr(module, "outline", module.build)(config), config)
+    return _plan_steps(run, placed, topology) + (_plan_evaluations(run, placed, topology) if evaluations else [])
 
 
-def mesh_sizes(sizes: Mapping[str, int], topology: str, count: int) -> dict[str, int]:
-    """Fills up the sizes of a mesh.
-
-    Args:
-      sizes: Axis to size, -1 for what is left; axes that are not there are 1, ``data`` is what is left.
-      topology: The slice, for messages.
-      count: Its chips.
-
-    Returns:
-      The sizes of all axes, in the order of a mesh; ``sequence`` only where it splits something.
-
-    Raises:
-      ValueError: There is no such axis, or the product is not the number of chips.
-    """
-    filled = {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    if unknown := sorted(set(sizes) - set(filled)):
-        raise ValueError(f"mesh: expected axes among {tuple(filled)}, got {unknown}{nearest(unknown[0], filled)}")
-    if any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh: sizes are positive, or -1 for what is left; got {dict(sizes)}")
-    filled |= dict(sizes)
-    if filled["sequence"] == 1:
-        del filled["sequence"]
-    open_axes = [name for name, size in filled.items() if size == -1]
-    fixed = math.prod(size for size in filled.values() if size != -1)
-    if len(open_axes) == 1 and count % fixed == 0:
-        filled[open_axes[0]] = count // fixed
-    elif open_axes or fixed != count:
-        shown = " x ".join(f"{name}={size}" for name, size in filled.items())
-        near = [n for n in (2**k for k in range(12)) if count % n == 0]
-        raise ValueError(
-            f"mesh: {shown} has {fixed} places, {topology} has {count} chips; sizes have to multiply to {count}, such "
-            f"as fsdp={count // near[min(1, len(near) - 1)]}, tensor={near[min(1, len(near) - 1)]}, or give --mesh"
-        )
-    return filled
+def _with_optimizers(run: Run, config: ConfigDict) -> Run:
+    """Completes phases by the config; schedules change no shape, and have to be longer than the warm-up only."""
+    num_steps = config.train.steps or config.optim.warmup_steps + 1000
+    for phase in run.phases:
+        if not isinstance(phase.data, DataSpec):
+            raise ValueError(f"phases: the data of phase {phase.name!r} depend on its state, and can't be planned")
+    phases = tuple(phase._replace(num_steps=phase.num_steps or num_steps) for phase in run.phases)
+    return complete_run(dataclasses.replace(run, phases=phases), config)
 
 
-def usual_meshes(topology: str) -> list[dict[str, int]]:
-    """Returns meshes that are worth a try on a slice: weights split over all chips, or over 16 with copies of these."""
-    _, count = find_topology(topology)
-    found = []
-    for tensor in (1, 2, 4):
-        for fsdp in (count // tensor, 16 // tensor):
-            sizes = {"data": count // (fsdp * tensor) if fsdp else 0, "fsdp": fsdp, "tensor": tensor}
-            if math.prod(sizes.values()) == count and sizes not in found:
-                found.append(sizes)
-    return found
+def _plan_steps(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Plan]:
+    plans, seen = [], set()
+    for phase in run.phases:
+        batch = phase.data.batch
+        key = (id(phase.task), id(phase.tx), _signature(batch))
+        if key not in seen:
+            seen.add(key)
+            check_batch_size(num_examples(batch), mesh, accumulate=run.accumulate)
+            plan = plan_step(phase.task, phase.tx, batch, mesh, topology, accumulate=run.accumulate, remat=run.remat)
+            name = "step" if len(run.phases) == 1 else f"step of {phase.name}"
+            plans.append(dataclasses.replace(plan, program=name))
+    return plans
+
+
+def _plan_evaluations(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Plan]:
+    plans, seen = [], set()
+    for phase in run.phases:
+        for name, evaluator in phase.task.evaluators().items():
+            for batch in [evaluation_shapes(phase.data, s) for s in evaluator.sets] or [None]:
+                key = (id(phase.task), name, _signature(batch or {}))
+                if key not in seen:
+                    seen.add(key)
+                    if batch is not None:
+                        check_batch_size(num_examples(batch), mesh, name="eval_batch_size")
+                    plans.append(plan_evaluation(phase.task, phase.tx, name, batch, mesh, topology))
+    return plans
+
+
+def _signature(batch: Shapes) -> tuple:
+    return tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
 
 
 def plan_step(
     task: Task,
-    tx: optax.GradientTransformation,
-    batch: Mapping[str, jax.ShapeDtypeStruct],
+    tx: Optimizer,
+    batch: Shapes,
     mesh: Mesh | AbstractMesh,
     topology: str,
     *,
     accumulate: int = 1,
     remat: str = "none",
 ) -> Plan:
-    """Plans the step of a task of one's own, see :func:`plan_run`.
+    """Plans the train step of a task, see :func:`plan_run`.
 
     Args:
-      task: The method.
+      task: The task.
       tx: The optimizer.
       batch: Shapes of a batch over all processes.
-      mesh: The mesh, of :func:`subspace_jax.planning.tpu_devices`, of devices that are there, or abstract.
-      topology: Whose chips these are.
+      mesh: The mesh of :func:`subspace_jax.planning.tpu_devices` or of real devices, or an abstract one.
+      topology: The topology of the mesh.
       accumulate: See :func:`subspace_jax.train.make_train_step`.
       remat: Likewise.
 
     Returns:
       The plan.
     """
-    chip, _ = find_topology(topology)
     abstract, shardings = state_shardings(task, tx, mesh)
+    plan = _unplanned("step", topology, mesh, (abstract, shardings), batch)
+    step = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat)
+    # The optimizer reads and writes its state and the parameters once.
+    optimizer_bytes = 2 * (plan.params + plan.optimizer)
+    return _planned(plan, step.trace(abstract, dict(batch)), mesh, uncounted_bytes=optimizer_bytes)
+
+
+def plan_evaluation(
+    task: Task, tx: Optimizer, name: str, batch: Shapes | None, mesh: Mesh | AbstractMesh, topology: str
+) -> Plan:
+    """Plans ``collect`` of an evaluator, see :func:`plan_run`; the train state stays in memory beside it.
+
+    Args:
+      task: The task.
+      tx: The optimizer.
+      name: Name of the evaluator.
+      batch: Shapes of a batch over all processes, None for an evaluator without sets.
+      mesh: See :func:`plan_step`.
+      topology: Likewise.
+
+    Returns:
+      The plan.
+    """
+    abstract, shardings = state_shardings(task, tx, mesh)
+    placed = jax.tree.map(_placed, abstract, shardings)
+    prepare, collect = Evaluations(task, mesh).programs(name)
+    model, made = _prepared(prepare, placed, isinstance(mesh, AbstractMesh))
+    plan = _unplanned(f"evaluation {name}", topology, mesh, (abstract, shardings), batch or {})
+    plan = dataclasses.replace(plan, model=made)
+    rows = None if batch is None else {key: _placed(x, batch_sharding(mesh)) for key, x in batch.items()}
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    traced = collect.trace(model, rows, placed.key, placed.step, index)
+    return _planned(plan, traced, mesh, resident=plan.optimizer)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _prepared(prepare: Callable, state: TrainState, abstract: bool) -> tuple[PyTree, int]:
+    """Returns the shapes of what an evaluator prepares, and the bytes that are no arrays of the state."""
+    traced = prepare.trace(state.params, state.variables)
+    jaxpr = traced.jaxpr.jaxpr
+    given = dict(zip(jaxpr.invars, jax.tree.leaves((state.params, state.variables)), strict=True))
+    leaves, structure = jax.tree.flatten(traced.out_info)
+    made = [i for i, var in enumerate(jaxpr.outvars) if var not in given]
+    shardings = jax.tree.leaves(traced.lower().compile().output_shardings) if made and not abstract else []
+    for i, var in enumerate(jaxpr.outvars):
+        if var in given:
+            leaves[i] = given[var]
+        elif shardings:
+            leaves[i] = _placed(leaves[i], shardings[i])
+    return structure.unflatten(leaves), sum(_shard_bytes(leaves[i]) for i in made)
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+
+
+def _unplanned(
+    program: str, topology: str, mesh: Mesh | AbstractMesh, state: tuple[TrainState, TrainState], batch: Shapes
+) -> Plan:
+    abstract, shardings = state
+    params = shard_bytes(abstract.params, shardings.params)
+    optimizer = shard_bytes(abstract.opt_state, shardings.opt_state)
     rows = batch_sharding(mesh)
-    sizes = {
-        name: shard_bytes(getattr(abstract, field), getattr(shardings, field))
-        for name, field in (("params", "params"), ("optimizer", "opt_state"))
-    }
-    sizes["variables"] = shard_bytes(abstract, shardings) - sum(sizes.values())
-    sizes["batch"] = shard_bytes(batch, {name: rows for name in batch})
-    known = {
-        **{"topology": topology, "mesh": dict(mesh.shape), "rows": next(iter(batch.values())).shape[0]},
-        **{"limit": chip.memory, **sizes},
-    }
-    traced = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat).trace(abstract, dict(batch))
-    products = count_products(traced.jaxpr)
-    known["needed_flops"] = products.flops // math.prod(mesh.shape.values())
-    state = sum(sizes.values())
+    return Plan(
+        program=program,
+        topology=topology,
+        mesh=dict(mesh.shape),
+        examples=num_examples(batch) if batch else 0,
+        params=params,
+        optimizer=optimizer,
+        variables=shard_bytes(abstract, shardings) - params - optimizer,
+        batch=shard_bytes(dict(batch), dict.fromkeys(batch, rows)),
+        limit=find_topology(topology)[0].memory,
+        needed_flops=0,
+    )
+
+
+def _planned(
+    plan: Plan, traced: Any, mesh: Mesh | AbstractMesh, *, resident: int = 0, uncounted_bytes: int = 0
+) -> Plan:
+    """Compiles a traced program, or lowers it for GPUs, and adds its cost.
+
+    Args:
+      plan: The plan so far.
+      traced: The traced program.
+      mesh: The mesh.
+      resident: Bytes of ``plan.arguments`` that the program does not take, but that stay in memory.
+      uncounted_bytes: Memory traffic of a program that is not compiled, beside its matmuls.
+    """
+    chip, _ = find_topology(plan.topology)
+    counted = count_matmul_flops(traced.jaxpr)
+    plan = dataclasses.replace(plan, needed_flops=counted.flops // plan.chips)
     if isinstance(mesh, AbstractMesh):
-        traced.lower(lowering_platforms=(chip.platform,))  # what can't be lowered for this platform shows here
-        return _uncompiled(chip, state, products.nbytes // math.prod(mesh.shape.values()), known)
+        traced.lower(lowering_platforms=(chip.platform,))  # fails for what this platform does not support
+        return _uncompiled(chip, plan, counted, uncounted_bytes)
     began = time.monotonic()
     lowered = traced.lower()
     try:
@@ -240,84 +322,62 @@ def plan_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _refused(str(error), state, known, time.monotonic() - began)
-    seconds = time.monotonic() - began
-    return _compiled(chip, compiled, text, state, known, seconds)
+        plan = _refused(plan, str(error), resident)
+    else:
+        plan = _compiled(chip, plan, compiled, text, resident)
+    return dataclasses.replace(plan, compile_seconds=time.monotonic() - began)
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
-    """Compiles, and returns the text of the result as the compiler itself writes it.
+    """Compiles, and returns the program and its text as the compiler writes it.
 
-    ``as_text`` has jaxlib parse what libtpu made, which a jaxlib that is older than libtpu can't always do.
+    ``as_text`` has jaxlib parse the output of libtpu, which fails if jaxlib is older than libtpu.
     """
     if platform != "tpu":
         compiled = lowered.compile()
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # A cache of compiled programs can keep this one and can't load it: there is no such device here.
+        # The compilation cache can store this program, but not load it without the devices.
         warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
-        # A program that came from JAX's cache was not compiled, and has left nothing.
+        # A program from the compilation cache leaves no dump.
         return compiled, texts[-1].read_text() if texts else compiled.as_text()
 
 
-def _compiled(chip: Chip, compiled: Any, text: str, state: int, known: dict, seconds: float) -> Plan:
+def _compiled(chip: Chip, plan: Plan, compiled: Any, text: str, resident: int) -> Plan:
     memory = compiled.memory_analysis()
-    cost: Cost = module_cost(text, known["mesh"])
+    cost = module_cost(text, plan.mesh)
     beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes + max(beside, 0)
-    return Plan(
-        **known,
-        padding=memory.argument_size_in_bytes - state,
+    return dataclasses.replace(
+        plan,
+        padding=memory.argument_size_in_bytes + resident - plan.arguments,
         temporaries=memory.temp_size_in_bytes,
         code=code,
-        total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + code,
+        total=memory.argument_size_in_bytes + resident + memory.temp_size_in_bytes + code,
         flops=cost.flops,
         memory_bytes=cost.memory_bytes,
         collectives=cost.collectives,
         largest=cost.temporaries,
         open_loops=cost.open_loops,
         time=roofline(chip, cost.flops, cost.memory_bytes, cost.collectives),
-        compile_seconds=seconds,
     )
 
 
-def _refused(message: str, state: int, known: dict, seconds: float) -> Plan:
+def _refused(plan: Plan, message: str, resident: int) -> Plan:
     reason = message.split("\n")[0].partition(": ")[2] or message
     needed = re.search(r"(?:required[^(]*\(|[Uu]sed )([\d.]+)([KMGT])", message)
-    total = int(float(needed[1]) * 2 ** (10 * ("KMGT".index(needed[2]) + 1))) if needed else state
-    return Plan(
-        **known,
-        padding=0,
-        temporaries=None,
-        code=0,
-        total=max(total, state),
-        flops=0,
-        memory_bytes=0,
-        collectives=None,
-        largest=(),
-        open_loops=0,
-        time=None,
-        compile_seconds=seconds,
-        refusal=reason,
-    )
+    total = int(float(needed[1]) * 2 ** (10 * ("KMGT".index(needed[2]) + 1))) + resident if needed else 0
+    return dataclasses.replace(plan, total=max(total, plan.arguments), refusal=reason)
 
 
-def _uncompiled(chip: Chip, state: int, product_bytes: int, known: dict) -> Plan:
-    # The optimizer reads and writes its state and the parameters once.
-    memory_bytes = product_bytes + 2 * (known["params"] + known["optimizer"])
-    return Plan(
-        **known,
-        padding=0,
-        temporaries=None,
-        code=0,
-        total=state,
-        flops=known["needed_flops"],
+def _uncompiled(chip: Chip, plan: Plan, counted: MatmulFlops, uncounted_bytes: int) -> Plan:
+    memory_bytes = counted.nbytes // plan.chips + uncounted_bytes
+    return dataclasses.replace(
+        plan,
+        total=plan.arguments,
+        flops=plan.needed_flops,
         memory_bytes=memory_bytes,
-        collectives=None,
-        largest=(),
-        open_loops=0,
-        time=roofline(chip, known["needed_flops"], memory_bytes, None),
-        compile_seconds=0.0,
+        time=roofline(chip, plan.needed_flops, memory_bytes, None),
     )

@@ -1,4 +1,4 @@
-"""A time from counts: what the chip's rates allow at best."""
+"""Roofline estimate of the time of a step from its counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from subspace_jax.planning.chips import Chip
 from subspace_jax.planning.cost import Collective
 
 ASSUMPTIONS = (
-    "products at the peak bfloat16 rate, memory and links at their stated rates, nothing lost between operations",
-    "a collective runs alone, as a ring on one link of each chip: both directions where the ring closes, one where not",
-    "at best compute, memory and network overlap wholly (the longest of the three); at worst not at all (their sum)",
+    "matmuls at the peak bfloat16 rate, memory and links at their stated rates, no time between operations",
+    "collectives run one at a time, on one link of each chip: both directions of a ring, one direction of a line",
+    "at best compute, memory and network overlap fully (the longest of the three); at worst not at all (their sum)",
 )
 
 
@@ -18,9 +18,9 @@ class Roofline:
     """Seconds of one step on one chip.
 
     Attributes:
-      compute: Products at the peak rate.
-      memory: Traffic with main memory.
-      network: All collectives, one after the other; None where they are not known.
+      compute: Matmuls at the peak rate.
+      memory: Memory traffic.
+      network: All collectives, one after another; None if they are unknown.
     """
 
     compute: float
@@ -29,29 +29,29 @@ class Roofline:
 
     @property
     def best(self) -> float:
-        """The longest of the three: all overlap."""
+        """The longest of the three, with full overlap."""
         return max(self.compute, self.memory, self.network or 0.0)
 
     @property
     def worst(self) -> float:
-        """Their sum: nothing overlaps."""
+        """The sum of the three, without overlap."""
         return self.compute + self.memory + (self.network or 0.0)
 
     @property
     def bound(self) -> str:
-        """Which of "compute", "memory" and "network" takes longest."""
+        """The longest of "compute", "memory" and "network"."""
         times = {"compute": self.compute, "memory": self.memory, "network": self.network or 0.0}
         return max(times, key=times.__getitem__)
 
 
 def roofline(chip: Chip, flops: float, memory_bytes: float, collectives: Sequence[Collective] | None) -> Roofline:
-    """Returns the time that the chip's rates allow, see ``ASSUMPTIONS``.
+    """Returns the times by the chip's rates, see ``ASSUMPTIONS``.
 
     Args:
       chip: The chip.
-      flops: FLOPs of a step on one chip.
-      memory_bytes: Bytes of main memory that are read and written.
-      collectives: The collectives; None where they are not known.
+      flops: FLOPs of a step per chip.
+      memory_bytes: Bytes read from and written to main memory.
+      collectives: The collectives; None if they are unknown.
 
     Returns:
       The three times.
@@ -61,12 +61,12 @@ def roofline(chip: Chip, flops: float, memory_bytes: float, collectives: Sequenc
 
 
 def collective_seconds(chip: Chip, collective: Collective) -> float:
-    """Returns the time of all runs of a collective on a ring (Austin et al., "How to Scale Your Model", part 3).
+    """Returns the time of all executions of a collective (Austin et al., "How to Scale Your Model", part 3).
 
-    With V bytes as the collective has them, n chips and rate w of the ring: gathering and reduce-scatter take
-    V (n-1)/n / w, an all-reduce twice that, an all-to-all V (n-1) / 4w (a share goes over a quarter of the ring on
-    average), sending to one neighbour V over the rate of one link.  GPUs reach each other through a switch, where an
-    all-to-all takes V (n-1)/n / w.
+    For V bytes (:attr:`Collective.nbytes`), n chips and the rate w of the ring: all-gather and reduce-scatter take
+    V (n-1)/n / w, an all-reduce twice that, an all-to-all V (n-1) / 4w (a shard travels a quarter of the ring on
+    average), a permute V over the rate of one link.  GPUs are connected by a switch, where an all-to-all takes
+    V (n-1)/n / w.
     """
     closed = chip.platform != "tpu" or collective.devices % chip.wraps == 0
     rate = chip.link_rate * (2 if closed and chip.platform == "tpu" else 1)

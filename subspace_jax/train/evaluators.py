@@ -115,7 +115,7 @@ class Evaluations:
           ValueError: A set is not there, or gave no batch.
         """
         evaluator = self.evaluators[name]
-        prepare, collect = self._programs(name)
+        prepare, collect = self.programs(name)
         params, variables, key, step = self._on_auto_axes((state.params, state.variables, state.key, state.step))
         model = prepare(params, variables)
         found = {}
@@ -139,7 +139,8 @@ class Evaluations:
         place = batch_sharding(auto_mesh(self._mesh), self._rules)
         return (to_device(batch, place) for batch in batches)
 
-    def _programs(self, name: str) -> tuple[Callable, Callable]:
+    def programs(self, name: str) -> tuple[Callable, Callable]:
+        """Returns the jitted ``prepare(params, variables)`` and ``collect(model, batch, key_data, step, index)``."""
         if name not in self._compiled:
             evaluator, mesh = self.evaluators[name], auto_mesh(self._mesh)
 

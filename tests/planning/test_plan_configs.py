@@ -75,14 +75,15 @@ CASES = [
 def planned(configs, path, fields, topology, mesh):
     config = train.override(train.load_config(f"{configs}/{path}"), fields)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
-        return planning.plan_run(config, topology, mesh)
+        return planning.plan_run(config, topology, mesh, evaluations=False)[0]
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("method", ["galore", "fira", "apollo", "online_subspace_descent", "coso"])
 def test_no_state_of_a_projected_optimizer_lies_whole_on_every_chip(configs, method):
     config = train.load_config(f"{configs}/optim/tiny_gpt.py:{method}")
     mesh = train.make_mesh(data=1, fsdp=8)
-    task, _ = finetune.outline(config, mesh)
+    task = finetune.outline(config).phases[0].task
     with jax.numpy_dtype_promotion("standard"):
         abstract, shardings = train.state_shardings(task, make_optimizer(config.optim, 1000), mesh)
     whole = {
@@ -111,6 +112,7 @@ def test_a_config_sends_what_its_sharding_needs_and_no_more(
 
 
 @pytest.mark.slow
+@pytest.mark.eight_devices
 def test_the_plan_of_a_step_and_its_program_for_eight_cpu_devices_agree(configs):
     # Both compilers take the same sharded step.  Products are the same to the last one; bfloat16 is float32 on a CPU,
     # so activations that are sent there along ``tensor`` are twice as large; the few float32 numbers beside are not.
@@ -123,8 +125,9 @@ def test_the_plan_of_a_step_and_its_program_for_eight_cpu_devices_agree(configs)
         devices = planning.tpu_devices("v5e:2x4") if platform == "tpu" else jax.devices()
         mesh = train.make_mesh(data=1, fsdp=4, tensor=2, devices=devices)
         with jax.numpy_dtype_promotion("standard"):
-            task, batch = finetune.outline(config, mesh)
-            plans[platform] = planning.plan_step(task, make_optimizer(config.optim, 1000), batch, mesh, "v5e:2x4")
+            phase = finetune.outline(config).phases[0]
+            tx = make_optimizer(config.optim, 1000)
+            plans[platform] = planning.plan_step(phase.task, tx, phase.data.batch, mesh, "v5e:2x4")
     tpu, cpu = plans["tpu"], plans["cpu"]
     assert tpu.flops == cpu.flops
     assert (tpu.params, tpu.optimizer, tpu.variables, tpu.batch) == (
