@@ -5,7 +5,7 @@
 
 The images are the 1797 handwritten digits that come with scikit-learn; every run trains an MLP 64-128-64 with the head
 on top for 60 epochs of 1200 images (arXiv 2308.01547).  On a machine without accelerator the CPU serves as four
-devices: batches are split over two of them, classes over the other two.
+devices: batches are sharded over two of them, classes over the other two.
 
 A demo that was stopped goes on where it stopped; one that is started again reuses its runs and trains one epoch more.
 """
@@ -30,7 +30,7 @@ HEADS = ("softmax", "cosine", "k1", "k8")
 
 
 def mesh_fields():
-    """Two ways over the batch and two over the classes where there are four CPU devices; else all over the batch."""
+    """Returns a mesh of 2 x 2 over examples and classes on four CPU devices, else one over examples."""
     four_cpus = jax.default_backend() == "cpu" and jax.device_count() == 4
     return ["mesh.data=2", "mesh.tensor=2"] if four_cpus else []
 
@@ -42,13 +42,13 @@ def config_of(head, seed, *, epochs=60):
 
 
 def train_one(head, seed, workdir, progress):
-    """Trains one head with one seed, and returns the numbers of its row."""
+    """Trains one head with one seed, and returns its row of the table."""
     reused = (workdir / "config.json").exists()
     start = time.perf_counter()
-    state, result = train.run(config_of(head, seed), workdir, progress=progress)
+    state, result, *_ = train.run(config_of(head, seed), workdir, progress=progress)
     seconds = time.perf_counter() - start
-    experiment = train.build(config_of(head, seed))
-    features, labels = represent.features_of(experiment.task, state, experiment.data.evaluate())
+    (phase,) = train.build(config_of(head, seed)).phases
+    features, labels = represent.features_of(phase.task, state, phase.data.evaluate["eval"]())
     bases = state.params["head"].get("bases")
     return {
         "head": head,
@@ -84,13 +84,13 @@ def table_of(rows, heads):
 
 
 def spread(values, form):
-    """Mean and sample standard deviation."""
+    """Returns mean and sample standard deviation as text."""
     deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def plot_angles(bases, path):
-    """Draws the principal angles between all pairs of class subspaces: the smallest, and their mean."""
+    """Plots the principal angles between all pairs of class subspaces: the smallest, and their mean."""
     from matplotlib.figure import Figure
 
     angles = np.rad2deg(jax.jit(linalg.principal_angles)(bases[:, None], bases[None, :]))
@@ -107,10 +107,11 @@ def plot_angles(bases, path):
 
 def resume(head, workdir, progress):
     """Trains a finished run for one epoch more, from its last checkpoint."""
-    experiment, state = train.restore(workdir)
-    epochs = int(state.step) / experiment.data.steps_per_epoch + 1
+    restored = train.restore(workdir)
+    step = int(restored.state.step)
+    epochs = step / restored.phase.data.steps_per_epoch + 1
     logging.getLogger("subspace_jax").setLevel(logging.INFO)
-    print(f"\nResuming {head}, seed 0, from the checkpoint of step {int(state.step)} for one epoch more:")
+    print(f"\nResuming {head}, seed 0, from the checkpoint of step {step} for one epoch more:")
     train.run(config_of(head, 0, epochs=epochs), workdir, progress=progress)
 
 
@@ -148,7 +149,7 @@ def main(argv=None):
     if grassmann:
         widest = max(grassmann, key=lambda head: int(head[1:]))
         folder = workdir / f"{widest}_seed0"
-        _, state = train.restore(folder)
+        state = train.restore(folder).state
         plot_angles(jax.device_get(state.params["head"]["bases"]), workdir / "angles.png")
         written.append("angles.png")
         resume(widest, folder, not args.quiet)

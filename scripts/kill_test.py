@@ -56,7 +56,7 @@ def whole_checkpoints(workdir):
 
 
 def is_half_written(workdir):
-    """Whether a kill has met a checkpoint that was being written, which lies under another name until it is whole."""
+    """Whether a kill interrupted the writing of a checkpoint, which has a temporary name until it is complete."""
     folder = workdir / "checkpoints"
     return folder.is_dir() and any("tmp" in p.name for p in folder.iterdir())
 
@@ -67,8 +67,7 @@ def bits(workdir):
 
     from subspace_jax import train
 
-    _, state = train.restore(workdir)
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(train.restore(workdir).state)]
 
 
 def run_to_end(config, workdir, settings):
@@ -98,7 +97,7 @@ def let_live(process, workdir, draw, seconds, steps):
 
 
 def kill_runs(config, workdir, settings, kills, seed):
-    """Returns counts, and what was found wrong."""
+    """Returns counts and a list of faults."""
     from subspace_jax import train
 
     draw = random.Random(seed)

@@ -17,8 +17,8 @@ def main(index, count, port, workdir, config, *settings):
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
     assert train.initialize(f"localhost:{port}", count, index, timeout=60)
     assert (jax.process_index(), jax.process_count()) == (index, count)
-    result = train.run(train.override(train.load_config(config), settings), workdir, progress=False)
-    state = multihost_utils.process_allgather(result.state, tiled=True)
+    state = train.run(train.override(train.load_config(config), settings), workdir, progress=False).state
+    state = multihost_utils.process_allgather(state, tiled=True)
     np.savez(f"{workdir}/state_{count}_{index}.npz", *map(np.asarray, jax.tree.leaves(state)))
 
 

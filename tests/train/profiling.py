@@ -1,4 +1,4 @@
-"""Tests of the profiler, which ``test_metrics_log.py`` runs in a process of their own."""
+"""Tests of the profiler, which ``test_metrics_log.py`` runs in a process of its own."""
 
 import optax
 import pytest

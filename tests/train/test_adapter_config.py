@@ -1,4 +1,4 @@
-"""From fields of a config to settings: every method, dropout, convolutions, and what can't serve."""
+"""Fields of a config to adapter configs: every method, dropout, convolutions, and invalid fields."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_rule_has_ranks_of_its_own():
             r"adapter.target_modules: one rank for each axis is for 'flora', got \(8",
         ),
         ({"method": "svfit", "dropout": 0.1}, "adapter.dropout: 'svfit' has none, got 0.1"),
-        ({"method": "lora", "dropout": 1.0}, r"adapter.dropout: expected a share in \[0, 1\), got 1.0"),
+        ({"method": "lora", "dropout": 1.0}, r"adapter.dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"method": "flora", "window": 2}, "adapter.window, groups: of LoRA and DoRA.*name a rank for each axis"),
         ({"method": "flora", "init": "kaiming"}, "adapter.init: expected one of .'kaiming_normal'"),
         ({"method": "effort", "groups": 2}, "adapter.window, groups: of LoRA and DoRA, got 0 and 2 for 'effort'"),

@@ -19,11 +19,13 @@ from subspace_jax import train
 from .common import assert_same_bits
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.eight_devices
 CONFIG = """
-from subspace_jax.represent.gcr import task as classify
+from subspace_jax.represent.gcr import task
 
 def get_config():
-    config = classify.default_config()
+    config = task.default_config()
     config.data.name = "union_of_subspaces"
     config.data.batch_size = 64
     config.model.features = (16,)
@@ -97,13 +99,13 @@ def test_all_processes_leave_after_the_same_step_when_one_of_them_is_told_to(con
     assert [process.returncode for process in processes] == [75, 75], "\n".join(printed)
     steps = {int(re.search(r"stopped by SIGTERM after step (\d+), which is saved", text)[1]) for text in printed}
     assert len(steps) == 1
-    (here, _), rows = train.restore(workdir), train.read_metrics(workdir / "metrics.jsonl")
+    rows = train.read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, max(steps) + 1))
     moved = ["mesh.fsdp=2", "mesh.tensor=4"]
-    (_, one), (_, other) = train.restore(workdir), train.restore(workdir, settings=moved)
-    assert int(one.step) == max(steps)
-    assert here.num_steps == 100_000
-    assert_same_bits(one, other)
+    one, other = train.restore(workdir), train.restore(workdir, settings=moved)
+    assert int(one.state.step) == max(steps)
+    assert one.phase.num_steps == 100_000
+    assert_same_bits(one.state, other.state)
 
 
 @pytest.mark.slow

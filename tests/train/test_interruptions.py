@@ -1,4 +1,4 @@
-"""What a run meets: a notice to leave, data that hangs, numbers that are not finite, a full disk, others that miss."""
+"""Interruptions of a run: preemption, data that hangs, values that are not finite, a full disk, missing processes."""
 
 import contextlib
 import functools
@@ -12,14 +12,14 @@ import time
 
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from subspace_jax import train
 from subspace_jax.cli import processes as cli_processes
 from subspace_jax.cli.main import main
-from subspace_jax.train import interruptions as survival
-from subspace_jax.train import metrics_log, processes
+from subspace_jax.train import interruptions, metrics_log, processes
 
 from .common import Breaking, assert_same_bits, regression
 
@@ -41,9 +41,7 @@ class Before(Breaking):
 
 
 def acting(data, at, act):
-    return train.Data(
-        data.batch_size, data.steps_per_epoch, lambda seed: Before(data.train(seed), at, act), data.evaluate
-    )
+    return data._replace(train=lambda seed: Before(data.train(seed), at, act))
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_sigterm_ends_the_step_saves_and_goes_on_to_the_same_bits(run, fit, tmp_
     assert (tmp_path / "run/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3, 8])
+@pytest.mark.parametrize("interval", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))])
 def test_a_kill_while_a_slow_checkpoint_is_written_costs_one_interval_at_most(interval, run, monkeypatch, tmp_path):
     go, data = run
     given, lost = [], []
@@ -78,7 +76,7 @@ def test_a_kill_while_a_slow_checkpoint_is_written_costs_one_interval_at_most(in
             whole = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdecimal()]
             lost.append(given[-1].get_state()["next_index"] - max(whole, default=0))
 
-    write = train.checkpoints.ocp.StandardCheckpointHandler.async_save
+    write = ocp.StandardCheckpointHandler.async_save
 
     async def slowly(*arguments, **options):
         return [*(await write(*arguments, **options)), Slow()]
@@ -87,9 +85,8 @@ def test_a_kill_while_a_slow_checkpoint_is_written_costs_one_interval_at_most(in
         given.append(data.train(seed))
         return given[-1]
 
-    monkeypatch.setattr(train.checkpoints.ocp.StandardCheckpointHandler, "async_save", slowly)
-    watched = train.Data(data.batch_size, data.steps_per_epoch, train_batches, data.evaluate)
-    go(watched, num_steps=16, eval_every=0, checkpoint_every=interval)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", slowly)
+    go(data._replace(train=train_batches), num_steps=16, eval_every=0, checkpoint_every=interval)
     assert len(lost) == (16 if interval == 1 else 11 if interval == 3 else 32 // interval)
     assert max(lost) == interval
 
@@ -118,7 +115,7 @@ def test_data_that_hangs_ends_the_run_and_is_named(run):
 
 
 def test_what_the_data_raises_comes_through_the_thread_that_waits_for_it():
-    timed = survival.Timed(iter([1]), 5.0, "training data")
+    timed = interruptions.Timed(iter([1]), 5.0, "training data")
     assert next(timed) == 1
     with pytest.raises(StopIteration):
         next(timed)
@@ -131,11 +128,11 @@ def test_a_burst_of_nan_is_skipped_and_an_endless_one_ends_the_run_with_its_batc
 
     class Broken(Breaking):
         def __next__(self):
-            place = self._batches.get_state()["next_index"]
+            index = self._batches.get_state()["next_index"]
             batch = next(self._batches)
-            return batch | {"labels": batch["labels"] * np.float32(np.nan)} if place in broken else batch
+            return batch | {"labels": batch["labels"] * np.float32(np.nan)} if index in broken else batch
 
-    made = train.Data(data.batch_size, data.steps_per_epoch, lambda seed: Broken(data.train(seed), 0), data.evaluate)
+    made = data._replace(train=lambda seed: Broken(data.train(seed), 0))
     broken |= {3, 4}
     go = functools.partial(fit, task, TX, made, num_steps=NUM_STEPS, workdir=tmp_path, max_skipped=3)
     assert int(go().state.skipped) == 2
@@ -149,14 +146,14 @@ def test_a_burst_of_nan_is_skipped_and_an_endless_one_ends_the_run_with_its_batc
 
 def test_a_full_disk_is_named_and_what_was_saved_stays(run, monkeypatch, tmp_path):
     go, data = run
-    save = train.checkpoints.ocp.CheckpointManager.save
+    save = ocp.CheckpointManager.save
 
     def full(self, step, *arguments, **options):
         if step > 3:
             raise OSError(28, "No space left on device")
         return save(self, step, *arguments, **options)
 
-    monkeypatch.setattr(train.checkpoints.ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     with pytest.raises(OSError, match=r"checkpoints: can't write the checkpoint of step 4 .*No space left on device"):
         go(data)
     monkeypatch.undo()
@@ -184,7 +181,7 @@ def test_messages_of_the_command_come_once_and_make_way_for_its_progress_bar():
     logger = logging.Logger("a run")
     logger.addHandler(handler)
     with (
-        contextlib.redirect_stderr(survival.Lasting(stream)),
+        contextlib.redirect_stderr(interruptions.Lasting(stream)),
         logging_redirect_tqdm([logger]),
         metrics_log.progress_bar(2, 0, show=True) as bar,
     ):
@@ -195,7 +192,7 @@ def test_messages_of_the_command_come_once_and_make_way_for_its_progress_bar():
 
 
 def test_the_command_ends_quietly_where_nobody_reads_its_output(monkeypatch, configs, tmp_path, capfd):
-    monkeypatch.setattr(train, "run", lambda *a, **k: (None, {"loss": 1.0}))
+    monkeypatch.setattr(train, "run", lambda *a, **k: train.FitResult(None, {"loss": 1.0}, (), {}))
     for arguments, status in (
         (["info"], 141),
         (["train", "--config", f"{configs}/gcr/synthetic.py:k2", "--workdir", str(tmp_path)], 0),
@@ -218,7 +215,7 @@ def test_the_command_names_output_that_can_not_be_written(monkeypatch, capfd):
 def test_times_and_counts_below_zero_are_refused(run):
     go, data = run
     for name in ("data_timeout", "max_skipped"):
-        with pytest.raises(ValueError, match="data_timeout, max_skipped: expected at least 0"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
             go(data, **{name: -1})
 
 

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from subspace_jax import train
 
-from .common import Regression, arrays, data_of, regression
+from .common import Regression, arrays, data_of, regression, run_of
 
 
 def test_rows_are_written_at_once_and_read_back(tmp_path):
@@ -158,7 +158,7 @@ def test_curves_are_a_picture_also_of_numbers_that_are_not_finite(tmp_path):
 
 def test_a_run_draws_its_curves_and_shows_its_progress(tmp_path, capsys):
     task, data = regression()
-    train.fit(task, optax.sgd(0.05), data, num_steps=4, workdir=tmp_path, log_every=2, progress=True)
+    train.fit(run_of(task, optax.sgd(0.05), data, num_steps=4, workdir=tmp_path, progress=True))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().err
     assert "4/4" in shown

@@ -17,6 +17,8 @@ from .common import assert_close
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+pytestmark = pytest.mark.eight_devices
+
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):

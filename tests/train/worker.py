@@ -11,7 +11,7 @@ from subspace_jax import train
 from subspace_jax.train import digests
 from subspace_jax.train.reading import DamagedError
 
-from .common import Interrupted, breaking, classification, make_tx
+from .common import Interrupted, breaking, classification, make_tx, run_of
 
 NUM_STEPS = 8
 SIZES = {"data": 1, "fsdp": 4, "tensor": 2}  # fsdp goes over both processes
@@ -24,10 +24,8 @@ def problem():
 
 def fit(workdir, data=None, num_steps=NUM_STEPS):
     task, tx, whole = problem()
-    return train.fit(
-        task, tx, data or whole, num_steps=num_steps, workdir=workdir, mesh=train.make_mesh(**SIZES),
-        log_every=2, eval_every=4, checkpoint_every=3, progress=False,
-    )  # fmt: skip
+    mesh = train.make_mesh(**SIZES)
+    return train.fit(run_of(task, tx, data or whole, num_steps=num_steps, workdir=workdir, mesh=mesh))
 
 
 def main(index, count, port, workdir):
@@ -59,7 +57,7 @@ def main(index, count, port, workdir):
         check = digests.check
 
         def torn(folder, known, names):
-            if folder.name == str(NUM_STEPS) and len(names) > 1:  # its share of the files, not the metrics alone
+            if folder.name == str(NUM_STEPS) and len(names) > 1:  # the files of this process, not the record alone
                 raise DamagedError("torn")
             check(folder, known, names)
 
