@@ -143,8 +143,9 @@ def test_features_of_a_run_are_the_inputs_of_its_head(tmp_path):
     model = represent.open_feature_model(tmp_path / "run")
     images = represent.open_labelled_images("digits", "test[:20]", tmp_path / "sets")
     found = represent.features_of_images(model, images, batch_size=24)
-    experiment, state = train.restore(tmp_path / "run")
-    wanted, labels = represent.features_of(experiment.task, state, experiment.data.evaluate())
+    restored = train.restore(tmp_path / "run")
+    evaluation = restored.phase.data.evaluate["eval"]()
+    wanted, labels = represent.features_of(restored.phase.task, restored.state, evaluation)
     np.testing.assert_array_equal(found.labels, labels[:20])
     np.testing.assert_allclose(found.features, wanted[:20], atol=1e-5)
 

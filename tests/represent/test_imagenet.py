@@ -60,11 +60,12 @@ def test_a_recipe_has_the_published_number_of_parameters_and_its_loss_can_be_tra
         "inputs": jax.ShapeDtypeStruct((64, side, side, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((64,), jnp.int32),
     }
-    loss, (after, _) = jax.eval_shape(task.loss, params, variables, batch, jax.random.key(0))
+    loss = functools.partial(task.loss, key=jax.random.key(0), step=0)
+    loss, (after, _) = jax.eval_shape(loss, params, variables, batch)
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     assert jax.tree.structure(after) == jax.tree.structure(variables)
     with jax.numpy_dtype_promotion("standard"):
-        tx = make_optimizer(config.optim, 200_000)
+        tx = make_optimizer(config.optim, 200_000, task.roles())
         assert jax.eval_shape(tx.init, params)
     axes = task.axes()
     assert jax.tree.structure(axes[0]) == jax.tree.structure(params)
@@ -97,39 +98,38 @@ def small_config(configs, tmp_path):
 
 def test_outline_gives_the_task_and_batch_shapes_of_build(configs, small_config):
     for config in (small_config, config_of(configs, "digits", "k8"), config_of(configs, "synthetic", "k4")):
-        task, batch = classify.outline(config, None)
-        of_run, made = classify.build(config)
-        first = next(made.train(0))
-        assert {name: (x.shape, x.dtype) for name, x in first.items()} == {
-            name: (x.shape, x.dtype) for name, x in batch.items()
-        }
-        shapes = [jax.eval_shape(t.init, jax.random.key(0)) for t in (task, of_run)]
-        assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
+        ((outlined,), (phase,)) = classify.outline(config).phases, classify.build(config).phases
+        chex.assert_trees_all_equal_shapes_and_dtypes(outlined.data.batch, next(phase.data.train(0)))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            *[jax.eval_shape(p.task.init, jax.random.key(0)) for p in (outlined, phase)]
+        )
 
 
 def test_outline_of_a_tfds_set_needs_no_data(configs, tmp_path):
     config = config_of(configs, "imagenet_swin", "k8")
     config.data.data_dir = str(tmp_path)
-    task, batch = classify.outline(config, None)
+    (phase,) = classify.outline(config).phases
+    task, batch = phase.task, phase.data.batch
     assert (batch["inputs"].shape, batch["inputs"].dtype) == ((1024, 224, 224, 3), jnp.uint8)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     assert jax.tree.leaves(params["head"])[0].shape == (1000, 768, 8)
     config.data.image.size = 0
     with pytest.raises(ValueError, match=r"data.image.size: images of 'imagenet2012' vary in size"):
-        classify.outline(config, None)
+        classify.outline(config)
     config.data.name = "imagenet2021"
     with pytest.raises(ValueError, match="TFDS knows no set 'imagenet2021'"):
-        classify.outline(config, None)
+        classify.outline(config)
 
 
 def test_build_resizes_the_images_of_a_folder(small_config):
-    task, made = classify.build(small_config)
-    batch = next(made.train(0))
+    (phase,) = classify.build(small_config).phases
+    task = phase.task
+    batch = next(phase.data.train(0))
     assert (batch["inputs"].shape, batch["inputs"].dtype) == ((8, 32, 32, 3), np.uint8)
-    (shown,) = made.evaluate()
+    (shown,) = phase.data.evaluate["eval"]()
     assert shown["inputs"].shape == (8, 32, 32, 3)
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
-    sums = jax.eval_shape(task.evaluate, params, variables, shown)
+    sums = jax.eval_shape(functools.partial(task.evaluate, key=jax.random.key(0)), params, variables, shown)
     assert sums["count"].shape == ()
     assert jax.tree.leaves(params["head"])[0].shape == (2, 512, 2)
     small_config.data.eval_split = "test"
@@ -146,7 +146,7 @@ def test_loss_of_mixed_images_is_that_of_mixed_targets():
     params, variables = task.init(jax.random.key(0))
     batch = {"inputs": np.random.default_rng(0).random((6, 4, 4, 1), np.float32), "labels": np.arange(6) % 5}
     key = jax.random.key(1)
-    loss = jax.jit(task.loss)(params, variables, batch, key)[0]
+    loss = jax.jit(task.loss)(params, variables, batch, key=key, step=0)[0]
     mix = jax.jit(functools.partial(data.mix_images, **mixing))
     images, weight = mix(jax.random.split(key)[1], batch["inputs"])
     targets = 0.9 * np.eye(5)[batch["labels"]] + 0.02
@@ -176,7 +176,8 @@ def test_a_resumed_run_has_the_parameters_and_statistics_of_an_uninterrupted_one
 def test_a_step_at_the_papers_global_batch_fits_sixteen_chips_of_v5e(configs, name, variant):
     config = config_of(configs, name, variant)
     mesh = train.make_mesh(devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
-    task, tx = task_of(config), make_optimizer(config.optim, num_steps=200_000)
+    task = task_of(config)
+    tx = make_optimizer(config.optim, 200_000, task.roles())
     state, _ = train.state_shardings(task, tx, mesh)
     rows, side = config.data.batch_size, config.data.image.size
     batch = {
@@ -184,7 +185,7 @@ def test_a_step_at_the_papers_global_batch_fits_sixteen_chips_of_v5e(configs, na
         "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
     }
     with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
-        compiled = train.make_train_step(task, tx, mesh).lower(state, batch).compile()
+        compiled = train.jit_train_step(task, tx, mesh).lower(state, batch).compile()
     assert bytes_per_chip(f"{name} {variant}", compiled) < 16e9
 
 
@@ -203,9 +204,7 @@ def test_features_of_the_largest_dinov2_fit_sixteen_chips_of_v5e():
     mesh = train.make_mesh(devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
     config = nn.VisionTransformerConfig.dinov2("giant", image_size=(224, 224))
     whole = NamedSharding(mesh, P())
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.param_shapes(config)
-    )
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), nn.param_shapes(config))
     rows = train.batch_sharding(mesh)
     shapes = {"inputs": ((512, 224, 224, 3), jnp.float32), "labels": ((512,), jnp.int32), "mask": ((512,), jnp.float32)}
     batch = {name: jax.ShapeDtypeStruct(*of, sharding=rows) for name, of in shapes.items()}

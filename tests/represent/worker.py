@@ -17,10 +17,11 @@ def features(*, eval_batch_size=768):
     config.model.features = (8,)
     config.model.dims = (2,)
     config.mesh.data, config.mesh.fsdp = 1, -1
-    experiment = train.build(config)
-    state = train.init_state(experiment.task, experiment.tx, experiment.mesh)
+    run = train.build(config)
+    (phase,) = run.phases
+    state = train.init_state(phase.task, phase.tx, run.mesh)
     assert state.params["backbone"]["layers"][0]["kernel"].is_fully_replicated == (jax.device_count() == 1)
-    return represent.features_of(experiment.task, state, experiment.data.evaluate())
+    return represent.features_of(phase.task, state, phase.data.evaluate["eval"]())
 
 
 if __name__ == "__main__":
