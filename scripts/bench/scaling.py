@@ -1,19 +1,18 @@
-"""Plans training steps on TPU slices of growing size, on the CPU of this machine, and draws how they scale.
+"""Plans train steps on TPU slices of growing size, on the CPU of this machine, and plots how they scale.
 
     python scripts/bench/scaling.py --only tiny            # some seconds for each slice
     python scripts/bench/scaling.py                        # all cases, minutes for each slice of the large ones
 
-Each case is a config (None: a head over ten million classes), and slices with their meshes.  Rows of a batch grow with
-the chips, so that every chip does the same work and what is lost is lost to the network; where the name of a case ends
-with "fixed" the batch stays the same, so that a step gets shorter until its collectives take the time.  Every step is
-compiled for its slice as ``subspace-jax plan`` does; nothing is run, and times are what the chips' rates allow.  Plans
-are kept in the file of ``--json`` as they are made; what is there already is not planned again, so a bench that was
-stopped goes on.
+Each case is a config (None: a head over ten million classes), and slices with their meshes.  The batch grows with the
+chips, so that the work per chip is constant and any loss is due to the network; in cases whose name ends with "fixed"
+the batch is constant.  Every step is compiled for its slice as by ``subspace-jax plan``; nothing runs, and times are
+roofline estimates.  Plans are saved in the file of ``--json`` one by one, and those that it holds are not made again, so
+that a stopped bench resumes.
 
-  GiB         memory of a chip that the step takes
-  compute, memory, network   milliseconds of a step on one chip by the rates of each
-  rows/chip-s rows that a chip gets through in a second: where the three overlap wholly, and where nothing does
-  kept        the latter, as a share of what it is on the first slice of the case
+  GiB                        memory per chip
+  compute, memory, network   milliseconds of a step per chip, by the rate of each
+  examples/chip-s            examples per second and chip: with full overlap of the three, and without overlap
+  kept                       the latter, relative to the first slice of the case
 """
 
 import argparse
@@ -36,11 +35,11 @@ V5P = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 
 def slices(chip, sides, **axes):
-    """Slices of a chip with one mesh for all; axes that are not named here fill up along ``data`` or ``fsdp``."""
+    """Slices of a chip with one mesh; an axis of -1 takes the remaining chips."""
     return [(f"{chip}:{side}", axes) for side in sides]
 
 
-# name: (config, fields, rows of a batch for each place of data x fsdp or None for one size, [(slice, mesh), ...])
+# name: (config, fields, examples per shard of data x fsdp or None for a fixed batch, [(slice, mesh), ...])
 CASES = {
     "tiny": ("configs/optim/tiny_gpt.py:adamw", (), 16, slices("v5p", V5P, data=-1)),
     "tiny-fixed": ("configs/optim/tiny_gpt.py:adamw", ("data.batch_size=1024",), None, slices("v5p", V5P, data=-1)),
@@ -55,7 +54,7 @@ CASES = {
         1,
         slices("v5p", ("2x2x2", "4x4x4", "8x8x8"), data=1, fsdp=-1),
     ),
-    # The batch is split over all chips, weights over the sixteen of a group only.
+    # The batch is sharded over all chips, weights over the sixteen of a group only.
     "llama3-8b-dora-groups": (f"{LARGE}:llama3-8b", DORA, 1, slices("v5p", ("4x4x4", "8x8x8"), data=-1, fsdp=16)),
     "llama3-8b-lora-adaprelora": (f"{LARGE}:llama3-8b", LORA, 1, slices("v5p", ("4x4x4",), data=1, fsdp=-1)),
     "llama3-70b-dora": (
@@ -71,19 +70,20 @@ CASES = {
 
 def plan(name, topology, mesh):
     """Plans one slice of a case."""
-    path, fields, rows, _ = CASES[name]
+    path, fields, examples, _ = CASES[name]
     sizes = planning.mesh_sizes(mesh, topology, planning.find_topology(topology)[1])
     if path is None:
         return plan_head(topology, sizes).as_dict()
     config = train.override(train.load_config(str(ROOT / path)), fields)
-    if rows is not None:
-        config.data.batch_size = rows * sizes["data"] * sizes["fsdp"]
-    return planning.plan_run(config, topology, sizes).as_dict()
+    if examples is not None:
+        config.data.batch_size = examples * sizes["data"] * sizes["fsdp"]
+    (step,) = planning.plan_run(config, topology, sizes, evaluations=False)
+    return step.as_dict()
 
 
 def plan_head(topology, sizes):
-    """Plans the Riemannian step of a Grassmann head over ten million classes for 1024 rows of 2048 features."""
-    tile = 8 * sizes["tensor"]  # what a TPU's layout wants to be a divisor of the classes
+    """Plans the Riemannian step of a Grassmann head over ten million classes for 1024 examples of 2048 features."""
+    tile = 8 * sizes["tensor"]  # a divisor of the classes, by the layout of TPUs
     classes = -(-10_000_000 // tile) * tile
     make = functools.partial(
         represent.make_classifier, input_shape=(2048,), num_classes=classes, features=(), head="grassmann", dims=8
@@ -98,8 +98,8 @@ def plan_head(topology, sizes):
 
 
 def rate(found, kind):
-    """Rows that a chip gets through in a second, where all overlaps ("best") or nothing does ("worst")."""
-    return found["rows"] / found["time"][kind] / chips(found) if found["time"] else 0.0
+    """Returns examples per second and chip, with full overlap ("best") or without ("worst")."""
+    return found["examples"] / found["time"][kind] / chips(found) if found["time"] else 0.0
 
 
 def chips(found):
@@ -109,12 +109,12 @@ def chips(found):
 
 def table(cases):
     """Returns all plans as a table in Markdown."""
-    head = ("case", "slice", "mesh", "rows", "GiB", "fits", "compute", "memory", "network", "bound by")
-    head += ("rows/chip-s, all overlaps", "nothing does", "kept")
+    head = ("case", "slice", "mesh", "examples", "GiB", "fits", "compute", "memory", "network", "bound by")
+    head += ("examples/chip-s, full overlap", "no overlap", "kept")
     lines = [head]
     for name, plans in cases.items():
         for found in plans:
-            line = [name, found["topology"], " x ".join(map(str, found["mesh"].values())), str(found["rows"])]
+            line = [name, found["topology"], " x ".join(map(str, found["mesh"].values())), str(found["examples"])]
             line += [f"{found['total'] / 2**30:.2f}", "yes" if found["fits"] else "no"]
             if found["time"]:
                 times = [found["time"][part] for part in ("compute", "memory", "network")]
@@ -127,7 +127,7 @@ def table(cases):
 
 
 def draw(cases, output):
-    """Draws what is kept of the first slice's rows of a chip, over chips."""
+    """Plots examples per second and chip, relative to the first slice, over the number of chips."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -137,7 +137,7 @@ def draw(cases, output):
         if len(timed) > 1:
             kept = [rate(found, "worst") / rate(timed[0], "worst") for found in timed]
             axes.plot([chips(found) for found in timed], kept, "o-", label=name)
-    axes.set(xscale="log", xlabel="chips", ylabel="rows of a chip a second, the first slice is 1", ylim=(0, None))
+    axes.set(xscale="log", xlabel="chips", ylabel="examples/s per chip, first slice = 1", ylim=(0, None))
     axes.legend(fontsize="small")
     figure.savefig(output, dpi=120)
 
@@ -145,9 +145,9 @@ def draw(cases, output):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--chips", type=int, nargs="+", help="slices of these sizes only")
+    parser.add_argument("--chips", type=int, nargs="+", help="only slices of these numbers of chips")
     parser.add_argument("--json", type=Path, default=ROOT / "scripts/bench/results/scaling.json")
-    parser.add_argument("--plot", type=Path, help="picture to draw")
+    parser.add_argument("--plot", type=Path, help="image file to plot to")
     args = parser.parse_args()
     kept = json.loads(args.json.read_text()) if args.json.is_file() else {}
     for name in args.only:
