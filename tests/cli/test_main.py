@@ -116,7 +116,10 @@ def test_help_of_each_command_shows_examples(command, capsys):
         (["--config.train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
         (["--config.optim.name=adagrad"], "optim.name: expected one of"),
         (["--config.task=no.such.module"], "task: can't import the module 'no.such.module'"),
-        (["--config.optim.kwargs.momentum=-1"], "optim.kwargs.momentum: expected a number at least 0 and below 1, got -1"),
+        (
+            ["--config.optim.kwargs.momentum=-1"],
+            "optim.kwargs.momentum: expected a number at least 0 and below 1, got -1",
+        ),
         (["--config.optim.warmup_steps=6"], "optim.warmup_steps: expected 0 to 5 for a run of 6, got 6"),
         (["--config.train.steps=1000000000000"], "train.steps: expected at most 2147483647, got 1000000000000"),
         (["--config.train.best=max:acuracy"], "got 'max:acuracy'; did you mean 'accuracy'?"),

@@ -34,12 +34,6 @@ NOT_CARRIED = {"README.md": "Another model's card.", "pytorch_model.bin": "weigh
 
 
 @pytest.fixture(scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
-        yield
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_size": 24}
@@ -104,7 +98,7 @@ def test_generate_ends_where_the_generation_config_says(model, capsys, generatio
         ({"pad_token_id": True}, "generation_config.json: pad_token_id: expected"),
     ],
 )
-def test_a_damaged_generation_config_is_named(model, capsys, generation_config, fields, message):
+def test_generate_names_a_damaged_generation_config(model, capsys, generation_config, fields, message):
     generation_config(fields)
     assert main(["generate", "--model", str(model), "--prompt", "w5"]) == 2
     error = capsys.readouterr().err
@@ -112,7 +106,7 @@ def test_a_damaged_generation_config_is_named(model, capsys, generation_config, 
     assert error.count("\n") == 1
 
 
-def test_merge_carries_what_stands_beside_the_weights(model, tmp_path, capsys):
+def test_merge_copies_tokenizer_and_generation_files(model, tmp_path, capsys):
     config, params = interop.load_causal_lm(model)
     settings = {"attn/q": adapters.LoRA(2, 4.0)}
     interop.save_peft_adapter(
@@ -132,14 +126,14 @@ def start(model, monkeypatch):
     def start(*settings):
         source = [f"data.{name}={model.parent / 'texts.jsonl'}" for name in ("source", "evaluation")]
         sizes = ["data.length=8", "data.batch_size=8", "data.eval_batch_size=8"]
-        experiment = train.build(train.override(language.default_config(), [*source, *sizes, *settings]))
-        state = train.init_state(experiment.task, optax.sgd(0.1), experiment.mesh)
-        monkeypatch.setattr(train, "restore", lambda workdir, **_: (experiment, state))
+        run = train.build(train.override(language.default_config(), [*source, *sizes, *settings]))
+        state = train.init_state(run.phases[0].task, optax.sgd(0.1), run.mesh)
+        monkeypatch.setattr(train, "restore", lambda workdir, **_: train.Restored(run, run.phases[0], state, ()))
 
     return start
 
 
-def test_exports_carry_what_stands_beside_the_weights(model, start, tmp_path):
+def test_export_copies_tokenizer_and_generation_files(model, start, tmp_path):
     start(f"model.folder={model}", "adapter.method=lora", "adapter.rank=2")
     language.export(tmp_path / "lora", tmp_path / "merged", merged=True)
     assert names(tmp_path / "merged") == WEIGHTS | {*BESIDE, *OF_THE_MODEL}
@@ -149,7 +143,7 @@ def test_exports_carry_what_stands_beside_the_weights(model, start, tmp_path):
     assert weights | {*BESIDE} <= names(tmp_path / "adapter") <= weights | {*BESIDE, "README.md"}
 
 
-def test_a_model_from_scratch_takes_along_the_folder_of_its_tokenizer(model, start, tmp_path):
+def test_export_of_a_model_from_scratch_copies_the_files_of_its_tokenizer(model, start, tmp_path):
     start(f"model.tokenizer={model}", "model.size=tiny")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "chat_template.jinja").write_text("an older one")
@@ -159,7 +153,7 @@ def test_a_model_from_scratch_takes_along_the_folder_of_its_tokenizer(model, sta
     assert (tmp_path / "model" / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
 
 
-def test_files_of_two_tokenizers_are_not_mixed(model, tmp_path):
+def test_side_files_does_not_mix_two_tokenizers(model, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     found = interop.side_files(model, tmp_path / "other.json")
@@ -185,19 +179,19 @@ def test_files_of_two_tokenizers_are_not_mixed(model, tmp_path):
         (["--prompt", "w5 \udce9"], "expected Unicode text"),
     ],
 )
-def test_what_generate_can_t_do_is_refused_before_weights_are_read(model, capsys, monkeypatch, arguments, message):
+def test_generate_refuses_bad_options_before_weights_are_read(model, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(language, "load_adapted", None)
     assert main(["generate", "--model", str(model), "--prompt", "w5 w9", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_ends_that_the_model_can_t_write_are_warned_of(model, capsys, caplog, generation_config):
+def test_generate_warns_of_end_tokens_outside_the_vocabulary(model, capsys, caplog, generation_config):
     generation_config({"eos_token_id": [2, 50256]})
     assert len(generated(model, capsys, "--max-new-tokens", "2")) == 2
     assert "no text ends with the tokens [50256]" in caplog.text
 
 
-def test_a_model_without_a_tokenizer_is_warned_of(tmp_path, capsys, caplog):
+def test_generate_warns_of_a_model_without_a_tokenizer(tmp_path, capsys, caplog):
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "mlp_size": 8}
     for end, warned in ((2, True), (258, False)):
         config = nn.CausalLMConfig.tiny(259, **sizes, max_length=32, eos_tokens=(end,))
@@ -208,7 +202,7 @@ def test_a_model_without_a_tokenizer_is_warned_of(tmp_path, capsys, caplog):
         assert ("texts are read as bytes" in caplog.text) == warned
 
 
-def test_a_tokenizer_of_another_kind_is_not_taken_for_bytes(model, capsys):
+def test_generate_does_not_take_another_tokenizer_for_bytes(model, capsys):
     (model / "tokenizer.json").rename(model / "aside")
     try:
         assert main(["generate", "--model", str(model), "--prompt", "w5"]) == 2
@@ -231,7 +225,7 @@ def test_a_tokenizer_of_another_kind_is_not_taken_for_bytes(model, capsys):
         ("e2e_cleaned", "the set 'e2e_cleaned' is not prepared under"),
     ],
 )
-def test_names_of_data_that_are_not_there_have_near_ones(model, capsys, monkeypatch, tmp_path, data, message):
+def test_perplexity_names_data_close_to_missing_data(model, capsys, monkeypatch, tmp_path, data, message):
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(language, "load_adapted", None)
