@@ -1,4 +1,4 @@
-"""Runs of several processes through the command: all leave together, one dies, others go on from what they left."""
+"""Runs of several processes through the command: preemption, a process that dies, resuming with another number."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ from .common import assert_same_bits
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytestmark = pytest.mark.eight_devices
+pytestmark = [pytest.mark.eight_devices, pytest.mark.slow]
 CONFIG = """
 from subspace_jax.represent.gcr import task
 
@@ -108,7 +108,6 @@ def test_all_processes_leave_after_the_same_step_when_one_of_them_is_told_to(con
     assert_same_bits(one.state, other.state)
 
 
-@pytest.mark.slow
 def test_a_process_whose_peer_dies_ends_and_says_why_and_the_run_goes_on(config, tmp_path):
     workdir = tmp_path / "run"
     processes = start_command(config, workdir)
@@ -130,7 +129,6 @@ def test_a_process_whose_peer_dies_ends_and_says_why_and_the_run_goes_on(config,
     assert f"Going on from step {last}" in printed[0]
 
 
-@pytest.mark.slow
 def test_what_four_processes_leave_two_take_up_on_another_mesh_with_the_same_bits(config, tmp_path):
     workdir = tmp_path / "run"
     states = {}
@@ -152,7 +150,6 @@ def test_what_four_processes_leave_two_take_up_on_another_mesh_with_the_same_bit
         assert_same_bits(state, states[4, 0])
 
 
-@pytest.mark.slow
 def test_a_disk_that_takes_no_more_ends_the_command_which_names_the_folder(tmp_path):
     config = tmp_path / "config.py"
     wide = CONFIG.replace("100_000", "10").replace("1, 4, 2", "1, 1, 1").replace("(16,)", "(256, 256)")
@@ -173,8 +170,8 @@ def test_a_disk_that_takes_no_more_ends_the_command_which_names_the_folder(tmp_p
     assert str(tmp_path / "run" / "checkpoints") in done.stderr
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_runs_killed_at_random_times_end_as_if_they_were_not(kills, tmp_path):
+def test_runs_killed_at_random_times_end_as_if_they_were_not(tmp_path):
+    kills = 3
     config = tmp_path / "config.py"
     config.write_text(CONFIG.replace("100_000", "60").replace("1, 4, 2", "1, 1, 1"))
     command = [sys.executable, ROOT / "scripts/kill_test.py", "--config", config, "--workdir", tmp_path / "kills"]

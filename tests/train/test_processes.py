@@ -82,7 +82,7 @@ def test_all_processes_resume_together_also_past_damage_that_one_of_them_meets(t
 
 def test_processes_that_would_hold_the_same_rows_are_refused(two_processes):
     for text in two_processes[1]:
-        assert "refused mesh: data=1, fsdp=1, tensor=8 gives the processes {0: 1, 1: 1} of 1 shares" in text
+        assert "refused mesh: data=1, fsdp=1, tensor=8 gives the processes {0: 1, 1: 1} of 1 shards" in text
 
 
 def test_one_process_goes_on_where_two_stopped(two_processes, one_process, caplog):
