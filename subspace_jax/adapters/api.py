@@ -157,15 +157,19 @@ def merge(params: PyTree, trainable: PyTree, settings: Rules, *, keep: bool = Fa
       ValueError: See :func:`bind`, or a merged weight is not finite.
     """
     merged = jax.jit(lambda params, trainable: materialize(params, trainable, settings))(params, trainable)
-    at, found = bases_of(merged), adapters_of(trainable)
-    for path in found:
+    at = bases_of(merged)
+    for path in adapters_of(trainable):
         if not bool(jnp.all(jnp.isfinite(at[path]))):
             raise ValueError(f"{path}: the merged weight is not finite")
     if not keep:
         return merged
-    before = bases_of(params)
-    kept = {path: c.merge_state(before[path], found[path]) for path, c in settings_of(trainable, settings).items()}
-    return merged, {path: state for path, state in kept.items() if state is not None}
+
+    @jax.jit
+    def states(params, trainable):
+        before, arrays = bases_of(params), adapters_of(trainable)
+        return {path: c.merge_state(before[path], arrays[path]) for path, c in settings_of(trainable, settings).items()}
+
+    return merged, {path: state for path, state in states(params, trainable).items() if state is not None}
 
 
 def unmerge(merged: PyTree, trainable: PyTree, settings: Rules, kept: Mapping[str, Any]) -> PyTree:

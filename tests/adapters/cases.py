@@ -1,4 +1,4 @@
-"""A small language model with adapters that do something."""
+"""A small language model with adapters away from their start."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from subspace_jax import adapters, nn
 
-CONFIG = nn.CausalLMConfig.gpt2(64, 128, 4, 4, max_length=32)
+CONFIG = nn.CausalLMConfig.gpt2(64, 32, 4, 4, max_length=32)
 RULES = {
     "lora": {"attn/*": adapters.LoRA(4, 8.0), "re:layers/mlp/.*": adapters.LoRA(2, 2.0, rslora=True)},
     "dora": {"layers/**": adapters.DoRA(3, 6.0)},
@@ -33,7 +33,14 @@ RULES = {
 @functools.cache
 def params():
     """Parameters large enough that tokens are told apart."""
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, nn.init_params(jax.random.key(0), CONFIG))
+    return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, nn.init_params(jax.random.key(0), CONFIG))
+
+
+def prepare(name, key=5):
+    """The frozen tree and the adapters of a case."""
+    run = functools.partial(adapters.prepare, settings=RULES[name])
+    # The values of the weights decide on the rank of "energy".
+    return (run if name == "svfit relu" else jax.jit(run))(jax.random.key(key), params())
 
 
 def tokens(*shape):
@@ -41,7 +48,7 @@ def tokens(*shape):
 
 
 def moved(trainable, seed=2, by=0.05):
-    """Adapters away from where they began."""
+    """Adapters away from their start."""
     leaves, tree = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     new = (x + by * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True))

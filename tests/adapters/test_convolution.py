@@ -1,5 +1,7 @@
 """LoRA and DoRA on convolutions and tables, against what PEFT and DoRA's authors compute."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def kernel(w):
     return jnp.moveaxis(w, (1, 0), (-2, -1))
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["conv2d_groups", pytest.param("conv2d", marks=pytest.mark.slow)])
 def test_dora_convolutions_and_their_gradients_are_those_of_peft(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"dora/{name}").items()}
     rank, groups = g["A"].shape[0], int(g["groups"])
@@ -61,7 +63,8 @@ def test_dora_tables_and_their_gradients_are_those_of_peft(golden, x64):
 
 
 @pytest.mark.parametrize(
-    ("method", "space", "groups"), [(adapters.LoRA, 1, 1), (adapters.DoRA, 2, 2), (adapters.LoRA, 3, 1)]
+    ("method", "space", "groups"),
+    [(adapters.DoRA, 2, 2), *(pytest.param(adapters.LoRA, space, 1, marks=pytest.mark.slow) for space in (1, 3))],
 )
 def test_a_convolution_with_an_adapter_equals_one_with_the_merged_kernel(method, space, groups, x64):
     draw = np.random.default_rng(0).normal
@@ -88,13 +91,13 @@ def test_a_convolution_with_an_adapter_equals_one_with_the_merged_kernel(method,
 def test_a_pissa_convolution_begins_with_the_leading_part_of_its_kernel(x64):
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 6)))}
     rules = {"w": adapters.LoRA(2, 3.0, init="pissa", window=1)}
-    base, start = adapters.prepare(jax.random.key(1), params, rules)
+    base, start = jax.jit(functools.partial(adapters.prepare, settings=rules))(jax.random.key(1), params)
     np.testing.assert_allclose(adapters.merge(base, start, rules)["w"], params["w"], atol=1e-13)
     values = np.linalg.svd(params["w"].reshape(12, 6), compute_uv=False)
     np.testing.assert_allclose(np.linalg.svd(base["w"].reshape(12, 6), compute_uv=False)[:4], values[2:], rtol=1e-10)
 
 
-def test_settings_of_convolutions_that_do_not_fit_are_refused():
+def test_lora_refuses_fields_of_convolutions_that_do_not_fit():
     for message, arguments in {
         "window: expected": {"window": 4},
         "groups: expected at least 1": {"groups": 2},

@@ -7,9 +7,13 @@ import pytest
 
 from subspace_jax import adapters, nn
 
+every_layer = pytest.mark.parametrize(
+    "name", ["layer_tall", *(pytest.param(f"layer_{name}", marks=pytest.mark.slow) for name in ("wide", "square"))]
+)
 
-@pytest.mark.parametrize("name", ["layer_tall", "layer_wide", "layer_square"])
-def test_layers_and_gradients_are_those_of_the_authors(name, golden, x64):
+
+@every_layer
+def test_effort_layers_and_gradients_are_those_of_the_authors(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"effort/{name}").items()}
     rules = {"w": adapters.Effort(g["S_res0"].shape[0])}
     # Their weights are [out, in].
@@ -29,8 +33,8 @@ def test_layers_and_gradients_are_those_of_the_authors(name, golden, x64):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["layer_tall", "layer_wide", "layer_square"])
-def test_penalties_and_their_gradients_are_those_of_the_authors(name, golden, x64):
+@every_layer
+def test_effort_penalties_and_their_gradients_are_those_of_the_authors(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"effort/{name}").items()}
     rules = {"w": adapters.Effort(g["S_res0"].shape[0], bases=True)}
     base, start = adapters.prepare(jax.random.key(0), {"w": g["W"].T}, rules)
@@ -58,7 +62,8 @@ def test_penalties_and_their_gradients_are_those_of_the_authors(name, golden, x6
     np.testing.assert_allclose([value for value, _ in at_start], [g["orth0"], g["keep0"]], atol=1e-10)
 
 
-def test_penalties_pull_nowhere_at_the_start():
+@pytest.mark.slow
+def test_effort_penalty_has_no_gradient_at_the_start():
     w = jax.random.normal(jax.random.key(0), (2, 10, 16))
     rules = {"w": adapters.Effort(2, bases=True)}
     base, start = adapters.prepare(jax.random.key(0), {"w": w}, rules)
@@ -68,9 +73,9 @@ def test_penalties_pull_nowhere_at_the_start():
         return jax.value_and_grad(lambda t: adapters.effort_penalty(base, t, rules))(trainable)
 
     value, grads = penalty(start)
-    # The outputs are six more than the rank: half of the root of six.
+    # There are six more outputs than the rank: half of the root of six.
     np.testing.assert_allclose(value, 6**0.5 / 2, rtol=1e-4)
-    # The norm of the outputs' side is smooth here, and its slope is rounding; the others would have a slope of one.
+    # The norm of the outputs is smooth here, with rounding for a gradient; the others would have a slope of one.
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-5
     value, grads = penalty({"w": {**start["w"], "u": 1.1 * start["w"]["u"]}})
     assert value > 6**0.5 / 2 + 0.05
@@ -100,7 +105,7 @@ def test_a_projected_residual_leaves_the_principal_directions_to_the_weight(x64)
         adapters.bind({"w": w}, moved, rules)
 
 
-def test_settings_and_weights_that_do_not_fit_are_refused():
+def test_effort_refuses_fields_and_weights_that_do_not_fit():
     with pytest.raises(ValueError, match="residual: expected"):
         adapters.Effort(0)
     with pytest.raises(ValueError, match="residual: 4 triplets"):

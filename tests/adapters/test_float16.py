@@ -18,12 +18,21 @@ RULES = {
 SHAPES = {"linear": ((16, 24), (4, 16)), "conv": ((3, 3, 8, 16), (2, 5, 6, 8))}
 
 
-@pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa"])
-@pytest.mark.parametrize("activations", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda t: t.__name__)
+FLOATS = (jnp.float32, jnp.float16, jnp.bfloat16)
+QUICK = (("linear", "dora", jnp.float16),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "activations"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id=f"{kind}-{name}-{activations.__name__}")
+        for kind in RULES
+        for name in RULES[kind]
+        for activations in FLOATS
+        for case in [(kind, name, activations)]
+    ],
+)
 def test_bind_materialize_merge_and_unmerge_take_float16_weights(kind, name, activations):
-    if name not in RULES[kind]:
-        pytest.skip("convolutions have no singular vectors")
     rules, (shape, seen) = {name: RULES[kind][name]}, SHAPES[kind]
     draw = np.random.default_rng(0).normal
     params = {name: {"kernel": jnp.asarray(draw(size=shape), jnp.float16)}}
@@ -61,8 +70,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("coarse", [jnp.float16, jnp.bfloat16], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    ("name", "coarse"),
+    [
+        ("effort_projected", jnp.bfloat16),
+        *(pytest.param(name, jnp.float16, marks=pytest.mark.slow) for name in SETTINGS),
+        *(pytest.param(name, jnp.bfloat16, marks=pytest.mark.slow) for name in SETTINGS if name != "effort_projected"),
+    ],
+)
 def test_bind_merge_and_unmerge_take_trained_arrays_of_16_bits(name, coarse):
     rules, draw = {"w": SETTINGS[name]}, np.random.default_rng(0).normal
     params = {"w": {"kernel": jnp.asarray(draw(size=(8, 6)), jnp.float16)}}

@@ -1,4 +1,4 @@
-"""FLoRA beside LoRA on flattened kernels: a network for upright digits, adapted to turned ones."""
+"""FLoRA beside LoRA on flattened kernels: a network for upright digits, adapted to rotated ones."""
 
 import functools
 
@@ -61,38 +61,38 @@ def fit(name, rate, base, trained, x, y, order):
 
 
 @pytest.mark.slow
-def test_flora_learns_a_turn_at_least_as_well_as_lora_of_its_size(record_property):
+def test_flora_learns_a_rotation_at_least_as_well_as_lora_of_its_size(record_property):
     digits, predict = load_digits(), jax.jit(logits)
     images, labels = digits.images[..., None] / 16.0, digits.target.astype(np.int32)
-    turned = np.rot90(images, axes=(1, 2))
-    score = {"upright": [], "turned": [], "flora": [], "lora": []}
+    rotated = np.rot90(images, axes=(1, 2))
+    score = {"upright": [], "rotated": [], "flora": [], "lora": []}
     for seed in range(5):
         draw = np.random.default_rng(seed)
         order = draw.permutation(len(images))
         inside, outside = order[:1200], order[1200:]
-        # Each epoch has 19 batches, the last filled up with examples of the first.
+        # Each epoch has 19 batches, the last padded with examples of the first.
         epochs = [[np.resize(draw.permutation(1200), (19, BATCH)) for _ in range(EPOCHS)] for _ in range(2)]
         orders = [np.concatenate(batches) for batches in epochs]
-        upright, other = (np.asarray(x, np.float32) for x in (images, turned))
+        upright, other = (np.asarray(x, np.float32) for x in (images, rotated))
         base = fit(None, 2e-3, None, start(seed), upright[inside], labels[inside], orders[0])
 
         def right(params, x, outside=outside):
             return float(np.mean(np.argmax(predict(params, x[outside]), -1) == labels[outside]))
 
         score["upright"].append(right(base, upright))
-        score["turned"].append(right(base, other))
+        score["rotated"].append(right(base, other))
         for name in SETTINGS:
             rules = rules_of(name)
             trainable = adapters.init(jax.random.key(seed), base, rules)
             assert adapters.count(trainable) == {"flora": 2084, "lora": 1984}[name]
             own = fit(name, 5e-3, base, trainable, other[inside], labels[inside], orders[1])
             score[name].append(right(adapters.merge(base, own, rules), other))
-    # Measured: upright 0.968, turned 0.101, FLoRA 0.948, LoRA 0.940; single seeds are up to 0.03 from their mean.
+    # Measured: upright 0.968, rotated 0.101, FLoRA 0.948, LoRA 0.940; single seeds are up to 0.03 from their mean.
     print({name: np.round(values, 3).tolist() for name, values in score.items()})
     # Figures of the index, see scripts/figures.py.
     record_property("flora", np.mean(score["flora"]))
     record_property("flora_minus_lora", np.mean(score["flora"]) - np.mean(score["lora"]))
     assert np.mean(score["upright"]) >= 0.95
-    assert np.mean(score["turned"]) <= 0.2
+    assert np.mean(score["rotated"]) <= 0.2
     assert np.mean(score["flora"]) >= 0.94
     assert np.mean(score["flora"]) >= np.mean(score["lora"])

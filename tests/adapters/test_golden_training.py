@@ -1,5 +1,6 @@
-"""Training of small models, step by step as PEFT and Effort's authors have it."""
+"""Training of small models, step by step as in PEFT and in the code of Effort's authors."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,10 @@ def train(tx, loss, trained, steps):
     return values, gradients[0], path
 
 
-@pytest.mark.parametrize("name", ["train_lora", "train_rslora", "train_dora", "train_dora_sgd"])
+@pytest.mark.parametrize(
+    "name",
+    ["train_dora", *(pytest.param(f"train_{n}", marks=pytest.mark.slow) for n in ("lora", "rslora", "dora_sgd"))],
+)
 def test_low_rank_training_is_that_of_peft(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"dora/{name}").items()}
     rank, alpha, steps, rate, decay = map(float, g["hyper"])
@@ -56,13 +60,14 @@ def test_low_rank_training_is_that_of_peft(name, golden, x64):
     np.testing.assert_allclose([float(value) for value, _ in values[:-1]], g["losses"], rtol=1e-9)
     np.testing.assert_allclose(values[-1][1], g["yT"], rtol=1e-9)
     for got, expected in ((first, at("g0")), (path[0], at("p1")), (path[5], at("p6"))):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12), got, expected)
+        chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-12)
     merged = adapters.merge(base, path[5], rules)
     for layer in base:
         np.testing.assert_allclose(merged[layer]["kernel"], g[f"merged_{layer}.weight"].T, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [pytest.param("train_ce", marks=pytest.mark.slow), "train_reg"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_ce", "train_reg"])
 def test_effort_training_is_that_of_the_authors(name, golden, x64):
     g = {k: jnp.asarray(v) for k, v in golden(f"effort/{name}").items()}
     paths = [f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("q", "k", "v", "out")]
@@ -104,4 +109,4 @@ def test_effort_training_is_that_of_the_authors(name, golden, x64):
     np.testing.assert_allclose(values[-1][1][2], g["logitsT"], rtol=1e-7)
     expected = {"factors": at("pT"), "head": g["head_WT"].T, "bias": g["head_bT"]}
     for got, wanted in ((first["factors"], at("g0")), (path[4], expected)):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-10), got, wanted)
+        chex.assert_trees_all_close(got, wanted, rtol=1e-7, atol=1e-10)

@@ -1,5 +1,7 @@
 """LoRA and DoRA on single weights: dropout, LoRA-GA's start, invariances, bfloat16."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from subspace_jax import adapters, nn
 
-BOTH = pytest.mark.parametrize("method", [adapters.LoRA, adapters.DoRA])
+BOTH = pytest.mark.parametrize("method", [pytest.param(adapters.LoRA, marks=pytest.mark.slow), adapters.DoRA])
 
 
 def drawn(rules, *shape, dtype=np.float32, seed=0):
@@ -21,7 +23,7 @@ def drawn(rules, *shape, dtype=np.float32, seed=0):
 
 
 @BOTH
-def test_dropout_needs_a_key_and_drops_in_the_adapter_only(method, x64):
+def test_dropout_needs_a_key_and_drops_inputs_of_the_adapter_only(method, x64):
     rules = {"w": method(2, 3.0, dropout=0.4)}
     params, trainable = drawn(rules, 6, 5, dtype=np.float64)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)))
@@ -43,7 +45,7 @@ def test_dropout_needs_a_key_and_drops_in_the_adapter_only(method, x64):
     np.testing.assert_array_equal(run(jax.random.key(1), x)[0], y)
 
 
-def test_stacked_weights_draw_dropout_for_themselves():
+def test_stacked_weights_have_dropout_keys_of_their_own():
     rules = {"w": adapters.LoRA(2, 3.0, dropout=0.5)}
     params, trainable = drawn(rules, 3, 6, 6)
     bound = adapters.bind(params, trainable, rules, key=jax.random.key(0))["w"]
@@ -63,7 +65,7 @@ def test_stacked_weights_draw_dropout_for_themselves():
         adapters.bind(params, trainable, rules, key=jnp.zeros(2, jnp.uint32))
 
 
-def test_lora_ga_begins_with_the_gradients_vectors_and_the_same_outputs(golden, x64):
+def test_lora_ga_begins_with_the_singular_vectors_of_the_gradient(golden, x64):
     g = golden("adaprelora/peers_oracle")
     rank = int(g["ga_rank"])
     # The oracle's weights are [out, in].
@@ -73,7 +75,8 @@ def test_lora_ga_begins_with_the_gradients_vectors_and_the_same_outputs(golden, 
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(20, 18)))}
     grads = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(20, 18)))}
     rules = {"w": adapters.LoRA(2, 6.0, init="lora_ga")}
-    base, start = adapters.prepare(jax.random.key(0), params, rules, gradients=grads)
+    prepare = jax.jit(functools.partial(adapters.prepare, settings=rules))
+    base, start = prepare(jax.random.key(0), params, gradients=grads)
     np.testing.assert_allclose(adapters.merge(base, start, rules)["w"], params["w"], atol=1e-13)
     # Orthogonal columns of one length, c squared, also out of a sketch.
     c = 18**0.25 / 4
@@ -86,11 +89,12 @@ def test_lora_ga_begins_with_the_gradients_vectors_and_the_same_outputs(golden, 
         adapters.init(jax.random.key(0), params, rules)
 
 
-def test_pissa_begins_as_the_oracle(x64, golden):
+def test_pissa_begins_like_the_oracle(x64, golden):
     data = golden("adaprelora/peers_oracle")
     rank, scale = int(data["pissa_rank"]), float(data["pissa_scale"])
     setting = adapters.LoRA(rank, scale * rank, init="pissa")
-    base, start = adapters.prepare(jax.random.key(0), {"w": jnp.asarray(data["pissa_W"].T)}, {"w": setting})
+    prepare = jax.jit(functools.partial(adapters.prepare, settings={"w": setting}))
+    base, start = prepare(jax.random.key(0), {"w": jnp.asarray(data["pissa_W"].T)})
     a, b = (start["w"][name] for name in "ab")
     for got, expected in ((base["w"].T, "pissa_Wres"), ((a @ b).T, "pissa_BA"), (a.T @ a, "pissa_gramA")):
         np.testing.assert_allclose(got, data[expected], rtol=1e-9, atol=1e-12)
@@ -98,13 +102,13 @@ def test_pissa_begins_as_the_oracle(x64, golden):
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), by=st.floats(0.2, 5.0))
-def test_what_factors_and_magnitudes_can_not_tell_apart(seed, by):
+def test_lora_and_dora_are_invariant_to_a_change_of_basis_and_dora_scales_with_its_magnitude(seed, by):
     """Any basis of the rank gives one weight, DoRA's columns have their magnitudes, and its outputs grow with them."""
     draw = np.random.default_rng(seed).normal
     w, a, b, m, x = (jnp.asarray(draw(size=s), jnp.float32) for s in ((7, 5), (7, 2), (2, 5), (5,), (3, 7)))
-    turn = jnp.asarray(np.linalg.qr(draw(size=(2, 2)))[0] * by, jnp.float32)
+    change = jnp.asarray(np.linalg.qr(draw(size=(2, 2)))[0] * by, jnp.float32)
     y, dense = both(w, a, b, m, x)
-    again, _ = both(w, a @ turn, jnp.linalg.inv(turn) @ b, m, x)
+    again, _ = both(w, a @ change, jnp.linalg.inv(change) @ b, m, x)
     for got, expected in zip(again, y, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4 * float(jnp.abs(expected).max()))
     np.testing.assert_allclose(jnp.linalg.norm(dense, axis=0), jnp.abs(m), rtol=1e-5)
@@ -139,8 +143,8 @@ def test_bfloat16_outputs_are_within_one_unit_in_the_last_place(method):
     assert np.max(np.abs(np.asarray(merged, np.float64) - exact) / unit) <= 1.5
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
-def test_the_magnitudes_of_new_adapters_are_the_norms_of_the_columns(rows):
+@pytest.mark.parametrize("rows", [32, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (16, 64))])
+def test_magnitudes_of_new_dora_are_the_norms_of_the_columns(rows):
     # With 32 rows a CPU's compiler made infinities of the product with zeros.
     w = jnp.asarray(np.random.default_rng(0).normal(size=(2, rows, 128)), jnp.float32)
     rules = {"w": adapters.DoRA(4, 8.0)}

@@ -1,5 +1,6 @@
-"""Weights in eight bits, alone and below adapters."""
+"""Weights in int8, alone and as the base of adapters."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from subspace_jax import adapters, nn
 DRAW = np.random.default_rng(0).normal
 
 
-def test_values_are_within_half_a_step_of_the_weight_and_zeros_stay():
+def test_quantize_rounds_to_half_a_step_and_keeps_zeros():
     w = jnp.asarray(DRAW(size=(3, 8, 6)), jnp.float32).at[:, :, 2].set(0)
     got = adapters.quantize({"w": w, "bias": w[0]}, ["w"])
     np.testing.assert_array_equal(got["bias"], w[0])
@@ -23,7 +24,7 @@ def test_values_are_within_half_a_step_of_the_weight_and_zeros_stay():
     np.testing.assert_allclose(jnp.abs(weight.dense()).max(1), jnp.abs(w).max(1), rtol=1e-6)
 
 
-def test_products_lookups_and_convolutions_are_those_of_the_dense_weight():
+def test_int8_weights_give_the_outputs_of_the_dense_weight():
     params = {"w": jnp.asarray(DRAW(size=(8, 6)), jnp.float32), "k": jnp.asarray(DRAW(size=(3, 2, 4, 6)), jnp.float32)}
     w = adapters.quantize({"w": params["w"]}, ["w"])["w"]
     k = adapters.quantize({"k": params["k"]}, ["k"], window=2)["k"]
@@ -43,18 +44,24 @@ def test_products_lookups_and_convolutions_are_those_of_the_dense_weight():
     np.testing.assert_allclose(nn.linear(half, w).astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
 
 
-def test_weights_that_a_setting_takes_apart_are_not_to_be_quantised():
+def test_prepare_refuses_to_factor_or_train_quantized_weights():
     params = adapters.quantize({"w": jnp.ones((4, 5))}, ["w"])
     for setting in (adapters.SVFit(1), adapters.Effort(1), adapters.LoRA(1, 1.0, init="pissa"), adapters.Full()):
-        with pytest.raises(TypeError, match="which is quantised"):
+        with pytest.raises(TypeError, match="which is quantized"):
             adapters.prepare(jax.random.key(0), params, {"w": setting})
     with pytest.raises(TypeError, match="expected a floating-point weight"):
         adapters.quantize({"w": jnp.ones((4, 5), jnp.int32)}, ["w"])
     with pytest.raises(ValueError, match="matches none of"):
         adapters.quantize({"w": jnp.ones((4, 5))}, ["v"])
-    with pytest.raises(ValueError, match="does not fit a quantised weight"):
+    with pytest.raises(ValueError, match="does not fit a quantized weight"):
         nn.linear(jnp.ones((1, 3)), params["w"])
     # PiSSA's residual may be, and the adapter goes on it.
-    base, start = adapters.prepare(jax.random.key(0), {"w": jnp.eye(4)}, {"w": adapters.LoRA(1, 1.0, init="pissa")})
-    bound = adapters.bind(adapters.quantize(base, ["w"]), start, {"w": adapters.LoRA(1, 1.0, init="pissa")})
-    np.testing.assert_allclose(bound["w"].dense(), jnp.eye(4), atol=1e-6)
+    pissa = {"w": adapters.LoRA(1, 1.0, init="pissa")}
+
+    @jax.jit
+    def run(key, params):
+        base, start = adapters.prepare(key, params, pissa)
+        return adapters.bind(adapters.quantize(base, ["w"]), start, pissa)["w"].dense()
+
+    np.testing.assert_allclose(run(jax.random.key(0), {"w": jnp.eye(4)}), jnp.eye(4), atol=1e-6)
+    chex.assert_trees_all_equal(adapters.dequantize(params)["w"], params["w"].dense())

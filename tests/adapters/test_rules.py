@@ -1,4 +1,4 @@
-"""Which weights a rule names."""
+"""Which weights a rule matches."""
 
 import re
 
@@ -26,7 +26,7 @@ PATHS = ["embed/embedding", "layers/attn/q/kernel", "layers/attn/gate_q/kernel",
         (re.compile(".*p/kernel"), [3]),
     ],
 )
-def test_globs_name_endings_and_expressions_whole_paths(rule, expected):
+def test_match_rules_matches_globs_at_the_end_and_expressions_in_full(rule, expected):
     if not expected:
         with pytest.raises(ValueError, match="matches none"):
             adapters.match_rules({rule: 1}, PATHS)
@@ -34,12 +34,12 @@ def test_globs_name_endings_and_expressions_whole_paths(rule, expected):
     assert list(adapters.match_rules({rule: 1}, PATHS)) == [PATHS[i] for i in expected]
 
 
-def test_the_first_rule_that_matches_counts():
+def test_match_rules_takes_the_first_rule_that_matches():
     got = adapters.match_rules({"q": 1, "layers/**": 2}, PATHS)
     assert got == {PATHS[1]: 1, PATHS[2]: 2, PATHS[3]: 2}
 
 
-def test_a_rule_without_a_match_shows_what_comes_near():
+def test_match_rules_shows_close_names_for_a_rule_without_a_match():
     with pytest.raises(ValueError, match=r"'atn/q' matches none of 5 weights; near: .*layers/attn/q/kernel"):
         adapters.match_rules({"atn/q": 1}, PATHS)
 
@@ -49,11 +49,11 @@ def test_a_rule_without_a_match_shows_what_comes_near():
     [
         ({}, "at least one"),
         ({"re:(": 1}, "not a regular expression"),
-        ({3: 1}, "a rule is a glob"),
-        ({"": 1}, "a rule is a glob"),
-        ({"layers/**": 1, "q": 2}, "taken by earlier rules"),
+        ({3: 1}, "expected a glob"),
+        ({"": 1}, "expected a glob"),
+        ({"layers/**": 1, "q": 2}, "earlier rules match everything"),
     ],
 )
-def test_rules_that_mean_nothing_are_refused(rules, message):
+def test_match_rules_refuses_malformed_rules(rules, message):
     with pytest.raises(ValueError, match=message):
         adapters.match_rules(rules, PATHS)
