@@ -62,7 +62,8 @@ def main() -> None:
             if num_arguments(function) >= ARGUMENTS:
                 long_signatures.append(f"{where} takes {num_arguments(function)}")
     if len(long_signatures) > LONG_SIGNATURES:
-        head = f"{len(long_signatures)} functions take {ARGUMENTS} arguments or more, expected at most {LONG_SIGNATURES}:"
+        count = len(long_signatures)
+        head = f"{count} functions take {ARGUMENTS} arguments or more, expected at most {LONG_SIGNATURES}:"
         wrong.append("\n  ".join([head, *long_signatures]))
     print("\n".join(wrong))
     sys.exit(bool(wrong))
