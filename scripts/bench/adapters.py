@@ -1,23 +1,23 @@
 """Compares LoRA and DoRA of subspace_jax with Hugging Face PEFT (PyTorch) on a stack of linear layers, in one run.
 
     python scripts/bench/adapters.py                # width 2048, 512 tokens: some minutes on two cores
-    python scripts/bench/adapters.py --quick        # a small width, to see that all runs
+    python scripts/bench/adapters.py --quick        # a small width, to see that everything runs
 
-Three frozen square layers with tanh between, every one adapted, so that gradients pass through layers as they do in a
-model.  Both sides have the same weights, factors and tokens.  Two things are measured: a forward pass, and a training
-step (loss, gradients of the adapters, AdamW).  The sides are first compared: outputs, and the losses of three steps;
-the run ends there if they differ.  All is float32 on a CPU, bfloat16 weights and activations on a GPU.
+Three frozen square layers with tanh between, all adapted, so that gradients pass through layers as in a model.  Both
+sides have the same weights, factors and tokens.  A forward pass and a training step (loss, gradients of the adapters,
+AdamW) are measured.  First the outputs and the losses of three steps of both sides are compared; the run ends if they
+differ.  Dtypes are float32 on a CPU, bfloat16 weights and activations on a GPU.
 
-  ms         medians over rounds in which all take turns, noise is half of the spread of the middle half of the rounds
+  ms         medians over rounds in which all alternate, noise is half of the interquartile range
   speed-up   time of PEFT divided by that of subspace_jax
   over LoRA  time of DoRA divided by that of LoRA, on the same side
-  at most    the speed-up, were ours to do the multiplications of the method at the rate of a large product, measured in
-             the same run, and nothing else
-  peak       most memory of a process of its own that does this one thing: on a CPU its resident memory, libraries and
-             compiling included; "later" is that of the calls after the first two
+  at most    the speed-up of a program that computes only the matmuls of the method, at the rate of a large matmul,
+             measured in the same run
+  peak       peak memory of a separate process: on a CPU its resident memory, including libraries and compilation;
+             "later" is that of the calls after the first two
 
-Both sides use the threads that they take by themselves.  Where only CPUs compute, run it with the memory settings of
-docs/start.md, for both sides.
+Both sides use their default number of threads.  On CPUs, run it with the memory settings of docs/start.md, for both
+sides.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def settings(quick, accelerator):
 
 
 def arrays_of(run):
-    """Weights ``[in, out]`` and factors by layer, and the tokens; B is not zero, so that it has a say."""
+    """Weights ``[in, out]`` and factors by layer, and the tokens; B is not zero, so that the update counts."""
     rng, n, r = np.random.default_rng(0), run["width"], run["rank"]
 
     def normal(*shape, scale):
@@ -62,20 +62,20 @@ def arrays_of(run):
 
 
 def flops(op, run):
-    """Operations of the products that a method can't do without."""
+    """FLOPs of the matmuls that a method needs."""
     tokens, width, rank, layers = (run[name] for name in ("tokens", "width", "rank", "layers"))
     base, factor = 2 * tokens * width**2, 2 * tokens * width * rank
     total = layers * (base + 2 * factor)
     if run["method"] == "dora":
         total += layers * 2 * width**2 * rank  # the norm
     if op == "training":
-        # Each factor's gradient and that of what is between them; nothing asks for the gradient of the tokens.
+        # The gradients of the factors and of what is between them; the tokens have no gradient.
         total += layers * 3 * factor + (layers - 1) * (base + factor)
     return total
 
 
 def check(op, calls, sides, narrow):
-    """Compares what the sides compute; raises SystemExit where they differ by more than rounding."""
+    """Compares the results of the sides; raises SystemExit where they differ by more than rounding."""
     times = 3 if op == "training" else 1
     ours, theirs = (np.stack([sides[name].to_numpy(call()) for _ in range(times)]) for name, call in calls.items())
     error = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
@@ -86,7 +86,7 @@ def check(op, calls, sides, narrow):
 
 
 def in_turns(calls, rounds):
-    """Medians and half interquartile ranges of seconds, over rounds in which all take turns."""
+    """Medians and half interquartile ranges of seconds, over rounds in which all alternate."""
     import timing
 
     for call in calls.values():
@@ -137,7 +137,7 @@ def main(argv=None):
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(f"{timing.device_name()}, {named}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    print(f"Processes that wait or run, as the system tells: {load}; with more than a few the times mean little")
+    print(f"Load average: {load}; times mean little if it is more than a few")
     rate = timing.matmul_rate(run["dtype"], rounds=15)
     print(f"{LAYERS} layers of width {run['width']}, {run['tokens']} tokens, {run['dtype']}")
     report = {"device": timing.device_name(), **versions, "rounds": args.rounds, "load": load}
