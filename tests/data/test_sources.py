@@ -125,7 +125,7 @@ def test_sets_that_are_not_images_of_one_size_are_refused(tmp_path):
         builder(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     with pytest.raises(ValueError, match="images of one size"):
         data.image_source("varying_size", "train", tmp_path)
-    with pytest.raises(ValueError, match="expected a set of labelled images"):
+    with pytest.raises(ValueError, match="expected a set of labeled images"):
         data.image_source("unlabelled", "train", tmp_path)
 
 

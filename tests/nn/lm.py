@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from subspace_jax import nn
+from subspace_jax.nn.params import map_specs
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "max_length": 32}
 WIDE = {**SMALL, "num_kv_heads": 2, "head_dim": 8, "mlp_size": 32}
@@ -19,14 +21,16 @@ CONFIGS = {
     "qwen2": nn.CausalLMConfig.qwen2("0.5b", **WIDE).replace(windows=(None, 4, None)),
 }
 
+# Learned positions, layer norm and fused kernels; rotary positions, windows that differ, biases and a tied head.
+FAMILIES = ["gpt2", "qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "llama"))]
+
 
 @functools.cache
 def params_of(name, seed=0):
-    """Parameters large enough that tokens are told apart, biases and norms included."""
-    params = nn.init_params(jax.random.key(seed), CONFIGS[name])
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten(x + 0.2 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True))
+    """Parameters large enough that tokens are told apart, biases and norms included; drawn without a compiler."""
+    draw = np.random.default_rng(seed).standard_normal
+    specs = nn.param_specs(CONFIGS[name])
+    return map_specs(lambda spec: jnp.asarray(spec.value + 0.2 * draw(spec.shape), jnp.float32), specs)
 
 
 def tokens_of(name, *shape, seed=2):

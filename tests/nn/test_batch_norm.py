@@ -18,7 +18,7 @@ def parts():
     return x, *(rng.uniform(0.5, 1.5, 4).astype(np.float32) for _ in range(4))
 
 
-def test_a_batch_is_normalised_by_its_biased_variance_and_the_running_one_is_unbiased(parts):
+def test_batch_norm_uses_the_biased_variance_and_keeps_the_unbiased_one(parts):
     x, scale, bias, mean, var = parts
     y, (new_mean, new_var) = jax.jit(lambda *p: nn.batch_norm(*p, train=True))(*parts)
     axes = (0, 1, 2)
@@ -28,7 +28,7 @@ def test_a_batch_is_normalised_by_its_biased_variance_and_the_running_one_is_unb
     np.testing.assert_allclose(new_var, 0.9 * var + 0.1 * x.var(axes, ddof=1), rtol=1e-5)
 
 
-def test_evaluation_uses_and_keeps_the_running_statistics(parts):
+def test_batch_norm_evaluates_with_the_running_statistics(parts):
     x, scale, bias, mean, var = parts
     y, statistics = nn.batch_norm(*parts)
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-4, atol=1e-5)
@@ -38,7 +38,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics(parts):
 
 
 @pytest.mark.eight_devices
-def test_statistics_are_those_of_the_global_batch_however_it_is_split(parts):
+def test_batch_norm_of_a_sharded_batch_uses_global_statistics(parts):
     y, statistics = jax.jit(lambda *p: nn.batch_norm(*p, train=True))(*parts)
     mesh = train.make_mesh(2, 4, 1)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_global_batch_however_it_is_split(parts):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_bfloat16_activations_have_float32_statistics(parts):
+def test_batch_norm_of_bfloat16_has_float32_statistics(parts):
     x, *rest = parts
     y, (mean, var) = nn.batch_norm(jnp.asarray(x, jnp.bfloat16), *rest, train=True)
     exact, (wide_mean, wide_var) = nn.batch_norm(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), *rest, train=True)
@@ -70,7 +70,7 @@ def test_bfloat16_activations_have_float32_statistics(parts):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
 
 
-def test_a_mean_of_many_deviations_costs_no_digits_once_the_running_mean_is_there(parts):
+def test_batch_norm_is_exact_far_from_zero(parts):
     x = parts[0] * np.float32(0.01) + 1000
     ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
     _, (_, var) = nn.batch_norm(x, ones, zeros, 1000 * ones, ones, train=True, momentum=0.0)
@@ -78,17 +78,18 @@ def test_a_mean_of_many_deviations_costs_no_digits_once_the_running_mean_is_ther
     np.testing.assert_allclose(var, expected, rtol=1e-5)
 
 
-def test_channels_that_differ_and_single_values_are_refused(parts):
+def test_batch_norm_refuses_other_channels_and_single_values(parts):
     x, *rest = parts
     with pytest.raises(ValueError, match="has 3 channels; got scale"):
         nn.batch_norm(x[..., :3], *rest)
-    with pytest.raises(ValueError, match="more than one value a channel"):
+    with pytest.raises(ValueError, match="more than one value per channel"):
         nn.batch_norm(x[:1, :1, :1], *rest, train=True)
 
 
 @pytest.mark.eight_devices
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [1e4, -1e6])
-def test_a_batch_far_from_the_running_mean_keeps_its_variance_however_it_is_split(parts, offset):
+def test_batch_norm_of_a_sharded_batch_is_exact_far_from_the_running_mean(parts, offset):
     x = parts[0] + np.float32(offset)
     ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
     exact = x.astype(np.float64)

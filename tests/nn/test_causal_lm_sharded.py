@@ -56,8 +56,8 @@ def fully_sharded(config, mesh, dtype, loss):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
-def test_loss_and_gradients_are_those_of_one_device(name):
+@pytest.mark.parametrize("name", ["qwen2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama"))])
+def test_causal_lm_apply_on_a_mesh_has_loss_and_gradients_of_one_device(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 8, 12)
     expected, grads = jax.jit(jax.value_and_grad(functools.partial(next_token_loss, config)))(params, tokens)
     mesh = train.make_mesh(2, 2, 2)
@@ -73,8 +73,9 @@ def test_loss_and_gradients_are_those_of_one_device(name):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-def test_generation_on_a_mesh_is_that_of_one_device():
+def test_generate_on_a_mesh_equals_one_device():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 4, 6)
     mesh = train.make_mesh(2, 2, 2)
     _, shardings, rows = fully_sharded(config, mesh, jnp.float32, next_token_loss)

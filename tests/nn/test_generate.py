@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from subspace_jax import nn
 
-from .lm import CONFIGS, padded, params_of, read_again, tokens_of
+from .lm import CONFIGS, FAMILIES, padded, params_of, read_again, tokens_of
 
 
 def prompts_of(name):
@@ -16,8 +16,8 @@ def prompts_of(name):
     return [rows[0], rows[1, :2], rows[2, :6]]
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_cache_generates_what_reading_again_does(name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_equals_generation_without_a_cache(name):
     config, params, prompts = CONFIGS[name], params_of(name), prompts_of(name)
     expected = read_again(config, params, prompts, 12)
     for side in ("left", "right"):
@@ -28,7 +28,7 @@ def test_the_cache_generates_what_reading_again_does(name):
         np.testing.assert_array_equal(made.lengths, 12)
 
 
-def test_a_text_ends_at_its_eos_and_padding_follows():
+def test_generate_pads_after_the_end_token():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 4, 6)
     free = np.asarray(nn.generate(config, params, tokens, max_new_tokens=10).tokens)
     eos = int(free[0, 3])
@@ -40,7 +40,8 @@ def test_a_text_ends_at_its_eos_and_padding_follows():
         np.testing.assert_array_equal(cut[end:], 63)
 
 
-def test_a_text_ends_at_the_first_of_several_ends():
+@pytest.mark.slow
+def test_generate_ends_at_the_first_of_several_end_tokens():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 1, 6)
     free = np.asarray(nn.generate(config, params, tokens, max_new_tokens=10).tokens)[0]
     for ends in (int(free[4]), (63, int(free[4])), [int(free[4]), int(free[2])]):
@@ -48,7 +49,7 @@ def test_a_text_ends_at_the_first_of_several_ends():
         assert int(made.lengths[0]) == 1 + min(int(np.argmax(free == end)) for end in np.ravel(ends) if end in free)
 
 
-def test_sampling_follows_its_key_and_cold_sampling_is_greedy():
+def test_generate_samples_by_its_key_and_is_greedy_at_low_temperature():
     config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 2, 6)
     draw = lambda seed, t, p=1.0: np.asarray(  # noqa: E731
         nn.generate(config, params, tokens, max_new_tokens=8, key=jax.random.key(seed), temperature=t, top_p=p).tokens
@@ -60,9 +61,9 @@ def test_sampling_follows_its_key_and_cold_sampling_is_greedy():
     np.testing.assert_array_equal(draw(0, 1.0, 1e-6), greedy)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.floats(0.05, 1.0))
-def test_top_p_keeps_the_smallest_set_of_likeliest_words(seed, top_p):
+def test_keep_top_p_keeps_the_smallest_nucleus(seed, top_p):
     logits = 2 * jax.random.normal(jax.random.key(seed), (3, 11))
     kept = np.asarray(nn.keep_top_p(logits, top_p))
     for row, out in zip(np.asarray(jax.nn.softmax(logits)), kept, strict=True):
@@ -73,7 +74,8 @@ def test_top_p_keeps_the_smallest_set_of_likeliest_words(seed, top_p):
         assert np.isfinite(out[order[0]])
 
 
-def test_bfloat16_generates_with_a_cache_of_its_own_type():
+@pytest.mark.slow
+def test_generate_works_in_bfloat16():
     config, params, tokens = CONFIGS["qwen2"], params_of("qwen2"), tokens_of("qwen2", 2, 6)
     made = nn.generate(config, params, tokens, max_new_tokens=5, dtype=jnp.bfloat16)
     assert made.tokens.shape == (2, 5)
@@ -100,7 +102,7 @@ def test_bfloat16_generates_with_a_cache_of_its_own_type():
         ({"attention_mask": jnp.ones((2, 5))}, "attention_mask: expected the shape"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_generate_refuses_options_out_of_range(options, message):
     arguments = {"tokens": tokens_of("llama", 2, 6), "max_new_tokens": 4, **options}
     with pytest.raises(ValueError, match=message):
         nn.generate(CONFIGS["llama"], params_of("llama"), **arguments)

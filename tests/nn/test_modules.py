@@ -20,18 +20,13 @@ class LowRank(NamedTuple):
         return x @ self.base + (x @ self.a) @ self.b
 
 
-def test_linear_rejects_a_kernel_of_another_width():
-    with pytest.raises(ValueError, match="3 features"):
-        nn.linear(jnp.ones((2, 3)), jnp.ones((4, 5)))
-
-
 def test_linear_computes_in_the_dtype_of_the_activations():
     y = nn.linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4)), jnp.ones((4,)))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, 4.0)
 
 
-def test_a_structured_kernel_serves_inside_a_module_unseen():
+def test_mlp_runs_with_a_structured_kernel():
     model = nn.MLP(5, (4, 3), rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(1), (2, 5))
     graph, state = nnx.split(model)
@@ -44,26 +39,26 @@ def test_a_structured_kernel_serves_inside_a_module_unseen():
     np.testing.assert_allclose(jax.jit(lambda p: nnx.merge(graph, p)(x))(params), dense, rtol=1e-5, atol=1e-6)
 
 
-def test_mlp_without_layers_hands_the_flattened_input_on():
+def test_mlp_without_layers_is_the_identity():
     model = nn.MLP(6, (), rngs=nnx.Rngs(params=0))
     assert model.out_features == 6
     np.testing.assert_array_equal(model(jnp.ones((2, 2, 3))), jnp.ones((2, 6)))
 
 
-def test_last_mlp_layer_is_linear():
+def test_mlp_has_a_linear_last_layer():
     model = nn.MLP(4, (8, 8), rngs=nnx.Rngs(params=0))
     assert jnp.min(model(jax.random.normal(jax.random.key(0), (32, 4)))) < 0
 
 
-def test_convnet_halves_the_resolution_and_returns_features():
+def test_convnet_halves_the_resolution_at_each_stage():
     model = nn.ConvNet(3, (8, 16), rngs=nnx.Rngs(params=0))
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    assert model.blocks[0](x).shape == (2, 8, 8, 8)
-    assert model.blocks[2](jnp.ones((2, 8, 8, 8))).shape == (2, 4, 4, 16)
-    assert model(x).shape == (2, 16)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    assert jax.eval_shape(model.blocks[0], x).shape == (2, 8, 8, 8)
+    assert jax.eval_shape(model.blocks[2], jax.ShapeDtypeStruct((2, 8, 8, 8), jnp.float32)).shape == (2, 4, 4, 16)
+    assert jax.eval_shape(model, x).shape == (2, 16)
 
 
-def test_convnet_in_bfloat16_keeps_float32_parameters_and_its_result():
+def test_convnet_in_bfloat16_is_close_to_float32():
     exact = nn.ConvNet(3, (8,), rngs=nnx.Rngs(params=0))
     rounded = nn.ConvNet(3, (8,), dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -82,17 +77,12 @@ def test_group_norm_gives_each_group_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize("make", [lambda r: nn.MLP(4, (3, 5), rngs=r), lambda r: nn.ConvNet(3, (8, 8), rngs=r)])
-def test_every_parameter_names_all_its_axes(make):
+def test_mlp_and_convnet_name_all_axes(make):
     state = nnx.state(make(nnx.Rngs(params=0)), nnx.Param)
     variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     assert variables
     for variable in variables:
         assert len(variable.get_metadata()["axes"]) == variable.get_value().ndim
-
-
-def test_linear_rejects_integers_instead_of_rounding_the_kernel():
-    with pytest.raises(TypeError, match="floating-point x, got int32"):
-        nn.linear(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 4)))
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 4, 4, 6), 4), ((2, 6), 2)])

@@ -14,7 +14,7 @@ def table():
 
 
 @pytest.mark.parametrize("new", [(9, 7), (3, 2), (4, 5)])
-def test_with_antialias_it_is_the_cubic_resize_of_jax(table, new):
+def test_resample_positions_with_antialias_equals_jax_image_resize(table, new):
     grid = table[2:].reshape(5, 4, 3)
     wanted = jax.image.resize(grid, (*new, 3), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
     got = nn.resample_positions(table, (5, 4), new, antialias=True)
@@ -23,7 +23,7 @@ def test_with_antialias_it_is_the_cubic_resize_of_jax(table, new):
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-def test_other_rows_and_equal_grids_stay_and_constants_are_kept(table, antialias):
+def test_resample_positions_keeps_other_tokens_equal_grids_and_constants(table, antialias):
     assert nn.resample_positions(table, (5, 4), (5, 4), antialias=antialias) is table
     got = nn.resample_positions(table, (5, 4), (7, 3), antialias=antialias)
     assert got.shape == (2 + 21, 3)
@@ -34,14 +34,14 @@ def test_other_rows_and_equal_grids_stay_and_constants_are_kept(table, antialias
     np.testing.assert_allclose(lead[1], 2 * got, rtol=1e-6, atol=1e-6)
 
 
-def test_without_antialias_the_kernel_is_the_sharper_one_at_its_published_points():
+def test_resample_positions_without_antialias_uses_the_sharper_kernel():
     # Halfway between samples Keys' kernel with a = -0.75 weighs -3/32, 19/32, 19/32, -3/32.
     line = jnp.eye(8)
     got = nn.resample_positions(line, (1, 8), (1, 4), antialias=False)
     np.testing.assert_allclose(got[1], [0, -0.09375, 0.59375, 0.59375, -0.09375, 0, 0, 0], atol=1e-6)
 
 
-def test_tables_that_do_not_fit_are_refused(table):
+def test_resample_positions_refuses_other_grids(table):
     with pytest.raises(ValueError, match="a grid of 6 x 4 needs 24 rows, got 22"):
         nn.resample_positions(table, (6, 4), (2, 2), antialias=True)
     with pytest.raises(ValueError, match="expected grids with positive sides"):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,16 +52,17 @@ def step(config, params, stats, pixels, labels, key, options=()):
         (nn.ResNetConfig.resnext50(), 25_028_904),
     ],
 )
-def test_well_known_networks_have_the_published_number_of_parameters(config, params):
+def test_count_params_of_resnets_is_as_published(config, params):
     assert spec_count(nn.resnet_specs(config)[0]) == params
 
 
-def test_vgg13_with_batch_normalisation_has_the_published_number_of_parameters():
+def test_count_params_of_vgg13_bn_is_as_published():
     assert spec_count(nn.vgg_specs(nn.VGGConfig())[0]) == 133_053_736
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-def test_a_sharded_step_is_that_of_one_device_statistics_included(tiny):
+def test_resnet_apply_on_a_mesh_has_gradients_and_statistics_of_one_device(tiny):
     params, stats, pixels, labels = tiny
     key = jax.random.key(2)
     loss, grads, after = step(TINY, params, stats, pixels, labels, key)
@@ -79,20 +81,20 @@ def test_a_sharded_step_is_that_of_one_device_statistics_included(tiny):
     )
     np.testing.assert_allclose(split[0], loss, rtol=1e-5)
     # Sums over the batch in another order, through nine normalisations.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), split[2], after)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split[1], grads)
+    chex.assert_trees_all_close(split[2], after, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(split[1], grads, rtol=1e-3, atol=1e-4)
 
 
-def test_frozen_statistics_stay_and_branches_drop(tiny):
+def test_resnet_apply_with_frozen_stats_drops_branches_and_keeps_statistics(tiny):
     params, stats, pixels, _ = tiny
     run = jax.jit(functools.partial(nn.resnet_apply, TINY, train=True, frozen_stats=True))
     out, other = (run(params, stats, pixels, key=jax.random.key(i)) for i in (0, 1))
-    jax.tree.map(np.testing.assert_array_equal, out.batch_stats, stats)
+    chex.assert_trees_all_equal(out.batch_stats, stats)
     # Of two blocks only the second is ever dropped; without it the features are those of the shortcut.
     assert np.any(out.pooled != other.pooled)
 
 
-def test_remat_recomputes_each_block(tiny):
+def test_remat_of_resnet_apply_checkpoints_each_block(tiny):
     jaxpr = jax.make_jaxpr(functools.partial(nn.resnet_apply, TINY, remat=True))(*tiny[:3])
     assert sum(eqn.primitive.name.startswith(("remat", "checkpoint")) for eqn in jaxpr.eqns) == 2
 
@@ -108,7 +110,7 @@ def test_drop_path_leaves_out_examples_and_keeps_the_mean():
     assert nn.drop_path_rates(0.3, 4) == pytest.approx((0, 0.1, 0.2, 0.3))
 
 
-def test_halve_averages_the_pixels_that_are_there():
+def test_halve_averages_the_pixels_inside():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     expected = [[3, 5, 6.5], [10.5, 12.5, 14]]
     np.testing.assert_allclose(nn.halve(x)[0, :, :, 0], expected)
@@ -122,7 +124,7 @@ def test_max_pool_ignores_its_padding_and_conv_pads_all_sides_alike():
     np.testing.assert_array_equal(nn.conv(-x, kernel, strides=2)[0, :, :, 0], [[9, 6], [6, 4]])
 
 
-def test_grouped_convolution_keeps_groups_apart():
+def test_conv_keeps_groups_apart():
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((1, 5, 5, 4), (3, 3, 2, 6)))
     out = nn.conv(x, kernel, groups=2)
@@ -131,7 +133,7 @@ def test_grouped_convolution_keeps_groups_apart():
         nn.conv(x, kernel)
 
 
-def test_bfloat16_activations_give_float32_logits_and_statistics():
+def test_resnet_apply_in_bfloat16_has_float32_logits_and_statistics():
     config = TINY.replace(drop_path=0.0)
     run = functools.partial(nn.resnet_apply, config, train=True, dtype=jnp.bfloat16, capture="all")
     params, stats = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), config))
@@ -143,7 +145,7 @@ def test_bfloat16_activations_give_float32_logits_and_statistics():
 
 
 @pytest.mark.parametrize("capture", [(0, -1), "all", ()])
-def test_capture_names_hidden_states(tiny, capture):
+def test_resnet_apply_captures_hidden_states(tiny, capture):
     run = functools.partial(nn.resnet_apply, TINY, capture=capture)
     hidden = jax.eval_shape(run, *tiny[:3]).hidden
     assert hidden is None if capture == () else len(hidden) == (3 if capture == "all" else 2)
@@ -158,7 +160,7 @@ def test_capture_names_hidden_states(tiny, capture):
         (np.zeros((2, 16, 16, 3), np.float32), {"capture": (3,)}, ValueError, "hidden states 0 to 2"),
     ],
 )
-def test_what_a_network_can_not_serve_is_refused(tiny, pixels, options, error, message):
+def test_resnet_apply_refuses_wrong_input(tiny, pixels, options, error, message):
     with pytest.raises(error, match=message):
         nn.resnet_apply(TINY, tiny[0], tiny[1], pixels, **options)
 
@@ -173,18 +175,18 @@ def test_what_a_network_can_not_serve_is_refused(tiny, pixels, options, error, m
         (lambda: nn.VGGConfig(image_size=(16, 16)), "image_size: expected at least 32 pixels"),
     ],
 )
-def test_networks_that_contradict_themselves_are_refused(make, message):
+def test_resnet_and_vgg_configs_refuse_contradictions(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_module_updates_its_statistics_in_training_mode_only(tiny):
+def test_model_updates_batch_stats_in_training_mode_only(tiny):
     params, stats, pixels, _ = tiny
     config = TINY.replace(num_classes=0, drop_path=0.0)
     model = nn.Model(config, {k: v for k, v in params.items() if k != "head"}, stats)
     call = nnx.jit(lambda model, x: model(x).pooled)
     assert call(model, pixels).shape == (16, 32) == (16, model.out_features)
-    jax.tree.map(np.testing.assert_array_equal, model.batch_stats, stats)
+    chex.assert_trees_all_equal(model.batch_stats, stats)
     model.train()
     call(model, pixels)
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), model.batch_stats, stats)
@@ -193,7 +195,7 @@ def test_the_module_updates_its_statistics_in_training_mode_only(tiny):
         assert len(variable.get_metadata()["axes"]) == variable.get_value().ndim
 
 
-def test_modules_need_parameters_or_a_source_of_them():
+def test_model_needs_params_or_rngs():
     with pytest.raises(ValueError, match="Model: expected params, or rngs"):
         nn.Model(nn.SwinConfig())
     with pytest.raises(ValueError, match="batch_stats: VGGConfig needs them"):
@@ -202,7 +204,7 @@ def test_modules_need_parameters_or_a_source_of_them():
         nn.Model("resnet50")
 
 
-def test_vgg_drops_features_in_training():
+def test_model_of_vgg_applies_dropout_in_training():
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), VGG))
     params, stats = jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,12 +38,13 @@ def tiny():
 
 
 @pytest.mark.parametrize(("size", "params"), [("tiny", 28_288_354), ("base", 87_768_224)])
-def test_well_known_models_have_the_published_number_of_parameters(size, params):
+def test_count_params_of_swin_is_as_published(size, params):
     assert spec_count(nn.swin_specs(nn.SwinConfig.swin(size))) == params
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
+def test_swin_apply_on_a_mesh_has_loss_and_gradients_of_one_device(tiny):
     params, pixels = tiny
     loss, grads = step(TINY, params, pixels)
     mesh = train.make_mesh(2, 2, 2)
@@ -50,10 +52,10 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny):
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     value, split = step(TINY, jax.device_put(params, shardings), jax.device_put(pixels, rows))
     np.testing.assert_allclose(value, loss, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), split, grads)
+    chex.assert_trees_all_close(split, grads, rtol=1e-4, atol=1e-5)
 
 
-def test_one_window_without_shift_is_plain_attention_with_a_bias():
+def test_swin_apply_with_one_window_is_attention_with_a_bias():
     config = nn.SwinConfig((6, 6), 2, 8, (2,), (2,), window=3, num_classes=0, convention="hf")
     params, pixels = random_params(config), np.random.default_rng(1).standard_normal((2, 6, 6, 3), np.float32)
     before, after = jax.jit(functools.partial(nn.swin_apply, config, capture=(0, 1)))(params, pixels).hidden
@@ -82,7 +84,7 @@ def plain_blocks(params, x):
     return x
 
 
-def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
+def test_swin_apply_drops_branches_by_key_and_rematerializes_blocks(tiny):
     config = TINY.replace(drop_path=0.5, depths=(2, 1))
     run = jax.jit(functools.partial(nn.swin_apply, config, train=True))
     first, second = (run(*tiny, key=jax.random.key(i)).pooled for i in (0, 1))
@@ -94,9 +96,10 @@ def test_branches_drop_by_key_and_remat_recomputes_each_block(tiny):
     assert len(again) < len(plain) / 2
 
 
-@pytest.mark.parametrize("image", [(16, 16), (6, 6)])
-def test_blocks_in_rounds_are_those_one_by_one(image):
-    config = TINY.replace(image_size=image, depths=(5,), num_heads=(2,), drop_path=0.5)
+@pytest.mark.parametrize("transform", ["none", *(pytest.param(t, marks=pytest.mark.slow) for t in ("grad", "remat"))])
+@pytest.mark.parametrize(("image", "depth"), [pytest.param((16, 16), 5, marks=pytest.mark.slow), ((6, 6), 3)])
+def test_swin_apply_in_a_scan_equals_blocks_one_by_one(image, depth, transform):
+    config = TINY.replace(image_size=image, depths=(depth,), num_heads=(2,), drop_path=0.5)
     params = random_params(config)
     pixels = np.random.default_rng(2).standard_normal((4, *image, 3), np.float32)
     key = jax.random.key(0)
@@ -111,14 +114,16 @@ def test_blocks_in_rounds_are_those_one_by_one(image):
     }
     scans = ["scan" in str(jax.make_jaxpr(run)(p)) for p in (params, apart)]
     assert scans == [True, False]
+    if transform == "none":
+        chex.assert_trees_all_close(jax.jit(run)(params), jax.jit(run)(apart), rtol=1e-4, atol=1e-5)
+        return
     one_by_one = jax.jit(jax.grad(lambda p: jnp.sum(run(p) ** 2)))(apart)
     del one_by_one["stage0"]["block0"]["more"]
-    for remat in (False, True):
-        together = jax.jit(jax.grad(lambda p, remat=remat: jnp.sum(run(p, remat) ** 2)))(params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), together, one_by_one)
+    together = jax.jit(jax.grad(lambda p: jnp.sum(run(p, transform == "remat") ** 2)))(params)
+    chex.assert_trees_all_close(together, one_by_one, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_activations_give_float32_logits(tiny):
+def test_swin_apply_in_bfloat16_has_float32_logits(tiny):
     run = functools.partial(nn.swin_apply, TINY, dtype=jnp.bfloat16, capture="all")
     out = jax.eval_shape(run, *tiny)
     assert out.logits.dtype == jnp.float32
@@ -126,7 +131,7 @@ def test_bfloat16_activations_give_float32_logits(tiny):
     assert [x.shape for x in out.hidden] == [(8, 70, 8), (8, 20, 16), (8, 20, 16)]
 
 
-def test_absolute_positions_belong_to_one_size():
+def test_swin_apply_with_absolute_positions_takes_one_size():
     config = TINY.replace(absolute_positions=True)
     params = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), config))
     shapes = jax.eval_shape(functools.partial(nn.swin_apply, config), params, jnp.zeros((1, 16, 16, 3)))
@@ -135,7 +140,7 @@ def test_absolute_positions_belong_to_one_size():
         jax.eval_shape(functools.partial(nn.swin_apply, config), params, jnp.zeros((1, 16, 18, 3)))
 
 
-def test_images_smaller_than_a_window_are_refused(tiny):
+def test_swin_apply_refuses_images_smaller_than_a_window(tiny):
     with pytest.raises(ValueError, match="fewer than a window of 3"):
         nn.swin_apply(TINY, tiny[0], jnp.zeros((1, 8, 16, 3)))
 
@@ -149,6 +154,6 @@ def test_images_smaller_than_a_window_are_refused(tiny):
         ({"image_size": (1, 16)}, "image_size: expected height and width of at least a patch of 2"),
     ],
 )
-def test_models_that_contradict_themselves_are_refused(changes, message):
+def test_swin_config_refuses_contradictions(changes, message):
     with pytest.raises(ValueError, match=message):
         TINY.replace(**changes)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def dino(golden, name):
 
 
 @pytest.mark.parametrize("name", ["dinov2_swiglu_reg", "dinov2_mlp_plain"])
-def test_dinov2_is_the_reference_at_both_sizes(golden, name):
+def test_vision_transformer_apply_matches_the_dinov2_reference(golden, name):
     config, flat, data = dino(golden, name)
     params = interop.load_dino_params(flat, config)
     # At one size some states, at the other all: what is asked for must not depend on the rest.
@@ -63,7 +64,7 @@ def test_dinov2_is_the_reference_at_both_sizes(golden, name):
     np.testing.assert_allclose(resized, data["pos_embed1"][0], atol=1e-5)
 
 
-def test_dinov2_is_read_by_meta_s_names_too(golden):
+def test_load_dino_params_reads_the_names_of_meta(golden):
     config, flat, _ = dino(golden, "dinov2_swiglu_reg")
     wanted = interop.load_dino_params(flat, config)
     renames = [
@@ -86,29 +87,30 @@ def test_dinov2_is_read_by_meta_s_names_too(golden):
         for kind in ("weight", "bias"):
             parts = [f"encoder.layer.{layer}.attention.attention.{n}.{kind}" for n in ("query", "key", "value")]
             meta[f"blocks.{layer}.attn.qkv.{kind}"] = np.concatenate([flat[part] for part in parts])
-    jax.tree.map(np.testing.assert_array_equal, interop.load_dino_params(meta, config), wanted)
+    chex.assert_trees_all_equal(interop.load_dino_params(meta, config), wanted)
     prefixed = {f"dinov2_with_registers.{name}": value for name, value in flat.items()}
-    jax.tree.map(np.testing.assert_array_equal, interop.load_dino_params(prefixed, config), wanted)
+    chex.assert_trees_all_equal(interop.load_dino_params(prefixed, config), wanted)
     changed = {("extra" if name == "layernorm.bias" else name): value for name, value in flat.items()}
     with pytest.raises(ValueError, match=r"missing: \['layernorm.bias'\]; unexpected: \['extra'\]"):
         interop.load_dino_params(changed, config)
 
 
-def test_a_dinov2_folder_is_written_and_read(golden, tmp_path):
+def test_save_vision_and_load_vision_round_trip_dinov2(golden, tmp_path):
     for name in ("dinov2_swiglu_reg", "dinov2_mlp_plain"):
         config, flat, _ = dino(golden, name)
         params = interop.load_dino_params(flat, config)
         interop.save_vision(tmp_path / name, config, params)
         again, reread = interop.load_vision(tmp_path / name)
         assert again == config
-        jax.tree.map(np.testing.assert_array_equal, reread, params)
+        chex.assert_trees_all_equal(reread, params)
         written = {key: np.asarray(t.read()) for key, t in interop.open_folder(tmp_path / name).items()}
         assert written.keys() == flat.keys()
         assert all(value.tobytes() == flat[key].tobytes() for key, value in written.items())
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-def test_a_sharded_pass_and_its_gradients_are_those_of_one_device(model):
+def test_vision_transformer_apply_on_a_mesh_equals_one_device(model):
     config, params, pixels = model
     mesh = train.make_mesh(2, 2, 2)
     axes = nn.param_axes(config)
@@ -123,10 +125,10 @@ def test_a_sharded_pass_and_its_gradients_are_those_of_one_device(model):
     (_, sharded), split_grads = run(split, jax.device_put(pixels, train.batch_sharding(mesh)))
     # Sums over features that are split over two devices come in another order.
     np.testing.assert_allclose(sharded, logits, atol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split_grads, grads)
+    chex.assert_trees_all_close(split_grads, grads, rtol=1e-4, atol=1e-5)
 
 
-def test_dropping_paths_scales_what_stays_and_leaves_inference_alone(model):
+def test_vision_transformer_apply_drops_paths_in_training_only(model):
     config, params, pixels = model
     dropping = config.replace(drop_path=(0.0, 0.0, 0.5))
     run = jit(lambda key: nn.vision_transformer_apply(dropping, params, pixels, train=True, key=key, capture="all"))
@@ -146,14 +148,14 @@ def test_dropping_paths_scales_what_stays_and_leaves_inference_alone(model):
         config.replace(drop_path=(0.1,))
 
 
-def test_without_gains_the_embeddings_pass_through(model):
+def test_vision_transformer_apply_with_zero_gains_is_the_identity(model):
     _, params, pixels = model
     none = {name: {"scale": jnp.zeros((3, 16))} for name in ("attn_gain", "mlp_gain")}
     found = base()({**params, "layers": {**params["layers"], **none}}, pixels)
     np.testing.assert_array_equal(found.hidden[3], found.hidden[0])
 
 
-def test_attention_pooling_takes_patches_in_any_order():
+def test_attention_pooling_is_invariant_to_the_order_of_patches():
     config = nn.VisionTransformerConfig(
         "siglip", **{**TINY, "num_layers": 1}, class_token=False, attention_pool=True, pool="attention"
     )
@@ -166,10 +168,10 @@ def test_attention_pooling_takes_patches_in_any_order():
     assert not np.allclose(one.tokens, two.tokens, atol=1e-3)
 
 
-def test_the_module_holds_the_parameters_with_their_axes(model):
+def test_model_holds_vision_transformer_params_with_their_axes(model):
     config, params, pixels = model
     module = nn.Model(config, params)
-    jax.tree.map(np.testing.assert_array_equal, module.params, params)
+    chex.assert_trees_all_equal(module.params, params)
     assert module.weights["layers"]["attn"]["q"]["kernel"].get_metadata()["axes"] == ("layers", "embed", "heads")
     drawn = nnx.eval_shape(lambda: nn.Model(config, rngs=nnx.Rngs(0)))
     assert jax.tree.map(jnp.shape, drawn.params) == jax.tree.map(jnp.shape, params)
@@ -180,7 +182,7 @@ def test_the_module_holds_the_parameters_with_their_axes(model):
         nn.Model(config)
 
 
-def test_sizes_of_well_known_models_are_theirs():
+def test_count_params_of_vision_transformers_is_as_published():
     def millions(config):
         return round(sum(np.prod(s.shape) for s in jax.tree.leaves(nn.param_shapes(config))) / 1e6, 1)
 
@@ -193,7 +195,7 @@ def test_sizes_of_well_known_models_are_theirs():
         made.vit("enormous")
 
 
-def test_bad_images_and_options_are_named(model):
+def test_vision_transformer_apply_refuses_wrong_images_and_options(model):
     config, params, pixels = model
     run = functools.partial(nn.vision_transformer_apply, config, params)
     with pytest.raises(ValueError, match=r"pixels: expected \[batch, height, width, 3\], got \(8, 16, 16, 1\)"):

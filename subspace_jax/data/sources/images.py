@@ -1,4 +1,4 @@
-"""Labelled images by index, decoded when they are read."""
+"""Labeled images by index, decoded when they are read."""
 
 import copy
 import errno
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Images:
-    """Labelled images by index: ``source[i]`` is ``{"inputs": uint8 [height, width, 3], "labels": int32 []}``.
+    """Labeled images by index: ``source[i]`` is ``{"inputs": uint8 [height, width, 3], "labels": int32 []}``.
 
     Returned by :func:`image_folder` and :func:`image_set`; a source for :func:`subspace_jax.data.train_batches`, with a
     transform that resizes.

@@ -1,4 +1,4 @@
-"""Labelled images from TensorFlow Datasets (TFDS), by index and without TensorFlow."""
+"""Labeled images from TensorFlow Datasets (TFDS), by index and without TensorFlow."""
 
 import difflib
 import os
@@ -23,7 +23,7 @@ def default_data_dir() -> str:
 
 
 class ImageSource:
-    """Labelled images by index: ``source[i]`` is ``{"inputs": float32 [height, width, channels], "labels": int32 []}``.
+    """Labeled images by index: ``source[i]`` is ``{"inputs": float32 [height, width, channels], "labels": int32 []}``.
 
     Returned by :func:`image_source`.
 
@@ -113,11 +113,11 @@ def image_source(
     Raises:
       FileNotFoundError: The set is not prepared in ``data_dir``; the message has the command that prepares it.
       OSError: ``digits`` can't be written to ``data_dir``.
-      ValueError: Name or split is unknown, the set does not hold labelled images of one size with one or three 8-bit
+      ValueError: Name or split is unknown, the set does not hold labeled images of one size with one or three 8-bit
         channels, it is prepared in a format without random access, or ``mean`` and ``std`` are invalid.
     """
-    records, info = open_labelled_records(name, split, data_dir)
-    shape, _ = _labelled_images(info)
+    records, info = open_labeled_records(name, split, data_dir)
+    shape, _ = _labeled_images(info)
     if None in shape:
         raise ValueError(f"name: expected images of one size, but those of {name!r} vary: shape {list(shape)}")
     scale, shift = _affine(16 if info.name == "digits" else 255, mean, std, shape[-1])
@@ -144,7 +144,7 @@ def image_set(
       FileNotFoundError: The set is not prepared; the message has the command that prepares it.
       ValueError: Name or split is unknown, or the set does not hold 8-bit images with one label each.
     """
-    records, info = open_labelled_records(name, split, data_dir)
+    records, info = open_labeled_records(name, split, data_dir)
     image, label = info.supervised_keys
     largest, num_classes = 16 if info.name == "digits" else 255, info.features[label].num_classes
 
@@ -172,7 +172,7 @@ def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tup
       Shape of an image, with None for a dimension that varies, and the number of classes.
 
     Raises:
-      ValueError: TFDS has no such set, or it does not hold labelled images.
+      ValueError: TFDS has no such set, or it does not hold labeled images.
     """
     import tensorflow_datasets as tfds
 
@@ -185,7 +185,7 @@ def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tup
             builder = tfds.builder(name, try_gcs=False)  # its code alone
         except Exception as error:  # TFDS has several, and asserts
             raise ValueError(f"name: TFDS has no {name!r}: {str(error).splitlines()[0]}") from error
-    return _labelled_images(builder.info)
+    return _labeled_images(builder.info)
 
 
 def open_records(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[Sequence[Any], Any]:
@@ -200,22 +200,20 @@ def open_records(name: str, split: str, data_dir: str | os.PathLike | None = Non
     return _records(builder, split, name, data_dir), builder.info
 
 
-def open_labelled_records(
-    name: str, split: str, data_dir: str | os.PathLike | None = None
-) -> tuple[Sequence[Any], Any]:
-    """Opens a split of labelled images like :func:`open_records`, without decoding the images.
+def open_labeled_records(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[Sequence[Any], Any]:
+    """Opens a split of labeled images like :func:`open_records`, without decoding the images.
 
     TFDS decodes by the packages that are installed, returns indices of palettes, and ignores the orientation.
 
     Raises:
       FileNotFoundError: See :func:`open_records`.
-      ValueError: See :func:`open_records`; or the set does not hold labelled 8-bit images.
+      ValueError: See :func:`open_records`; or the set does not hold labeled 8-bit images.
     """
     import tensorflow_datasets as tfds
 
     data_dir = default_data_dir() if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     builder = _builder(name, data_dir)
-    _labelled_images(builder.info)
+    _labeled_images(builder.info)
     encoded = {builder.info.supervised_keys[0]: tfds.decode.SkipDecoding()}
     return _records(builder, split, name, data_dir, encoded), builder.info
 
@@ -287,8 +285,8 @@ def _prepare_command(name: str, data_dir: str) -> str:
     return shlex.join([python, "-m", "subspace_jax.data.prepare", name, "--data_dir", data_dir])
 
 
-def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
-    """Returns image shape and number of classes; raises where the set does not hold labelled images."""
+def _labeled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
+    """Returns image shape and number of classes; raises where the set does not hold labeled images."""
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
@@ -296,7 +294,7 @@ def _labelled_images(info: Any) -> tuple[tuple[int | None, ...], int]:
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
     if not features or not all(map(isinstance, features, kinds)):
         held = " ".join(str(info.features).split())
-        raise ValueError(f"name: expected a set of labelled images, but {info.name!r} holds {held}")
+        raise ValueError(f"name: expected a set of labeled images, but {info.name!r} holds {held}")
     shape = tuple(features[0].shape)
     dtype = np.dtype(features[0].np_dtype)
     if dtype != np.uint8 or shape[-1] not in (1, 3, None):

@@ -1,1 +1,1 @@
-"""What models are made of."""
+"""Layers, as pure functions of arrays, and the Flax NNX modules Linear and the classification heads."""

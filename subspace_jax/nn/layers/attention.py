@@ -119,7 +119,7 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
             scores = scores.reshape(*grouped.shape[:4], -1)
             scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
             scores = scores.reshape(*flat.shape[:3], -1)
-        # Normalised after the values are mixed, which saves a pass over the scores in each direction.
+        # Normalized after the values are mixed, which saves a pass over the scores in each direction.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum("bkts,bksd->bktd", weights.astype(value.dtype), value, preferred_element_type=total.dtype)

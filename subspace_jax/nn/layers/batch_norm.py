@@ -1,4 +1,4 @@
-"""Batch normalisation with running statistics, as a pure function."""
+"""Batch normalization with running statistics, as a pure function."""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,14 @@ def batch_norm(
     momentum: float = 0.9,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Normalises each channel, by running statistics or by those of the batch (Ioffe and Szegedy, arXiv 1502.03167).
+    """Batch normalization (Ioffe and Szegedy, arXiv 1502.03167) by running statistics or by those of the batch.
 
-    Under ``jit`` the statistics are those of the whole batch, however it is split over devices.  Under ``shard_map``,
-    where a device sees its own rows only, ``axis_name`` says over which mesh axes to bring them together.  They are
-    computed in at least float32, whatever the activations are.
+    Under ``jit`` the statistics are those of the global batch; under ``shard_map`` they are averaged over
+    ``axis_name``.  They are computed in at least float32.
 
-    Mean and variance come from two passes: the mean c as rounded first, then ``E[d]`` and ``E[d^2] - E[d]^2`` with
-    ``d = x - c``, where the second terms make up for the rounding of c.  No digit is lost however far from 0, or from
-    the running mean, the batch lies.  The backward pass is that of a variance in one pass.
+    Mean and variance take two passes: the rounded mean c first, then ``E[d]`` and ``E[d^2] - E[d]^2`` with
+    ``d = x - c``, so that no digits are lost however far the batch is from 0 or from the running mean.  The backward
+    pass is that of a variance in one pass.
 
     Args:
       x: ``[batch, ..., channels]``, floating point.
@@ -34,17 +33,17 @@ def batch_norm(
       bias: ``[channels]``.
       mean: Running mean ``[channels]``.
       var: Running variance ``[channels]``.
-      train: Whether to normalise by the batch and to update the running statistics.
+      train: Whether to normalize by the batch and to update the running statistics.
       eps: Added to the variance.
       momentum: Weight of the old running statistics.
-      axis_name: Mesh axes over which the batch is split, inside ``shard_map``.
+      axis_name: Mesh axes over which the batch is sharded, inside ``shard_map``.
 
     Returns:
-      ``y`` in the shape and dtype of ``x``, and running mean and variance.  The batch is normalised by its biased
-      variance ``sum / n``; the running variance takes the unbiased one, ``sum / (n - 1)``, as PyTorch's does.
+      ``y`` in the shape and dtype of ``x``, and running mean and variance.  The batch is normalized by its biased
+      variance ``sum / n``; the running variance takes the unbiased one, ``sum / (n - 1)``, as in PyTorch.
 
     Raises:
-      ValueError: Channels differ, or a batch to train on holds one value a channel.
+      ValueError: Channels differ, or a training batch has one value per channel.
     """
     if any(p.shape != x.shape[-1:] for p in (scale, bias, mean, var)):
         raise ValueError(
@@ -57,28 +56,28 @@ def batch_norm(
     def along(parameter: jax.Array) -> jax.Array:
         return parameter.astype(wide).reshape(*lead, -1)
 
-    shift, centre, spread, statistics = mean, jnp.zeros_like(mean, wide), var, (mean, var)
+    shift, center, spread, statistics = mean, jnp.zeros_like(mean, wide), var, (mean, var)
     if train:
         count = x.size // x.shape[-1]
         if axis_name is not None:
             count *= jax.lax.axis_size(axis_name)
         if count < 2:
-            raise ValueError(f"batch_norm: expected more than one value a channel to train on, got x {x.shape}")
+            raise ValueError(f"batch_norm: expected more than one value per channel to train on, got x {x.shape}")
         axes = tuple(range(x.ndim - 1))
 
         def over_batch(means):
             return means if axis_name is None else jax.lax.pmean(means, axis_name)
 
-        # A constant for derivatives: nothing depends on what is taken off and put back.
+        # A constant for derivatives: the result does not depend on the shift.
         shift = over_batch(jnp.mean(jax.lax.stop_gradient(x).astype(wide), axes))
         shifted = x.astype(wide) - along(shift)
-        centre, square = over_batch(jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)]))
-        spread = jnp.maximum(square - jnp.square(centre), 0)
-        new = (shift + centre, spread * (count / (count - 1)))
+        center, square = over_batch(jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)]))
+        spread = jnp.maximum(square - jnp.square(center), 0)
+        new = (shift + center, spread * (count / (count - 1)))
         statistics = tuple(
             (momentum * old.astype(wide) + (1 - momentum) * jax.lax.stop_gradient(now)).astype(old.dtype)
             for old, now in zip((mean, var), new, strict=True)
         )
     factor = scale.astype(wide) * jax.lax.rsqrt(spread.astype(wide) + eps)
-    y = (x.astype(wide) - along(shift) - along(centre)) * along(factor) + along(bias)
+    y = (x.astype(wide) - along(shift) - along(center)) * along(factor) + along(bias)
     return y.astype(x.dtype), statistics

@@ -1,6 +1,6 @@
-"""Classification heads: linear softmax, cosine softmax, and one linear subspace per class.
+"""Classification heads: linear softmax, cosine softmax, and one subspace per class.
 
-The Grassmann head follows "Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
+The Grassmann head is that of "Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
 Representation" (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547).
 """
 
@@ -22,11 +22,11 @@ from subspace_jax.nn.layers.linear import Linear, linear
 def normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     """Scales vectors along the last axis to unit length: ``x / max(||x||, eps)``.
 
-    The length is accumulated in at least float32.  A zero vector stays zero, and its gradient is finite.
+    The norm is accumulated in at least float32.  A zero vector stays zero, with a finite gradient.
 
     Args:
       x: ``[..., n]``, floating point.
-      eps: The least length that is divided by.
+      eps: Lower bound of the divisor.
 
     Returns:
       ``[..., n]`` in float32, or float64 where ``x`` is float64.
@@ -41,11 +41,11 @@ def normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
 
 def safe_norm(x: jax.Array, keepdims: bool = False) -> jax.Array:
-    """Euclidean norm over the last axis whose gradient at zero is zero instead of NaN.
+    """Euclidean norm over the last axis, with gradient zero instead of NaN at zero.
 
     Args:
       x: ``[..., n]``, at least float32.
-      keepdims: Whether the reduced axis stays with size one.
+      keepdims: Whether to keep the reduced axis with size one.
 
     Returns:
       ``[...]`` (or ``[..., 1]``).
@@ -58,22 +58,21 @@ def safe_norm(x: jax.Array, keepdims: bool = False) -> jax.Array:
 def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma: ArrayLike = 25.0) -> jax.Array:
     """Length of each feature's projection onto each class subspace: ``gamma * ||S_c^T x / ||x||||``.
 
-    Source: arXiv 2308.01547, the class representation of section 3.  The products run in the dtype of ``x`` with
-    float32 accumulation; the length is float32 (float64 for float64 ``x``).  The logits lie in ``[0, gamma]`` for
-    orthonormal bases and do not change under a change of basis.  They are those of
-    :func:`subspace_jax.kernels.grassmann_logits` for features of unit length: besides the result, memory holds the
-    lengths and the products of some classes at a time, never ``[batch, classes, k]``, in the gradients too.
+    Source: arXiv 2308.01547, section 3.  Matmuls run in the dtype of ``x`` with float32 accumulation; the length is
+    float32 (float64 for float64 ``x``).  For orthonormal bases the logits are in ``[0, gamma]`` and invariant to a
+    change of basis.  They are computed by :func:`subspace_jax.kernels.grassmann_logits`, which never stores
+    ``[batch, classes, k]``, in the backward pass either.
 
     Args:
       x: Features ``[batch, n]``, floating point.
-      bases: Orthonormal bases ``[classes, n, k]``, or a sequence of such arrays, one for each dimension ``k``.
+      bases: Orthonormal bases ``[classes, n, k]``, or a sequence of such arrays with different ``k``.
       gamma: Scale of the logits.
 
     Returns:
-      Logits ``[batch, classes]``; for a sequence, the groups one after the other.
+      Logits ``[batch, classes]``; for a sequence, those of the arrays are concatenated.
 
     Raises:
-      ValueError: Widths do not match, or an axis is missing or empty.
+      ValueError: Shapes don't match, or an axis is missing or empty.
       TypeError: ``x`` is not floating point.
     """
     groups = bases if isinstance(bases, Sequence) else (bases,)
@@ -88,11 +87,11 @@ def grassmann_logits(x: jax.Array, bases: jax.Array | Sequence[jax.Array], gamma
 
 
 def cosine_logits(x: jax.Array, kernel: jax.Array, gamma: float = 25.0) -> jax.Array:
-    """Scaled cosine between features and class vectors, ``gamma * cos(x, w_c)``.
+    """Scaled cosine of features and class vectors, ``gamma * cos(x, w_c)``.
 
     Args:
       x: Features ``[batch, n]``, floating point.
-      kernel: Class vectors ``[n, classes]``, of any length.
+      kernel: Class vectors ``[n, classes]``, of any norm.
       gamma: Scale of the logits.
 
     Returns:
@@ -108,25 +107,24 @@ def cosine_logits(x: jax.Array, kernel: jax.Array, gamma: float = 25.0) -> jax.A
 
 
 class GrassmannHead(nnx.Module):
-    """One subspace of R^n per class; the logit is the length of the projection onto it.
+    """A subspace of R^n per class; the logit is the length of the projection onto it.
 
-    The bases are parameters named ``bases``: one array ``[classes, n, k]`` where all dimensions are equal, otherwise
-    one array for each dimension that occurs, in rising order (the logits come back in class order).  They are points
-    on Grassmann manifolds: train them with :func:`subspace_jax.optim.riemannian_sgd`, see
-    :func:`subspace_jax.optim.with_geometry`.  Where dimensions differ, a mesh of Explicit axes must
-    not split the classes.
+    The parameter ``bases`` is one array ``[classes, n, k]`` where all dimensions are equal, otherwise one array for
+    each dimension, in ascending order (logits are in class order).  The bases are points on Grassmann manifolds: train
+    them with :func:`subspace_jax.optim.riemannian_sgd`, see :func:`subspace_jax.optim.with_geometry`.  With different
+    dimensions, Explicit mesh axes must not shard the classes.
 
     Args:
       in_features: Feature width n.
       num_classes: Number of classes.
       dims: Dimension of every class subspace, or one for each class.
       gamma: Scale of the logits.
-      param_dtype: Type of the bases; below float32 they would not stay orthonormal.
-      rngs: Source of randomness; its ``params`` stream is used.
+      param_dtype: Dtype of the bases, float32 or float64.
+      rngs: Random number generators; the ``params`` stream is used.
 
     Raises:
-      ValueError: There is no class, a dimension is below 1 or above ``in_features``, ``dims`` has not one entry for
-        each class, or ``param_dtype`` is not float32 or float64.
+      ValueError: There is no class, a dimension is below 1 or above ``in_features``, ``dims`` does not have one entry
+        for each class, or ``param_dtype`` is not float32 or float64.
     """
 
     def __init__(
@@ -141,7 +139,7 @@ class GrassmannHead(nnx.Module):
     ):
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-        # One number stays one: a list of ten million takes longer to go through than their step to compile.
+        # A number is not expanded: iterating over ten million classes takes longer than compiling their step.
         per_class = None if isinstance(dims, numbers.Real) else list(dims)
         if per_class is not None and len(per_class) != num_classes:
             raise ValueError(f"dims: expected one for each of the {num_classes} classes, got {len(per_class)}")
@@ -164,7 +162,7 @@ class GrassmannHead(nnx.Module):
             self.bases = groups[0]
             return
         self.bases = nnx.List(groups)
-        # Where each class stands among the concatenated groups; static, or every class were a node of the graph.
+        # Position of each class in the concatenated groups; static, so that classes are no nodes of the graph.
         by_group = np.argsort(per_class, kind="stable")
         self.position = nnx.static(tuple(np.argsort(by_group, kind="stable").tolist()))
 
@@ -177,14 +175,14 @@ class GrassmannHead(nnx.Module):
 
 
 class CosineHead(nnx.Module):
-    """One direction per class; the logit is ``gamma`` times the cosine.
+    """A vector per class; the logit is ``gamma`` times the cosine.
 
     Args:
       in_features: Feature width n.
       num_classes: Number of classes.
       gamma: Scale of the logits.
-      param_dtype: Type in which the class vectors are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      param_dtype: Dtype of the class vectors.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(
@@ -206,13 +204,13 @@ class CosineHead(nnx.Module):
 
 
 class SoftmaxHead(nnx.Module):
-    """The ordinary linear classifier, with a bias; logits in at least float32.
+    """A linear classifier with a bias; logits are at least float32.
 
     Args:
       in_features: Feature width n.
       num_classes: Number of classes.
-      param_dtype: Type in which the parameters are stored.
-      rngs: Source of randomness; its ``params`` stream is used.
+      param_dtype: Dtype of the parameters.
+      rngs: Random number generators; the ``params`` stream is used.
     """
 
     def __init__(self, in_features: int, num_classes: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):

@@ -44,8 +44,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
       The shape and dtype of ``x``.
     """
     wide = x.astype(working_dtype(x))
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    unit = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    unit = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
     scale, bias = (_along_features(p.astype(wide.dtype), x) for p in (scale, bias))
     return (unit * scale + bias).astype(x.dtype)
 

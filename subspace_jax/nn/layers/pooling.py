@@ -1,17 +1,17 @@
-"""Spatial pooling, channels last."""
+"""Max and average pooling, channels last."""
 
 import jax
 import numpy as np
 
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
-    """Largest value of each window; what is padded never wins.
+    """Max pooling; padding is ignored.
 
     Args:
       x: ``[batch, height, width, channels]``, floating point.
       window: Side of the window.
-      strides: Step in both directions.
-      padding: Places added on each side.
+      strides: Stride in both directions.
+      padding: Padding on each side.
 
     Returns:
       ``[batch, (height + 2 padding - window) // strides + 1, ..., channels]`` in the dtype of ``x``.
@@ -22,7 +22,7 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """Mean over cells of 2 x 2; the last cells of an odd side average the values that are there.
+    """Average pooling over 2 x 2 with stride 2; the last window of an odd side averages the values inside.
 
     Args:
       x: ``[batch, height, width, channels]``, floating point.

@@ -1,4 +1,4 @@
-"""Learned position embeddings of a grid, resampled to a grid of another size."""
+"""Resampling of learned position embeddings to a grid of another size."""
 
 import jax
 import jax.numpy as jnp
@@ -8,27 +8,26 @@ from subspace_jax.linalg import working_dtype
 
 
 def resample_positions(pos: jax.Array, old: tuple[int, int], new: tuple[int, int], *, antialias: bool) -> jax.Array:
-    """Resamples the rows of a grid of positions by bicubic interpolation with half-pixel centres.
+    """Resamples a grid of position embeddings by bicubic interpolation with half-pixel centers.
 
-    Two families of checkpoints differ here.  Without ``antialias`` the kernel is Keys' with a = -0.75 and is never
-    widened, and what it asks for beyond the border is the row at the border (Hugging Face's ViT, DeiT, CLIP, SigLIP and
-    DINOv2 without registers).  With it a = -0.5, the kernel is widened when the grid shrinks, and the weights of what
-    lies beyond the border are given to the rest (timm, DINOv2 with registers); that is
+    Without ``antialias`` the kernel is Keys' with a = -0.75, never widened, and the border is replicated (Hugging
+    Face's ViT, DeiT, CLIP, SigLIP and DINOv2 without registers).  With it a = -0.5, the kernel is widened when the grid
+    shrinks, and weights outside the grid are dropped and the rest renormalized (timm, DINOv2 with registers), as in
     ``jax.image.resize(method="cubic", antialias=True)``.
 
     Args:
-      pos: ``[..., k + old_h * old_w, d]``: ``k >= 0`` rows of other tokens, which stay as they are, then the grid, row
-        by row.
+      pos: ``[..., k + old_h * old_w, d]``: ``k >= 0`` embeddings of other tokens, which are unchanged, then the grid,
+        row by row.
       old: Height and width of the grid.
-      new: Those wanted.
-      antialias: Which of the two.
+      new: Height and width of the new grid.
+      antialias: Which of the two variants.
 
     Returns:
-      ``[..., k + new_h * new_w, d]`` in the dtype of ``pos``, computed in float32 or wider; ``pos`` itself where the
-      grid is already as wanted.
+      ``[..., k + new_h * new_w, d]`` in the dtype of ``pos``, computed in at least float32; ``pos`` itself where the
+      grids are equal.
 
     Raises:
-      ValueError: There are fewer rows than the old grid has, or a side is not positive.
+      ValueError: There are fewer embeddings than grid positions, or a side is not positive.
     """
     if min(*old, *new) < 1:
         raise ValueError(f"resample_positions: expected grids with positive sides, got {old} and {new}")
@@ -48,12 +47,12 @@ def resample_positions(pos: jax.Array, old: tuple[int, int], new: tuple[int, int
 
 
 def _weights(n: int, m: int, antialias: bool) -> np.ndarray:
-    """The matrix ``[m, n]`` that takes ``n`` samples to ``m``."""
+    """Returns the matrix ``[m, n]`` that resamples ``n`` values to ``m``."""
     stretch = max(n / m, 1.0) if antialias else 1.0
-    centres = (np.arange(m) + 0.5) * (n / m) - 0.5
+    centers = (np.arange(m) + 0.5) * (n / m) - 0.5
     reach = int(np.ceil(2 * stretch))
-    taps = np.floor(centres)[:, None].astype(int) + np.arange(1 - reach, reach + 1)[None]
-    weights = _keys((taps - centres[:, None]) / stretch, -0.5 if antialias else -0.75)
+    taps = np.floor(centers)[:, None].astype(int) + np.arange(1 - reach, reach + 1)[None]
+    weights = _keys((taps - centers[:, None]) / stretch, -0.5 if antialias else -0.75)
     if antialias:
         weights = np.where((taps >= 0) & (taps < n), weights, 0.0)
         weights /= weights.sum(axis=1, keepdims=True)

@@ -14,16 +14,16 @@ ROPE_KINDS = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions turn into angles.
+    """The frequencies of rotary position embeddings.
 
     Attributes:
       theta: Base of the geometric series of frequencies.
-      kind: "default"; "linear" divides every frequency by ``factor`` (arXiv 2306.15595); "llama3" divides only the
-        slow ones and blends between (arXiv 2407.21783, section 3.2).
-      factor: By what frequencies are divided.
-      low_freq_factor: "llama3": wavelengths above ``original_length / low_freq_factor`` are divided.
-      high_freq_factor: "llama3": wavelengths below ``original_length / high_freq_factor`` are kept.
-      original_length: "llama3": the length that the model was first trained for.
+      kind: "default"; "linear" divides every frequency by ``factor`` (arXiv 2306.15595); "llama3" divides low
+        frequencies and interpolates between (arXiv 2407.21783, section 3.2).
+      factor: Divisor of the frequencies.
+      low_freq_factor: "llama3": wavelengths above ``original_length / low_freq_factor`` are scaled.
+      high_freq_factor: "llama3": wavelengths below ``original_length / high_freq_factor`` are unchanged.
+      original_length: "llama3": context length of pretraining.
     """
 
     theta: float = 10000.0
@@ -62,14 +62,14 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         frequency = frequency / rope.factor
     elif rope.kind == "llama3":
         turns = rope.original_length * frequency / (2 * math.pi)
-        # Share of the frequency that is kept: 0 for the slow ones, 1 for the fast ones.
+        # Weight of the unscaled frequency: 0 for low frequencies, 1 for high ones.
         keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
         frequency = (1 - keep) * frequency / rope.factor + keep * frequency
     return frequency.astype(np.float32)
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine of the angles, ``[batch, length, 1, head_dim / 2]`` float32, for integer positions.
+    """Returns cosine and sine of the angles, ``[batch, length, 1, head_dim / 2]`` float32.
 
     Args:
       rope: The settings.
@@ -82,11 +82,11 @@ def rope_tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Ar
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair ``(x[j], x[j + head_dim / 2])`` by its angle, in float32.
+    """Rotates each pair ``(x[j], x[j + head_dim / 2])`` by its angle, in at least float32.
 
     Args:
       x: ``[batch, length, heads, head_dim]``.
-      tables: Cosine and sine, as :func:`rope_tables` gives them.
+      tables: Cosine and sine from :func:`rope_tables`.
 
     Returns:
       The shape and dtype of ``x``.

@@ -83,7 +83,7 @@ def encode_image(
       **options: Further arguments of :func:`vision_transformer_apply`.
 
     Returns:
-      ``[batch, features]``, in at least float32 where normalised, otherwise in the dtype of the activations.
+      ``[batch, features]``, in at least float32 where normalized, otherwise in the dtype of the activations.
     """
     pooled = vision_transformer_apply(config.vision, params["vision"], pixels, **options).pooled
     return _project(params.get("image_projection"), pooled, normalize)

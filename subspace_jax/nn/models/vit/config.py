@@ -50,7 +50,7 @@ class VisionTransformerConfig:
       registers: Number of register tokens, which have no positions (arXiv 2309.16588).
       mask_token: Whether checkpoints hold the mask token of pretraining; it is never used.
       class_position: Whether class and distillation token have position embeddings; those of DeiT III have none.
-      pre_norm: Whether the embeddings are normalised before the first layer, as in CLIP.
+      pre_norm: Whether the embeddings are normalized before the first layer, as in CLIP.
       norm_at: Input of the last norm: all "tokens", the "pooled" vector, or "nothing" (a classifier on CLIP's tokens,
         whose checkpoints hold the norm unused).
       pool: Pooling: the class "token", the mean of class and distillation token ("distilled"), the "mean" over

@@ -116,7 +116,7 @@ def vision_transformer_apply(
       options: How the layers run.
 
     Returns:
-      Logits where there is a head, the pooled vector, the tokens (normalised if the family does so before pooling),
+      Logits where there is a head, the pooled vector, the tokens (normalized if the family does so before pooling),
       and the captured states.
 
     Raises:
