@@ -8,6 +8,7 @@ import pytest
 from examples import fake_digits, low_rank_regression, rotated_digits, transfer
 from subspace_jax import adapters, data, interop, language, nn, represent
 from subspace_jax.data import text
+from subspace_jax.interpret import intrinsic_dimension
 
 from ..language.conftest import LLAMA
 from .common import Regression, arrays, data_of
@@ -66,8 +67,6 @@ class TestSubspace(TaskContract):
     deterministic = False
 
     def make(self):
-        from subspace_jax.interpret import intrinsic_dimension
-
         task, own = TestRegression().make()
         return intrinsic_dimension.SubspaceTask(task, 3), own
 
