@@ -15,17 +15,17 @@ wait = jax.block_until_ready
 
 
 def write(folder, layers, width, heads, vocab, length):
-    """Writes random weights of a GPT-2; returns the number of parameters and that of operations for a token."""
+    """Writes random weights of a GPT-2; returns the number of parameters and the FLOPs per token."""
     config = nn.CausalLMConfig.gpt2(vocab, width, layers, heads)
     interop.save_causal_lm(folder, config, nn.init_params(jax.random.key(0), config))
     params = nn.count_params(config)
-    # Two for each weight that takes part in a product (the table of positions does not), and two products with keys
-    # and values; the half that causality spares is counted, as is the custom.
+    # Two for each weight of a matmul (the table of positions is none), and the two matmuls of attention, without
+    # subtracting the masked half, as is customary.
     return params, 2 * (params - config.max_length * width) + 4 * layers * width * length
 
 
 def _open(folder):
-    # On one device, weights are read where they lie, and not out of stacks.
+    # On one device unstacked layers avoid copies out of the stacks.
     config, params = interop.load_causal_lm(folder)
     return config, nn.unstack_layers(params)
 
@@ -40,9 +40,9 @@ def forward(folder, tokens, run):
 def training(folder, tokens, run):
     mesh = train.make_mesh(devices=jax.devices()[:1])
     options = {"folder": folder, "dtype": run["dtype"], "stacked": False}
-    task = language.CausalLMTask(interop.read_config(folder), mesh, **options)
+    task = language.CausalLMTask(interop.read_config(folder), **options)
     tx = optax.adamw(run["learning_rate"], weight_decay=run["weight_decay"])
-    state, step = train.init_state(task, tx, mesh), train.make_train_step(task, tx, mesh)
+    state, step = train.init_state(task, tx, mesh), train.jit_train_step(task, tx, mesh)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     rows = {
         "inputs": inputs,

@@ -95,7 +95,9 @@ def pipeline(folder, run, rounds):
     change = data.TrainImage(size, as_bytes=True)
     passes = {
         "training": lambda: data.train_batches(images, batch_size=batch, seed=0, transform=change),
-        "evaluation": lambda: data.eval_batches(images.map(data.ImageProcessor.evaluation(size, as_bytes=True)), batch_size=batch),
+        "evaluation": lambda: data.eval_batches(
+            images.map(data.ImageProcessor.evaluation(size, as_bytes=True)), batch_size=batch
+        ),
     }
     found = {"files": count, "pixels": [height, width], "batch": batch}
     for name, make in passes.items():

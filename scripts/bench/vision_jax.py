@@ -33,7 +33,7 @@ def write(folder, model, run):
         sizes = {"depths": (1, 1), "widths": (16, 32), "stem": (8,)} if run["quick"] else {}
         config = nn.ResNetConfig.resnet(50, convention="hf", **fields, **sizes)
         counted, stats = nn.init_params(jax.random.key(0), config)
-        # A fresh network's branches end with a scale of 0, and all inside them would go unchecked.
+        # Branches of an initialized network end with a scale of 0, which would leave all inside them unchecked.
         counted = jax.tree.map(lambda x: x + 0.1 if x.ndim == 1 else x, counted)
         params = {"params": counted, "batch_stats": stats}
     interop.save_vision(folder, config, params, layout="hf")
@@ -49,16 +49,16 @@ def forward(folder, images, labels, run):
 
 
 def training(folder, images, labels, run):
-    config, whole = interop.load_vision(folder)
-    whole = nn.unstack_layers(whole)
+    config, tree = interop.load_vision(folder)
+    tree = nn.unstack_layers(tree)
     pixels, labels = jnp.asarray(images), jnp.asarray(labels)
     has_statistics = isinstance(config, nn.ResNetConfig)
-    params, stats = (whole["params"], whole["batch_stats"]) if has_statistics else (whole, None)
+    params, stats = (tree["params"], tree["batch_stats"]) if has_statistics else (tree, None)
     tx = optax.sgd(run["learning_rate"], momentum=run["momentum"])
 
     def loss_fn(params, stats):
-        whole = {"params": params, "batch_stats": stats} if has_statistics else params
-        out = nn.vision_apply(config, whole, pixels, train=True, dtype=run["dtype"])
+        tree = {"params": params, "batch_stats": stats} if has_statistics else params
+        out = nn.vision_apply(config, tree, pixels, train=True, dtype=run["dtype"])
         return jnp.mean(losses.cross_entropy(out.logits, labels)), out.batch_stats
 
     @functools.partial(jax.jit, donate_argnums=0)
