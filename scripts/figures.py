@@ -68,7 +68,7 @@ def results_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "run" / "result.json").read_text())
 
 
-def run(command: str, seed: int, work: Path, *, quiet: bool = False, restart: bool = False) -> dict[str, float]:
+def run(command: str, seed: int, work: Path, *, quiet: bool = False, restart: bool = False) -> dict:
     """Runs a command with one seed, unless it has been run, and returns its numbers."""
     folder = folder_of(command, seed, work)
     if restart:
@@ -91,7 +91,7 @@ def run(command: str, seed: int, work: Path, *, quiet: bool = False, restart: bo
     if ended.returncode and not (folder / "tests.xml").exists():
         told = f"; see {folder / 'log.txt'}" if quiet else ""
         raise SystemExit(f"{command}, seed {seed}: ended with status {ended.returncode}{told}")
-    results = {"seconds": round(seconds, 1), **results_of(folder)}
+    results = {"seconds": round(seconds, 1), "commit": commit(), **results_of(folder)}
     done.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -126,7 +126,8 @@ def measure(method: Method, args: argparse.Namespace) -> dict:
         values = [results[figure.command, seed][figure.metric] for seed in figure.seeds]
         baseline = [results[other, seed][figure.metric] for seed in figure.seeds] if other else []
         entries.append(measured(figure, values, baseline))
-    return {"method": method.name, "figures": entries, "device": device(), "commit": commit(), "versions": versions()}
+    commits = ", ".join(sorted({result["commit"] for result in results.values()}))
+    return {"method": method.name, "figures": entries, "device": device(), "commit": commits, "versions": versions()}
 
 
 def device() -> str:

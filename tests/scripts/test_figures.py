@@ -36,6 +36,7 @@ def calls(monkeypatch):
         return figures.subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(figures.subprocess, "run", fake)
+    monkeypatch.setattr(figures, "commit", lambda: "abc")
     return calls
 
 
@@ -94,7 +95,6 @@ def test_main_writes_json_and_fails_where_a_bound_is_missed(calls, monkeypatch, 
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "pages", dict)
     monkeypatch.setattr(figures, "device", lambda: "a machine")
-    monkeypatch.setattr(figures, "commit", lambda: "abc")
     arguments = ["--only", "gcr", "--work", str(tmp_path / "work")]
     assert figures.main(arguments) == 1
     printed = capsys.readouterr().out
@@ -103,3 +103,4 @@ def test_main_writes_json_and_fails_where_a_bound_is_missed(calls, monkeypatch, 
     found = json.loads((tmp_path / GCR.figure_file).read_text())
     assert found["figures"][0]["values"] == pytest.approx([0.9, 0.91, 0.92])
     assert found["versions"]["jax"]
+    assert found["commit"] == "abc"
