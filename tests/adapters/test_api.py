@@ -15,7 +15,7 @@ from subspace_jax import adapters, nn, train
 from . import cases
 
 # The battery has every method on single and stacked weights.
-QUICK = ("dora", "svfit")
+QUICK = ("tables", "svfit")
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in cases.RULES]
 )
@@ -90,9 +90,8 @@ def _paths(trainable):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize(
-    "name", ["dora layers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "tables", "svfit"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "tables", "dora layers", "svfit"])
 def test_bind_of_sharded_trees_gives_the_logits_of_one_device(name):
     base, _, trainable = prepared(name)
     rules, tokens = cases.RULES[name], cases.tokens(2, 8)
@@ -103,14 +102,15 @@ def test_bind_of_sharded_trees_gives_the_logits_of_one_device(name):
         for tree, names in zip((base, trainable), axes, strict=True)
     ]
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
-    bound_axes = adapters.bind(*axes, rules)
-    gather = train.layer_gatherer(bound_axes["layers"], mesh)
+    spec = jax.sharding.PartitionSpec
+    layer = jax.tree.map(lambda names: spec(*names[1:]), adapters.bind(*axes, rules)["layers"])
+    options = nn.LayerOptions(on_layer=functools.partial(train.all_gather_params, axes=layer))
 
     @jax.jit
     def run(base, trainable):
         params = adapters.bind(base, trainable, rules)
-        with jax.default_matmul_precision("highest"):
-            return nn.causal_lm_apply(cases.CONFIG, params, tokens, options=nn.LayerOptions(on_layer=gather)).logits
+        with jax.default_matmul_precision("highest"), train.use_mesh(mesh):
+            return nn.causal_lm_apply(cases.CONFIG, params, tokens, options=options).logits
 
     expected = bound_logits(name)
     for got in (cases.logits(adapters.bind(*placed, rules), tokens), run(*placed)):
