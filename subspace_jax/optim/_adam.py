@@ -44,19 +44,18 @@ def moments(r, mu, nu, b1, b2, eps):
 
 
 def squarable(x: jax.Array) -> jax.Array:
-    """Entries that are brought down to those whose squares are numbers.
+    """Clips entries to those whose squares are finite; entries that are not finite stay.
 
-    A second moment that is infinite once stays so, and every later step is zero.  What isn't finite itself is to be
-    seen, and stays.
+    A second moment that overflows once stays infinite, and every later step is zero.
     """
     largest = float(jnp.finfo(x.dtype).max) ** 0.5
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 def bounded(*gradients: jax.Array) -> list[jax.Array]:
-    """Gradients ``[..., m, n]`` over one number for each matrix, so that no entry is above 1e9 (1e76 in float64).
+    """Gradients ``[..., m, n]``, scaled by one factor for each matrix so that no entry is above 1e9 (1e76 in float64).
 
-    Products of four of them are numbers then.  An infinite entry becomes NaN.
+    Products of four of them are finite.  An infinite entry becomes NaN.
     """
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True) for g in gradients])
     limit = 0.25 * float(jnp.finfo(linalg.working_dtype(largest)).max) ** 0.25

@@ -1,7 +1,7 @@
 """Checks of arguments that all transforms share.
 
-Numbers that are arrays, which ``optax.inject_hyperparams`` makes of them, are not looked at: a traced one has no value,
-and for another one would have to wait for the device.
+Arrays, into which ``optax.inject_hyperparams`` turns numbers, are not checked: a traced one has no value, and another
+would block on the device.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""State of any Optax transform in 16 or 8 bits: wide for the length of an update, narrow between two.
+"""Quantized optimizer state: float32 during an update, bfloat16 or int8 between updates.
 
-Rounding is by chance and right on average.  Moving averages change by less than a narrow number's last digit in a step,
-and rounded to the nearest they would stand still.
+Rounding is stochastic, and unbiased.  Moving averages change by less than the last bit of a quantized value in a step,
+and rounded to the nearest they would never change.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ PyTree = Any
 
 DTYPES = ("bfloat16", "int8")
 
-# A scale costs four bytes, which shorter rows than this are not worth.
+# A scale costs four bytes: shorter rows than this are not quantized.
 _SHORTEST_ROW = 16
 _LEVELS = 127
 
@@ -29,10 +29,9 @@ class QuantizedState(NamedTuple):
 
     Attributes:
       count: Steps taken, int32 scalar.
-      values: The inner state, with narrow arrays.
-      scales: A tree like it: for int8 arrays the largest magnitude of each row, ``[..., 1]`` of float32, and for
-        bfloat16 ones a scalar of float32; a scalar of bool for arrays that are as the inner transform has them, None
-        for bases.
+      values: The inner state, with quantized arrays.
+      scales: A tree like it: for int8 arrays the largest magnitude of each row, ``[..., 1]`` of float32; a float32
+        scalar for bfloat16 arrays, a bool scalar for arrays that are not quantized, None for bases.
     """
 
     count: jax.Array
@@ -43,11 +42,10 @@ class QuantizedState(NamedTuple):
 def quantize_state(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformationExtraArgs:
     """Keeps the float32 arrays of a transform's state as bfloat16, or as int8 with a scale for each row.
 
-    What a method's moments lose is a matter of their last digits; bases of subspaces (:class:`Basis`) have to stay
-    orthonormal and stay as they are, and so do scalars.  Eight bits hold the fourth root of a number over the largest
-    of its row, that is of its last axis: eight decades, neighbours 3% apart at the upper end.  A second moment that is
-    not zero never becomes zero.  Rows of fewer than 16 numbers stay as they are.  The idea is of Dettmers et al.
-    (arXiv 2110.02861); rows instead of blocks of 2048 leave a sharded array where it is.
+    Bases of subspaces (:class:`Basis`), which have to stay orthonormal, and scalars are not quantized.  Eight bits hold
+    the fourth root of an entry over the largest of its row, that is of its last axis: eight decades, with steps of 3%
+    at the upper end.  Nonzero entries never become zero.  Rows of fewer than 16 entries are not quantized.  The scheme
+    follows Dettmers et al. (arXiv 2110.02861), with rows instead of blocks of 2048, which keep an array's sharding.
 
     Args:
       inner: Any transform, such as :func:`galore`, or Adam inside :func:`low_rank_projection`.
@@ -58,7 +56,7 @@ def quantize_state(inner: optax.GradientTransformation, dtype: str) -> optax.Gra
 
     Raises:
       ValueError: ``dtype`` is unknown.
-      TypeError: ``inner`` is no transform.
+      TypeError: ``inner`` is not a transform.
 
     Examples:
       >>> import jax
@@ -73,21 +71,21 @@ def quantize_state(inner: optax.GradientTransformation, dtype: str) -> optax.Gra
     _checks.check_transform("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
-    def narrowed(state, count):
+    def quantized(state, count):
         leaves, structure = jax.tree.flatten(state, is_leaf=_is_basis)
         key = jax.random.fold_in(jax.random.key(0), count)
-        pairs = [_narrow(x, dtype, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
+        pairs = [_quantize(x, dtype, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return QuantizedState(count, *(structure.unflatten([pair[i] for pair in pairs]) for i in range(2)))
 
     def init(params):
-        return narrowed(inner.init(params), jnp.zeros((), jnp.int32))
+        return quantized(inner.init(params), jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         values, structure = jax.tree.flatten(state.values, is_leaf=_is_basis)
         scales = structure.flatten_up_to(state.scales)
-        wide = structure.unflatten([_widen(x, scale) for x, scale in zip(values, scales, strict=True)])
+        wide = structure.unflatten([_dequantize(x, scale) for x, scale in zip(values, scales, strict=True)])
         updates, wide = inner.update(updates, wide, params, **extra_args)
-        return updates, narrowed(wide, optax.safe_increment(state.count))
+        return updates, quantized(wide, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -96,17 +94,17 @@ def _is_basis(x):
     return isinstance(x, Basis)
 
 
-def _narrow(x, dtype, key):
-    """The array in its narrow form, and what it takes to widen it again, of float32; or as it is, and a bool."""
-    as_it_is = jnp.zeros((), jnp.bool)
+def _quantize(x, dtype, key):
+    """The quantized array and its float32 scale; or the array itself, and a bool scalar."""
+    unchanged = jnp.zeros((), jnp.bool)
     if _is_basis(x):
         return x, None
     if jnp.ndim(x) == 0 or x.dtype != jnp.float32:
-        return x, as_it_is
+        return x, unchanged
     if dtype == "bfloat16":
         return automatic(_to_bfloat16, (x, key), lambda: spec_of(x)), jnp.zeros((), jnp.float32)
     if x.shape[-1] < _SHORTEST_ROW:
-        return x, as_it_is
+        return x, unchanged
 
     def specs():
         spec = spec_of(x)
@@ -115,7 +113,7 @@ def _narrow(x, dtype, key):
     return automatic(_to_int8, (x, key), specs)
 
 
-def _widen(x, scale):
+def _dequantize(x, scale):
     if scale is None or scale.dtype == jnp.bool:
         return x
     if x.dtype == jnp.bfloat16:
@@ -127,7 +125,7 @@ def _widen(x, scale):
 def _to_bfloat16(x, key):
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     up = (bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
-    # Infinity and NaN have no digits to round.
+    # Infinity and NaN are not rounded.
     bits = jnp.where(jnp.isfinite(x), up, bits)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
@@ -139,6 +137,6 @@ def _to_int8(x, key):
     below = jnp.clip(jnp.floor(_LEVELS * jnp.sqrt(jnp.sqrt(size))), 0, _LEVELS - 1)
     low, high = ((level / _LEVELS) ** 4 for level in (below, below + 1))
     level = below + (jax.random.uniform(key, x.shape, x.dtype) < (size - low) / (high - low)).astype(x.dtype)
-    # What is not zero is not rounded to zero: first moments are divided by the roots of second ones.
+    # Nonzero entries are not rounded to zero: first moments are divided by the roots of second ones.
     level = jnp.where(size > 0, jnp.maximum(level, 1), 0)
     return (jnp.sign(x) * level).astype(jnp.int8), scale

@@ -23,7 +23,7 @@ from subspace_jax.optim.projected.galore import galore
 from subspace_jax.optim.projected.online_subspace import online_subspace_descent
 from subspace_jax.optim.projected.options import RankRule
 
-# Arguments that are no numbers or names, or that come from elsewhere.
+# Arguments that a config can't express, or that come from elsewhere.
 _NOT_IN_KWARGS = {
     *("learning_rate", "options", "mask", "pairs", "fallback", "inner", "nesterov"),
     "weight_dimension_numbers",
@@ -81,9 +81,7 @@ def make(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}: unknown argument, expected one of {tuple(known)}{hint}")
     values = {**optimizer.defaults, **kwargs}
-    values |= {
-        name: kernel_rank(values.get(name, known[name]), name) for name in _RANKS if name in known
-    }
+    values |= {name: kernel_rank(values.get(name, known[name]), name) for name in _RANKS if name in known}
     if optimizer.options is not None:
         own = {name: values.pop(name) for name in optimizer.options._fields if name in values}
         values["options"] = optimizer.options(**own)

@@ -11,7 +11,6 @@ import optax
 from ml_collections import ConfigDict
 
 from subspace_jax import optim
-from subspace_jax.adapters.gradient_probes import PROBES
 from subspace_jax.optim import registry
 from subspace_jax.optim._checks import path_name
 from subspace_jax.optim.quantized_state import DTYPES
@@ -96,7 +95,8 @@ def make_optimizer(
         optimizer for parameters on manifolds; its ``lr_factor`` multiplies the shared learning rate.
       num_steps: Length of the run, for the schedule.
       roles: Path of a parameter, or of a group of them, to its role: "grassmann" and "stiefel" (points on a manifold),
-        "no_decay" (outside weight decay) or "probe" (outside clipping).
+        "no_decay" (outside weight decay) or "probe" (outside clipping); see
+        :meth:`subspace_jax.train.Task.roles`.
 
     Returns:
       The transform.
@@ -104,6 +104,7 @@ def make_optimizer(
     Raises:
       ValueError: A field is out of range, or an argument or a name unknown; the message names the field.
     """
+    roles = roles or {}
     _check_fields(config, roles)
     rate = make_schedule(config, num_steps)
     entry = registry.OPTIMIZERS[config.name]
@@ -143,24 +144,20 @@ def _named(field: str, entry: registry.Optimizer, rate: optax.Schedule, kwargs: 
         raise ValueError(f"{field}.{error}") from error
 
 
-def _check_fields(config: ConfigDict, roles: Mapping[str, str] | None) -> None:
+def _check_fields(config: ConfigDict, roles: Mapping[str, str]) -> None:
     check_choice("optim.name", config.name, registry.OPTIMIZERS)
     check_choice("optim.manifold.name", config.manifold.name, registry.MANIFOLD_OPTIMIZERS)
     check_choice("optim.decay", config.decay, DECAYS)
     check_choice("optim.state_dtype", config.state_dtype, ("float32", *DTYPES))
     for name in ("learning_rate", "warmup_steps", "final_scale", "clip_norm"):
         check_at_least(f"optim.{name}", config[name], 0)
-    for path, role in (roles or {}).items():
+    for path, role in roles.items():
         if role == "stiefel":
             raise ValueError(f"optim.manifold.name: {config.manifold.name!r} moves subspaces, but {path} is {role!r}")
 
 
-def _role(path: str, roles: Mapping[str, str] | None) -> str:
-    """The role of a parameter, "" for none; without roles by today's names."""
-    if roles is None:
-        names = path.split("/")
-        known = {"magnitude": "no_decay", **dict.fromkeys(PROBES, "probe")}
-        return "grassmann" if "bases" in names else known.get(names[-1], "")
+def _role(path: str, roles: Mapping[str, str]) -> str:
+    """The role of a parameter, "" for none."""
     return next((role for p, role in roles.items() if path == p or path.startswith(f"{p}/")), "")
 
 
@@ -168,15 +165,15 @@ def _by_path(f, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: f(path_name(path)), params)
 
 
-def _geometry(params: PyTree, roles: Mapping[str, str] | None) -> PyTree:
+def _geometry(params: PyTree, roles: Mapping[str, str]) -> PyTree:
     return _by_path(lambda path: "grassmann" if _role(path, roles) == "grassmann" else "euclidean", params)
 
 
-def _clipped(params: PyTree, roles: Mapping[str, str] | None) -> PyTree:
+def _clipped(params: PyTree, roles: Mapping[str, str]) -> PyTree:
     return _by_path(lambda path: _role(path, roles) != "probe", params)
 
 
-def _decayed(params: PyTree, roles: Mapping[str, str] | None, only_kernels: bool) -> PyTree:
+def _decayed(params: PyTree, roles: Mapping[str, str], only_kernels: bool) -> PyTree:
     def decays(path):
         return _role(path, roles) != "no_decay" and (not only_kernels or path.split("/")[-1] == "kernel")
 

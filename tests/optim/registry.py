@@ -1,6 +1,7 @@
 """Every public Optax transform, with what the contract battery needs to run it.
 
-A new transform joins by entries in ``ENTRIES``: one for each variant that takes another path through the code.
+A new transform joins by entries in ``ENTRIES``: one for each variant that takes another path through the code.  The
+first entry of a method is in the quick run, the first of a kind in all tests of it.
 """
 
 import dataclasses
@@ -159,7 +160,7 @@ def projected_momentum(
     return optim.low_rank_projection(inner, rank_but_for_embeddings, options, fallback=fallback)
 
 
-def narrow_galore(learning_rate, dtype="int8"):
+def quantized_galore(learning_rate, dtype="int8"):
     return optim.quantize_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
 
 
@@ -169,15 +170,14 @@ def galore_in_a_chain(step_size, rank=2, side="std"):
     )
 
 
-def decayed_sgd_and_rsgd(learning_rate):
+def decayed_sgd_and_riemannian_sgd(learning_rate):
     euclidean = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(learning_rate))
     return optim.with_geometry(euclidean, optim.riemannian_sgd(learning_rate))
 
 
-_TRANSPORTED = optim.AdaPreLoRAOptions(transport=True, clip_rms=1.0)
 _BASES = {"params": stacks_of_bases, "check": orthonormal}
-_RSGD = {"public": "riemannian_sgd", "factory": optim.riemannian_sgd, **_BASES}
-_RADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASES}
+_SGD = {"public": "riemannian_sgd", "factory": optim.riemannian_sgd, **_BASES}
+_ADAM = {"public": "riemannian_adam", "factory": optim.riemannian_adam, **_BASES}
 
 # Where the specs of two leaves differ by a trailing None only, JAX may give results the other one's and compile twice.
 _KERNEL_LAYOUT = {"tall": P("data", None, "model"), "wide": P("model", "data"), "embedding": P("data", "model")}
@@ -186,30 +186,32 @@ _STATIC = ("rank", "refresh_every", "rounds", "seed", "weight_dimension_numbers"
 _PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **_KERNELS, "static": ("refresh_every",)}
 _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
 
-_EXACT = {"method": "svd", "eps": 0.1}
-
 _PAIRS = {
     "params": pairs_of_factors,
     "layout": {"q": {"a": P(None, "data"), "b": P(None, None, "model")}, "other": P("data", "model")},
 }
 
 ENTRIES = (
-    Entry("rsgd", **_RSGD),
-    Entry("rsgd-without-momentum", **_RSGD, kwargs={"momentum": None, "reorth_every": None}),
-    Entry("rsgd-parallel-qr", **_RSGD, kwargs={"transport": "parallel", "retraction": "qr", "dampening": 0.1}),
-    Entry("rsgd-project-cayley", **_RSGD, kwargs={"transport": "project", "retraction": "cayley", "lr_factor": 0.5}),
+    Entry("riemannian-sgd", **_SGD),
+    Entry("riemannian-sgd-without-momentum", **_SGD, kwargs={"momentum": None, "reorth_every": None}),
+    Entry("riemannian-sgd-parallel-qr", **_SGD, kwargs={"transport": "parallel", "retraction": "qr", "dampening": 0.1}),
     Entry(
-        "scale-by-rsgd-polar",
+        "riemannian-sgd-project-cayley",
+        **_SGD,
+        kwargs={"transport": "project", "retraction": "cayley", "lr_factor": 0.5},
+    ),
+    Entry(
+        "scale-by-riemannian-sgd-polar",
         public="scale_by_riemannian_sgd",
         factory=optim.scale_by_riemannian_sgd,
         rate="step_size",
         kwargs={"retraction": "polar", "reorth_every": 1},
         **_BASES,
     ),
-    Entry("radam", **_RADAM),
-    Entry("radam-euclidean-qr", **_RADAM, kwargs={"transport": "euclidean", "retraction": "qr"}),
+    Entry("riemannian-adam", **_ADAM),
+    Entry("riemannian-adam-euclidean-qr", **_ADAM, kwargs={"transport": "euclidean", "retraction": "qr"}),
     Entry(
-        "scale-by-radam",
+        "scale-by-riemannian-adam",
         public="scale_by_riemannian_adam",
         factory=optim.scale_by_riemannian_adam,
         rate="step_size",
@@ -219,7 +221,7 @@ ENTRIES = (
     Entry(
         "with-geometry",
         public="with_geometry",
-        factory=decayed_sgd_and_rsgd,
+        factory=decayed_sgd_and_riemannian_sgd,
         params=head_on_a_layer,
         check=lambda params, tolerance: orthonormal(params["head"], tolerance),
     ),
@@ -302,11 +304,11 @@ ENTRIES = (
         kwargs={"rank": 2, "refresh_every": 5},
         **_KERNELS,
     ),
-    Entry("narrow-state-int8", public="quantize_state", factory=narrow_galore, static=("dtype",), **_KERNELS),
+    Entry("quantized-int8", public="quantize_state", factory=quantized_galore, static=("dtype",), **_KERNELS),
     Entry(
-        "narrow-state-bfloat16",
+        "quantized-bfloat16",
         public="quantize_state",
-        factory=narrow_galore,
+        factory=quantized_galore,
         static=("dtype",),
         kwargs={"dtype": "bfloat16"},
         **_KERNELS,
@@ -380,3 +382,8 @@ ENTRIES = (
         **_PAIRS,
     ),
 )
+
+# The first entry of each method, ``scale_by_...`` belonging to the alias.
+METHODS = tuple({entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}.values())
+# One method of each kind of parameters and of state.
+KINDS = tuple(e for e in ENTRIES if e.id in ("riemannian-sgd", "low-rank-projection", "galore", "adaprelora"))

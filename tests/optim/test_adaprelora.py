@@ -1,8 +1,8 @@
 """AdaPreLoRA: what its factor step is, what it does not depend on, and a train step that delivers its energies."""
 
 import dataclasses
-import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,8 @@ from subspace_jax import adapters, nn, optim, train
 from subspace_jax.optim.lora._factors import Factors
 from subspace_jax.optim.lora.adaprelora import factor_step, mean_squares, preconditioner
 from subspace_jax.optim.lora.lora_pro import adjusted
+
+from .levels import rest_slow
 
 ROWS, COLUMNS, RANK = 9, 7, 3
 
@@ -112,11 +114,10 @@ def test_the_scale_may_be_put_into_a_factor(x64):
 
 def one_step(tx, f):
     tree = {"a": f.a, "b": f.b.T}
-    updates, state = tx.update({"a": f.grad_a, "b": f.grad_b.T}, tx.init(tree), tree, energies={"": f.energies})
-    return updates, state
+    return jax.jit(tx.update)({"a": f.grad_a, "b": f.grad_b.T}, tx.init(tree), tree, energies={"": f.energies})
 
 
-@pytest.mark.parametrize("stats", ["full", "sum", "projected"])
+@pytest.mark.parametrize("stats", rest_slow(["full", "sum", "projected"], "projected"))
 def test_the_size_of_the_loss_does_not_matter(x64, stats):
     f, g = problem(7)
     tx = optim.scale_by_adaprelora(scale=1.7, stats=stats)
@@ -125,7 +126,7 @@ def test_the_size_of_the_loss_does_not_matter(x64, stats):
         jax.tree.map(close, other, steps[0])
 
 
-@pytest.mark.parametrize("stats", ["full", "sum", "projected"])
+@pytest.mark.parametrize("stats", rest_slow(["full", "sum", "projected"], "full"))
 def test_a_factor_of_zeros_is_left_by_a_finite_step(x64, stats):
     f, _ = problem(8, b_zero=True)
     updates, _ = one_step(optim.scale_by_adaprelora(scale=1.7, stats=stats), f)
@@ -171,6 +172,7 @@ def test_a_cap_on_the_change_of_the_weight_is_kept(x64):
     close(size(capped), 0.1)
 
 
+@pytest.mark.slow
 def test_transported_momenta_follow_factors_that_are_given_another_basis_between_steps(x64):
     f, _ = problem(13)
     turn = jnp.asarray(np.random.default_rng(14).standard_normal((RANK, RANK)))
@@ -195,7 +197,7 @@ def test_transported_momenta_follow_factors_that_are_given_another_basis_between
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class Fit(train.Task):
     """Fits the rank-4 target of the specification through a LoRA with energy probes, as a task of the train loop."""
 
     base: tuple = dataclasses.field(default=(8, 16))
@@ -213,8 +215,8 @@ class Fit:
         shapes = jax.eval_shape(self.init, jax.random.key(0))[0]
         return adapters.logical_axes({"kernel": names}, shapes, self.rules)[1], {}
 
-    def loss(self, params, variables, batch, key):
-        del key
+    def loss(self, params, variables, batch, *, key, step):
+        del key, step
         kernel = adapters.bind({"kernel": jnp.zeros(self.base)}, params, self.rules)["kernel"]
         error = nn.linear(batch["x"], kernel) - batch["y"]
         return jnp.mean(jnp.square(error)), (variables, {})
@@ -228,12 +230,12 @@ def test_one_train_step_delivers_energies_and_8_devices_change_nothing():
     ends = []
     for mesh in (train.make_mesh(1), train.make_mesh(8)):
         state = train.init_state(Fit(), tx, mesh)
-        step = train.make_train_step(Fit(), tx, mesh)
+        step = train.jit_train_step(Fit(), tx, mesh)
         for batch in batches:
             state, metrics = step(state, train.to_device(batch, train.batch_sharding(mesh)))
         assert not metrics["skipped"]
         ends.append(jax.tree.map(np.asarray, (state.params, state.opt_state)))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *ends)
+    chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-6)
     energy = ends[0][1][0].energy["kernel"]
     # Two steps of (1 - b2) each: not zero, and both sides have one sum.
     assert energy["a"].mean() > 0

@@ -26,7 +26,7 @@ def test_a_refresh_is_of_products_and_qr_and_a_step_takes_less_than_one_of_64_ke
     tx = make(1e-3, rank=rank)
     with jax.numpy_dtype_promotion("standard"):
         state = jax.eval_shape(tx.init, params)
-        shardings = train.follow_params(state, params, {name: split for name in params})
+        shardings = train.opt_state_shardings(tx, params, {name: split for name in params})
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
         def step(grads, state, params):

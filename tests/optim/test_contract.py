@@ -1,7 +1,8 @@
 """The contract that every public Optax transform keeps; see ``registry.py`` for who takes part.
 
-Compiling is what costs here: one jitted step of each entry is shared, and wrappers run eagerly unless they are about
-compilation or compile by themselves.
+Compiling and tracing are what costs here.  The quick run has one jitted step for each method, which most tests share;
+what traces or compiles anew, such as wrappers and placements, runs for one method of each kind, and in the slow run for
+all entries.
 """
 
 import functools
@@ -9,6 +10,7 @@ import inspect
 import itertools
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,22 +23,27 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import optim
 
-from .registry import ENTRIES, orthonormal
+from .registry import ENTRIES, KINDS, METHODS, orthonormal
 
 NUM_STEPS = 3
 
 # Steps of wrappers and placements run a few times: to optimise their machine code takes as long as all else of them.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-every_transform = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
-every_code = pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.same_code], ids=lambda entry: entry.id)
 
-# What wrappers and placements see of a method hardly depends on its options: the other forms are for the slow run.
-_FIRST = {entry.public.removeprefix("scale_by_"): entry.id for entry in reversed(ENTRIES)}.values()
-every_method = pytest.mark.parametrize(
-    "entry",
-    [pytest.param(e, marks=[] if e.id in _FIRST else pytest.mark.slow, id=e.id) for e in ENTRIES if not e.same_code],
-)
+def _entries(entries, quick):
+    cases = [pytest.param(e, marks=[] if e in quick else pytest.mark.slow, id=e.id) for e in entries]
+    return pytest.mark.parametrize("entry", cases)
+
+
+# Tests that share a method's jitted step.
+every_method = _entries(ENTRIES, METHODS)
+# Tests that trace.
+every_kind = _entries(ENTRIES, KINDS)
+# Tests that compile anew.
+every_code = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id != "low-rank-projection"])
+
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 def stepper(entry, tx):
@@ -79,17 +86,6 @@ def with_a_stranger(entry):
     return {"ours": params, "other": jnp.ones(2)}, {"ours": entry.gradients(params, 0), "other": jnp.full(2, 3.0)}
 
 
-def assert_close(got, expected, tolerance=1e-5):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance)
-
-
-def assert_equal(got, expected):
-    assert_close(got, expected, tolerance=0)
-
-
 def avals(tree):
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), jax.typeof(x).weak_type), tree)
 
@@ -105,7 +101,7 @@ def test_the_registry_holds_every_public_transform():
     assert {name for name, kind in returned.items() if kind in transforms} == {entry.public for entry in ENTRIES}
 
 
-@every_transform
+@every_method
 def test_steps_move_every_parameter_and_keep_the_invariant(entry):
     for i, (params, _) in enumerate(plain_run(entry)[1:]):
         # Adding a difference in float32 rounds each entry anew, so errors add up until drift is removed.
@@ -114,11 +110,11 @@ def test_steps_move_every_parameter_and_keep_the_invariant(entry):
     assert all(jax.tree.leaves(moved))
 
 
-@every_method
+@every_code
 def test_eager_equals_jit(entry):
     params, state = plain_run(entry)[1]
     step = stepper(entry, compiled(entry)[0])
-    assert_close(step(entry.gradients(params, 1), state, params), plain_run(entry)[2])
+    close(step(entry.gradients(params, 1), state, params), plain_run(entry)[2])
 
 
 @every_code
@@ -128,10 +124,10 @@ def test_init_needs_no_values(entry):
     shapes = jax.eval_shape(lambda: params)
     for made in (jax.eval_shape(init, shapes), jax.eval_shape(init, params), jax.eval_shape(lambda: init(params))):
         assert avals(made) == avals(state)
-    assert_equal(jax.jit(init)(params), state)
+    chex.assert_trees_all_equal(jax.jit(init)(params), state)
 
 
-@every_transform
+@every_method
 def test_types_are_stable_from_step_0_and_nothing_is_retraced(entry):
     start, *rest = plain_run(entry)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(start))
@@ -139,19 +135,18 @@ def test_types_are_stable_from_step_0_and_nothing_is_retraced(entry):
     assert compiled(entry)[1]._cache_size() <= 1  # 0 where conftest.py has dropped compiled functions since
 
 
-@every_method
+@every_code
 def test_bfloat16_params_have_a_float32_state(entry):
     tx, _ = compiled(entry)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), entry.params())
     start, *rest = run(entry, stepper(entry, tx), tx.init(params), params)
     assert avals(start[1]) == avals(plain_run(entry)[0][1])
     assert all(avals(after) == avals(start) for after in rest)
-    for x in jax.tree.leaves(rest[-1]):
-        assert jnp.all(jnp.isfinite(x))
+    chex.assert_tree_all_finite(rest[-1])
     entry.check(rest[-1][0], 0.03)
 
 
-@every_transform
+@every_kind
 def test_float64_params_have_a_float64_state(entry, x64):
     tx = entry.make()
     params = jax.tree.map(lambda x: x.astype(jnp.float64), entry.params())
@@ -161,7 +156,7 @@ def test_float64_params_have_a_float64_state(entry, x64):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
 
 
-@every_transform
+@every_kind
 def test_can_be_vmapped(entry):
     tx, _ = compiled(entry)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), entry.params())
@@ -170,33 +165,33 @@ def test_can_be_vmapped(entry):
     assert avals(after) == avals((stacked, states))
 
 
-@every_method
+@every_code
 def test_masked(entry):
     params, grads = with_a_stranger(entry)
     tx = optax.masked(entry.make(), {"ours": True, "other": False})
     params, _ = stepper(entry, tx)(grads, tx.init(params), params)
-    assert_close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, 4.0)})
+    close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, 4.0)})
 
 
-@every_transform
+@every_method
 def test_masked_away_altogether(entry):
     params = {"other": jnp.ones(2)}
     tx = optax.masked(entry.make(), {"other": False})
     state = tx.init(params)
     updates, after = tx.update(params, state, params, **entry.extra_args())
-    assert_equal(updates, params)
+    chex.assert_trees_all_equal(updates, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-@every_method
+@every_code
 def test_partition(entry):
     params, grads = with_a_stranger(entry)
     tx = optax.partition({"a": entry.make(), "b": optax.sgd(0.5)}, {"ours": "a", "other": "b"})
     params, _ = stepper(entry, tx)(grads, tx.init(params), params)
-    assert_close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, -0.5)})
+    close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, -0.5)})
 
 
-@every_method
+@every_code
 def test_chain_with_clipping_in_front(entry):
     params, state = plain_run(entry)[1]
     clip, tx = optax.clip_by_global_norm(0.5), compiled(entry)[0]
@@ -204,27 +199,27 @@ def test_chain_with_clipping_in_front(entry):
     clipped, _ = clip.update(grads, clip.init(params))
     got, _ = stepper(entry, chained)(grads, (clip.init(params), state), params)
     expected, _ = compiled(entry)[1](clipped, state, params)
-    assert_close(got, expected)
+    close(got, expected)
 
 
-@every_method
+@every_code
 def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
     tx = optax.inject_hyperparams(entry.factory, static_args=entry.static)(**{entry.rate: 0.1}, **entry.kwargs)
     step = jax.jit(stepper(entry, tx))
     params = entry.params()
     path = run(entry, step, tx.init(params), params)
-    assert_close([(params, state.inner_state) for params, state in path], plain_run(entry))
+    close([(params, state.inner_state) for params, state in path], plain_run(entry))
 
     params, state = path[-1]
     grads = entry.gradients(params, NUM_STEPS)
     expected, _ = stepper(entry, entry.make(0.02))(grads, state.inner_state, params)
     state.hyperparams[entry.rate] = jnp.asarray(0.02, jnp.float32)
     got, _ = step(grads, state, params)
-    assert_close(got, expected)
+    close(got, expected)
     assert step._cache_size() == 1
 
 
-@every_method
+@every_code
 def test_a_schedule_is_followed(entry):
     rates = jnp.asarray([0.1, 0.03, 0.2])
     scheduled = entry.make(lambda count: rates[count])
@@ -234,10 +229,10 @@ def test_a_schedule_is_followed(entry):
     for i, (got, _) in enumerate(run(entry, quick_jit(stepper(entry, scheduled)), scheduled.init(params), params)[1:]):
         state.hyperparams[entry.rate] = rates[i]
         expected, state = step(entry.gradients(params, i), state, expected)
-        assert_close(got, expected)
+        close(got, expected)
 
 
-@every_method
+@every_code
 def test_multi_steps_averages_gradients(entry):
     tx = optax.MultiSteps(compiled(entry)[0], every_k_schedule=2)
     step, params = quick_jit(stepper(entry, tx)), entry.params()
@@ -245,9 +240,9 @@ def test_multi_steps_averages_gradients(entry):
     with jax.numpy_dtype_promotion("standard"):  # Optax divides float32 by int32
         halfway, after = step(jax.tree.map(lambda g: 0.5 * g, grads), state, params)
         got, after = step(jax.tree.map(lambda g: 1.5 * g, grads), after, halfway)
-    assert_equal(halfway, params)
+    chex.assert_trees_all_equal(halfway, params)
     assert avals(after) == avals(state)
-    assert_close((got, after.inner_opt_state), plain_run(entry)[1])
+    close((got, after.inner_opt_state), plain_run(entry)[1])
 
 
 class Holder(nnx.Module):
@@ -277,7 +272,7 @@ def inner_state(optimizer):
     return nnx.pure(nnx.state(optimizer.opt_state)).get("inner_state", {})
 
 
-@every_method
+@every_code
 def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
     """In one program: ``flax.nnx.Optimizer`` asks for states whose trees are like its own."""
     tx, params = optax.apply_if_finite(compiled(entry)[0], max_consecutive_errors=3), entry.params()
@@ -290,20 +285,20 @@ def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
         optimizer.update(model, grads, **entry.extra_args())
 
     for i, (expected, _) in enumerate(plain_run(entry)):
-        assert_close(held(model), jax.tree.leaves(expected))
+        close(held(model), jax.tree.leaves(expected))
         if i == NUM_STEPS:
             break
         grads = jax.tree.leaves(entry.gradients(expected, i))
         if i == 1:
             skipped = inner_state(optimizer)
             step(model, optimizer, fill(model, [g.at[(0,) * g.ndim].set(jnp.nan) for g in grads]))
-            assert_close(held(model), jax.tree.leaves(expected))
-            assert_equal(inner_state(optimizer), skipped)
+            close(held(model), jax.tree.leaves(expected))
+            chex.assert_trees_all_equal(inner_state(optimizer), skipped)
         step(model, optimizer, fill(model, grads))
     assert jax.tree.map(avals, nnx.pure(nnx.state(optimizer))) == before
 
 
-@every_transform
+@every_kind
 def test_flax_finds_the_state_it_began_with(entry):
     tx, params = compiled(entry)[0], entry.params()
 
@@ -319,7 +314,7 @@ def test_flax_finds_the_state_it_began_with(entry):
     assert [x.shape for x in jax.tree.leaves(nnx.eval_shape(twice))] == [x.shape for x in jax.tree.leaves(params)]
 
 
-@every_transform
+@every_kind
 def test_tree_map_params_finds_what_belongs_to_parameters(entry):
     tx, params = compiled(entry)[0], entry.params()
     state = jax.eval_shape(tx.init, params)
@@ -335,7 +330,7 @@ def test_tree_map_params_finds_what_belongs_to_parameters(entry):
     assert len(found) >= arrays
 
 
-@every_transform
+@every_kind
 def test_arguments_go_by_the_names_of_optax(entry):
     params = entry.params()
     tx = entry.factory(**{entry.rate: 0.1}, **entry.kwargs)  # as it comes, without optax.with_extra_args_support
@@ -349,7 +344,7 @@ def test_arguments_go_by_the_names_of_optax(entry):
     assert avals(jax.eval_shape(step, params, state, params)[1]) == avals(state)
 
 
-@every_transform
+@every_kind
 def test_other_dtypes_keep_theirs(entry, x64):
     """Updates have the dtype of the parameters, in trees of several too, and states theirs from the first step on."""
     tx = entry.make()
@@ -362,7 +357,7 @@ def test_other_dtypes_keep_theirs(entry, x64):
         assert avals(after) == avals(state)
 
 
-@every_transform
+@every_kind
 def test_gradients_may_be_coarser_than_parameters(entry, x64):
     """As where a loss is computed in another type than its parameters have; a state keeps its dtypes."""
     tx = entry.make()
@@ -377,7 +372,7 @@ def test_gradients_may_be_coarser_than_parameters(entry, x64):
         assert avals(after) == avals(state)
 
 
-@every_transform
+@every_kind
 def test_odd_leaves_go_along(entry):
     """Leaves without entries, of one entry, of one axis or four, None, and what optax.masked hides."""
     tx, ours = compiled(entry)[0], entry.params()
@@ -398,7 +393,7 @@ def test_odd_leaves_go_along(entry):
         assert avals(after) == avals(state)
 
 
-@every_transform
+@every_method
 def test_what_is_not_finite_is_seen_in_the_step(entry):
     """Else it stays in the state, and no wrapper can tell."""
     step = compiled(entry)[1]
@@ -410,7 +405,7 @@ def test_what_is_not_finite_is_seen_in_the_step(entry):
             assert not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(after)), (bad, i)
 
 
-@every_transform
+@every_method
 def test_gradients_of_any_size_give_steps_that_are_finite(entry):
     step, (start, fresh) = compiled(entry)[1], plain_run(entry)[0]
     # What is squared by the caller, or is turned by 1e19 radians, is no number any more.
@@ -420,12 +415,12 @@ def test_gradients_of_any_size_give_steps_that_are_finite(entry):
         for i in range(NUM_STEPS):
             grads = jax.tree.map(lambda g, size=size: size * g, entry.gradients(params, i))
             params, state = step(grads, state, params)
-            assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((params, state))), size
+            chex.assert_tree_all_finite((params, state))
             # The next gradient is taken at the start: parameters of 1e19 are another matter.
             params = start
 
 
-@every_code
+@every_method
 def test_steps_from_zero_are_finite(entry):
     params, state = plain_run(entry)[0]
     if entry.check is orthonormal or "head" in params:
@@ -433,10 +428,11 @@ def test_steps_from_zero_are_finite(entry):
     params = jax.tree.map(jnp.zeros_like, params)
     for i in range(NUM_STEPS):
         params, state = compiled(entry)[1](entry.gradients(params, i), state, params)
-        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((params, state)))
+        chex.assert_tree_all_finite((params, state))
 
 
-@every_method
+@pytest.mark.eight_devices
+@every_code
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type, axis_type))
@@ -469,28 +465,29 @@ def test_a_mesh_of_8_devices_changes_nothing(entry, axis_type):
                     assert x.shape not in by_shape or x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
                 params, state = after
                 seen = params, state.inner_state if explicit else state
-                assert_close(seen, before, tolerance=1e-10 if wide else 1e-5)
+                tolerance = 1e-10 if wide else 1e-5
+                chex.assert_trees_all_close(seen, before, rtol=tolerance, atol=tolerance)
                 grads = jax.device_put(entry.gradients(params, i), shardings)
                 after = step(grads, state, params)
     assert step._cache_size() == 1
 
 
-@every_transform
+@every_kind
 def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
     saved, end = plain_run(entry)[1], plain_run(entry)[-1]
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", saved)
         checkpointer.wait_until_finished()
         params, state = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: saved))
-    assert_equal((params, state), saved)
+    chex.assert_trees_all_equal((params, state), saved)
     # Off the sharding that Orbax pins them to, which would only make the same step compile again.
     params, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, state))
     for i in range(1, NUM_STEPS):
         params, state = compiled(entry)[1](entry.gradients(params, i), state, params)
-    assert_equal((params, state), end)
+    chex.assert_trees_all_equal((params, state), end)
 
 
-@every_transform
+@every_method
 def test_params_are_asked_for_where_they_are_needed(entry):
     if not entry.needs_params:
         pytest.skip("runs without parameters")
@@ -499,7 +496,7 @@ def test_params_are_asked_for_where_they_are_needed(entry):
         compiled(entry)[0].update(params, state, **entry.extra_args())
 
 
-@every_transform
+@every_method
 def test_gradients_of_another_structure_are_refused(entry):
     params, state = plain_run(entry)[0]
     with pytest.raises((TypeError, ValueError)):

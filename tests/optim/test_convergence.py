@@ -9,11 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from .registry import ENTRIES, orthonormal, pairs_of_factors
+from .registry import METHODS, orthonormal, pairs_of_factors
 
 NUM_STEPS = 600
 
-_FIRST = {entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}.values()
 # What leaves a subspace alone ends where that lets it.
 _HELD = ("project_out", "gradient_projection_memory")
 
@@ -51,7 +50,7 @@ def arguments_of(entry):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "entry", [e for e in _FIRST if e.public != "with_geometry" and not e.same_code], ids=lambda entry: entry.id
+    "entry", [e for e in METHODS if e.public != "with_geometry" and not e.same_code], ids=lambda entry: entry.id
 )
 def test_a_parabola_is_descended(entry):
     """A twentieth of the loss is left; a rate that comes down to zero takes what noise Adam makes.

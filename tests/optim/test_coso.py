@@ -9,11 +9,14 @@ import pytest
 from subspace_jax import linalg, optim
 from subspace_jax.linalg.frequent_directions import SVD_METHODS
 
+from .levels import rest_slow
+
 
 def gaussian(shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SVD_METHODS)
 def test_what_a_sketch_leaves_out_is_positive_and_bounded_by_what_was_subtracted(x64, method):
     rank, total, subtracted, sketch = 4, 0.0, 0.0, linalg.frequent_directions_init(9, 4, (2,), jnp.float64)
@@ -34,7 +37,7 @@ def test_what_a_sketch_leaves_out_is_positive_and_bounded_by_what_was_subtracted
     assert jnp.all(linalg.orthonormality_error(sketch.basis) < 1e-12)
 
 
-@pytest.mark.parametrize("method", SVD_METHODS)
+@pytest.mark.parametrize("method", rest_slow(SVD_METHODS, "gram_eigh"))
 def test_columns_of_low_joint_rank_are_sketched_exactly(x64, method):
     span, sketch, total = gaussian((9, 3), 1, jnp.float64), linalg.frequent_directions_init(9, 3, (), jnp.float64), 0.0
     for i in range(4):
@@ -44,6 +47,7 @@ def test_columns_of_low_joint_rank_are_sketched_exactly(x64, method):
     np.testing.assert_allclose(sketch.sketch @ sketch.sketch.T, total, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_later_tasks_leave_the_history_alone(side):
     """In stacks of kernels, each with a history of its own."""
@@ -72,8 +76,9 @@ def test_the_end_of_a_task_drops_all_but_the_history():
     tx = optax.partition({"a": optim.coso(0.1, 2, 3), "b": optax.trace(0.9)}, {"kernel": "a", "head": "b"})
     params = {"kernel": w, "head": w}
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for i in range(2):
-        _, state = tx.update({"kernel": gaussian((8, 6), i), "head": w + 1}, state, params)
+        _, state = update({"kernel": gaussian((8, 6), i), "head": w + 1}, state, params)
     ended = jax.jit(optim.coso_end_task)(state, 0.9)
     kernel = ended.inner_states["a"].inner_state
     assert jax.tree.structure(ended) == jax.tree.structure(state)
@@ -96,7 +101,7 @@ def test_a_first_direction_that_holds_the_threshold_is_kept_if_asked_for():
 def test_memory_is_what_the_method_needs_to_the_byte():
     m, n, r1, r2, k = 12, 9, 2, 4, 5
     state = jax.eval_shape(optim.coso(0.1, r1, r2, max_history=k).init, jnp.zeros((3, m, n)))
-    numbers = 3 * (m * r1 + 2 * n * r1 + 2 * m * r2 + r2 + m * k + 1) + 1
+    numbers = 3 * (m * r1 + 2 * n * r1 + 2 * m * r2 + r2 + m * k + 1) + 2
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) == 4 * numbers
 
 

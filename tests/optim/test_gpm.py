@@ -26,15 +26,16 @@ def test_outputs_for_remembered_inputs_do_not_move():
 
 
 def test_memory_stays_orthonormal_and_never_overflows():
-    memory = None
+    memory, update = None, jax.jit(optim.gpm_update, static_argnums=2)
     for i in range(4):
-        memory = optim.gpm_update(memory, gaussian((6, 10), i), 0.9)
+        memory = update(memory, gaussian((6, 10), i), 0.9)
         used = memory.basis[:, : int(memory.dim)]
         assert linalg.orthonormality_error(used) < 1e-5
         assert not np.any(memory.basis[:, int(memory.dim) :])
     assert memory.dim <= 6
 
 
+@pytest.mark.slow
 def test_inputs_that_are_held_already_add_nothing():
     inputs = gaussian((6, 2)) @ gaussian((2, 10), 1)
     memory = optim.gpm_update(None, inputs, 0.999)

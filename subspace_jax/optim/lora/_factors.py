@@ -107,7 +107,7 @@ def find_pairs(tree: PyTree, rule: PairRule) -> tuple[list[Pair], Any]:
             raise ValueError(f"params: {name or 'the tree'} has one energy probe, expected both or none")
         pair = Pair(name, at["a"], at["b"], (at["row_energy"], at["column_energy"]) if "row_energy" in at else None)
         _check_shapes(pair, [x for _, x in entries])
-        # Of a weight without entries there is nothing to be learnt.
+        # A weight without entries has nothing to train.
         if all(math.prod(jnp.shape(entries[i][1])) for i in (pair.a, pair.b)):
             pairs.append(pair)
     return pairs, structure
@@ -147,9 +147,9 @@ def on_factors(
 
     Args:
       kind: State, a NamedTuple of ``count``, trees like the parameters, and ``fallback``.
-      start: ``start(a, b)``, of factors in the working dtype of the pair, returns what each tree has at the places of
-        ``a`` and of ``b`` before the first step, None for nothing.  At ``b``, what has as many axes as ``b`` is kept
-        transposed, like ``b`` itself, so that it is sharded alike.
+      start: ``start(a, b)``, of factors in the working dtype of the pair, returns the initial entries of each tree at
+        ``a`` and at ``b``, None for nothing.  At ``b``, arrays with as many axes as ``b`` are kept transposed, like
+        ``b`` itself, so that they are sharded alike.
       step: ``step(t, factors, slots) -> directions, slots`` for all pairs at step t, from 1; slots are as of ``start``,
         and tall.
       pairs: Rule ``pairs(path)`` that gives the name of the pair and the role of a leaf, None for other leaves.
@@ -166,17 +166,19 @@ def on_factors(
     _checks.check_rule("pairs", pairs)
     fallback = optax.with_extra_args_support(fallback)
     check_scale(scale)
-    example = jax.eval_shape(start, *(jnp.zeros((1, 1)),) * 2)
-    # A tree of which no factor keeps anything is None in the state.
-    used = [bool(jax.tree.leaves(slots)) for slots in example]
+
+    @functools.cache
+    def used():
+        # A tree of which no factor keeps anything is None in the state.
+        return [bool(jax.tree.leaves(slots)) for slots in jax.eval_shape(start, *(jnp.zeros((1, 1)),) * 2)]
 
     def trees(structure, columns):
-        return [structure.unflatten(column) if keep else None for column, keep in zip(columns, used, strict=True)]
+        return [structure.unflatten(column) if keep else None for column, keep in zip(columns, used(), strict=True)]
 
     def init(params):
         found, structure = find_pairs(params, rule)
         leaves = jax.tree.leaves(params)
-        columns = [[absent(x) for x in leaves] for _ in used]
+        columns = [[absent(x) for x in leaves] for _ in used()]
         for pair in found:
             factors = [leaves[i] for i in (pair.a, pair.b)]
             dtype = linalg.working_dtype(*factors)
@@ -209,7 +211,7 @@ def on_factors(
         leaves, weights = jax.tree.leaves(updates), structure.flatten_up_to(params)
         columns = [
             structure.flatten_up_to(tree) if keep else [None] * len(leaves)
-            for tree, keep in zip(state[1:-1], used, strict=True)
+            for tree, keep in zip(state[1:-1], used(), strict=True)
         ]
         seen = []
         for pair in found:
@@ -255,7 +257,7 @@ def _energies(pair, leaves, given, shapes):
         return rows, columns
     if pair.probes is None:
         raise ValueError(
-            f"energies: {label} has none, which the statistic 'full' is made of; expected energy probes beside its "
+            f"energies: {label} has none, which the statistic 'full' needs; expected energy probes beside its "
             f"factors (adapters.add_gradient_probes), or energies[{pair.name!r}] as an argument of update; the "
             f"statistics 'sum' and 'projected' need none"
         )
@@ -289,7 +291,7 @@ def damped_inverse(m: jax.Array, ridge: jax.Array) -> jax.Array:
 
 
 def bounded(f: Factors) -> Factors:
-    """The pair with gradients that :func:`._adam.bounded` has made small enough, for methods that ignore their size."""
+    """The pair with gradients scaled by :func:`._adam.bounded`, for methods that ignore their size."""
     grad_a, grad_b = _adam.bounded(f.grad_a, f.grad_b)
     return f._replace(grad_a=grad_a, grad_b=grad_b)
 

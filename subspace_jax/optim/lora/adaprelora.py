@@ -38,7 +38,7 @@ class AdaPreLoRAState(NamedTuple):
 
 
 class AdaPreLoRAOptions(NamedTuple):
-    """Numbers of :func:`adaprelora`.
+    """Decays, damping and limits of :func:`adaprelora`.
 
     Attributes:
       b1: Decay of the momentum, None for none.

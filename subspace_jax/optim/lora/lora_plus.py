@@ -37,10 +37,10 @@ def lora_plus(
     Decay is decoupled and takes the rate of its leaf.  State: that of Adam, and a counter.
 
     Args:
-      learning_rate: Number, or schedule of the step; of ``a`` and of leaves that are no factors.
+      learning_rate: Fixed learning rate or schedule; of ``a`` and of leaves that are no factors.
       ratio: Learning rate of ``b`` over that of ``a``; the paper finds about 16, the authors' example has 20.
-      embedding_rate: Learning rate of both factors of tables (pairs called ``embedding``), 1e-6 in the authors' code;
-        None treats them like others.
+      embedding_rate: Learning rate of both factors of embedding tables (pairs called ``embedding``), 1e-6 in the
+        authors' code; None treats them like others.
       b1: Decay of Adam's first moment.
       b2: Decay of Adam's second moment.
       eps: Added to the root of the raw second moment.

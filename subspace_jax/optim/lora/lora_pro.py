@@ -37,7 +37,7 @@ class LoRAProState(NamedTuple):
 
 
 class LoRAProOptions(NamedTuple):
-    """Numbers of :func:`lora_pro`.
+    """Decays and damping of :func:`lora_pro`.
 
     Attributes:
       b1: Decay of Adam's first moment.
@@ -68,8 +68,8 @@ def lora_pro(
     Of all factor steps whose change of the weight is nearest to its gradient, this takes the one nearest to the
     factors' own gradients, by a Sylvester equation of r x r matrices.
 
-    "adamw" runs Adam on the equivalent gradient of the whole weight and then makes factor steps of the result: its
-    state of a pair is ``2 in out`` numbers, those of full fine-tuning.  "sgd" has no state but a counter.
+    "adamw" runs Adam on the equivalent gradient of the weight and projects the result to factor steps: its state of a
+    pair is ``2 in out`` entries, those of full fine-tuning.  "sgd" has no state but a counter.
 
     Args:
       learning_rate: Fixed learning rate or schedule.

@@ -38,7 +38,7 @@ class LoRARITEState(NamedTuple):
 
 
 class LoRARITEOptions(NamedTuple):
-    """Numbers of :func:`lora_rite`.
+    """Decays and limits of :func:`lora_rite`.
 
     Attributes:
       b1: Decay of the first moment.
@@ -76,7 +76,7 @@ def lora_rite(
     an r x r matrix, which rotates with Q, as the first moment does; the root of its inverse preconditions.  ``b``
     likewise by the QR factors of ``a``.  The path of ``a b`` is the same for all ``(a N, N^-1 b)``.
 
-    State of a pair: ``2 (in + out) r + 2 r^2`` numbers, and 2 with ``escape``.  A step takes two thin QR factors and,
+    State of a pair: ``2 (in + out) r + 2 r^2`` entries, and 2 with ``escape``.  A step takes two thin QR factors and,
     of r x r matrices, two singular value and two eigenvalue decompositions, six of the latter with ``escape``.
 
     Args:
@@ -194,7 +194,7 @@ def _side(grad, q, r, momentum, second, lost, old):
 
 
 def _limited(free, clip_norm, skip_rms):
-    """Drops what is too large, and brings the rest to a common norm that is not."""
+    """Skips factors above ``skip_rms``, and clips the common norm."""
     out = free
     if clip_norm is not None and free:
         # Pairs may be of several dtypes; over the largest entry, no square is too large or too small.
@@ -240,7 +240,7 @@ def _moved(t, u, s, options):
 
 
 def _balanced(pairs):
-    """Changes updates so that both factors of a pair have one norm after them, their product as it would be."""
+    """Changes updates so that both factors of a pair end with the same norm; their product is unchanged."""
     rule = _factors.adapter_pairs if pairs is None else pairs
 
     def update(updates, state, params=None):

@@ -52,7 +52,7 @@ def scaled_gd_lora(
     decoupled, of the old parameters.  There is no state but a counter.  ``O((in + out) r^2 + r^3)`` a step.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
       reg: Added to the diagonal of the r x r matrices; at least what rounding asks for, ``16 eps`` of their trace, so
         that factors of any rank are stepped.
       weight_decay: Decoupled, for all leaves.
@@ -126,10 +126,10 @@ def scaled_adamw_lora(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on the gradients of :func:`scaled_gd_lora` (Zhang and Pilanci, arXiv 2402.02347).
 
-    State of a pair: ``2 (in + out) r`` numbers.  Decay comes after the step.
+    State of a pair: ``2 (in + out) r`` entries.  Decay comes after the step.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
       b1: Decay of the first moment of the scaled gradients.
       b2: Decay of the second moment.
       eps: Added to the root of the raw second moment.
@@ -180,7 +180,7 @@ def scale_by_scaled_adamw_lora(
 ) -> optax.GradientTransformationExtraArgs:
     """The directions of :func:`scaled_adamw_lora`, positive ascends, for use in a chain.
 
-    Both are from the old pair: the other order needs the step that is made of them.
+    Both use the old pair: the Gauss-Seidel order needs the final step of ``a``.
 
     Args:
       b1: See :func:`scaled_adamw_lora`, as all others.

@@ -30,13 +30,13 @@ def check_options(transport: str, retraction: str, reorth_every: ArrayLike | Non
         raise ValueError(f"transport: expected one of {TRANSPORTS}, got {transport!r}")
     if retraction not in grassmann.RETRACTIONS:
         raise ValueError(f"retraction: expected one of {grassmann.RETRACTIONS}, got {retraction!r}")
-    # Arrays, which optax.inject_hyperparams makes of numbers, are not looked at: that would wait for the device.
+    # Arrays, into which optax.inject_hyperparams turns numbers, are not checked: that would block on the device.
     if isinstance(reorth_every, int | float | np.number) and not (reorth_every >= 1 and reorth_every % 1 == 0):
         raise ValueError(f"reorth_every: expected a whole number of at least 1, or None for never, got {reorth_every}")
 
 
 def check_bases(params: PyTree) -> None:
-    """Raises for leaves that are no stacks of bases; looks at values only where they are at hand.
+    """Raises for leaves that are no stacks of bases; checks values only where they are concrete.
 
     Under a trace (``jit``, ``eval_shape``) there are none, and neither has one process all values of an array that is
     spread over several: there only shapes and dtypes are checked.
@@ -109,7 +109,7 @@ def step_leaves(
       leaf: ``leaf(due, scalars, sharding, grad, s, *moments) -> (new - s, *moments)``, arrays and scalars in the
         working dtype of ``s``.
       due: Boolean scalar, or None for never.
-      scalars: Numbers that ``leaf`` needs.
+      scalars: Scalars that ``leaf`` needs.
       shardings: Tree of ``NamedSharding`` in which those of ``params`` are at the same paths, or None.
       grads: Euclidean gradients, like ``params``.
       params: Tree of bases.
@@ -123,18 +123,18 @@ def step_leaves(
     """
     bases, structure = jax.tree.flatten(params)
     columns = [[None] * len(bases) if tree is None else structure.flatten_up_to(tree) for tree in (grads, *moments)]
-    # By path: of a tree that optax.masked or optax.partition has thinned out, shardings come for all of it.
+    # By path: optax.masked and optax.partition remove leaves from a tree, but not from its shardings.
     known = dict(jax.tree_util.tree_leaves_with_path(shardings))
-    places = [known.get(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    placed = [known.get(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
     results = []
-    for s, place, grad, *rest in zip(bases, places, *columns, strict=True):
+    for s, sharding, grad, *rest in zip(bases, placed, *columns, strict=True):
         if s.size == 0:
             results.append([grad.astype(s.dtype), *rest])
             continue
         dtype = linalg.working_dtype(s)
         numbers = {name: jnp.asarray(x).astype(dtype) for name, x in scalars.items()}
-        update, *rest = leaf(due, numbers, place, grad.astype(dtype), s.astype(dtype), *rest)
+        update, *rest = leaf(due, numbers, sharding, grad.astype(dtype), s.astype(dtype), *rest)
         results.append([update.astype(s.dtype), *rest])
     outs = [[row[i] for row in results] for i in range(len(columns))]
     # A tree that isn't kept stays None, also where there are no leaves: the structure of a state never changes.

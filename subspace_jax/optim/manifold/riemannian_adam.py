@@ -47,7 +47,7 @@ def riemannian_adam(
     squared entries.  Leaves, dtypes, precision and cost are as for :func:`riemannian_sgd`, with one projection more.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
@@ -92,7 +92,7 @@ def scale_by_riemannian_adam(
     """The update of :func:`riemannian_adam` for use in a chain; see :func:`scale_by_riemannian_sgd`.
 
     Args:
-      step_size: Number, or schedule of the step; positive descends.
+      step_size: Fixed step size or schedule; positive descends.
       b1: See :func:`riemannian_adam`.
       b2: See :func:`riemannian_adam`.
       eps: See :func:`riemannian_adam`.

@@ -55,7 +55,7 @@ def riemannian_sgd(
     stepped, but are orthonormal only to their own precision: keep float32 masters.
 
     Args:
-      learning_rate: Number, or schedule of the step; negative ascends.
+      learning_rate: Fixed learning rate or schedule; negative ascends.
       momentum: Decay of the averaged gradients; None keeps no average and no memory for it.
       dampening: Gradients enter the average with weight ``1 - dampening`` from the second step on.
       transport: How the average follows the point.  "euclidean" averages the raw gradients and projects the sum;
@@ -71,7 +71,7 @@ def riemannian_sgd(
       where a compiler left to itself would take the reference.
 
     Raises:
-      ValueError: An option is unknown or out of range.  ``init`` raises it for leaves that are no orthonormal bases
+      ValueError: An option is unknown or out of range.  ``init`` raises it for leaves that are not orthonormal bases
         ``[..., n, k]``, ``update`` where ``params`` is missing.
       TypeError: ``init`` is given a leaf that is not floating point.
 
@@ -110,7 +110,7 @@ def scale_by_riemannian_sgd(
     afterwards: put what scales gradients before this transform, and nothing after it.
 
     Args:
-      step_size: Number, or schedule of the step; positive descends.
+      step_size: Fixed step size or schedule; positive descends.
       momentum: See :func:`riemannian_sgd`.
       dampening: See :func:`riemannian_sgd`.
       transport: See :func:`riemannian_sgd`.

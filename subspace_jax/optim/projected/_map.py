@@ -39,7 +39,10 @@ def map_projected(
       plans_for: Returns plans and structure of a tree.
       fallback: For leaves that are not projected.
     """
-    example = jax.eval_shape(lambda: leaf_init(_EXAMPLE, jnp.zeros((1, 1))))
+
+    @functools.cache
+    def example():
+        return jax.eval_shape(lambda: leaf_init(_EXAMPLE, jnp.zeros((1, 1))))
 
     def init(params):
         _checks.check_real(params)
@@ -49,7 +52,7 @@ def map_projected(
             None if plan is None else [filled(entry, x) for entry in leaf_init(plan, x)]
             for plan, x in zip(plans, leaves, strict=True)
         ]
-        trees = [_tree(like, i, rows, structure) for i, like in enumerate(example)]
+        trees = [_tree(like, i, rows, structure) for i, like in enumerate(example())]
         return kind(jnp.zeros((), jnp.int32), *trees, init_fallback(fallback, plans, structure, params))
 
     def run(plan, row, count):
@@ -61,12 +64,12 @@ def map_projected(
 
     def update(updates, state, params=None, **extra_args):
         plans, structure = plans_for(updates)
-        columns = [_column(like, tree, structure) for like, tree in zip(example, state[1:-1], strict=True)]
+        columns = [_column(like, tree, structure) for like, tree in zip(example(), state[1:-1], strict=True)]
         entries = [list(own) for own in zip(*columns, strict=True)]
         rows = list(zip(jax.tree.leaves(updates), entries, strict=True))
         results = over_leaves(run, plans, rows, state.count, lambda plan, row: spec_of(row))
         rows = [result and result[1] for result in results]
-        trees = [_tree(like, i, rows, structure) for i, like in enumerate(example)]
+        trees = [_tree(like, i, rows, structure) for i, like in enumerate(example())]
         directions = [result and result[0] for result in results]
         directions, after = update_fallback(
             fallback, plans, structure, directions, (updates, state.fallback, params), extra_args
@@ -91,7 +94,7 @@ def over_leaves(f: Callable, plans: Plans, rows: list, count: jax.Array, specs: 
 
 
 def filled(entry: Any, old: Any) -> Any:
-    """An entry, with placeholders for the missing sides of a basis: those of the old basis, or made from a leaf."""
+    """An entry, with placeholders for the missing sides of a basis, taken from the old basis or created for a leaf."""
     if not isinstance(entry, Basis):
         return entry
     olds = old if isinstance(old, Basis) else (absent(old), absent(old))
@@ -131,16 +134,14 @@ def _others(fallback, plans, structure):
 
 
 def init_fallback(fallback: optax.GradientTransformation, plans: Plans, structure: Any, params: PyTree) -> Any:
-    """State of the fallback for leaves that are not projected, None where there are none."""
-    return _others(fallback, plans, structure).init(params) if None in plans else None
+    """State of the fallback for leaves that are not projected."""
+    return _others(fallback, plans, structure).init(params)
 
 
 def update_fallback(
     fallback: optax.GradientTransformation, plans: Plans, structure: Any, directions: list, args: tuple, extra: dict
 ) -> tuple[PyTree, Any]:
     """Directions of all leaves, and the state of the fallback after its update of ``args``."""
-    if None not in plans:
-        return structure.unflatten(directions), None
     updates, after = _others(fallback, plans, structure).update(*args, **extra)
     both = zip(directions, structure.flatten_up_to(updates), jax.tree.leaves(args[0]), strict=True)
     return structure.unflatten([x.astype(g.dtype) if d is None else d for d, x, g in both]), after

@@ -1,4 +1,4 @@
-"""New bases, and the turns in which leaves and their slices are refreshed."""
+"""Refreshes of bases: new ones, and the steps at which leaves and their slices get them."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def refresh_basis(plan: LeafPlan, options: ProjectionOptions, count: jax.Array, 
 def in_turns(
     refresh: Callable, plan: LeafPlan, options: ProjectionOptions, count: jax.Array, x: PyTree, old: PyTree
 ) -> PyTree:
-    """``refresh(key, x, old)`` for the slices whose turn it is, ``old`` for all others; the first step refreshes all.
+    """``refresh(key, x, old)`` for the slices that are due, ``old`` for all others; the first step refreshes all.
 
     Args:
       refresh: Returns a tree like ``old``; works for a whole leaf and for a slice of it.
@@ -49,7 +49,7 @@ def in_turns(
     key, phase, turns = leaf_key(options.seed, plan, count), count % options.refresh_every, plan.turns
     if len(set(turns)) == 1:
         return jax.lax.cond((count == 0) | (phase == turns[0]), lambda: refresh(key, x, old), lambda: old)
-    # Slices whose turn it is are neighbours.  A loop over them computes no other, in the memory of one.
+    # Slices that are due are neighbours.  A loop over them computes no other, in the memory of one.
     at = np.asarray(turns, np.int32)
     first = jnp.where(count == 0, 0, jnp.sum(at < phase))
     last = jnp.where(count == 0, len(turns), jnp.sum(at <= phase))

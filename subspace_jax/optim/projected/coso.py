@@ -69,21 +69,21 @@ def coso(
     max_history: int | None = None,
     method: str = "gram_eigh",
 ) -> optax.GradientTransformationExtraArgs:
-    """CoSO (Cheng et al., arXiv 2505.11816) for a sequence of tasks; call :func:`coso_end_task` between two.
+    """CoSO (Cheng et al., arXiv 2505.11816) for continual learning; call :func:`coso_end_task` between two tasks.
 
-    The gradient of a kernel loses its part in the history, is projected to its own leading singular vectors and
-    stepped by Adam there: ``W <- (W - lr P N) (1 - lr weight_decay)``.  So ``history^T (W - W_start) = 0`` in every
+    The gradient of a kernel is projected out of the history, then onto its leading singular vectors, where Adam
+    steps it: ``W <- (W - lr P N) (1 - lr weight_decay)``.  So ``history^T (W - W_start) = 0`` in every
     task, as long as there is no weight decay.  A sketch of the gradients is what a task leaves to the history.
 
     Leaves of one axis, and those for which a rule gives None, are stepped by plain Adam.  Give heads of tasks to an
     optimizer of their own by ``optax.partition``.
 
     Args:
-      learning_rate: Number, or schedule of the step within a task.
+      learning_rate: Fixed learning rate or schedule of the step within a task.
       proj_rank: Dimensions of the updates, or a rule ``rank(path, shape)``.
       sketch_rank: Columns of the sketch, at least ``proj_rank`` and below both sides of a kernel.
-      refresh_every: Steps between renewals of subspace and sketch.
-      decay: Factor on the sketch at a renewal.
+      refresh_every: Steps between refreshes of subspace and sketch.
+      decay: Factor on the sketch at a refresh.
       side: "input" (rows of kernels ``[in, out]``; outputs for earlier tasks' inputs stay) or "output" (columns).
       b1: Decay of the first moment.
       b2: Decay of the second moment.
@@ -97,7 +97,7 @@ def coso(
       where Optax keeps their dtype; complex parameters are refused.
 
     Raises:
-      TypeError: ``proj_rank``, ``sketch_rank``, ``refresh_every`` or ``max_history`` is traced or not a whole number.
+      TypeError: ``proj_rank``, ``sketch_rank``, ``refresh_every`` or ``max_history`` is traced or not an integer.
       ValueError: An option is unknown or out of range; ``init`` raises it for kernels that are too small.
 
     Examples:
@@ -143,21 +143,21 @@ def coso(
     def leaf_step(plan, count, g, entries):
         proj, mu, nu, sketch, sigma, basis, history, history_dim = entries
         # Kernels of the output side are transposed here, so that all is projected from the left.
-        turned = side == "output"
-        g, mu, nu = (x.mT if turned else x for x in (g, mu, nu))
+        transposed = side == "output"
+        g, mu, nu = (x.mT if transposed else x for x in (g, mu, nu))
         (g,) = _adam.bounded(g.astype(proj.dtype))
         g = g - linalg.times(history, linalg.gram(history, g))
 
-        def renew(key, g, old):
+        def refresh(key, g, old):
             del key
             u, s = left_singular(g, method)
             return u[..., : proj.shape[-1]], merge_directions(old[1], u, s, decay=decay, method=method)
 
         old = proj, linalg.FDState(sketch, sigma, basis)
-        proj, merged = in_turns(renew, plan, options, count, g, old)
+        proj, merged = in_turns(refresh, plan, options, count, g, old)
         mu, nu, n = _adam.moments(linalg.gram(proj, g), mu, nu, b1, b2, eps)
         d = _adam.correction(count + 1, b1, b2, n.dtype) * linalg.times(proj, n)
-        d, mu, nu = (x.mT if turned else x for x in (d, mu, nu))
+        d, mu, nu = (x.mT if transposed else x for x in (d, mu, nu))
         return d, (proj, mu, nu, *merged, history, history_dim)
 
     tx = map_projected(CoSOState, leaf_init, leaf_step, plans, _adam.scale_by_plain_adam(b1, b2, eps))
@@ -173,7 +173,7 @@ def _check_size(plan, sketch_rank):
 
 
 def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 0) -> PyTree:
-    """Ends a task: its main directions join the history, and moments, sketch and counter start anew.
+    """Ends a task: its main directions join the history, and moments, sketch and counter are reset.
 
     A direction is kept while the share of squares up to and including it is below the threshold.
 
@@ -188,8 +188,8 @@ def coso_end_task(state: PyTree, threshold: float = 0.98, min_directions: int = 
 
     Raises:
       ValueError: ``threshold`` is outside (0, 1], ``min_directions`` is negative, or the history has no room for all
-        new directions and is at hand to be looked at.
-      TypeError: ``min_directions`` is no Python integer, or the state holds no ``CoSOState``.
+        new directions and is concrete.
+      TypeError: ``min_directions`` is not a Python integer, or the state holds no ``CoSOState``.
     """
     if isinstance(threshold, numbers.Real) and not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share above 0 and up to 1, got {threshold}")
@@ -241,8 +241,8 @@ def _append(sigma, basis, history, dim, threshold, min_directions):
     norms = jnp.linalg.norm(basis, axis=-2)
     chosen &= norms >= _NEW
     basis = basis / jnp.where(chosen, norms, 1)[..., None, :]
-    places = dim[..., None] + jnp.cumsum(chosen, axis=-1, dtype=jnp.int32) - 1
-    # One-hot rows put columns in their places without a scatter; those without a place have rows of zeros.
-    onto = jax.nn.one_hot(jnp.where(chosen, places, -1), history.shape[-1], dtype=basis.dtype)
+    positions = dim[..., None] + jnp.cumsum(chosen, axis=-1, dtype=jnp.int32) - 1
+    # One-hot rows put columns in position without a scatter; those without a position have rows of zeros.
+    onto = jax.nn.one_hot(jnp.where(chosen, positions, -1), history.shape[-1], dtype=basis.dtype)
     history = history + linalg.times(basis, onto)
     return history, dim + jnp.sum(chosen, axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Gradients without the part in given subspaces, and Gradient Projection Memory, which fills them (ICLR 2021)."""
+"""Gradients projected out of given subspaces, and Gradient Projection Memory, which builds these (ICLR 2021)."""
 
 import numbers
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class GPMBasis(NamedTuple):
 
 
 def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformationExtraArgs:
-    """Takes the part in a subspace out of the gradients of kernels: ``G - M (M^T G)``.
+    """Projects gradients of kernels out of a subspace: ``G - M (M^T G)``.
 
     Put it before an optimizer without weight decay, and nothing after it that mixes rows: with steps of ``sgd``
     ``M^T (W_t - W_0) = 0``.  Adam's division undoes the orthogonality; put this transform after it then.
@@ -76,12 +76,12 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformationExtraA
 def gradient_projection_memory(
     learning_rate: optax.ScalarOrSchedule, bases: PyTree | BasisRule
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD that leaves a network's answers to earlier tasks alone (Saha, Garg, Roy, ICLR 2021).
+    """SGD that preserves a network's outputs on earlier tasks (Saha, Garg, Roy, ICLR 2021).
 
     Bases are those of the inputs of each layer in earlier tasks; :func:`gpm_update` makes them.
 
     Args:
-      learning_rate: Number, or schedule of the step.
+      learning_rate: Fixed learning rate or schedule.
       bases: See :func:`project_out`.
 
     Returns:
@@ -142,8 +142,8 @@ def gpm_update(memory: GPMBasis | None, activations: jax.Array, threshold: Array
         # A direction is taken if what is held before it is below the threshold.
         taken = held + shares - jnp.square(s) / total < limit
     order = jax.lax.broadcasted_iota(jnp.int32, s.shape, s.ndim - 1)
-    places = jnp.where(taken, dim[..., None] + order, -1)
-    basis = old + linalg.times(u, jax.nn.one_hot(places, d, dtype=u.dtype))
+    positions = jnp.where(taken, dim[..., None] + order, -1)
+    basis = old + linalg.times(u, jax.nn.one_hot(positions, d, dtype=u.dtype))
     return GPMBasis(basis, jnp.minimum(dim + jnp.sum(taken, axis=-1, dtype=jnp.int32), d))
 
 

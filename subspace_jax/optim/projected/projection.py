@@ -1,7 +1,7 @@
 """Any Optax transform in a low-rank subspace of the gradients.
 
 The scheme is that of Zhao et al., "GaLore" (arXiv 2403.03507), with any optimizer inside, refreshes without
-singular value decompositions, and leaves that take turns.
+singular value decompositions, and staggered over leaves.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class LowRankProjectionState(NamedTuple):
       sides: Left and right bases, two trees like the parameters, ``[..., m, r]`` and ``[..., n, r]``, float32 (float64
         for float64 parameters); ``[1]`` where a leaf has no basis of that side.
       inner: State of the inner transform, for leaves of the projected shapes.
-      fallback: State of the fallback, None where all leaves are projected.
+      fallback: State of the fallback for other leaves.
     """
 
     count: jax.Array
@@ -77,7 +77,7 @@ def low_rank_projection(
         it for each leaf, None for leaves that are not projected.  An integer projects leaves of at least two axes.
       projection: How gradients are projected.
       scale: Factor on updates of projected leaves.
-      fallback: For leaves that are not projected; by default ``inner`` once more, with a state of its own.
+      fallback: For leaves that are not projected; by default another instance of ``inner``.
       leafwise: Whether ``inner`` treats every matrix by itself, as Adam does and a clip by the norm of all does not.
         Stacks are then stepped one slice at a time, along their first batch axis, in the memory of one; else the
         projected gradients of all leaves are in memory at once.
@@ -87,8 +87,8 @@ def low_rank_projection(
       float64 for float64.  Complex parameters are refused.
 
     Raises:
-      TypeError: ``rank`` or an integer of ``projection`` is traced or not whole, or ``inner`` or ``fallback`` is no
-        transform.
+      TypeError: ``rank`` or an integer of ``projection`` is traced or not an integer, or ``inner`` or ``fallback``
+        is no transform.
       ValueError: An option is unknown or out of range.  ``init`` raises it for an inner transform that
         fails on projected gradients, returns other shapes, or changes those of its state; and, where moments are
         reset or rotated or steps are leafwise, for one whose state has arrays that are no moments of projected

@@ -1,4 +1,4 @@
-"""Random linear maps from a short vector to the leaves of a tree, and none of them ever a matrix that is stored.
+"""Random linear maps from a short vector to the leaves of a tree, without stored matrices.
 
 A map P has a column for each coordinate of the short vector.  The leaves are a list of shapes; offsets come and
 gradients go as lists of arrays of these shapes, in the working dtype.
@@ -17,12 +17,12 @@ from subspace_jax import linalg
 
 Shapes = Sequence[tuple[int, ...]]
 
-# So many random numbers are drawn at a time where a leaf has fewer.
+# Random numbers that are drawn at a time, where a leaf has fewer entries.
 _BLOCK_SIZE = 2**20
 
 
 class DenseProjection(NamedTuple):
-    """Gaussian columns that are drawn anew, some at a time, whenever they are needed.
+    """Gaussian columns that are drawn again at every use, some at a time.
 
     Attributes:
       key: Data of the random key, uint32.
@@ -34,7 +34,7 @@ class DenseProjection(NamedTuple):
 
 
 class StoredProjection(NamedTuple):
-    """Columns that are kept, for small problems and for a matrix of one's own.
+    """Stored columns, for small problems and for a given matrix.
 
     Attributes:
       columns: For each leaf ``[dim, *shape]``; a coordinate's parts in all leaves together have length 1.
@@ -47,12 +47,12 @@ class SparseProjection(NamedTuple):
     """Columns with few entries, all of one size within a leaf.
 
     Attributes:
-      places: For each leaf ``[dim, slots]`` of int32, positions in the flattened leaf.
+      positions: For each leaf ``[dim, slots]`` of int32, positions in the flattened leaf.
       signs: For each leaf ``[dim, slots]`` of int8: 1, -1, or 0 for a slot without an entry.
       norms: ``[dim]``, the lengths of the columns as drawn, over all leaves.
     """
 
-    places: tuple[jax.Array, ...]
+    positions: tuple[jax.Array, ...]
     signs: tuple[jax.Array, ...]
     norms: jax.Array
 
@@ -88,7 +88,7 @@ def dense(key: jax.Array, shapes: Shapes, dim: int, dtype: DTypeLike) -> DensePr
 
 
 def stored(key: jax.Array, shapes: Shapes, dim: int, dtype: DTypeLike) -> StoredProjection:
-    """The numbers of :func:`dense`, kept."""
+    """The columns of :func:`dense`, stored."""
     numbers = jnp.arange(dim, dtype=jnp.uint32)
     rows = [jax.vmap(lambda a, i=i, s=s: _gaussian_row(key, i, a, s, dtype))(numbers) for i, s in enumerate(shapes)]
     norms = jnp.sqrt(sum(jnp.sum(jnp.square(row), axis=tuple(range(1, row.ndim))) for row in rows))
@@ -101,7 +101,7 @@ def sparse(key: jax.Array, shapes: Shapes, dim: int, dtype: DTypeLike) -> Sparse
     Only the gaps between entries are drawn.  A column has slots for six standard deviations more entries than is
     usual, so that one in a billion lacks its last ones.
     """
-    places, signs = [], []
+    positions, signs = [], []
     for i, shape in enumerate(shapes):
         size = math.prod(shape)
         slots = min(size, math.ceil(size**0.5 + 6 * size**0.25) + 8)
@@ -110,11 +110,11 @@ def sparse(key: jax.Array, shapes: Shapes, dim: int, dtype: DTypeLike) -> Sparse
         uniform = jax.random.uniform(gap_key, (dim, slots), jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
         rate = math.log1p(-(size**-0.5)) if size > 1 else -math.inf
         gaps = jnp.floor(jnp.log(uniform) / np.float32(rate)).astype(jnp.int32) + 1
-        place = jnp.cumsum(gaps, axis=1) - 1
+        position = jnp.cumsum(gaps, axis=1) - 1
         sign = jax.random.rademacher(sign_key, (dim, slots), jnp.int8)
-        signs.append(jnp.where(place < size, sign, jnp.int8(0)))
-        places.append(jnp.minimum(place, size - 1))
-    return SparseProjection(tuple(places), tuple(signs), _sparse_norms(shapes, signs, dim, dtype))
+        signs.append(jnp.where(position < size, sign, jnp.int8(0)))
+        positions.append(jnp.minimum(position, size - 1))
+    return SparseProjection(tuple(positions), tuple(signs), _sparse_norms(shapes, signs, dim, dtype))
 
 
 def _sparse_norms(shapes, signs, dim, dtype):
@@ -214,10 +214,10 @@ def _gaussian_row(key, leaf, number, shape, dtype):
 
 def _apply_sparse(projection, theta, shapes):
     weights, offsets = theta / projection.norms, []
-    for places, signs, shape in zip(projection.places, projection.signs, shapes, strict=True):
+    for positions, signs, shape in zip(projection.positions, projection.signs, shapes, strict=True):
         size = math.prod(shape)
         entry = np.asarray(_entry(shape, theta.shape[0]), theta.dtype)
         values = signs.astype(theta.dtype) * (weights * entry)[:, None]
-        flat = jnp.zeros(size, theta.dtype).at[places].add(values, mode="promise_in_bounds")
+        flat = jnp.zeros(size, theta.dtype).at[positions].add(values, mode="promise_in_bounds")
         offsets.append(flat.reshape(shape))
     return offsets

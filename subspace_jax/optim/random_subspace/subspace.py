@@ -33,7 +33,7 @@ class RandomSubspace:
       start: The parameters at ``theta`` zero.
       projection: What makes P, none of it as large as P (unless it was to be stored).
       key: Data of the random key that the projection came from, uint32.
-      dim: Trainable numbers in all.
+      dim: Number of trainable coordinates.
       method: One of "dense", "sparse", "fastfood" and "said".
       scope: "global", or "leaf" for transforms of their own.
       chosen: For each leaf of ``start``, whether it moves.
@@ -62,7 +62,7 @@ class RandomSubspace:
         """Returns the parameters at a point of the subspace.
 
         Pure; works under ``jax.jit``, ``jax.vmap`` and ``jax.grad``, and its gradient is exactly :meth:`project`.  The
-        sum is made in float32 (float64 for float64 parameters) and then brought to each parameter's dtype.
+        sum is computed in float32 (float64 for float64 parameters) and then cast to each parameter's dtype.
 
         Args:
           theta: ``[dim]``, float32 or float64 as :meth:`init` gives it.
@@ -120,40 +120,40 @@ def random_subspace(
     scope: str = "global",
     stored: bool = False,
 ) -> tuple[jax.Array, RandomSubspace]:
-    """Draws a random subspace through the parameters, to train ``dim`` numbers in place of all.
+    """Draws a random subspace through the parameters, to train ``dim`` coordinates instead of all parameters.
 
     Methods, with D parameters:
 
-    * "dense": Gaussian columns.  They are drawn anew at every use, so that memory stays that of the parameters, and
+    * "dense": Gaussian columns, drawn again at every use, so that memory stays that of the parameters, and
       time grows with ``dim D``.
     * "sparse": about ``sqrt(n)`` entries a column in a leaf of n parameters; memory and time grow with
       ``dim sqrt(D)``.
     * "fastfood": two Hadamard transforms; memory ``9 L`` bytes for the power of two L that D fits into, time
       ``L log L``, whatever ``dim`` is.
     * "said": fastfood with a transform for each leaf and a trainable gain for each (arXiv 2012.13255).  The last of
-      the ``dim`` numbers are the gains, 1 at the start.  Gradients are the true ones; those of the released code lack
+      the ``dim`` coordinates are the gains, 1 at the start.  Gradients are exact; those of the released code lack
       a factor.
 
     A column has length 1 over all parameters together (with "fastfood" on average, exactly where D is a power of two),
     so that a step of some size moves the parameters by that size.  Learning rates are ten times and more those of
     usual training.  Put regularisers on ``expand(theta)`` and not on ``theta``.
 
-    Adapters may be moved in turn: hand in the trainable tree of :func:`subspace_jax.adapters.prepare`.  On a mesh
-    offsets are placed like the parameters, whether its axes are Auto or Explicit, and numbers don't depend on it; with
+    For adapters give the trainable tree of :func:`subspace_jax.adapters.prepare`.  On a mesh offsets are sharded like
+    the parameters, whether its axes are Auto or Explicit, and values don't depend on it; with
     scope "leaf" no transform crosses from one parameter to another.
 
     Source: Li, Farkhoor, Liu and Yosinski, arXiv 1804.08838.
 
     Args:
       params: Any tree of arrays; works on shapes under ``jax.eval_shape``, too.
-      dim: Numbers to train, 1 to D; for "said" more than the number of leaves.
+      dim: Trainable coordinates, 1 to D; for "said" more than the number of leaves.
       method: See above.
       key: Random key.
       select: ``select(path, leaf)``, which leaves move, paths as in ``"layers/attn/q/kernel"``; by default all that are
         of floating point.
-      scope: "leaf" gives each leaf a Hadamard transform of its own, with columns of length 1 in each leaf, so that
+      scope: "leaf" gives each leaf its own Hadamard transform, with columns of length 1 in each leaf, so that
         nothing crosses from one to another ("DID" of arXiv 2012.13255).
-      stored: Whether "dense" keeps its columns, ``dim D`` numbers: faster, for small problems.
+      stored: Whether "dense" keeps its columns, ``dim D`` entries: faster, for small problems.
 
     Returns:
       ``theta [dim]``, float32 (float64 with float64 parameters), and the subspace.
@@ -204,7 +204,7 @@ def random_subspace(
 
 
 def compress(subspace: RandomSubspace, theta: jax.Array) -> dict[str, Any]:
-    """What a solution costs beside its start: the random key's data and ``dim`` numbers.
+    """Returns a solution without its start: the random key's data and ``dim`` coordinates.
 
     Args:
       subspace: Of :func:`random_subspace`.
@@ -219,9 +219,9 @@ def compress(subspace: RandomSubspace, theta: jax.Array) -> dict[str, Any]:
 
 
 def decompress(compressed: Mapping[str, Any], params: PyTree, *, select: Select | None = None) -> PyTree:
-    """Makes the parameters from what :func:`compress` kept and the start.
+    """Returns the parameters of a compressed solution and its start.
 
-    The same numbers come out with the same version of JAX; another one may draw others from a key.
+    Parameters are reproduced with the same version of JAX; another one may draw other numbers from a key.
 
     Args:
       compressed: Of :func:`compress`.
