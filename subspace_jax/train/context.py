@@ -180,6 +180,7 @@ def jit_on_mesh(
         with use_mesh(mesh, rules):
             return function(*args)
 
+    placed.__name__ = getattr(function, "__name__", placed.__name__)  # by which profiles show the program
     if AxisType.Explicit in mesh.axis_types:
         placed = jax.sharding.auto_axes(placed, out_sharding=out_shardings)
     given = {} if in_shardings is None else {"in_shardings": in_shardings}

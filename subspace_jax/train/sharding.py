@@ -222,9 +222,10 @@ def opt_state_shardings(
 
     The owner is the parameter with the longest path that ends the array's path, or all of it but its last part.  Which
     dimension of the array is which of the parameter shows when ``tx.init`` is evaluated on the shapes of ``params``
-    and again on shapes that are all a little larger and distinct: one that is equal both times follows.  The others
-    are ranks (a moment in a subspace of the rows, a basis): where the array has as many dimensions as the parameter,
-    they take what the rule for ``"rank"`` names and the other dimensions leave free.  All else is replicated.
+    and again on shapes whose sizes are all a little larger and distinct: one that is equal both times follows.  The
+    others are ranks (a moment in a subspace of the rows, a basis): where the array has as many dimensions as the
+    parameter, they take what the rule for ``"rank"`` names and the other dimensions leave free.  All else is
+    replicated.
 
     Args:
       tx: The optimizer; its ``init`` works under ``jax.eval_shape``.
@@ -237,13 +238,19 @@ def opt_state_shardings(
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     flat_shardings = treedef.flatten_up_to(shardings)
-    larger = [_larger(x.shape) for _, x in flat]
-    probes = treedef.unflatten(
-        [jax.ShapeDtypeStruct(shape, x.dtype) for shape, (_, x) in zip(larger, flat, strict=True)]
-    )
-    tree, probed = (jax.eval_shape(tx.init, shapes) for shapes in (params, probes))
     if not flat:
         raise ValueError("opt_state_shardings: expected at least one parameter, got none")
+
+    def evaluated(*, distinct):
+        larger = _larger([x.shape for _, x in flat], distinct=distinct)
+        shapes = (jax.ShapeDtypeStruct(shape, x.dtype) for shape, (_, x) in zip(larger, flat, strict=True))
+        return larger, jax.eval_shape(tx.init, treedef.unflatten(shapes))
+
+    tree = jax.eval_shape(tx.init, params)
+    try:
+        larger, probed = evaluated(distinct=True)
+    except Exception:  # a check of sizes that two parameters share, one of which has another dimension of that size
+        larger, probed = evaluated(distinct=False)
     mesh = flat_shardings[0].mesh
     owners = {
         tuple(_key(k) for k in path): (tuple(zip(x.shape, shape, strict=True)), sharding.spec)
@@ -266,10 +273,17 @@ def opt_state_shardings(
     return jax.tree_util.tree_map_with_path(choose, tree)
 
 
-def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes in the same order that are all larger and distinct; of equal ones the first becomes the largest."""
-    order = sorted(range(len(shape)), key=lambda i: (shape[i], -i))
-    return tuple(size + 1 + order.index(i) for i, size in enumerate(shape))
+def _larger(shapes: Sequence[tuple[int, ...]], *, distinct: bool) -> list[tuple[int, ...]]:
+    """Larger sizes in the same order, equal where they were; of equal ones of one shape the first is the largest."""
+    order = {size: i for i, size in enumerate(sorted({size for shape in shapes for size in shape}))}
+    gap = 1 + max(map(len, shapes))
+    return [
+        tuple(
+            size + gap * (1 + order[size]) + (shape[i + 1 :].count(size) if distinct else 0)
+            for i, size in enumerate(shape)
+        )
+        for shape in shapes
+    ]
 
 
 def _key(entry: Any) -> str:
@@ -290,7 +304,7 @@ def _following(
     ranks = []
     for i, sizes in enumerate(zip(shape, probed, strict=True)):
         if sizes in owner:  # the second dimension of a factor's product with itself is replicated
-            spec[i] = left.pop(owner.index(sizes), None)
+            spec[i] = left.pop(next((j for j in left if owner[j] == sizes), None), None)
         else:
             ranks.append(i)
     if len(shape) == len(owner):

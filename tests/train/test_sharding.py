@@ -228,6 +228,19 @@ def test_optimizer_state_that_depends_on_the_size_of_a_parameter_follows_it_wher
     assert got["kernel"] == P("fsdp", "tensor")
 
 
+def test_optimizer_state_follows_where_an_optimizer_checks_sizes_that_parameters_share():
+    mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
+
+    def init(params):
+        if params["energy"].shape != params["factor"].shape[:2]:
+            raise ValueError("energy")
+        return {"sum": params}
+
+    params = {"factor": jnp.zeros((4, 16, 4)), "energy": jnp.zeros((4, 16))}  # the rank is the number of layers
+    specs = {"factor": P(None, "fsdp", None), "energy": P(None, "fsdp")}
+    assert follow(init, params, specs, mesh)["sum"] == specs
+
+
 def test_training_in_subspaces_on_a_mesh_equals_one_device():
     task, data = classification(num_classes=8, features=(32,), head="softmax")
     with jax.numpy_dtype_promotion("standard"):
