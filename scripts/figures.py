@@ -179,7 +179,7 @@ def methods_table(folder: str) -> str:
     for method in METHODS:
         paper = f"[{method.arxiv[0]}](https://arxiv.org/abs/{method.arxiv[0]})" if method.arxiv else ""
         first, entries = method.figures[0], stored(method)
-        reached = reached_text(entries[0]) if entries else ""
+        reached = reached_text(entries[0]) if entries else "not measured yet"
         title = f"[{method.title}]({folder}{method.name}.md)"
         cells = (title, paper, first.name, first.requirement, reached, f"`{method.command}`")
         rows.append(f"| {' | '.join(cells)} |")
@@ -194,7 +194,7 @@ def page_table(method: Method) -> str:
     entries = {entry["name"]: entry for entry in found["figures"]}
     for figure in method.figures:
         entry = entries.get(figure.name)
-        reached = reached_text(entry) if entry else ""
+        reached = reached_text(entry) if entry else "not measured yet"
         seeds = f"{len(figure.seeds)}, {figure.reduce}" if len(figure.seeds) > 1 else "1"
         rows.append(f"| {figure.name} | {figure.requirement} | {reached} | {seeds} | `{figure.command}` |")
     if entries:
