@@ -1,7 +1,4 @@
-"""Image classification with a linear, a cosine or a Grassmann head, as a task of the train loop.
-
-The Grassmann head is the class representation of arXiv 2308.01547 (Wang, Li, Zhang, ICCV 2023).
-"""
+"""Image classification with a linear, cosine or Grassmann head (arXiv 2308.01547; Wang, Li, Zhang, ICCV 2023)."""
 
 import difflib
 import functools
@@ -18,7 +15,7 @@ from subspace_jax import data, losses, train
 from subspace_jax.represent.gcr.model import Classifier, make_classifier
 from subspace_jax.train.fields import check_choice
 
-# An image set up to this size is decoded once and kept in memory; a larger one is read by index, step by step.
+# An image set up to this size is decoded once and kept in memory; a larger one is read by index.
 IN_MEMORY_BYTES = 2**30
 LARGEST_SIDE = 4096
 OWN_SETS = ("union_of_subspaces", "folder")
@@ -34,9 +31,9 @@ class ClassifierTask(train.Task):
       make: Builds the module from a key; the module has a ``backbone`` and a ``head``.
       loss: Training minimises "softmax" cross-entropy (:func:`subspace_jax.losses.cross_entropy`) or "sigmoid"
         (:func:`subspace_jax.losses.binary_cross_entropy`); evaluation reports the former.
-      label_smoothing: Of the training loss.
-      mixing: Options of :func:`subspace_jax.data.mix_images`; training images are mixed where ``mixup`` or ``cutmix``
-        among them is above 0.
+      label_smoothing: Label smoothing of the training loss.
+      mixing: Options of :func:`subspace_jax.data.mix_images`; training images are mixed if ``mixup`` or ``cutmix`` is
+        above 0.
     """
 
     def __init__(
@@ -102,27 +99,27 @@ class ClassifierTask(train.Task):
         }
 
     def features(self, params, variables, inputs: jax.Array) -> jax.Array:
-        """Returns the features ``[batch, n]`` that the head sees."""
+        """Returns the features ``[batch, n]``, the inputs of the head."""
         return self.module(params, variables).backbone(_pixels(inputs))
 
 
 def _pixels(inputs: jax.Array) -> jax.Array:
-    """Standardises images that come as bytes, a quarter of what float32 ones take on their way to the device."""
+    """Standardizes images that were transferred as bytes, a quarter of the size of float32."""
     return data.standardize(inputs) if inputs.dtype == jnp.uint8 else inputs
 
 
 def default_config() -> ConfigDict:
     """Returns the fields of a classification run.
 
-    ``data.name`` is "union_of_subspaces" (synthetic, drawn anew for each ``seed``), "digits", or any image set of
-    TensorFlow Datasets that is prepared under ``data.data_dir`` (empty: the usual place).  ``model.dims`` holds one
-    dimension for all classes, or one for each; ``model.loss`` is that of :class:`ClassifierTask`.
+    ``data.name`` is "union_of_subspaces" (synthetic, drawn from ``seed``), "digits", or an image set of TensorFlow
+    Datasets that is prepared in ``data.data_dir`` (empty: TFDS's default).  ``model.dims`` holds one dimension for all
+    classes, or one per class.  ``model.loss`` is described in :class:`ClassifierTask`.
 
-    With ``data.image.size`` above 0 images may have any size, and are brought to this one as
-    :class:`subspace_jax.data.TrainImage` does with the other fields there, or
-    :meth:`subspace_jax.data.ImageProcessor.evaluation` (``eval_size`` is ``size`` where it is 0); ``data.name`` may
-    then be "folder", a folder ``data.data_dir`` with one for each split and in it one for each class.  ``data.repeats`` is
-    that of repeated augmentation, ``model.mixup`` and ``model.cutmix`` are options of
+    With ``data.image.size`` above 0, images of any size are resized: for training by
+    :class:`subspace_jax.data.TrainImage` with the other fields of ``data.image``, for evaluation by
+    :meth:`subspace_jax.data.ImageProcessor.evaluation` (``eval_size`` 0 stands for ``size``).  ``data.name`` may then
+    be "folder": ``data.data_dir`` has one subfolder per split, with one subfolder per class.  ``data.repeats`` repeats
+    each image in a batch with other augmentations.  ``model.mixup`` and ``model.cutmix`` are options of
     :func:`subspace_jax.data.mix_images`.
     """
     config = train.default_config()
@@ -174,7 +171,7 @@ def default_config() -> ConfigDict:
 
 
 def build(config: ConfigDict) -> train.Run:
-    """Makes the run of a config, as :func:`subspace_jax.train.build` asks for it.
+    """Returns the run of a config, for :func:`subspace_jax.train.build`.
 
     Args:
       config: With the fields of :func:`default_config`.
@@ -183,7 +180,7 @@ def build(config: ConfigDict) -> train.Run:
       A run of one phase.
 
     Raises:
-      ValueError: A name is unknown, or a size can't serve.
+      ValueError: A name is unknown, or a size is invalid.
       FileNotFoundError: The data set is not prepared; the message says how to.
     """
     sizes = config.data
@@ -198,7 +195,7 @@ def build(config: ConfigDict) -> train.Run:
     )
     shape = _input_shape(config, train_set)
     task = _task(config, shape, num_classes)
-    batches(seed=config.seed)  # what is wrong with batch size or seed shows now
+    batches(seed=config.seed)  # reports an invalid batch size or seed now
     return _run(
         task,
         train.DataSpec(
@@ -211,29 +208,29 @@ def build(config: ConfigDict) -> train.Run:
 
 
 def outline(config: ConfigDict) -> train.Run:
-    """Returns the run of a config without its examples, for :func:`subspace_jax.planning.plan_run`; no image is read.
+    """Returns the run of a config without examples, for :func:`subspace_jax.planning.plan_run`.
 
-    A set of TensorFlow Datasets need not be prepared; of a folder the names of its files are read.
+    No image is read.  A set of TensorFlow Datasets need not be prepared; the files of a folder are listed.
 
     Args:
       config: As for :func:`build`.
 
     Raises:
-      ValueError: A name is unknown, or a size can't serve.
-      FileNotFoundError: The folder is not there.
+      ValueError: A name is unknown, or a size is invalid.
+      FileNotFoundError: The folder does not exist.
     """
     sizes, side = config.data, config.data.image.size
     _transform(sizes)
     if sizes.name in OWN_SETS:
         named = config.copy_and_resolve_references()
-        named.data.image.on_unreadable = "raise"  # else all images would be decoded to find those
+        named.data.image.on_unreadable = "raise"  # skipping needs all images to be decoded
         train_set, _, num_classes = _sets(named)
         shape = _input_shape(config, train_set)
     else:
         given, num_classes = data.describe_images(sizes.name, sizes.data_dir or None)
         shape = (side, side, 3) if side else given
     if None in shape:
-        raise ValueError(f"data.image.size: images of {sizes.name!r} vary in size, expected the one that they get")
+        raise ValueError(f"data.image.size: images of {sizes.name!r} vary in size, expected the size to resize them to")
     return _run(_task(config, shape, num_classes), train.outlined(_batch(config, shape), sizes.eval_batch_size))
 
 
@@ -290,7 +287,7 @@ def _sets(config: ConfigDict) -> tuple[data.Source | Mapping, data.Source | Mapp
 
 
 def _images(config: ConfigDict) -> tuple[data.Images, data.Images, int]:
-    """Opens training and evaluation images of any size; those of evaluation are brought to one."""
+    """Opens training images of any size, and evaluation images that are resized to one."""
     unreadable = {"on_unreadable": config.image.on_unreadable}
     if config.name == "folder":
         root = pathlib.Path(config.data_dir)
