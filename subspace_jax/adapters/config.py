@@ -83,7 +83,7 @@ class AdapterConfig:
     def start_state(self, base: Any, arrays: Arrays) -> Arrays:
         """Returns what restores the frozen part from the weight; works on logical axes too.
 
-        A run that reads the weights from a folder keeps these arrays in its checkpoints.  None where ``keeps_base``.
+        A run that reads the weights from a folder keeps these arrays in its checkpoints.  Empty where ``keeps_base``.
         """
         del base, arrays
         return {}

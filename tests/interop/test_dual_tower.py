@@ -12,7 +12,7 @@ from subspace_jax import interop, losses, nn, train
 from subspace_jax.interop.hf.clip import dual_config_from_fields, dual_tensor_layout
 
 from .conftest import rewrite, tensors_of
-from .vision_goldens import DUAL, GOLDEN, close, copy, gradients_are, jit, pixels, stored
+from .vision_goldens import CLOSE, DUAL, GOLDEN, copy, gradients_are, jit, pixels, stored
 
 every_model = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "clip_legacy" else []) for name in DUAL]
@@ -50,17 +50,17 @@ def found(name):
 @every_model
 def test_embeddings_similarities_and_loss_are_those_of_the_reference(name):
     golden, ((loss, (text, image, words, scores)), _) = stored(name), found(name)
-    close(np.stack(text.hidden), golden["text_hidden"])
-    close(text.tokens, golden["text_last_hidden_state"])
-    close(text.pooled, golden["text_pooled"])
+    chex.assert_trees_all_close(np.stack(text.hidden), golden["text_hidden"], **CLOSE)
+    chex.assert_trees_all_close(text.tokens, golden["text_last_hidden_state"], **CLOSE)
+    chex.assert_trees_all_close(text.pooled, golden["text_pooled"], **CLOSE)
     if "image_features" in golden:
-        close(image, golden["image_features"])
-        close(words, golden["text_features"])
-    close(image / jnp.linalg.norm(image, axis=1, keepdims=True), golden["image_embeds"])
-    close(words / jnp.linalg.norm(words, axis=1, keepdims=True), golden["text_embeds"])
-    close(scores, golden["logits_per_image"])
-    close(scores.T, golden["logits_per_text"])
-    close(loss, golden["loss"])
+        chex.assert_trees_all_close(image, golden["image_features"], **CLOSE)
+        chex.assert_trees_all_close(words, golden["text_features"], **CLOSE)
+    chex.assert_trees_all_close(image / jnp.linalg.norm(image, axis=1, keepdims=True), golden["image_embeds"], **CLOSE)
+    chex.assert_trees_all_close(words / jnp.linalg.norm(words, axis=1, keepdims=True), golden["text_embeds"], **CLOSE)
+    chex.assert_trees_all_close(scores, golden["logits_per_image"], **CLOSE)
+    chex.assert_trees_all_close(scores.T, golden["logits_per_text"], **CLOSE)
+    chex.assert_trees_all_close(loss, golden["loss"], **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -85,13 +85,15 @@ def test_encode_text_with_a_mask_ignores_padding(name):
     with jax.default_matmul_precision("highest"):
         text, vectors = run(ids, mask)
     if name == "siglip":
-        close(text.pooled, golden["text_pooled_masked"])
+        chex.assert_trees_all_close(text.pooled, golden["text_pooled_masked"], **CLOSE)
     else:
-        close(text.tokens, golden["text_last_hidden_state_masked"])
-        close(vectors, golden["text_embeds_masked"])
+        chex.assert_trees_all_close(text.tokens, golden["text_last_hidden_state_masked"], **CLOSE)
+        chex.assert_trees_all_close(vectors, golden["text_embeds_masked"], **CLOSE)
         # Causality: what stands behind the end token can't matter, masked or not.
-        close(vectors, golden["text_embeds"])
-    close(nn.similarity(config, params, found(name)[0][1][1], vectors), golden["logits_per_image_masked"])
+        chex.assert_trees_all_close(vectors, golden["text_embeds"], **CLOSE)
+    chex.assert_trees_all_close(
+        nn.similarity(config, params, found(name)[0][1][1], vectors), golden["logits_per_image_masked"], **CLOSE
+    )
 
 
 @every_model

@@ -13,11 +13,11 @@ from subspace_jax.interop import hf, timm
 
 from .conftest import rewrite, tensors_of
 from .vision_goldens import (
+    CLOSE,
     DUAL,
     GOLDEN,
     HF,
     TIMM,
-    close,
     copy,
     forward,
     found,
@@ -50,12 +50,14 @@ def test_hidden_states_pooled_vectors_and_logits_are_those_of_the_reference(name
     }
     for field, value in wanted.items():
         if value is not None:
-            close(getattr(output, field), value)
+            chex.assert_trees_all_close(getattr(output, field), value, **CLOSE)
     if name != "vit_model":
-        close(np.stack(output.hidden), golden[f"{tower}hidden"])
+        chex.assert_trees_all_close(np.stack(output.hidden), golden[f"{tower}hidden"], **CLOSE)
     if name == "deit_distilled":
         head = jax.tree.map(np.asarray, loaded(name)[1]["head"])
-        close(np.asarray(output.tokens[:, 0]) @ head["kernel"] + head["bias"], golden["cls_logits"])
+        chex.assert_trees_all_close(
+            np.asarray(output.tokens[:, 0]) @ head["kernel"] + head["bias"], golden["cls_logits"], **CLOSE
+        )
 
 
 @pytest.mark.parametrize(
@@ -77,11 +79,11 @@ def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name
     }
     for field, value in wanted.items():
         if value is not None:
-            close(getattr(output, field), value)
+            chex.assert_trees_all_close(getattr(output, field), value, **CLOSE)
     if "pos_embed_other" in golden:
         size = golden["pixel_values_other"].shape[2:]
         resized = nn.with_image_size(config, params, size)[1]["position"]["embedding"]
-        close(resized, golden["pos_embed_other"][0], atol=1e-5)
+        chex.assert_trees_all_close(resized, golden["pos_embed_other"][0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="pass resample=True"):
         nn.vision_transformer_apply(config, params, pixels(name, "pixel_values_other"))
 
@@ -91,7 +93,7 @@ def test_images_of_another_size_see_resampled_positions_as_in_the_reference(name
 )
 def test_loss_and_its_gradients_are_those_of_the_reference(name):
     golden, (value, grads) = stored(name), gradients(name)
-    close(value, golden["loss"])
+    chex.assert_trees_all_close(value, golden["loss"], **CLOSE)
     layout = (timm if name in TIMM else hf).vit.tensor_layout(loaded(name)[0])
     count = gradients_are(golden, layout.tensors, grads)
     assert count == sum(key.startswith("grad:") for key in golden)
@@ -191,7 +193,7 @@ def test_a_model_moves_between_the_libraries_where_both_can_express_it(tmp_path)
     assert moved[0].architecture is None
     run = jit(lambda params: nn.vision_transformer_apply(moved[0], params, pixels("vit_timm")).logits)
     with jax.default_matmul_precision("highest"):
-        close(run(moved[1]), found("vit_timm").logits)
+        chex.assert_trees_all_close(run(moved[1]), found("vit_timm").logits, **CLOSE)
     interop.save_vision(tmp_path / "timm", *moved, layout="timm")
     again, back = interop.load_vision(tmp_path / "timm")
     assert again == config
@@ -304,6 +306,8 @@ def test_a_norm_behind_the_mean_of_patches_is_read_from_timm(tmp_path):
     mean = np.asarray(found("vit_timm").hidden[-1])[:, 1:].mean(axis=1)
     unit = (mean - mean.mean(axis=1, keepdims=True)) / np.sqrt(mean.var(axis=1, keepdims=True) + 1e-6)
     output = jit(functools.partial(nn.vision_transformer_apply, config))(params, pixels("vit_timm"))
-    close(output.pooled, unit * np.asarray(params["norm"]["scale"]) + np.asarray(params["norm"]["bias"]))
+    chex.assert_trees_all_close(
+        output.pooled, unit * np.asarray(params["norm"]["scale"]) + np.asarray(params["norm"]["bias"]), **CLOSE
+    )
     interop.save_vision(tmp_path / "out", config, params)
     assert interop.load_vision(tmp_path / "out")[0] == config

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from subspace_jax import adapters, interop, losses, nn
 
-from .vision_goldens import GOLDEN, close, jit, loaded, pixels, stored
+from .vision_goldens import CLOSE, GOLDEN, jit, loaded, pixels, stored
 
 ADAPTERS = ("lora", "dora", "lora_v4names")
 
@@ -29,7 +29,7 @@ def factors(name, adapter, config, grads):
         node = functools.reduce(lambda tree, part: tree[part], (*place.path, "kernel"), grads)
         array = node[{"A": "a", "B": "b", "magnitude_vector": "magnitude"}[rest.split(".")[0]]]
         got = np.asarray(array if place.layer is None else array[place.layer])
-        close(got.T, wanted, atol=1e-5, rtol=1e-3)
+        chex.assert_trees_all_close(got.T, wanted, atol=1e-5, rtol=1e-3)
         seen += 1
     return seen
 
@@ -50,8 +50,8 @@ def test_logits_loss_and_gradients_of_vit_are_those_of_peft(name):
     with jax.default_matmul_precision("highest"):
         (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
     kind = name.removesuffix("_v4names")
-    close(logits, golden[f"logits_{kind}"])
-    close(value, golden[f"loss_{kind}"])
+    chex.assert_trees_all_close(logits, golden[f"logits_{kind}"], **CLOSE)
+    chex.assert_trees_all_close(value, golden[f"loss_{kind}"], **CLOSE)
     count = factors("vit", kind, config, grads)
     assert count == sum(key.startswith(f"grad_{kind}:") for key in golden)
 
@@ -70,8 +70,8 @@ def test_scores_and_gradients_of_clip_s_two_towers_are_those_of_peft():
 
     with jax.default_matmul_precision("highest"):
         (value, scores), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
-    close(scores, golden["logits_per_image_lora"])
-    close(value, golden["loss_lora"])
+    chex.assert_trees_all_close(scores, golden["logits_per_image_lora"], **CLOSE)
+    chex.assert_trees_all_close(value, golden["loss_lora"], **CLOSE)
     assert factors("clip", "lora", config, grads) == 8
 
 
@@ -88,8 +88,8 @@ def test_logits_loss_and_gradients_of_swin_are_those_of_peft():
 
     with jax.default_matmul_precision("highest"):
         (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(adapter.trainable)
-    close(logits, golden["logits_lora"])
-    close(value, golden["loss_lora"])
+    chex.assert_trees_all_close(logits, golden["logits_lora"], **CLOSE)
+    chex.assert_trees_all_close(value, golden["loss_lora"], **CLOSE)
     assert factors("swin", "lora", config, grads) == sum(key.startswith("grad_lora:") for key in golden) > 0
 
 
@@ -103,7 +103,7 @@ def test_logits_of_a_residual_network_with_adapted_convolutions_are_those_of_pef
         return nn.vision_apply(config, ways(params, trainable, adapter.settings), pixels("resnet")).logits
 
     with jax.default_matmul_precision("highest"):
-        close(jit(logits)(adapter.trainable), stored("resnet")["logits_lora_conv"])
+        chex.assert_trees_all_close(jit(logits)(adapter.trainable), stored("resnet")["logits_lora_conv"], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 # Programs that run once: optimizing their machine code takes half of the compilation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# Sums over tokens and features in another order than in torch change the sixth digit.
+CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 HF = ("vit", "vit_model", "deit_distilled")
 DUAL = ("clip", "clip_legacy", "siglip")
 TIMM = ("vit_timm", "deit3_timm", "deit_distilled_timm", "clip_vision_timm", "siglip_vision_timm")
@@ -63,12 +66,6 @@ def pixels(name, key="pixel_values"):
     return jnp.asarray(stored(name)[key].transpose(0, 2, 3, 1))
 
 
-def close(got, wanted, atol=1e-4, rtol=1e-5):
-    """Sums over tokens and features in another order than torch's change the sixth digit."""
-    assert got.shape == wanted.shape
-    np.testing.assert_allclose(np.asarray(got), wanted, atol=atol, rtol=rtol)
-
-
 def gradients_are(golden, tensors, grads):
     """Compares gradients of parameters with those of the tensors that they are stored in, where the golden has them."""
     parts, seen = {}, 0
@@ -80,7 +77,7 @@ def gradients_are(golden, tensors, grads):
     for name, found in parts.items():
         blocks = [value for _, value in sorted(found, key=lambda pair: pair[0])]
         got = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        close(got, golden[f"grad:{name}"], atol=1e-5, rtol=1e-3)
+        chex.assert_trees_all_close(got, golden[f"grad:{name}"], atol=1e-5, rtol=1e-3)
         seen += 1
     return seen
 
