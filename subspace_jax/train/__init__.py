@@ -27,7 +27,7 @@ from subspace_jax.train.interruptions import NotFiniteError, Preempted
 from subspace_jax.train.loop import FitResult, fit
 from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
-from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes, outlined
+from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes, outlined, whole_set_data
 from subspace_jax.train.processes import Cluster, find_cluster, initialize
 from subspace_jax.train.sharding import (
     DEFAULT_RULES,
@@ -130,5 +130,6 @@ __all__ = [
     "to_device",
     "to_partition_spec",
     "use_mesh",
+    "whole_set_data",
     "writable_folder",
 ]

@@ -195,6 +195,46 @@ def array_data(
     )
 
 
+def whole_set_data(
+    examples: Mapping[str, np.ndarray], *, multiple_of: int = 1, evaluate: Mapping[str, Any] | None = None
+) -> DataSpec:
+    """Makes the data of a phase each of whose batches is the whole set, in order.
+
+    Args:
+      examples: Arrays with examples along the first axis.
+      multiple_of: The batch is padded with zeros to a multiple of this, which the data axes of the mesh have to divide;
+        its ``mask`` is 1 for examples and 0 for padding.
+      evaluate: As for :class:`DataSpec`; by default "eval" is the same batch.
+    """
+    from subspace_jax import data
+
+    num_examples = len(next(iter(examples.values())))
+    batch_size = -(-num_examples // multiple_of) * multiple_of
+    (batch,) = data.eval_batches(examples, batch_size=batch_size)
+    passes = {"eval": lambda: [batch]} if evaluate is None else dict(evaluate)
+    return DataSpec(batch_shapes(batch, batch_size), lambda seed: _Repeated(batch), passes, 1)
+
+
+class _Repeated:
+    """Gives the same batch for ever; its position is the number of batches given."""
+
+    def __init__(self, batch: Mapping[str, np.ndarray]):
+        self._batch, self._index = batch, 0
+
+    def __iter__(self) -> "_Repeated":
+        return self
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        self._index += 1
+        return self._batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._index}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self._index = state["next_index"]
+
+
 def outlined(
     batch: Mapping[str, jax.ShapeDtypeStruct], eval_batch_size: int = 0, *, sets: Sequence[str] = ("eval",)
 ) -> DataSpec:

@@ -11,7 +11,7 @@ from subspace_jax.train.fields import nearest
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.reading import CheckpointMismatchError
 from subspace_jax.train.sharding import check_batch_size
-from subspace_jax.train.step import TrainState, jit_train_step, saved_part, state_shardings
+from subspace_jax.train.step import TrainState, jit_step, make_train_step, saved_part, state_shardings
 from subspace_jax.train.task import Task
 
 PyTree = Any
@@ -34,10 +34,12 @@ class Programs:
 
     def step(self, phase: Phase) -> Callable:
         """Returns the compiled step."""
-        options = {"accumulate": self._run.accumulate, "remat": self._run.remat}
-        return self._once(
-            "step", phase, lambda run: jit_train_step(phase.task, phase.tx, run.mesh, run.rules, **options)
-        )
+
+        def make(run: Run) -> Callable:
+            step = make_train_step(phase.task, phase.tx, accumulate=run.accumulate, remat=run.remat)
+            return jit_step(step, self.states(phase)[1], run.rules)
+
+        return self._once("step", phase, make)
 
     def evaluations(self, phase: Phase) -> Evaluations:
         """Returns the evaluators of the task."""

@@ -354,7 +354,12 @@ def jit_train_step(
     Returns:
       ``step(state, batch) -> (state, metrics)``, the metrics replicated.
     """
-    _, shardings = state_shardings(task, tx, mesh, rules)
     step = make_train_step(task, tx, accumulate=accumulate, remat=remat)
+    return jit_step(step, state_shardings(task, tx, mesh, rules)[1], rules)
+
+
+def jit_step(step: Callable, shardings: TrainState, rules: Rules) -> Callable:
+    """Compiles a step for states with these shardings."""
+    mesh = shardings.step.mesh
     placed = {"rules": rules, "in_shardings": (shardings, batch_sharding(mesh, rules))}
     return jit_on_mesh(step, mesh, (shardings, NamedSharding(mesh, P())), donate_argnums=0, **placed)

@@ -22,6 +22,7 @@ def task(settings, **options):
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
+@pytest.mark.slow
 def test_lora_of_the_golden_llama_learns_in_50_steps_and_is_the_same_when_read_again(batch, tmp_path):
     mesh = train.make_mesh(devices=jax.devices()[:1])
     own, tx = task(LINEAR), optax.adamw(1e-2, weight_decay=0.0)
@@ -107,6 +108,7 @@ def test_a_random_base_of_adapted_lm_task_is_in_the_checkpoints_and_one_from_a_f
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
+@pytest.mark.slow
 def test_a_base_in_eight_bits_trains_the_adapters_and_is_merged_whole(batch):
     mesh = train.make_mesh(devices=jax.devices()[:1])
     settings = {

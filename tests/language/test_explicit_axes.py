@@ -53,6 +53,7 @@ def both(run):
     ],
     ids=["lora", "dora-bfloat16", "lora-adaprelora"],
 )
+@pytest.mark.slow
 def test_fine_tuning_on_explicit_axes_gives_the_bits_of_auto_axes(rows, settings, tx, options):
     auto, explicit = both(lambda mesh: trained(rows, mesh, settings, tx, **options))
     chex.assert_trees_all_equal(explicit, auto)

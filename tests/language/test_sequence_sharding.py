@@ -50,7 +50,13 @@ def gradient(config, mesh, rows, settings=None, **options):
     [
         pytest.param("gpt2", {"data": 1, "sequence": 8}, None, {}, marks=pytest.mark.slow),
         ("llama", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, None, {"loss_chunk": 8, "remat": "full"}),
-        ("llama", {"data": 2, "sequence": 4}, {"re:layers/(attn|mlp)/.*": adapters.DoRA(4, 8.0)}, {"remat": "dots"}),
+        pytest.param(
+            "llama",
+            {"data": 2, "sequence": 4},
+            {"re:layers/(attn|mlp)/.*": adapters.DoRA(4, 8.0)},
+            {"remat": "dots"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("window", {"data": 1, "fsdp": 2, "sequence": 4}, None, {"loss_chunk": 16}, marks=pytest.mark.slow),
     ],
 )
@@ -99,6 +105,7 @@ def compiled(sequence, length=512, width=64):
     return train.jit_train_step(task, tx, mesh).lower(abstract, batch).compile()
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_shards_of_a_sequence_and_only_keys_and_values_are_gathered():
     length, width, head = 512, 64, 16
     found = {ways: compiled(ways, length, width) for ways in (1, 2, 8)}

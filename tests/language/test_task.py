@@ -33,10 +33,10 @@ def test_loss_is_the_mean_over_weighted_tokens(batch):
     params, _ = task().init(jax.random.key(0))
     loss, (_, metrics) = jax.jit(task().loss)(params, {}, batch, key=None, step=0)
     options = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
-    logits = nn.causal_lm_apply(CONFIG, params, batch["inputs"], **options).logits
+    logits = jax.jit(lambda p, x: nn.causal_lm_apply(CONFIG, p, x, **options).logits)(params, batch["inputs"])
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     np.testing.assert_allclose(loss, jnp.sum(nll * batch["weights"]) / jnp.sum(batch["weights"]), rtol=1e-5)
-    sums = task().evaluate(params, {}, batch, key=None)
+    sums = jax.jit(task().evaluate)(params, {}, batch, key=None)
     np.testing.assert_allclose(sums["loss"] / sums["count"], loss, rtol=1e-5)
     assert 0 <= metrics["accuracy"] <= 1
 
@@ -45,11 +45,18 @@ def test_evaluate_counts_no_padding(batch):
     params, _ = task().init(jax.random.key(0))
     half = dict(batch, mask=batch["mask"].at[4:].set(0))
     few = {name: x[:4] for name, x in batch.items()}
-    got, want = (task().evaluate(params, {}, b, key=None) for b in (half, few))
+    evaluate = jax.jit(task().evaluate)
+    got, want = (evaluate(params, {}, b, key=None) for b in (half, few))
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"loss_chunk": 8}, {"remat": "full"}, {"remat": "dots", "loss_chunk": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remat": "dots", "loss_chunk": 16},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"loss_chunk": 8}, {"remat": "full"})),
+    ],
+)
 def test_chunks_and_remat_change_no_gradient(batch, options):
     params, _ = task().init(jax.random.key(0))
     grads = [
@@ -167,6 +174,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config, tmp_path
         train.build(train.override(config, [f"model.folder={tmp_path / 'model'}", "model.tokenizer=bytes"]))
 
 
+@pytest.mark.slow
 def test_unstacked_layers_take_the_same_steps_and_are_saved_as_stacks_are(batch, tmp_path):
     params, _ = task().init(jax.random.key(3))
     interop.save_causal_lm(tmp_path / "start", CONFIG, params)

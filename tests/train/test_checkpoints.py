@@ -160,7 +160,9 @@ def whole(tmp_path_factory):
     return result, (folder / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [truncate_arrays, lose_the_position, *(pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES[1:4])]
+)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(damage, fit, whole, tmp_path, caplog):
     task, data = regression()
     options = {"num_steps": 12, "workdir": tmp_path, "eval_every": 0}
@@ -227,7 +229,15 @@ def test_restore_notices_a_flipped_bit_in_any_file_of_a_checkpoint(states, two, 
 
 @pytest.mark.parametrize("name", ["state/_METADATA", "metrics/metrics", "run/metadata", "digests.json"])
 @pytest.mark.parametrize(
-    "content", ["", "null", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}', "[" * 5000]
+    "content",
+    [
+        "null",
+        "[" * 5000,
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in ("", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}')
+        ),
+    ],
 )
 def test_restore_passes_over_a_checkpoint_with_other_json(name, content, two, states, caplog):
     _, data = regression()
@@ -376,6 +386,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(states, tmp_path):
         save(tmp_path, states, {1: None}).restore(expected(tx=optax.sgd(0.1)))
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_the_workdir_as_it_was(tmp_path):
     from subspace_jax.represent.gcr import task as classify
 

@@ -31,10 +31,15 @@ def assert_typed_by_their_sharding(state, shardings):
     ("head", "tx", "options"),
     [
         ("grassmann", make_tx(grassmann="riemannian_sgd"), {}),
-        ("grassmann", make_tx(grassmann="riemannian_adam"), {"accumulate": 2, "remat": "full"}),
-        ("softmax", optim.galore(1e-2, 4, refresh_every=2), {}),
+        pytest.param(
+            "grassmann",
+            make_tx(grassmann="riemannian_adam"),
+            {"accumulate": 2, "remat": "full"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("softmax", optim.galore(1e-2, 4, refresh_every=2), {}, marks=pytest.mark.slow),
     ],
-    ids=["riemannian_sgd", "radam-accumulated", "galore"],
+    ids=["riemannian_sgd", "riemannian_adam-accumulated", "galore"],
 )
 def test_steps_on_explicit_axes_give_the_bits_of_auto_axes(head, tx, options):
     task, data = classification(features=(32,), head=head)
@@ -59,6 +64,7 @@ def test_a_run_on_explicit_axes_saves_evaluates_and_goes_on_as_one_on_auto_axes(
     assert explicit.metrics == auto.metrics
 
 
+@pytest.mark.slow
 def test_a_step_on_explicit_axes_serves_a_jitted_caller_under_set_mesh():
     # As those write it who work with Explicit axes throughout.
     task, data = classification(features=())

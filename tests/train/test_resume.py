@@ -135,7 +135,7 @@ def test_another_seed_is_refused_unless_it_is_asked_for(fit, tmp_path):
     assert int(fit(task, a_tx(), data, num_steps=10, workdir=tmp_path, seed=4).state.step) == 10
 
 
-@pytest.mark.parametrize("lose", ["the folder", "what is in it"])
+@pytest.mark.parametrize("lose", [pytest.param("the folder", marks=pytest.mark.slow), "what is in it"])
 def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_where_it_is_asked_to(lose, fit, tmp_path):
     task, data = regression()
     fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
@@ -195,6 +195,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fit,
 
 
 @pytest.mark.eight_devices
+@pytest.mark.slow
 def test_class_subspaces_resume_on_another_mesh(fit, tmp_path):
     task, data = classification(features=())
     tx = make_tx(num_steps=8)

@@ -42,9 +42,7 @@ def whole():
         pytest.param(
             name,
             grassmann,
-            marks=[]
-            if (name, grassmann) in (("all", "riemannian_adam"), ("fsdp", "riemannian_sgd"))
-            else pytest.mark.slow,
+            marks=[] if (name, grassmann) == ("all", "riemannian_adam") else pytest.mark.slow,
         )
         for name, grassmann in [*((name, "riemannian_sgd") for name in MESHES), ("all", "riemannian_adam")]
     ],
@@ -57,7 +55,7 @@ def test_sharded_steps_equal_those_of_one_device(name, grassmann, whole):
     assert_close(metrics, expected_metrics, atol=1e-5)
 
 
-def test_class_subspaces_and_all_that_belongs_to_them_are_split(whole):
+def test_class_subspaces_and_their_optimizer_state_are_sharded(whole):
     task, data = classification()
     mesh = train.make_mesh(data=1, fsdp=2, tensor=4)
     state, _ = take_steps(task, data, make_tx(grassmann="riemannian_adam"), mesh)
@@ -76,7 +74,7 @@ def test_class_subspaces_and_all_that_belongs_to_them_are_split(whole):
     assert inner.count.sharding.is_fully_replicated
 
 
-def test_class_subspaces_are_split_over_data_and_tensor_at_once():
+def test_class_subspaces_are_sharded_over_fsdp_and_tensor_at_once():
     task, data = classification(num_classes=16)
     mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
     state = train.init_state(task, make_tx(), mesh)
@@ -87,7 +85,8 @@ def test_class_subspaces_are_split_over_data_and_tensor_at_once():
     assert {shard.data.shape for shard in rows.addressable_shards} == {(8, 16)}
 
 
-def test_ten_classes_stay_whole_on_four_devices_and_give_the_same_numbers(whole):
+@pytest.mark.slow
+def test_ten_classes_are_replicated_on_four_devices_and_give_the_same_steps(whole):
     task, data = classification(num_classes=10)
     state, metrics = take_steps(task, data, make_tx(), train.make_mesh(data=2, tensor=4))
     assert state.params["head"]["bases"].sharding.spec == P(None, "fsdp", None)
@@ -96,7 +95,8 @@ def test_ten_classes_stay_whole_on_four_devices_and_give_the_same_numbers(whole)
     assert_close(metrics, expected_metrics, atol=1e-5)
 
 
-def test_accumulation_on_a_mesh_equals_one_whole_batch_on_one_device(whole):
+@pytest.mark.slow
+def test_accumulation_on_a_mesh_equals_the_batch_on_one_device(whole):
     task, data = classification()
     mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
     state, metrics = take_steps(task, data, make_tx(grassmann="riemannian_sgd"), mesh, accumulate=2)
@@ -241,6 +241,7 @@ def test_optimizer_state_follows_where_an_optimizer_checks_sizes_that_parameters
     assert follow(init, params, specs, mesh)["sum"] == specs
 
 
+@pytest.mark.slow
 def test_training_in_subspaces_on_a_mesh_equals_one_device():
     task, data = classification(num_classes=8, features=(32,), head="softmax")
     with jax.numpy_dtype_promotion("standard"):
