@@ -137,11 +137,8 @@ def config(tmp_path):
 
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
 def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path):
-    before = train.run(
-        train.override(config, ["train.steps=1", "optim.learning_rate=0.0"]), tmp_path / "a", progress=False
-    )
     after = train.run(config, tmp_path / "b", progress=False)
-    assert after.metrics["loss"] < 0.7 * before.metrics["loss"]
+    assert after.metrics["loss"] < 0.7 * np.log(259)  # that of equal probabilities
     language.export(tmp_path / "b", tmp_path / "model")
     model, params = interop.load_causal_lm(tmp_path / "model")
     assert model.vocab_size == 259
