@@ -228,8 +228,12 @@ class Checkpoints:
 
         def read() -> tuple[TrainState, Record]:
             record = self._read_record(folder)
+            try:
+                expected = find(record)
+            except CheckpointMismatchError as error:
+                raise CheckpointMismatchError(f"{folder}: {error}") from error
             target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *map(_as_dict, find(record))
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *map(_as_dict, expected)
             )
             self._check(step, target)
             arrays = self._handlers["state"].restore(folder / "state", args=self._arrays.ArraysRestore(target))

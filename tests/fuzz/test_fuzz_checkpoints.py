@@ -35,17 +35,22 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = train.override(low_rank_regression.default_config(), [*SETTINGS, "train.steps=20"])
     train.run(config, folder, progress=False)
-    experiment = train.build(config)
-    expected = train.state_shardings(experiment.task, experiment.tx, experiment.mesh)
+    run = train.build(config)
+    (phase,) = run.phases
+    expected = train.state_shardings(phase.task, phase.tx, run.mesh)
 
     def read(where, step=None):
         checkpoints = train.Checkpoints(where / "checkpoints", read_only=True)
-        batches = experiment.data.train(0)
+        batches = phase.data.train(0)
+
+        def take(state, record):
+            batches.set_state(record.data)
+
         try:
-            state = checkpoints.restore(*expected, data=batches, step=step)
+            found = checkpoints.restore(lambda record: expected, take=take, step=step)
         finally:
             checkpoints.close()
-        return state if state is None else (jax.device_get(state), batches.get_state())
+        return None if found is None else (jax.device_get(found[0]), batches.get_state())
 
     return folder, read, {step: read(folder, step) for step in STEPS}
 
