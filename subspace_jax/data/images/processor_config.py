@@ -107,7 +107,7 @@ def _of_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
     own = {**_PROCESSORS[named[1]], **fields}
     _refuse_unknown(own, _PROCESSORS[named[1]])
     for name in ("do_resize", "default_to_square", "do_center_crop", "do_rescale", "do_normalize"):
-        if not isinstance(own[name], bool | None):  # null is what transformers writes of a step that was turned off
+        if not isinstance(own[name], bool | None):  # transformers writes null for a disabled step
             raise ValueError(f"{name}: expected true or false, got {own[name]!r}")
     size = crop = None
     if own["do_center_crop"]:
@@ -142,7 +142,7 @@ def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None
             raise ValueError(f"{name}: {value!r} is not supported, and may change the pixels")
 
 
-def _of_convnext(size: Any, crop: tuple[int, int] | None, share: float) -> tuple[Any, tuple[int, int] | None]:
+def _of_convnext(size: Any, crop: tuple[int, int] | None, crop_pct: float) -> tuple[Any, tuple[int, int] | None]:
     """Sizes below 384 are cropped from a larger image, as in transformers."""
     if not isinstance(size, int):
         raise ValueError(f"size: expected the shortest_edge for a ConvNext processor, got {size}")
@@ -150,7 +150,7 @@ def _of_convnext(size: Any, crop: tuple[int, int] | None, share: float) -> tuple
         return (size, size), crop
     if crop not in (None, (size, size)):
         raise ValueError(f"crop_size: a crop after that of {size} x {size} is not supported, got {crop}")
-    return int(size / share), (size, size)
+    return int(size / crop_pct), (size, size)
 
 
 def _of_timm(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,8 +172,8 @@ def _of_timm(fields: Mapping[str, Any]) -> dict[str, Any]:
     if own["interpolation"] not in _METHODS.values():
         raise ValueError(f"interpolation: expected one of {list(_METHODS.values())}, got {own['interpolation']!r}")
     height, width = shape[1:]
-    share = _number("crop_pct", own["crop_pct"], above=0.01)
-    scaled = math.floor(height / share), math.floor(width / share)
+    crop_pct = _number("crop_pct", own["crop_pct"], above=0.01)
+    scaled = math.floor(height / crop_pct), math.floor(width / crop_pct)
     if own["crop_mode"] == "squash":
         size: tuple[int, int] | int = scaled
     elif own["crop_mode"] == "center" and height == width:

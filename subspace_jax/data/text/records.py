@@ -55,8 +55,8 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
     else:
         rows = _jsonl(file) if suffix == ".jsonl" else _parquet(file, [name for name in (prompt, completion) if name])
         examples = [
-            Completion(_field(row, prompt, place) if prompt else "", _field(row, completion, place))
-            for place, row in rows
+            Completion(_field(row, prompt, where) if prompt else "", _field(row, completion, where))
+            for where, row in rows
         ]
     if not examples:
         raise ValueError(f"{file}: there is no text in it")
@@ -97,15 +97,15 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            place = f"{file}, line {number}"
-            _check_unicode(line, f"{place}: expected UTF-8")
+            where = f"{file}, line {number}"
+            _check_unicode(line, f"{where}: expected UTF-8")
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: expected a JSON object ({error})") from error
+                raise ValueError(f"{where}: expected a JSON object ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
-            yield place, row
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
 
 
 def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -129,12 +129,12 @@ def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, A
         raise ValueError(f"{file}: it is no Parquet file, or a damaged one ({message})") from error
 
 
-def _field(row: Mapping[str, Any], name: str, place: str) -> str:
+def _field(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
-        raise ValueError(f"{place}: no field {name!r}; there are {_shown(row)}")
+        raise ValueError(f"{where}: no field {name!r}; there are {_shown(row)}")
     if not isinstance(row[name], str):
-        raise ValueError(f"{place}: field {name!r}: expected text, got {type(row[name]).__name__}")
-    _check_unicode(row[name], f"{place}: field {name!r}: expected Unicode text")
+        raise ValueError(f"{where}: field {name!r}: expected text, got {type(row[name]).__name__}")
+    _check_unicode(row[name], f"{where}: field {name!r}: expected Unicode text")
     return row[name]
 
 

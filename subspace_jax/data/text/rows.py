@@ -33,8 +33,8 @@ def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     """
     prompt, completion = tokenizer.encode_pair(example.prompt, example.completion)
     given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + prompt
-    learnt = completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    tokens = np.array(given + learnt, np.int32)
+    targets = completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    tokens = np.array(given + targets, np.int32)
     return tokens, np.arange(len(tokens)) >= len(given)
 
 
@@ -144,15 +144,15 @@ def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, n
         raise ValueError(f"truncation: expected 'split', 'cut' or 'refuse', got {truncation!r}")
     pieces = []
     for number, example in enumerate(examples):
-        tokens, learnt = encode(example, tokenizer)
+        tokens, in_loss = encode(example, tokenizer)
         if len(tokens) > length + 1 and truncation == "refuse":
             raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
         starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
         for start in starts:
             part = slice(start, start + length + 1)
             # Pieces without a loss are dropped.
-            if learnt[part][1:].any():
-                pieces.append((tokens[part], learnt[part]))
+            if in_loss[part][1:].any():
+                pieces.append((tokens[part], in_loss[part]))
     if not pieces:
         raise ValueError("examples: no token has a loss")
     return pieces
@@ -169,11 +169,11 @@ def _fill(rows, length: int, tokenizer: Tokenizer) -> Rows:
     }
     for r, row in enumerate(rows):
         start = 0
-        for segment, (tokens, learnt) in enumerate(row, start=1):
+        for segment, (tokens, in_loss) in enumerate(row, start=1):
             size = len(tokens) - 1
             span = (r, slice(start, start + size))
             out["inputs"][span], out["labels"][span] = tokens[:-1], tokens[1:]
-            out["weights"][span] = learnt[1:]
+            out["weights"][span] = in_loss[1:]
             out["segment_ids"][span], out["positions"][span] = segment, np.arange(size)
             start += size
     return out

@@ -170,7 +170,7 @@ class FileTokenizer:
         """Returns the tokens of a text, none added.
 
         Raises:
-          ValueError: The tokenizer has no token for a part of it, not even one for what is unknown.
+          ValueError: The tokenizer has no token for a part of the text, and no unknown token.
         """
         return self._encode(text).ids
 

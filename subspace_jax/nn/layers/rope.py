@@ -61,9 +61,9 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     if rope.kind == "linear":
         frequency = frequency / rope.factor
     elif rope.kind == "llama3":
-        turns = rope.original_length * frequency / (2 * math.pi)
+        periods = rope.original_length * frequency / (2 * math.pi)
         # Weight of the unscaled frequency: 0 for low frequencies, 1 for high ones.
-        keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+        keep = np.clip((periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
         frequency = (1 - keep) * frequency / rope.factor + keep * frequency
     return frequency.astype(np.float32)
 

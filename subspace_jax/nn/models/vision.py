@@ -1,4 +1,4 @@
-"""What vision backbones have in common: their output, the check of their input, their linear head."""
+"""Output, input checks and linear head of all vision backbones."""
 
 from typing import Any, NamedTuple
 

@@ -31,7 +31,7 @@ class Generated(NamedTuple):
 
 
 class _Decoding(NamedTuple):
-    """What a program of :func:`generate` depends on besides shapes."""
+    """The static options of a compiled program."""
 
     max_new_tokens: int
     sampled: bool
