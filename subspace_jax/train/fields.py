@@ -1,4 +1,4 @@
-"""What the fields of a config may hold: types after a template, ranges of numbers, names that come near."""
+"""Checks of config fields: types of a template, ranges, names with the nearest known one."""
 
 import difflib
 import math
@@ -30,8 +30,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def as_type_of(old: Any, value: Any) -> Any:
     """Returns the value as the type of the old one.
 
-    Whole numbers become floats where those are asked for, and tuples and lists each other, for JSON knows lists only.
-    A field that was None takes anything.
+    Integers become floats, and tuples and lists each other, as JSON has lists only.  A field that was None takes
+    anything.
 
     Raises:
       TypeError: The value is of another type.
@@ -139,7 +139,7 @@ def check_run_fields(config: ConfigDict) -> None:
         raise ValueError(f"seed: expected at least 0 and below 2^32, got {shown(config.seed)}")
     for name in ("batch_size", "eval_batch_size"):
         if config.get("data", {}).get(name, 0) > _LARGEST_BATCH:
-            raise ValueError(f"data.{name}: expected at most {_LARGEST_BATCH} rows, got {config.data[name]}")
+            raise ValueError(f"data.{name}: expected at most {_LARGEST_BATCH} examples, got {config.data[name]}")
     fields = config.train
     check_at_least("train.epochs", fields.epochs, 0)
     if fields.steps < 0 or (fields.steps == 0 and not fields.epochs > 0):

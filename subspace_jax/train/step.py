@@ -37,7 +37,7 @@ AFTER_UPDATE_KEY = 2**32 - 1  # folded into the key of a step
 )
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a run needs in order to go on, but for its rows and the position in the data.
+    """What a run needs in order to resume, except for its rows and the position in the data.
 
     Attributes:
       step: Steps taken in the run, int32; a skipped step counts, for its batch is gone.
@@ -156,7 +156,7 @@ def complete_state(task: Task, state: TrainState, shardings: TrainState, rules: 
     Args:
       task: The method.
       state: The saved part of a state.
-      shardings: Of the whole state.
+      shardings: Those of the complete state.
       rules: Logical name to mesh axis or axes.
     """
     if not task.frozen:

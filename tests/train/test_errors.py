@@ -162,7 +162,7 @@ def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
         ("gcr/imagenet_resnet.py", "data.image.flip=2", "data.image.flip: expected a probability, got 2.0"),
         ("gcr/imagenet_resnet.py", "data.image.on_unreadable=no", "data.image.on_unreadable: expected one of"),
         ("gcr/imagenet_resnet.py", "optim.warmup_steps=-1", "optim.warmup_steps: expected at least 0, got -1"),
-        ("gcr/imagenet_resnet.py", "data.batch_size=1000000000", "data.batch_size: expected at most 1048576 rows"),
+        ("gcr/imagenet_resnet.py", "data.batch_size=1000000000", "data.batch_size: expected at most 1048576 examples"),
         ("gcr/imagenet_resnet.py", "train.remat=al", "train.remat: expected one of"),
         ("gcr/imagenet_resnet.py", "train.epochs=-3", "train.epochs: expected a finite number at least 0, got -3.0"),
         ("lm/large.py", "optim.kwargs.side=left", "optim.kwargs.side: unknown argument, expected one of"),
