@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.represent import worker
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_features_of_gives_each_of_two_processes_all_examples(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
