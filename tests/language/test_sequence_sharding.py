@@ -82,10 +82,10 @@ def test_attention_without_a_mask_sees_what_came_before_on_other_devices_too(win
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
 
 
-def test_a_length_that_does_not_split_is_refused():
+def test_a_length_that_devices_do_not_divide_is_refused():
     attend = nn.sequence_attention(train.make_mesh(1, sequence=8), ("sequence",))
     x = jnp.zeros((1, 12, 2, 8))
-    with pytest.raises(ValueError, match=r"12 queries and 12 keys don't split over 8 devices \(sequence\)"):
+    with pytest.raises(ValueError, match=r"multiples of 8 devices \(sequence\), got 12 and 12"):
         attend(x, x, x)
     config = train.override(language.finetune.default_config(), ["mesh.sequence=8", "data.length=60"])
     with pytest.raises(ValueError, match=r"data.length: 60 positions don't divide among mesh.sequence=8"):
