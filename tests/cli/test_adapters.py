@@ -74,6 +74,7 @@ def test_finetune_gives_only_adapters_to_the_optimizer_and_the_checkpoints(tuned
     assert (optim_fields.schedule, optim_fields.learning_rate) == ("linear", 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_a_sharded_finetune_is_evaluated_on_one_device(folder, tmp_path, capsys):
     assert finetune(folder, tmp_path / "run", *DORA, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2") == 0

@@ -1,5 +1,7 @@
+import jax
 import pytest
 
+from subspace_jax import interop, nn
 from subspace_jax.cli.main import main
 from subspace_jax.data import text
 
@@ -17,6 +19,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def model(folder, standard_promotion):
+    """A small model with random weights."""
+    config = nn.CausalLMConfig.gpt2(259, 16, 2, 2, max_length=64, bos_token=256, eos_tokens=(257,), pad_token=258)
+    interop.save_causal_lm(folder / "model", config, nn.init_params(jax.random.key(0), config))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
 def pretrained(folder, standard_promotion):
     files = [f"--config.data.{name}={folder / 'some.txt'}" for name in ("source", "evaluation")]
     arguments = ["--config", "lm/tiny", "--workdir", str(folder / "run"), *SHORT, *files]
@@ -30,6 +40,7 @@ def measured(model, data, capsys):
     return float(capsys.readouterr().out.split()[1])
 
 
+@pytest.mark.slow
 def test_pretrain_writes_a_model_that_perplexity_and_generate_read(pretrained, folder, capsys):
     model, _, _ = pretrained
     assert measured(model, folder / "some.txt", capsys) < 300
@@ -52,19 +63,21 @@ def test_finetune_lowers_the_perplexity_of_a_pretrained_model(pretrained, folder
     assert capsys.readouterr().out.startswith("the sum")
 
 
-def test_accuracy_answers_questions_by_the_likeliest_option(pretrained, capsys, monkeypatch):
+def test_accuracy_answers_questions_by_the_likeliest_option(model, capsys, monkeypatch):
     # No set can be prepared without network; how records become questions has its own tests.
-    questions = [text.Choice("the sum of 3 and 3 is", ["6.", "\x00\x01\x02"], 0)] * 3
-    monkeypatch.setattr(text, "tfds_texts", lambda name, split, folder: questions)
-    assert main(["accuracy", "--model", str(pretrained[0]), "--data", "ai2_arc", "--by-token"]) == 0
-    assert capsys.readouterr().out == "accuracy 1.0000 over 3 questions\n"
+    found = []
+    for answer in (0, 1):
+        questions = [text.Choice("the sum of 3 and 3 is", ["6.", "\x00\x01\x02"], answer)] * 3
+        monkeypatch.setattr(text, "tfds_texts", lambda name, split, folder, questions=questions: questions)
+        assert main(["accuracy", "--model", str(model), "--data", "ai2_arc", "--by-token"]) == 0
+        found.append(capsys.readouterr().out)
+    assert sorted(found) == ["accuracy 0.0000 over 3 questions\n", "accuracy 1.0000 over 3 questions\n"]
     monkeypatch.setattr(text, "tfds_texts", lambda name, split, folder: [text.Completion("a", "b")])
-    assert main(["accuracy", "--model", str(pretrained[0]), "--data", "gsm8k"]) == 2
+    assert main(["accuracy", "--model", str(model), "--data", "gsm8k"]) == 2
     assert "--data: expected a set of questions with options" in capsys.readouterr().err
 
 
-def test_commands_name_bad_input(pretrained, folder, capsys):
-    model, _, _ = pretrained
+def test_commands_name_bad_input(model, folder, capsys):
     for arguments, message in (
         (["generate", "--model", str(folder / "none"), "--prompt", "a"], "none"),
         (["generate", "--model", str(model), "--prompt", "a", "--max-new-tokens", "1000"], "max_new_tokens"),
