@@ -62,6 +62,7 @@ def test_coso_interrupted_in_a_task_ends_with_the_same_bits(run, whole, steps, t
     assert_resumes(run, tmp_path, steps, whole, checkpoint_every=90)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_coso_on_eight_devices_keeps_earlier_tasks_and_resumes(run, tmp_path):
     mesh = train.make_mesh(4, 2)

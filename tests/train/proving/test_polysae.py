@@ -78,6 +78,7 @@ def test_polysae_interrupted_in_a_phase_ends_with_the_same_bits(run, whole, step
     assert_resumes(run, tmp_path, steps, whole, checkpoint_every=40)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_polysae_on_eight_devices_equals_one_and_resumes(run, tmp_path):
     mesh = train.make_mesh(2, 2, 2)
