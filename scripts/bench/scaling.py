@@ -6,8 +6,7 @@
 Each case is a config (None: a head over ten million classes), and slices with their meshes.  The batch grows with the
 chips, so that the work per chip is constant and any loss is due to the network; in cases whose name ends with "fixed"
 the batch is constant.  Every step is compiled for its slice as by ``subspace-jax plan``; nothing runs, and times are
-roofline estimates.  Plans are saved in the file of ``--json`` one by one, and those that it holds are not made again, so
-that a stopped bench resumes.
+roofline estimates.  Plans are saved in the file of ``--json`` one by one; a stopped bench resumes with the next one.
 
   GiB                        memory per chip
   compute, memory, network   milliseconds of a step per chip, by the rate of each

@@ -1,4 +1,4 @@
-"""Checks of arguments, made before anything is traced."""
+"""Checks of arguments."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Orthonormal bases: random ones, and how far a matrix is from being one."""
+"""Random orthonormal bases, and the orthonormality error."""
 
 import operator
 
@@ -35,7 +35,7 @@ def random_orthonormal(
         raise ValueError(f"k: a subspace of R^{n} has 1 to {n} dimensions, got {k}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise TypeError(f"dtype: bases stay orthonormal in float32 or float64, got {jnp.dtype(dtype)}")
-    # The Newton step takes the rounding of Householder's QR, several times the least possible, off the start.
+    # The Newton step removes the rounding error of Householder QR, several times the least possible.
     return polar_step(positive_qr(jax.random.normal(key, (*batch_shape, n, k), dtype))[0])
 
 

@@ -1,7 +1,7 @@
-"""Matrix exponential by matrix products alone, and its action through an operator that is given as a function.
+"""Matrix exponential by matmuls alone, and the action of the exponential of an operator.
 
-Both are truncated Taylor series whose degree takes the remainder below the rounding of the dtype, so they are exact to
-working precision; nothing is factorised or solved, which suits accelerators, and every step can be differentiated.
+Both are truncated Taylor series with a remainder below the rounding of the dtype, exact to working precision.  They
+need no factorization and no solve, which suits accelerators, and are differentiable.
 """
 
 import math
@@ -23,7 +23,7 @@ _ACTION_NORM, _ACTION_DEGREE = 1.0, {4: 10, 8: 18}
 
 
 def expm(m: jax.Array) -> jax.Array:
-    """Exponential of square matrices, by a scaled Taylor polynomial (Paterson and Stockmeyer's order) and squaring.
+    """Returns the exponential of square matrices, by a scaled Taylor polynomial (Paterson-Stockmeyer) and squaring.
 
     The error relative to the result is about the machine precision times the norm for normal matrices, as for other
     methods of scaling and squaring (Higham, "Functions of Matrices", chapter 10).
@@ -32,7 +32,7 @@ def expm(m: jax.Array) -> jax.Array:
       m: ``[..., k, k]``, float32 or float64.
 
     Returns:
-      ``[..., k, k]``; NaN where the 1-norm is above 1536, which would take more than ten squarings.
+      ``[..., k, k]``; NaN if the 1-norm is above 1536, which needs more than ten squarings.
 
     Raises:
       ValueError: ``m`` is not square.
@@ -54,17 +54,17 @@ def expm(m: jax.Array) -> jax.Array:
 def expm_action(operator: Callable[[PyTree], PyTree], x: PyTree, norm: jax.Array, max_steps: int = 32) -> PyTree:
     """Applies the exponential of a linear operator to ``x`` without forming a matrix.
 
-    The interval is cut into steps of norm at most 1, and each is a Taylor series (Al-Mohy and Higham, SIAM J. Sci.
-    Comput. 33, 2011); steps beyond those that the norm asks for are skipped.
+    The interval is divided into steps of norm at most 1, each a Taylor series (Al-Mohy and Higham, SIAM J. Sci. Comput.
+    33, 2011); steps beyond the number that the norm requires are skipped.
 
     Args:
       operator: Linear map of a pytree of arrays to one of the same shapes and dtypes.
       x: The pytree, all leaves float32 or all float64.
       norm: Upper bound of the operator norm, a scalar; the largest of a batch.
-      max_steps: Steps that may be taken, static.
+      max_steps: Maximum number of steps, static.
 
     Returns:
-      Like ``x``; NaN where ``norm`` is above ``max_steps``.
+      Like ``x``; NaN if ``norm`` is above ``max_steps``.
     """
     degree = _ACTION_DEGREE[jax.tree.leaves(x)[0].dtype.itemsize]
     norm = jax.lax.stop_gradient(norm)
@@ -89,7 +89,7 @@ def expm_action(operator: Callable[[PyTree], PyTree], x: PyTree, norm: jax.Array
 
 
 def _taylor(m: jax.Array, degree: int) -> jax.Array:
-    """Sum of ``m^i / i!`` up to a degree that is a multiple of 4, with ``2 + degree / 4`` products."""
+    """Returns the sum of ``m^i / i!`` up to a degree that is a multiple of 4, with ``2 + degree / 4`` matmuls."""
     square = times(m, m)
     powers = (eye_like(m), m, square, times(square, m))
     fourth = times(square, square)

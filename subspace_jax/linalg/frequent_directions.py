@@ -1,4 +1,4 @@
-"""Frequent Directions: a sketch of all columns seen so far, with a bound on what it leaves out."""
+"""Frequent Directions: a sketch of a stream of columns with an error bound."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class FDState(NamedTuple):
     Attributes:
       sketch: ``[..., m, rank]``.
       sigma: ``[..., rank]``, descending.
-      basis: ``[..., m, rank]``, orthonormal columns once columns were seen.
+      basis: ``[..., m, rank]``, orthonormal columns after the first update.
     """
 
     sketch: jax.Array
@@ -30,7 +30,7 @@ class FDState(NamedTuple):
 def frequent_directions_init(
     m: int, rank: int, batch_shape: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
 ) -> FDState:
-    """An empty sketch of columns of length ``m``.
+    """Returns an empty sketch of columns of length ``m``.
 
     Args:
       m: Length of columns.
@@ -53,24 +53,24 @@ def frequent_directions_init(
 def frequent_directions_update(
     state: FDState, columns: jax.Array, *, decay: ArrayLike = 1.0, method: str = "svd"
 ) -> FDState:
-    """Adds columns to a sketch, each time shrinking squares by the first that is left out.
+    """Adds columns to a sketch, and subtracts the square of the first dropped singular value from all squares.
 
-    With ``decay`` 1, ``sum G G^T - S S^T`` is positive semidefinite, and its norm at most the sum of all squares that
-    were subtracted (Ghashami, Liberty, Phillips, Woodruff, arXiv 1501.01711); columns whose joint rank is no more than
-    the sketch's are kept exactly.
+    With ``decay`` 1, ``sum G G^T - S S^T`` is positive semidefinite, and its norm is at most the sum of the subtracted
+    squares (Ghashami, Liberty, Phillips, Woodruff, arXiv 1501.01711); columns of joint rank up to that of the sketch
+    are represented exactly.
 
     Args:
       state: The sketch so far, of ``rank`` columns.
       columns: ``[..., m, n]`` with ``min(m, n) > rank``, float32 or float64.
       decay: Factor on the old sketch.
-      method: "svd", or "gram_eigh": eigenvectors of ``m x m`` Gram matrices, faster, and blind to singular values
-        below the root of the machine precision, relative to the largest.
+      method: "svd", or "gram_eigh": eigenvectors of ``m x m`` Gram matrices, faster, but inaccurate for singular values
+        below the square root of the machine precision, relative to the largest.
 
     Returns:
       The new sketch.
 
     Raises:
-      ValueError: The shapes don't fit, or the method is unknown.
+      ValueError: Shapes do not match, or the method is unknown.
       TypeError: ``columns`` is neither float32 nor float64.
     """
     u, s = left_singular(columns, method)
@@ -78,7 +78,7 @@ def frequent_directions_update(
 
 
 def merge_directions(state: FDState, u: jax.Array, s: jax.Array, *, decay: ArrayLike, method: str) -> FDState:
-    """:func:`frequent_directions_update` for columns whose left singular vectors and values are at hand."""
+    """Like :func:`frequent_directions_update`, from the left singular vectors and values of the columns."""
     rank = state.sketch.shape[-1]
     if s.shape[-1] <= rank:
         raise ValueError(

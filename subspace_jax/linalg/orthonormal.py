@@ -16,14 +16,14 @@ _STUCK, _PASSES = 6, 16
 
 
 def orthonormal_columns(x: jax.Array) -> jax.Array:
-    """The first factor of a QR with positive diagonal, for columns that may depend on each other.
+    """Returns the Q factor of a QR with positive diagonal, for columns that may be linearly dependent.
 
-    Shifted Cholesky passes as in :func:`shifted_cholesky_qr3`, as many as it takes: two or three, and one more for each
-    factor ``(2 k eps)^(-1/2)`` in the condition number (64 for ``k = 1024`` in float32).  Where columns are dependent,
-    to rounding, some directions that are orthogonal to all before them take their place.  ``x`` may be zero.
+    Takes shifted Cholesky passes as in :func:`shifted_cholesky_qr3`: two or three, and one more per factor
+    ``(2 k eps)^(-1/2)`` in the condition number (64 for ``k = 1024`` in float32).  Columns that are dependent, to
+    rounding, are replaced by directions orthogonal to all columns before them.  ``x`` may be zero.
 
-    Passes are a loop, and so are blocks of 128 columns within one: by block Gram-Schmidt, with squares by Pythagoras.
-    The program is of one size for all ``k``.  No reverse-mode derivative.
+    Passes are a loop, and so are blocks of 128 columns within a pass, by block Gram-Schmidt.  The size of the program
+    does not depend on ``k``.  No reverse-mode derivative.
 
     Args:
       x: ``[..., n, k]`` with ``n >= k``, float32 or float64, finite.

@@ -1,6 +1,6 @@
-"""Matrix products that keep what is orthonormal orthonormal.
+"""Full-precision matmuls.
 
-Accelerators round a plain float32 product to bfloat16 or TF32; these ask for full precision.
+Accelerators round a plain float32 matmul to bfloat16 or TF32, which would break orthonormality.
 """
 
 import jax
@@ -9,18 +9,18 @@ import numpy as np
 
 
 def working_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """Returns the dtype in which geometry is computed: at least float32, float64 if any array is."""
+    """Returns the dtype of geometric computations: float32, or float64 if any array is."""
     return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
 
 
 def broadcast_leading(*arrays: jax.Array) -> list[jax.Array]:
-    """Gives matrices ``[..., m, n]`` of any sizes the same leading axes.
+    """Broadcasts the leading axes of matrices ``[..., m, n]`` of any sizes.
 
     Args:
       *arrays: Each with at least two axes.
 
     Returns:
-      The arrays, those that had the common leading axes untouched.
+      The arrays, unchanged if they have the common leading axes.
 
     Raises:
       ValueError: The leading axes can't be broadcast together.
@@ -41,7 +41,7 @@ def times(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def nan_for_infinite(x: jax.Array) -> jax.Array:
-    """Returns ``x`` with NaN for entries that are infinite, on which LAPACK's SVD does not end."""
+    """Returns ``x`` with NaN for infinite entries, for which LAPACK's SVD does not terminate."""
     return jnp.where(jnp.isfinite(x), x, jnp.nan)
 
 

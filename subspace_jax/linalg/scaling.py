@@ -31,13 +31,13 @@ def binary_scale(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.A
 
 
 def unit_vectors(x: jax.Array) -> jax.Array:
-    """Divides vectors by their lengths, whatever these are.
+    """Normalizes vectors of any length.
 
     Args:
       x: ``[..., n]``, float32 or float64.
 
     Returns:
-      ``[..., n]``; a vector of zeros stays as it is, and its gradient is 0.  One with a NaN is NaN.
+      ``[..., n]``; a zero vector stays zero, with gradient 0; one with a NaN is NaN.
     """
     x = x / binary_scale(x, -1)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)

@@ -21,15 +21,15 @@ _SERIES_BELOW = 0.01
 def spectral(f: Callable[[jax.Array], tuple[jax.Array, ...]], m: jax.Array) -> tuple[jax.Array, ...]:
     """Applies scalar functions to the eigenvalues of a symmetric matrix.
 
-    The derivative is that of Daleckii and Krein, by divided differences, so that equal eigenvalues do no harm.  It
-    can be taken once; a second derivative passes through the eigenvectors, and is wrong where eigenvalues meet.
+    The derivative is that of Daleckii and Krein, by divided differences, valid for equal eigenvalues.  It is
+    differentiable once; a second derivative passes through the eigenvectors, and is wrong for equal eigenvalues.
 
     Args:
       f: Maps eigenvalues ``[..., k]`` to a tuple of arrays ``[..., k]``, elementwise and differentiable.
       m: ``[..., k, k]``, symmetric, float32 or float64.
 
     Returns:
-      A symmetric matrix ``[..., k, k]`` for each function.
+      A symmetric matrix ``[..., k, k]`` per function.
 
     Raises:
       ValueError: ``m`` is not square.
@@ -42,7 +42,7 @@ def spectral(f: Callable[[jax.Array], tuple[jax.Array, ...]], m: jax.Array) -> t
 
 def _eigh(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh(m)
-    # Eigenvectors come back orthonormal to tens of roundings; geodesics would hand that on to the bases.
+    # Eigenvectors are orthonormal to tens of roundings only, which geodesics would pass on to the bases.
     return values, polar_step(vectors)
 
 
@@ -56,22 +56,21 @@ def _spectral_jvp(f, primals, tangents):
     values, vectors = _eigh(m)
     inner = times(vectors.mT, times(dm, vectors))
     a, b = jnp.broadcast_arrays(values[..., :, None], values[..., None, :])
-    outs, turned = [], []
+    outs, tangents_out = [], []
     for i, y in enumerate(f(values)):
         outs.append(_compose(vectors, y))
         slopes = _divided_difference(lambda x, i=i: f(x)[i], a, b, y[..., :, None] - y[..., None, :])
-        turned.append(times(vectors, times(slopes * inner, vectors.mT)))
-    return tuple(outs), tuple(turned)
+        tangents_out.append(times(vectors, times(slopes * inner, vectors.mT)))
+    return tuple(outs), tuple(tangents_out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def singular(f: Callable[[jax.Array], jax.Array], m: jax.Array) -> jax.Array:
     """Applies a scalar function to the singular values of a square matrix: ``U f(s) V^T`` for ``M = U diag(s) V^T``.
 
-    Small singular values keep their digits, of which a function of ``M^T M`` would know half.  Where ``f(0)`` is not 0,
-    the function jumps at singular matrices.  The derivative is by divided differences of ``f``, continued as an odd
-    function; equal singular values do no harm, and it can be taken once.  It is finite at singular matrices too, where
-    there is none.
+    Small singular values keep their digits, half of which a function of ``M^T M`` would lose.  If ``f(0)`` is not 0,
+    the function is discontinuous at singular matrices.  The derivative is by divided differences of ``f``, continued as
+    an odd function, valid for equal singular values; it is differentiable once, and finite at singular matrices too.
 
     Args:
       f: Maps singular values ``[..., k]`` to an array ``[..., k]``, elementwise and differentiable.
@@ -104,13 +103,13 @@ def _singular_jvp(f, primals, tangents):
     slopes = _divided_difference(f, a, b, of_values[..., :, None] - of_values[..., None, :])
     total = of_values[..., :, None] + of_values[..., None, :]
     sums = total / jnp.maximum(a + b, jnp.finfo(m.dtype).eps)
-    turned = (slopes * (inner + inner.mT) + sums * (inner - inner.mT)) / 2
-    return times(u * of_values[..., None, :], v.mT), times(u, times(turned, v.mT))
+    tangents_out = (slopes * (inner + inner.mT) + sums * (inner - inner.mT)) / 2
+    return times(u * of_values[..., None, :], v.mT), times(u, times(tangents_out, v.mT))
 
 
 def _divided_difference(f: Callable, a: jax.Array, b: jax.Array, difference: jax.Array) -> jax.Array:
-    """``(f(a) - f(b)) / (a - b)``, and the slope where the two are near."""
-    # Below this distance the difference quotient loses more to rounding than the slope at the midpoint misses.
+    """Returns ``(f(a) - f(b)) / (a - b)``, or the slope if the two are near."""
+    # Below this distance the rounding error of the quotient exceeds the error of the slope at the midpoint.
     near = jnp.abs(a - b) <= jnp.finfo(a.dtype).eps ** (1 / 3) * (1 + jnp.abs(a))
     middle = (a + b) / 2
     slope = jax.jvp(f, (middle,), (jnp.ones_like(middle),))[1]
@@ -118,25 +117,25 @@ def _divided_difference(f: Callable, a: jax.Array, b: jax.Array, difference: jax
 
 
 def cos_sqrt(x: jax.Array) -> jax.Array:
-    """``cos(sqrt(x))``, smooth also at 0 and slightly below."""
+    """Returns ``cos(sqrt(x))``, smooth also at 0 and slightly below."""
     root, small = _root(x)
     return jnp.where(small, 1 - x / 2 * (1 - x / 12 * (1 - x / 30 * (1 - x / 56))), jnp.cos(root))
 
 
 def sinc_sqrt(x: jax.Array) -> jax.Array:
-    """``sin(sqrt(x)) / sqrt(x)``, smooth also at 0 and slightly below."""
+    """Returns ``sin(sqrt(x)) / sqrt(x)``, smooth also at 0 and slightly below."""
     root, small = _root(x)
     return jnp.where(small, 1 - x / 6 * (1 - x / 20 * (1 - x / 42 * (1 - x / 72))), jnp.sin(root) / root)
 
 
 def versine_sqrt(x: jax.Array) -> jax.Array:
-    """``(1 - cos(sqrt(x))) / x``, smooth also at 0 and slightly below."""
+    """Returns ``(1 - cos(sqrt(x))) / x``, smooth also at 0 and slightly below."""
     half = sinc_sqrt(x / 4)
     return half * half / 2
 
 
 def arcsine_ratio(x: jax.Array) -> jax.Array:
-    """``arcsin(sqrt(x)) / sqrt(x (1 - x))``, smooth at 0; grows without bound towards 1."""
+    """Returns ``arcsin(sqrt(x)) / sqrt(x (1 - x))``, smooth at 0; unbounded towards 1."""
     small = x < _SERIES_BELOW
     safe = jnp.clip(jnp.where(small, 0.5, x), 0.0, 1 - jnp.finfo(x.dtype).eps)
     exact = jnp.arcsin(jnp.sqrt(safe)) / jnp.sqrt(safe * (1 - safe))

@@ -1,4 +1,4 @@
-"""Singular value decompositions with one choice of signs, exact and randomised."""
+"""Exact and randomized singular value decompositions with canonical signs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from subspace_jax.linalg.qr import positive_qr
 
 
 def canonical_signs(u: jax.Array) -> jax.Array:
-    """Signs that make the entry of largest magnitude of every column positive.
+    """Returns signs that make the entry of largest magnitude of every column positive.
 
-    Multiply the left singular vectors by them, and the right ones too.  Of entries that tie, the first decides; ties
-    up to rounding are decided by the rounding.
+    Multiply both the left and the right singular vectors by them.  The first of tied entries decides; ties up to
+    rounding are decided by the rounding.
 
     Args:
       u: ``[..., n, k]``.
@@ -27,14 +27,14 @@ def canonical_signs(u: jax.Array) -> jax.Array:
 def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Thin SVD ``x = u diag(s) vt`` with descending ``s`` and canonical signs.
 
-    Only distinct singular values have vectors of their own; within a cluster compare projectors.  Meant for set-up
-    and references: an accelerator takes minutes to compile a large one.
+    Singular vectors are unique for distinct singular values only; within a cluster compare projectors.  For set-up and
+    references: a large SVD takes minutes to compile for an accelerator.
 
     Args:
       x: ``[..., m, n]``, float32 or float64.
 
     Returns:
-      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``; NaN where ``x`` is not finite.
+      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, n)``; NaN if ``x`` is not finite.
 
     Raises:
       ValueError: ``x`` is no matrix.
@@ -53,7 +53,7 @@ def randomized_svd(
 
     With ``l = rank + oversample``, the expected spectral error of the result is at most ``1 +
     (1 + sqrt(rank / (oversample - 1)) + e sqrt(l (min(m, n) - rank)) / oversample) ** (1 / (2 power_steps + 1))``
-    times the first singular value left out (their corollary 10.10 for the sketch; theorem 9.3 adds the 1 for the
+    times the first dropped singular value (their corollary 10.10 for the sketch; theorem 9.3 adds the 1 for the
     truncation from ``l`` to ``rank``).  Costs ``2 (2 power_steps + 2) m n l`` operations.
 
     Args:
@@ -61,13 +61,13 @@ def randomized_svd(
       x: ``[..., m, n]``, float32 or float64.
       rank: Number of triplets, static.
       oversample: Further columns of the sketch, at least 2 for the bound.
-      power_steps: Products with ``x x^T``; each is re-orthonormalised.
+      power_steps: Multiplications by ``x x^T``, each re-orthonormalized.
 
     Returns:
       ``u [..., m, rank]``, ``s [..., rank]``, ``vt [..., rank, n]``, canonical signs.
 
     Raises:
-      ValueError: ``rank`` is below 1 or above ``min(m, n)``, the other numbers are negative, or ``x`` is no matrix.
+      ValueError: ``rank`` is below 1 or above ``min(m, n)``, the other arguments are negative, or ``x`` is no matrix.
       TypeError: ``x`` is neither float32 nor float64.
     """
     check_matrix("x", x)
@@ -83,19 +83,19 @@ def randomized_svd(
 def subspace_iteration(x: jax.Array, basis: jax.Array, steps: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Leading singular triplets from a warm start: block power iteration with QR and a Rayleigh-Ritz step.
 
-    The angle to the leading subspace shrinks by ``(s[rank] / s[rank - 1]) ** 2`` in each step, where the gap is
-    between the last triplet kept and the first left out; a basis that is nearly right needs one or two.
+    The angle to the leading subspace shrinks by ``(s[rank] / s[rank - 1]) ** 2`` per step; a nearly converged basis
+    needs one or two.
 
     Args:
       x: ``[..., m, n]``, float32 or float64.
       basis: Start for the left vectors, ``[..., m, rank]``, of full column rank.
-      steps: Products with ``x x^T``, at least 1.
+      steps: Multiplications by ``x x^T``, at least 1.
 
     Returns:
       ``u [..., m, rank]``, ``s [..., rank]``, ``vt [..., rank, n]``, canonical signs.
 
     Raises:
-      ValueError: The shapes don't fit, or ``steps`` is below 1.
+      ValueError: Shapes do not match, or ``steps`` is below 1.
       TypeError: The arrays are not both float32 or both float64.
     """
     check_matrix("x", x)

@@ -1,4 +1,4 @@
-"""Tensors of low rank in every axis: a small core, and a matrix for each axis."""
+"""Tucker decomposition: a core tensor and a factor per axis."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from subspace_jax.linalg.svd import canonical_svd
 
 
 def tucker_product(core: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
-    """Multiplies a core with a matrix along each of its last axes.
+    """Multiplies a core by a factor along each of its last axes.
 
     ``T[a_0, a_1, ...] = sum_j core[j_0, j_1, ...] prod_i factors[i][a_i, j_i]``, one axis after the other, in full
     precision.
@@ -23,7 +23,7 @@ def tucker_product(core: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
       ``[..., d_0, d_1, ...]``, float32, or float64 if any argument is.
 
     Raises:
-      ValueError: A factor doesn't fit its axis, or there are more factors than axes.
+      ValueError: A factor does not match its axis, or there are more factors than axes.
     """
     order = len(factors)
     if not 1 <= order <= core.ndim:
@@ -35,7 +35,7 @@ def tucker_product(core: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
         if factor.ndim < 2 or factor.shape[-1] != core.shape[axis]:
             raise ValueError(f"factors[{i}]: expected [..., d, {core.shape[axis]}], got {factor.shape}")
         moved = jnp.moveaxis(tensor, axis, -1)
-        # The other axes become rows, so that leading axes are those of a batch of products.
+        # The other axes become rows, so that leading axes are those of a batch of matmuls.
         lead = core.shape[: core.ndim - order]
         rows = moved.reshape(*lead, -1, moved.shape[-1])
         product = jnp.matmul(rows, jnp.swapaxes(factor, -1, -2).astype(dtype), precision=jax.lax.Precision.HIGHEST)
@@ -46,9 +46,9 @@ def tucker_product(core: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
 def hosvd(tensor: jax.Array, ranks: Sequence[int]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Compresses a tensor along every axis: the leading left singular vectors of each unfolding, and the core.
 
-    Exact where each rank is that of the unfolding; otherwise within ``sqrt(order)`` of the best (De Lathauwer, De
+    Exact if each rank is that of the unfolding; otherwise within ``sqrt(order)`` of the best (De Lathauwer, De
     Moor, Vandewalle, A multilinear singular value decomposition, SIAM J. Matrix Anal. Appl. 21, 2000).  For set-up:
-    it takes an SVD for each axis.
+    it takes one SVD per axis.
 
     Args:
       tensor: ``[d_0, d_1, ...]``, floating point.
@@ -58,7 +58,7 @@ def hosvd(tensor: jax.Array, ranks: Sequence[int]) -> tuple[jax.Array, tuple[jax
       The core ``[r_0, r_1, ...]``, and factors ``[d_i, r_i]`` with orthonormal columns, for :func:`tucker_product`.
 
     Raises:
-      ValueError: Ranks don't fit the axes.
+      ValueError: Ranks do not match the axes.
     """
     if len(ranks) != tensor.ndim:
         raise ValueError(f"ranks: expected one for each axis of {tensor.shape}, got {tuple(ranks)}")

@@ -1,6 +1,6 @@
-"""Versine and sine of the square root of symmetric matrices, by matrix products alone.
+"""Versine and sine of the square root of symmetric matrices, by matmuls alone.
 
-Eigenvalue problems of many small matrices are slow, on accelerators most of all.  This is the scaling and doubling of
+Eigenvalue problems of many small matrices are slow, above all on accelerators.  This is the scaling and doubling of
 Higham, "Functions of Matrices" (SIAM, 2008), chapter 12: Taylor polynomials at ``M / 4^q``, then double angles.
 """
 
@@ -23,16 +23,15 @@ _MAX_DOUBLINGS = 6
 def versine_sinc_sqrt(m: jax.Array, bounded: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns ``I - cos(sqrt(M))`` and ``sin(sqrt(M)) / sqrt(M)`` of symmetric matrices without negative eigenvalues.
 
-    The first is called versine, and keeps its relative precision where M is small.  With ``theta^2`` the norm of M,
-    errors are a few times ``1 + theta^2`` roundings, and eigenvalues that are negative by rounding do no harm.  Where
-    the norm of any matrix is above 4096, or not finite, all are left to :func:`spectral`; under ``vmap`` that is
-    computed too, and thrown away.  Doublings are as many as the largest norm asks for: usually none, up to norm 1.
-    Derivatives are those of :func:`spectral`, by eigenvalues.
+    The first is called versine, and is accurate for small M.  With ``theta^2`` the norm of M, errors are a few times
+    ``1 + theta^2`` roundings; eigenvalues that are negative by rounding are valid.  If the norm of any matrix is above
+    4096, or not finite, :func:`spectral` computes all of them; under ``vmap`` it always runs.  The number of doublings
+    depends on the largest norm: none up to norm 1.  Derivatives are those of :func:`spectral`, by eigenvalues.
 
     Args:
       m: ``[..., k, k]``, symmetric, float32 or float64.
-      bounded: Whether norms are known to be at most 4096.  A compiler that splits matrices over devices has no split
-        for eigenvalues, and keeps place for all matrices on each device, though it never comes to that.
+      bounded: Whether norms are known to be at most 4096, so that the program has no eigenvalue problem: the
+        partitioner cannot shard one, and allocates all matrices on each device.
 
     Returns:
       Two symmetric matrices ``[..., k, k]``.
@@ -85,7 +84,7 @@ def _by_doubling(m: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _series(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(I - cos(sqrt(M))) / M`` and ``sin(sqrt(M)) / sqrt(M)``, in powers of ``M^2`` to save products."""
+    """``(I - cos(sqrt(M))) / M`` and ``sin(sqrt(M)) / sqrt(M)``, in powers of ``M^2`` to save matmuls."""
     degree, square, eye = _DEGREE[m.dtype.itemsize], times(m, m), eye_like(m)
 
     def series(first):

@@ -1,4 +1,4 @@
-"""Loss functions: arrays in, one value for each example out."""
+"""Loss functions: arrays in, one value per example out."""
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss

@@ -13,12 +13,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     arXiv 1512.00567, section 7).
 
     Args:
-      logits: ``[batch, classes]``, floating point; the classes may be split over devices.
+      logits: ``[batch, classes]``, floating point; the classes may be sharded.
       labels: ``[batch]`` integers in ``[0, classes)``.
       label_smoothing: ``a``, in ``[0, 1)``.
 
     Returns:
-      Loss of each example ``[batch]``, in nats, float32 or wider; NaN where a label is out of range.
+      Loss per example ``[batch]``, in nats, float32 or wider; NaN if a label is out of range.
 
     Raises:
       ValueError: Shapes do not match, or ``label_smoothing`` is out of range.
@@ -28,19 +28,19 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Sigmoid cross-entropy: every class is a question of its own, to be answered yes for the label only.
+    """Sigmoid cross-entropy: independent binary classification of every class, positive for the label only.
 
     The vector heads of "ResNet strikes back" (Wightman, Touvron and Jegou, arXiv 2110.00476) and DeiT3 are trained
     with it.  Label smoothing changes the targets as in :func:`cross_entropy`.
 
     Args:
-      logits: ``[batch, classes]``, floating point; the classes may be split over devices.
+      logits: ``[batch, classes]``, floating point; the classes may be sharded.
       labels: ``[batch]`` integers in ``[0, classes)``.
       label_smoothing: ``a``, in ``[0, 1)``.
 
     Returns:
-      Loss of each example ``[batch]``, the sum over its classes, in nats, float32 or wider; NaN where a label is out
-      of range.
+      Loss per example ``[batch]``, the sum over its classes, in nats, float32 or wider; NaN if a label is out of
+      range.
 
     Raises:
       ValueError: Shapes do not match, or ``label_smoothing`` is out of range.
@@ -50,7 +50,7 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: 
 
 
 def _against_labels(normalizer, logits, labels, label_smoothing) -> jax.Array:
-    """The normalizer of all logits less the logit that the target picks."""
+    """Returns the normalizer of all logits minus the logit of the target."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"cross_entropy: expected logits [batch, classes], labels [batch]; got {logits.shape}, {labels.shape}"
@@ -61,7 +61,7 @@ def _against_labels(normalizer, logits, labels, label_smoothing) -> jax.Array:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     logits = logits.astype(working_dtype(logits))
     total = normalizer(logits, axis=-1)
-    # A masked sum rather than a gather, which an Explicit mesh refuses along classes that are split over devices.
+    # A masked sum instead of a gather, which an Explicit mesh refuses along sharded classes.
     is_label = jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool)
     picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     in_range = (labels >= 0) & (labels < logits.shape[-1])

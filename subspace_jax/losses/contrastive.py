@@ -1,4 +1,4 @@
-"""Losses of pairs of images and texts, each against all others of the batch."""
+"""Contrastive losses of pairs of images and texts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ def clip_loss(
 ) -> jax.Array:
     """Softmax cross-entropy of each image among the texts and of each text among the images (arXiv 2103.00020).
 
-    Inside ``jax.shard_map`` with the batch split over ``axis_name``, features of all devices are gathered, and each
-    device keeps the scores of its own rows: ``[batch / devices, batch]``.  The loss of the whole batch is the mean over
-    devices.  Outside, the arrays are the whole batch, and may be sharded all the same.
+    Inside ``jax.shard_map`` with the batch sharded over ``axis_name``, features of all devices are gathered, and each
+    device computes the scores of its own examples: ``[batch / devices, batch]``.  The loss of the batch is the mean
+    over devices.  Outside, the arrays are the full batch, and may be sharded too.
 
     Args:
-      image: ``[batch, features]``, brought to length 1 here; zeros stay zeros.
+      image: ``[batch, features]``, normalized here; zeros stay zeros.
       text: ``[batch, features]``, pair by pair with ``image``.
       logit_scale: ``[]``, the logarithm of the factor of the cosines.
-      axis_name: Mesh axis, or axes, over which the batch is split.
+      axis_name: Mesh axis, or axes, that shard the batch.
 
     Returns:
       Loss of each pair ``[batch]``, the mean of both directions in nats, float32 or wider.
@@ -46,18 +46,18 @@ def siglip_loss(
     *,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Of every image with every text the logistic loss of whether they are a pair (arXiv 2303.15343).
+    """Logistic loss of every image with every text, positive for pairs (arXiv 2303.15343).
 
-    Inside ``jax.shard_map`` with the batch split over ``axis_name``, blocks of texts go round the devices, so that a
+    Inside ``jax.shard_map`` with the batch sharded over ``axis_name``, blocks of texts rotate among the devices: a
     device holds the scores of its images with one block at a time, ``[batch / devices, batch / devices]``, in the
-    backward pass too (section 3.3 of the paper).  The loss of the whole batch is the mean over devices.
+    backward pass too (section 3.3 of the paper).  The loss of the batch is the mean over devices.
 
     Args:
-      image: ``[batch, features]``, brought to length 1 here; zeros stay zeros.
+      image: ``[batch, features]``, normalized here; zeros stay zeros.
       text: ``[batch, features]``, pair by pair with ``image``.
       logit_scale: ``[]``, the logarithm of the factor of the cosines.
       logit_bias: ``[]``, added to them.
-      axis_name: Mesh axis over which the batch is split.
+      axis_name: Mesh axis that shard the batch.
 
     Returns:
       Loss of each image, summed over texts, ``[batch]`` in nats, float32 or wider; its mean is the paper's loss.

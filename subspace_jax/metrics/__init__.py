@@ -1,4 +1,4 @@
-"""Measures of what a model has learnt: arrays or texts in, numbers out."""
+"""Metrics: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int

@@ -1,4 +1,4 @@
-"""How the features of a class spread, and how well the classes stand apart.
+"""Variability within classes, and separation of classes.
 
 Both measures are those of the transfer tables of arXiv 2308.01547; class separation is R^2 of Kornblith et al.,
 "Why Do Better Loss Functions Lead to Less Transferable Features?" (arXiv 2010.16402).
@@ -15,7 +15,7 @@ _ROWS_AT_A_TIME = 256
 def intra_class_variability(features: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean angle between two examples of one class, averaged over the classes.
 
-    Features are centred by their global mean first.  Takes n x N^2 multiplications, and memory for 256 x N cosines
+    Features are centered by their global mean first.  Takes n x N^2 multiplications, and memory for 256 x N cosines
     at a time.
 
     Args:
@@ -23,12 +23,12 @@ def intra_class_variability(features: jax.Array, labels: jax.Array) -> jax.Array
       labels: ``[examples]`` integers.
 
     Returns:
-      A scalar in degrees, float32 or wider.  Classes of a single example do not count; NaN where no class has two.
+      A scalar in degrees, float32 or wider.  Classes of a single example do not count; NaN if no class has two.
 
     Raises:
       ValueError: Shapes do not match.
     """
-    unit = _centred_unit(features, labels)
+    unit = _centered_unit(features, labels)
     group, sizes = _classes(labels, unit.dtype)
     same_class_count = sizes[group]
     index = jnp.arange(labels.shape[0])
@@ -49,7 +49,7 @@ def intra_class_variability(features: jax.Array, labels: jax.Array) -> jax.Array
 def class_separation_r2(features: jax.Array, labels: jax.Array) -> jax.Array:
     """One minus the mean cosine distance within classes over that of all pairs of classes.
 
-    Features are centred by their global mean first; every class and every pair of classes weighs the same.  Costs
+    Features are centered by their global mean first; every class and every pair of classes has the same weight.  Costs
     O(N n): mean pairwise cosines are squared lengths of class means.
 
     Args:
@@ -62,7 +62,7 @@ def class_separation_r2(features: jax.Array, labels: jax.Array) -> jax.Array:
     Raises:
       ValueError: Shapes do not match.
     """
-    unit = _centred_unit(features, labels)
+    unit = _centered_unit(features, labels)
     group, sizes = _classes(labels, unit.dtype)
     num_classes = jnp.sum((sizes > 0).astype(unit.dtype))
     class_means = jax.ops.segment_sum(unit / sizes[group][:, None], group, labels.shape[0])
@@ -71,19 +71,19 @@ def class_separation_r2(features: jax.Array, labels: jax.Array) -> jax.Array:
     return 1.0 - within / total
 
 
-def _centred_unit(features: jax.Array, labels: jax.Array) -> jax.Array:
+def _centered_unit(features: jax.Array, labels: jax.Array) -> jax.Array:
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(
             f"features, labels: expected [examples, n] and [examples], got {features.shape} and {labels.shape}"
         )
     features = features.astype(working_dtype(features))
-    # Divided, so that sums stay in range, and centred twice: of features far from 0 the mean is rounded.
+    # Divided, so that sums stay in range, and centered twice: of features far from 0 the mean is rounded.
     features = features / binary_scale(features)
-    centred = features - jnp.mean(features, axis=0, keepdims=True)
-    return unit_vectors(centred - jnp.mean(centred, axis=0, keepdims=True))
+    centered = features - jnp.mean(features, axis=0, keepdims=True)
+    return unit_vectors(centered - jnp.mean(centered, axis=0, keepdims=True))
 
 
 def _classes(labels: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Numbers the classes that occur: the number of each example's class, and the classes' sizes, padded with 0."""
+    """Returns the index of each example's class among those that occur, and the class sizes, padded with 0."""
     _, group, sizes = jnp.unique(labels, return_inverse=True, return_counts=True, size=labels.shape[0])
     return group, sizes.astype(dtype)

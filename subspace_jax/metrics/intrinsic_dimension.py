@@ -1,4 +1,4 @@
-"""The dimension of the subspace in which a problem is as good as solved (arXiv 1804.08838)."""
+"""Intrinsic dimension (arXiv 1804.08838)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,16 +14,16 @@ SEARCHES = ("ascending", "bisect")
 def d_int(
     dims: ArrayLike, scores: ArrayLike, baseline: float, fraction: float = 0.9
 ) -> tuple[int | None, float | None]:
-    """Finds the smallest dimension at which the mean score is above a share of the baseline.
+    """Finds the smallest dimension at which the mean score is above a fraction of the baseline.
 
     Args:
       dims: ``[runs]`` integers, the dimension of each run; in any order, repeats are runs with other seeds.
       scores: ``[runs]``, larger is better.
       baseline: Score of training in all parameters, or a fixed one.
-      fraction: The share: 0.9 for d_int90, 1 for d_int100.
+      fraction: The fraction: 0.9 for d_int90, 1 for d_int100.
 
     Returns:
-      The dimension, and the mean score there; ``(None, None)`` where no dimension is enough.
+      The dimension, and the mean score there; ``(None, None)`` if no dimension is sufficient.
 
     Raises:
       ValueError: The lengths differ, there is no run, a score or the baseline is not finite, or a dimension is below 1.
@@ -57,7 +57,7 @@ def d_int_bootstrap(
       num_samples: Samples.
 
     Returns:
-      Mean and standard deviation of the dimension over the samples that reach the share; None where none does.
+      Mean and standard deviation of the dimension over the samples that reach the fraction; None if none does.
 
     Raises:
       ValueError: As :func:`d_int`, or ``num_samples`` is below 1.
@@ -82,18 +82,18 @@ def search_d_int(
     fraction: float = 0.9,
     method: str = "ascending",
 ) -> tuple[int | None, dict[int, float]]:
-    """Finds the intrinsic dimension with no more runs than it takes.
+    """Finds the intrinsic dimension with few runs.
 
     Args:
       score: Trains in a subspace of a dimension, and returns the score, larger is better.
       dims: The dimensions among which to look, in any order.
       baseline: See :func:`d_int`.
       fraction: See :func:`d_int`.
-      method: "ascending" goes up and stops at the first that is enough; "bisect" takes ``log2`` of their number of
-        runs, and finds the same where scores rise with the dimension.
+      method: "ascending" stops at the first sufficient dimension; "bisect" takes ``log2`` of their number of runs, and
+        finds the same if scores rise with the dimension.
 
     Returns:
-      The dimension, or None where none is enough; and the scores of the dimensions that were tried.
+      The dimension, or None if none is sufficient; and the scores of the evaluated dimensions.
 
     Raises:
       ValueError: There are no dimensions, the method is unknown, or a score is not finite.
@@ -117,11 +117,11 @@ def search_d_int(
 
 
 def mdl_bits(d: int, bits: int = 32) -> int:
-    """An upper bound of a solution's description length: its numbers, beside a seed.
+    """Returns an upper bound of a solution's description length: its coordinates, without the seed.
 
     Args:
       d: Dimension of the subspace.
-      bits: Of one number.
+      bits: Bits per coordinate.
 
     Returns:
       Bits.

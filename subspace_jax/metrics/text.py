@@ -1,4 +1,4 @@
-"""Measures of language models: from likelihoods, and from texts."""
+"""Metrics of language models, from likelihoods and from texts."""
 
 import re
 import string
@@ -17,17 +17,17 @@ def perplexity(total_nll: jax.typing.ArrayLike, num_tokens: jax.typing.ArrayLike
 def choice_accuracy(
     nll: np.ndarray, question: np.ndarray, is_answer: np.ndarray, num_tokens: np.ndarray | None = None
 ) -> float:
-    """Share of questions whose right option is the likeliest.
+    """Returns the fraction of questions whose correct option is the most likely.
 
     Args:
       nll: Negative log-likelihood of each option given its prompt, ``[rows]``.
       question: Question of each row, ``[rows]`` integers.
-      is_answer: 1 for the right option, ``[rows]``.
-      num_tokens: Tokens of each option, ``[rows]``: options are then compared by the mean over their tokens, so that
-        long ones are at no disadvantage.
+      is_answer: 1 for the correct option, ``[rows]``.
+      num_tokens: Tokens of each option, ``[rows]``: options are then compared by the mean over their tokens, which
+        does not penalize long options.
 
     Raises:
-      ValueError: There is no row, shapes differ, or a question has not exactly one right option.
+      ValueError: There is no row, shapes differ, or a question has not exactly one correct option.
     """
     columns = {"nll": nll, "question": question, "is_answer": is_answer}
     columns |= {} if num_tokens is None else {"num_tokens": num_tokens}
@@ -39,7 +39,7 @@ def choice_accuracy(
     numbers, row = np.unique(columns["question"], return_inverse=True)
     right = np.bincount(row, columns["is_answer"] > 0)
     if np.any(right != 1):
-        raise ValueError(f"is_answer: question {numbers[np.argmax(right != 1)]} has not exactly one right option")
+        raise ValueError(f"is_answer: question {numbers[np.argmax(right != 1)]} has not exactly one correct option")
     best = np.full(len(numbers), np.inf)
     np.minimum.at(best, row, score)
     answer = np.empty(len(numbers))
@@ -49,12 +49,12 @@ def choice_accuracy(
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], *, normalize: bool = True) -> float:
-    """Share of predictions that are their reference.
+    """Returns the fraction of predictions that equal their reference.
 
     Args:
       predictions: Texts.
       references: As many texts.
-      normalize: Whether case, punctuation, articles and white space are left aside, as SQuAD does (arXiv 1606.05250).
+      normalize: Whether case, punctuation, articles and white space are ignored, as in SQuAD (arXiv 1606.05250).
 
     Raises:
       ValueError: There is none, or the numbers differ.
@@ -92,7 +92,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         import sacrebleu
     except ImportError as error:
         raise ImportError('BLEU needs sacrebleu: pip install "subspace-jax[text]"') from error
-    # sacrebleu takes one list for each place among the references, None where a prediction has fewer.
+    # sacrebleu takes one list per position among the references, None where a prediction has fewer.
     most = max(map(len, references))
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)

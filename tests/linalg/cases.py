@@ -1,11 +1,12 @@
-"""Inputs of the geometry tests: few shapes, so that compiled functions are used again, and values by seed."""
+"""Inputs of the geometry tests: few shapes, so that compiled functions are reused, and values by seed."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 few = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -14,7 +15,9 @@ seeds = st.integers(0, 2**31)
 
 # Leading axes, n, k: a batch, a single column, k = n, and normal parts that can't have full rank.
 SHAPES = [((3,), 7, 3), ((), 6, 1), ((), 4, 4), ((2, 1), 5, 4)]
-shapes = st.sampled_from(SHAPES)
+every_shape = pytest.mark.parametrize(
+    "shape", [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:])], ids=str
+)
 
 
 def gaussian(seed, *shape):

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ def test_exponential_matches_scipy(x64, seed, lead, size):
     m = size * gaussian(seed, *lead, 4, 4) / 4
     want = scipy.linalg.expm(m)
     scale = np.linalg.norm(want, axis=(-2, -1)).max()
-    np.testing.assert_allclose(expm(jnp.asarray(m)), want, atol=1e-14 * scale * (1 + size))
+    chex.assert_trees_all_close(expm(jnp.asarray(m)), want, rtol=1e-7, atol=1e-14 * scale * (1 + size))
 
 
 @few
@@ -46,17 +47,18 @@ def test_exponential_of_a_skew_matrix_is_a_rotation(x64, seed, lead, size):
 def test_batches_are_scaled_one_by_one(x64):
     m = gaussian(0, 3, 4, 4) * np.array([1e-3, 1.0, 30.0])[:, None, None] / 4
     alone = jnp.stack([expm(jnp.asarray(x)) for x in m])
-    np.testing.assert_allclose(expm(jnp.asarray(m)), alone, rtol=1e-13)
-    np.testing.assert_allclose(jax.vmap(linalg.expm)(jnp.asarray(m)), alone, rtol=1e-13)
+    chex.assert_trees_all_close(expm(jnp.asarray(m)), alone, rtol=1e-13)
+    chex.assert_trees_all_close(jax.vmap(linalg.expm)(jnp.asarray(m)), alone, rtol=1e-13)
 
 
 def test_derivative_is_that_of_frechet(x64):
     m, change = gaussian(0, 3, 3, 3) * np.array([0.0, 0.3, 5.0])[:, None, None] / 3, gaussian(1, 3, 3, 3)
     got = jax.jvp(expm, (jnp.asarray(m),), (jnp.asarray(change),))[1]
     want = np.stack([scipy.linalg.expm_frechet(a, b, compute_expm=False) for a, b in zip(m, change, strict=True)])
-    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+    chex.assert_trees_all_close(got, want, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_exponential_can_be_differentiated_twice(x64):
     check_grads(expm, (jnp.asarray(2 * gaussian(0, 3, 3)),), order=2, modes=["rev"], rtol=1e-5, atol=1e-5)
 
@@ -77,7 +79,9 @@ def test_action_is_the_exponential_times_the_argument(x64, seed, size):
         start = {"left": jnp.asarray(x[:, :1], dtype), "right": jnp.asarray(x[:, 1:], dtype)}
         got = act_on_tree(operator, start, jnp.asarray(norm, dtype))
         want = scipy.linalg.expm(np.asarray(operator, np.float64)) @ x
-        np.testing.assert_allclose(np.hstack([got["left"], got["right"]]), want, atol=bound * 4 * (1 + norm))
+        chex.assert_trees_all_close(
+            np.hstack([got["left"], got["right"]]), want, rtol=1e-7, atol=bound * 4 * (1 + norm)
+        )
 
 
 def test_action_can_be_differentiated_and_batched(x64):
@@ -88,7 +92,7 @@ def test_action_can_be_differentiated_and_batched(x64):
         return linalg.expm_action(lambda y: linalg.times(m, y), x, jnp.linalg.norm(m))
 
     check_grads(act, (m[0], x[0]), order=1, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(act)(m, x), linalg.expm(m) @ x, rtol=1e-12)
+    chex.assert_trees_all_close(jax.vmap(act)(m, x), linalg.expm(m) @ x, rtol=1e-12)
 
 
 def test_action_beyond_its_steps_is_nan():

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +11,18 @@ from jax.test_util import check_grads
 
 from subspace_jax import linalg
 
-from .cases import conditioned, defect, few, gaussian, nearest_orthonormal, seeds, shapes
+from .cases import conditioned, defect, every_shape, few, gaussian, nearest_orthonormal, seeds
 
 compiled = functools.cache(jax.jit)
 
 
+@every_shape
 @few
-@given(seeds, shapes, st.sampled_from([1.0, 10.0, 1e3]))
+@given(seed=seeds, cond=st.sampled_from([1.0, 10.0, 1e3]))
 def test_polar_is_the_nearest_orthonormal_matrix(x64, seed, shape, cond):
     x = conditioned(seed, shape, cond)
-    np.testing.assert_allclose(compiled(linalg.polar)(jnp.asarray(x)), nearest_orthonormal(x), atol=1e-14 * cond)
+    got = compiled(linalg.polar)(jnp.asarray(x))
+    chex.assert_trees_all_close(got, nearest_orthonormal(x), rtol=1e-7, atol=1e-14 * cond)
 
 
 @few
@@ -30,13 +33,13 @@ def test_error_is_precision_times_condition_number_up_to_the_documented_ones(x64
     got, eps = compiled(linalg.polar)(jnp.asarray(x)), np.finfo(dtype).eps
     assert got.dtype == dtype
     assert defect(got) < 16 * eps
-    np.testing.assert_allclose(got, nearest_orthonormal(x), atol=eps * cond)
+    chex.assert_trees_all_close(got, nearest_orthonormal(x), rtol=1e-7, atol=eps * cond)
 
 
 def test_polar_ignores_scale(x64):
     x = jnp.asarray(gaussian(1, 7, 3))
     for scale in (1e-12, 1e12):
-        np.testing.assert_allclose(linalg.polar(scale * x), linalg.polar(x), atol=1e-14)
+        chex.assert_trees_all_close(linalg.polar(scale * x), linalg.polar(x), rtol=1e-7, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (3, 3)])
@@ -47,8 +50,9 @@ def test_a_singular_matrix_gives_nan_and_no_bad_basis(shape):
     assert np.isnan(linalg.polar(jnp.zeros(shape))).all()
 
 
+@every_shape
 @few
-@given(seeds, shapes)
+@given(seed=seeds)
 def test_a_polar_step_squares_the_error(x64, seed, shape):
     lead, n, k = shape
     s = nearest_orthonormal(gaussian(seed, *lead, n, k)) + 1e-4 * gaussian(seed + 1, *lead, n, k)
@@ -56,6 +60,7 @@ def test_a_polar_step_squares_the_error(x64, seed, shape):
     assert (np.asarray(after) <= 0.76 * np.asarray(before) ** 2 + 1e-14).all()
 
 
+@pytest.mark.slow
 def test_derivative_matches_differences(x64):
     x = jnp.asarray(conditioned(5, ((2,), 5, 3), 4.0))
     check_grads(compiled(linalg.polar), (x,), order=1, rtol=1e-5, atol=1e-5)

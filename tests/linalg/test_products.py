@@ -6,7 +6,7 @@ import pytest
 from subspace_jax import linalg
 
 
-@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("batch", [(2, 3), pytest.param((), marks=pytest.mark.slow)])
 def test_gram_and_times_of_stacks_and_under_vmap_are_those_of_float64(batch):
     x = jax.random.normal(jax.random.key(0), (*batch, 12, 20))
     y = jax.random.normal(jax.random.key(1), (*batch, 12, 4))

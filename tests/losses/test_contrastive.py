@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def test_clip_is_the_mean_of_both_cross_entropies(pairs):
         return np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
 
     got = losses.clip_loss(*pairs, jnp.float32(SCALE))
-    np.testing.assert_allclose(got, (entropy(logits) + entropy(logits.T)) / 2, rtol=1e-5)
+    chex.assert_trees_all_close(got, (entropy(logits) + entropy(logits.T)) / 2, rtol=1e-5)
 
 
 def test_siglip_sums_the_logistic_losses_of_all_pairs(pairs):
@@ -38,9 +39,10 @@ def test_siglip_sums_the_logistic_losses_of_all_pairs(pairs):
     signs = 2 * np.eye(16) - 1
     wanted = np.log1p(np.exp(-signs * logits)).sum(axis=1)
     got = losses.siglip_loss(*pairs, jnp.float32(SCALE), jnp.float32(BIAS))
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("loss", [losses.clip_loss, losses.siglip_loss])
 def test_eight_devices_give_the_loss_and_the_gradients_of_one(loss, pairs):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -54,7 +56,7 @@ def test_eight_devices_give_the_loss_and_the_gradients_of_one(loss, pairs):
     run = jax.jit(lambda *a: both((loss, a), (split, a)))
     one, eight = run(*pairs, *numbers)
     # Sums over the batch in another order.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), eight, one)
+    chex.assert_trees_all_close(eight, one, rtol=1e-4, atol=1e-7)
 
 
 def test_no_device_holds_all_scores():
@@ -79,6 +81,7 @@ def test_pairs_that_do_not_match_are_refused(pairs):
         losses.siglip_loss(pairs[0][0], pairs[1][0], jnp.float32(0), jnp.float32(0))
 
 
+@pytest.mark.slow
 def test_features_of_zeros_and_of_any_size_give_finite_losses_and_gradients():
     size = jnp.asarray([0.0, 1e-20, 1.0, 1e20], jnp.float32)[:, None]
     image = size * jax.random.normal(jax.random.key(0), (4, 3))
@@ -89,4 +92,4 @@ def test_features_of_zeros_and_of_any_size_give_finite_losses_and_gradients():
         )
         assert all(jnp.all(jnp.isfinite(x)) for x in (value, *grads))
         unit = loss(jnp.where(size > 0, image / jnp.where(size > 0, size, 1), 0), text, jnp.ones(()))
-        np.testing.assert_allclose(value, jnp.sum(unit), rtol=1e-6)
+        chex.assert_trees_all_close(value, jnp.sum(unit), rtol=1e-6)

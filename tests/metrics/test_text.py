@@ -1,3 +1,4 @@
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from subspace_jax import metrics
 
 
 def test_perplexity_of_equal_odds_is_their_number():
-    np.testing.assert_allclose(metrics.perplexity(100 * np.log(8), jnp.float32(100)), 8, rtol=1e-6)
+    chex.assert_trees_all_close(metrics.perplexity(100 * np.log(8), jnp.float32(100)), 8, rtol=1e-6)
 
 
 def test_choices_are_compared_within_their_question():
@@ -44,7 +45,7 @@ def test_bad_input_is_named():
         metrics.exact_match(["a"], [])
     with pytest.raises(ValueError, match="prediction 0 has none"):
         metrics.bleu(["a"], [[]])
-    with pytest.raises(ValueError, match="question 3 has not exactly one right option"):
+    with pytest.raises(ValueError, match="question 3 has not exactly one correct option"):
         metrics.choice_accuracy(np.ones(2), np.array([3, 3]), np.zeros(2))
     with pytest.raises(ValueError, match="arrays"):
         metrics.choice_accuracy(np.ones(2), np.ones(3), np.zeros(2))
