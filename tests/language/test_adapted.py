@@ -51,6 +51,7 @@ def test_lora_of_the_golden_llama_learns_in_50_steps_and_is_the_same_when_read_a
 
 
 @pytest.mark.eight_devices
+@pytest.mark.slow
 def test_a_step_of_adapted_lm_task_on_a_mesh_is_that_of_one_device(batch):
     # Plain SGD: the update is the gradient.  Rows are repeated, so that they split.
     many = {name: np.tile(x, (4, 1)) for name, x in batch.items()}

@@ -182,7 +182,13 @@ def test_override_reads_values_as_they_are_written(config, setting, value):
 @pytest.mark.parametrize(
     "setting",
     [
-        *("train.steps=1e-3", "train.steps=None", "data.augment=yes", "optim.learning_rate=True", "optim.final_scale=nan"),
+        *(
+            "train.steps=1e-3",
+            "train.steps=None",
+            "data.augment=yes",
+            "optim.learning_rate=True",
+            "optim.final_scale=nan",
+        ),
         *("model.dims=None", "model.dims=(1.5,)", "model.dims=" + "(" * 500, "train.steps={[]: 1}"),
     ],
     ids=lambda setting: setting[:30],
