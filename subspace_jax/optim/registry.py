@@ -9,10 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from subspace_jax.optim import _checks
-from subspace_jax.optim.lora.adaprelora import AdaPreLoRAOptions, adaprelora
+from subspace_jax.optim.lora.adaprelora import adaprelora
 from subspace_jax.optim.lora.lora_plus import lora_plus
-from subspace_jax.optim.lora.lora_pro import LoRAProOptions, lora_pro
-from subspace_jax.optim.lora.lora_rite import LoRARITEOptions, lora_rite
+from subspace_jax.optim.lora.lora_pro import lora_pro
+from subspace_jax.optim.lora.lora_rite import lora_rite
 from subspace_jax.optim.lora.scaled_lora import scaled_adamw_lora, scaled_gd_lora
 from subspace_jax.optim.manifold.riemannian_adam import riemannian_adam
 from subspace_jax.optim.manifold.riemannian_sgd import riemannian_sgd
@@ -25,7 +25,7 @@ from subspace_jax.optim.projected.options import RankRule
 
 # Arguments that a config can't express, or that come from elsewhere.
 _NOT_IN_KWARGS = {
-    *("learning_rate", "options", "mask", "pairs", "fallback", "inner", "nesterov"),
+    *("learning_rate", "mask", "pairs", "fallback", "inner", "nesterov"),
     "weight_dimension_numbers",
 }
 _RANKS = ("rank", "proj_rank")
@@ -39,18 +39,14 @@ class Optimizer(NamedTuple):
     Attributes:
       build: Returns the transform; takes ``learning_rate``, and ``mask`` where its weight decay has one.
       defaults: Keyword arguments where a config says nothing, if they are not those of ``build``.
-      options: Class of the argument ``options`` of ``build``, whose fields count as keyword arguments.
     """
 
     build: Callable[..., optax.GradientTransformation]
     defaults: Mapping[str, Any] = {}
-    options: type | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that a config may give, and their defaults."""
-        found = {}
-        for owner in (self.build, *([self.options] if self.options else [])):
-            found |= {name: p.default for name, p in inspect.signature(owner).parameters.items()}
+        found = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
         return {name: self.defaults.get(name, found[name]) for name in found if name not in _NOT_IN_KWARGS}
 
     @property
@@ -82,9 +78,6 @@ def make(
             raise ValueError(f"{name}: unknown argument, expected one of {tuple(known)}{hint}")
     values = {**optimizer.defaults, **kwargs}
     values |= {name: kernel_rank(values.get(name, known[name]), name) for name in _RANKS if name in known}
-    if optimizer.options is not None:
-        own = {name: values.pop(name) for name in optimizer.options._fields if name in values}
-        values["options"] = optimizer.options(**own)
     try:
         return optimizer.build(learning_rate, **values, **more)
     except TypeError as error:
@@ -181,9 +174,9 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "lora_plus": Optimizer(lora_plus),
     "scaled_gd_lora": Optimizer(scaled_gd_lora),
     "scaled_adamw_lora": Optimizer(scaled_adamw_lora),
-    "lora_rite": Optimizer(lora_rite, options=LoRARITEOptions),
-    "lora_pro": Optimizer(lora_pro, {"scale": 2.0}, LoRAProOptions),
-    "adaprelora": Optimizer(adaprelora, {"scale": 2.0, "stats": "projected"}, AdaPreLoRAOptions),
+    "lora_rite": Optimizer(lora_rite),
+    "lora_pro": Optimizer(lora_pro, {"scale": 2.0}),
+    "adaprelora": Optimizer(adaprelora, {"scale": 2.0, "stats": "projected"}),
 }
 MANIFOLD_OPTIMIZERS: Mapping[str, Optimizer] = {
     "riemannian_sgd": Optimizer(riemannian_sgd),

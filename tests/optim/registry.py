@@ -135,8 +135,8 @@ def with_energies(tx):
 
 
 def adaprelora_with_energies(learning_rate, b1=0.9, damping_rel=1e-2, weight_decay=0.1):
-    options = optim.AdaPreLoRAOptions(b1=b1, damping_rel=damping_rel)
-    return with_energies(optim.adaprelora(learning_rate, options, weight_decay=weight_decay))
+    options = {"b1": b1, "damping_rel": damping_rel, "weight_decay": weight_decay}
+    return with_energies(optim.adaprelora(learning_rate, **options))
 
 
 def in_a_chain(scale_by, **options):
@@ -361,7 +361,7 @@ ENTRIES = (
         "lora-rite",
         public="lora_rite",
         factory=optim.lora_rite,
-        static=("balance",),
+        static=("escape", "balance"),
         kwargs={"balance": True},
         **_PAIRS,
     ),

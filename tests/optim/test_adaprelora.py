@@ -179,8 +179,7 @@ def test_transported_momenta_follow_factors_that_are_given_another_basis_between
     grads = jnp.asarray(np.random.default_rng(15).standard_normal((3, ROWS, COLUMNS)))
 
     def path(transport, turned):
-        options = optim.AdaPreLoRAOptions(damping_rel=0.0, damping_abs=0.0, transport=transport)
-        tx = optim.adaprelora(0.05, options, scale=1.7)
+        tx = optim.adaprelora(0.05, scale=1.7, damping_rel=0.0, damping_abs=0.0, transport=transport)
         tree = {"a": f.a, "b": f.b.T}
         state = tx.init(tree)
         for i, g in enumerate(grads):

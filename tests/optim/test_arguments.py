@@ -21,9 +21,9 @@ NEEDED = {
 }
 # Arguments whose fields count as arguments.
 GROUPS = {
-    **dict.fromkeys(("adaprelora", "scale_by_adaprelora"), ("options", optim.AdaPreLoRAOptions)),
-    **dict.fromkeys(("lora_rite", "scale_by_lora_rite"), ("options", optim.LoRARITEOptions)),
-    **dict.fromkeys(("lora_pro", "scale_by_lora_pro"), ("options", optim.LoRAProOptions)),
+    "scale_by_adaprelora": ("options", optim.AdaPreLoRAOptions),
+    "scale_by_lora_rite": ("options", optim.LoRARITEOptions),
+    "scale_by_lora_pro": ("options", optim.LoRAProOptions),
     **dict.fromkeys(("low_rank_projection", "scale_by_galore"), ("projection", optim.ProjectionOptions)),
 }
 TRANSFORMS = [

@@ -14,17 +14,17 @@ from subspace_jax import optim
 from .levels import rest_slow
 
 MAKERS = {
-    "adaprelora": functools.partial(optim.adaprelora, 0.1, optim.AdaPreLoRAOptions(transport=True), stats="projected"),
+    "adaprelora": functools.partial(optim.adaprelora, 0.1, transport=True, stats="projected"),
     "adaprelora, undamped": functools.partial(
-        optim.adaprelora, 0.1, optim.AdaPreLoRAOptions(damping_rel=0.0, damping_abs=0.0, eps_rel=0.0), stats="sum"
+        optim.adaprelora, 0.1, damping_rel=0.0, damping_abs=0.0, eps_rel=0.0, stats="sum"
     ),
     "lora_plus": functools.partial(optim.lora_plus, 0.1),
     "scaled_gd_lora": functools.partial(optim.scaled_gd_lora, 0.1),
     "scaled_gd_lora, undamped": functools.partial(optim.scaled_gd_lora, 0.1, reg=0.0),
     "scaled_adamw_lora": functools.partial(optim.scaled_adamw_lora, 0.1, gauss_seidel=True),
-    "lora_rite": functools.partial(optim.lora_rite, 0.1, optim.LoRARITEOptions(escape=True), balance=True),
+    "lora_rite": functools.partial(optim.lora_rite, 0.1, escape=True, balance=True),
     "lora_pro": functools.partial(optim.lora_pro, 0.1),
-    "lora_pro, undamped": functools.partial(optim.lora_pro, 0.1, optim.LoRAProOptions(delta=0.0), method="sgd"),
+    "lora_pro, undamped": functools.partial(optim.lora_pro, 0.1, delta=0.0, method="sgd"),
 }
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -109,7 +109,7 @@ def test_lora_rite_moves_on_a_loss_that_is_summed():
     params = {"q": {"a": gaussian((6, 2)), "b": gaussian((2, 5), 1)}}
     steps = []
     for size in (1.0, 1e6):
-        tx = optim.lora_rite(0.1, optim.LoRARITEOptions(clip_norm=None, eps=0.0))
+        tx = optim.lora_rite(0.1, clip_norm=None, eps=0.0)
         grads = jax.tree.map(lambda x, size=size: size * x, params)
         steps.append(jax.jit(tx.update)(grads, tx.init(params), params)[0])
     for x, y in zip(*map(jax.tree.leaves, steps), strict=True):

@@ -77,8 +77,8 @@ def test_adaprelora_takes_the_steps_of_the_oracle(x64, golden, stats, cases):
     @jax.jit
     def path_of(start, grads, hyper):
         lr, wd, b1, b2, d_rel, d_abs, s, e_rel = hyper
-        options = optim.AdaPreLoRAOptions(b1, b2, d_rel, d_abs, e_rel)
-        tx = optim.adaprelora(lr, options, scale=s, stats=stats, weight_decay=wd)
+        options = {"damping_rel": d_rel, "damping_abs": d_abs, "eps_rel": e_rel, "weight_decay": wd}
+        tx = optim.adaprelora(lr, scale=s, stats=stats, b1=b1, b2=b2, **options)
         return run(tx, start, grads, s, energies=stats == "full")
 
     for case in cases:
@@ -89,9 +89,8 @@ def test_adaprelora_takes_the_steps_of_the_oracle(x64, golden, stats, cases):
         assert_close(states[0].energy["b"], data[f"{case}_L"])
 
 
-def rite(weight_decay=0.0, balance=False, **options):
-    options = optim.LoRARITEOptions(b1=0.9, b2=0.95, clip_norm=None, **options)
-    return optim.lora_rite(0.01, options, weight_decay=weight_decay, balance=balance)
+def rite(**options):
+    return optim.lora_rite(0.01, b1=0.9, b2=0.95, clip_norm=None, **options)
 
 
 SCALED_ADAMW = {"reg": 1e-4, "gauss_seidel": True}

@@ -8,7 +8,6 @@ import optax
 import pytest
 
 from subspace_jax import adapters, nn, optim
-from subspace_jax.optim import AdaPreLoRAOptions, LoRARITEOptions
 
 from .levels import rest_slow
 
@@ -20,11 +19,11 @@ COUNTERS = 3
 STATES = {
     "adaprelora": (lambda: optim.adaprelora(), FACTORS + LAYERS * (IN + OUT)),
     "adaprelora without momentum": (
-        lambda: optim.adaprelora(0.1, AdaPreLoRAOptions(b1=None)),
+        lambda: optim.adaprelora(0.1, b1=None),
         LAYERS * (IN + OUT),
     ),
     "adaprelora transported": (
-        lambda: optim.adaprelora(0.1, AdaPreLoRAOptions(transport=True)),
+        lambda: optim.adaprelora(0.1, transport=True),
         2 * FACTORS + LAYERS * (IN + OUT),
     ),
     "lora_plus": (lambda: optim.lora_plus(0.1), 2 * FACTORS - 1),
@@ -32,7 +31,7 @@ STATES = {
     "scaled_adamw_lora": (lambda: optim.scaled_adamw_lora(0.1), 2 * FACTORS),
     "lora_rite": (lambda: optim.lora_rite(0.1), 2 * FACTORS + 2 * LAYERS * RANK**2),
     "lora_rite escape": (
-        lambda: optim.lora_rite(0.1, LoRARITEOptions(escape=True)),
+        lambda: optim.lora_rite(0.1, escape=True),
         2 * FACTORS + 2 * LAYERS * (RANK**2 + 1),
     ),
     "lora_pro": (lambda: optim.lora_pro(0.1), 2 * (LAYERS * IN * OUT + 1)),  # and one number at the other factor
@@ -121,7 +120,7 @@ def test_the_path_of_lora_rite_is_the_same_in_every_basis(x64):
 
     @jax.jit
     def path(tree):
-        tx = optim.lora_rite(0.05, LoRARITEOptions(escape=True))
+        tx = optim.lora_rite(0.05, escape=True)
         state = tx.init(tree)
         for g in grads:
             updates, state = tx.update({"a": g @ tree["b"].T, "b": tree["a"].T @ g}, state, tree)
@@ -189,12 +188,12 @@ BAD = {
     "scale of a pair": (lambda: stepped(optim.lora_pro(1.0, scale=lambda name: -1.0), {"q": pair()}), "scale: .*-1.0"),
     "scales": (lambda: stepped(optim.lora_pro(1.0, scale=(1.0, 2.0, 3.0)), {"q": pair()}), r"scale: .*\(2,\) of q"),
     "b1": (
-        lambda: optim.adaprelora(0.1, AdaPreLoRAOptions(b1=1.0)),
+        lambda: optim.adaprelora(0.1, b1=1.0),
         "b1: expected a number at least 0",
     ),
-    "damping": (lambda: optim.adaprelora(0.1, AdaPreLoRAOptions(damping_rel=-1.0)), "damping_rel: expected"),
+    "damping": (lambda: optim.adaprelora(0.1, damping_rel=-1.0), "damping_rel: expected"),
     "clip": (
-        lambda: optim.lora_rite(1.0, LoRARITEOptions(clip_norm=0.0)),
+        lambda: optim.lora_rite(1.0, clip_norm=0.0),
         "clip_norm: expected a number above 0",
     ),
     "ratio": (lambda: optim.lora_plus(1.0, ratio=0.0), "ratio: expected"),

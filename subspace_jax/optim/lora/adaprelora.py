@@ -62,10 +62,16 @@ class AdaPreLoRAOptions(NamedTuple):
 
 def adaprelora(
     learning_rate: optax.ScalarOrSchedule = 2e-4,
-    options: AdaPreLoRAOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     stats: str = "full",
+    b1: ArrayLike | None = 0.9,
+    b2: ArrayLike = 0.999,
+    damping_rel: ArrayLike = 1e-2,
+    damping_abs: ArrayLike = 1e-8,
+    eps_rel: ArrayLike = 1e-8,
+    clip_rms: ArrayLike | None = None,
+    transport: bool = False,
     weight_decay: ArrayLike = 0.0,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -87,11 +93,17 @@ def adaprelora(
 
     Args:
       learning_rate: Fixed learning rate or schedule.
-      options: Decays, damping and limits.
       scale: The scale s of the update (that of the :class:`subspace_jax.adapters.LoRA`): a number, a tuple over
         stacked layers, or a rule of the path of the pair.
       stats: "full"; "sum", of ``a grad_b + grad_a b``, whose size is that of the factors and which trains badly; or
         "projected", of the part of G that the factors' gradients determine.
+      b1: Decay of the momentum, None for none.
+      b2: Decay of the energies.
+      damping_rel: This and other arguments: see :class:`AdaPreLoRAOptions`.
+      damping_abs: Absolute damping.
+      eps_rel: Relative floor of energies.
+      clip_rms: Cap on the change of a weight.
+      transport: Whether momenta follow the basis.
       weight_decay: Decoupled, for all leaves.
       pairs: Rule of the path of a leaf that gives ``(name of the pair, role)``, roles "a", "b", "row_energy" and
         "column_energy", or None.  By default leaves of these names (or lora_a, lora_b) under one parent.
@@ -115,6 +127,7 @@ def adaprelora(
       >>> state[0].energy["q"]["b"].shape
       (4,)
     """
+    options = AdaPreLoRAOptions(b1, b2, damping_rel, damping_abs, eps_rel, clip_rms, transport)
     scaled = scale_by_adaprelora(options, scale=scale, stats=stats, pairs=pairs, fallback=fallback)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay, after=False))
 
@@ -130,8 +143,8 @@ def scale_by_adaprelora(
     """The directions of :func:`adaprelora`, positive ascends, for use in a chain.
 
     Args:
-      options: This and other arguments: see :func:`adaprelora`.
-      scale: Scale of the update.
+      options: Decays, damping and limits.
+      scale: This and other arguments: see :func:`adaprelora`.  Scale of the update.
       stats: Which energies.
       pairs: Which leaves are factors.
       fallback: Transform for other leaves.

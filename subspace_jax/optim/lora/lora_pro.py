@@ -55,10 +55,13 @@ class LoRAProOptions(NamedTuple):
 
 def lora_pro(
     learning_rate: optax.ScalarOrSchedule,
-    options: LoRAProOptions | None = None,
     *,
     scale: ArrayLike | tuple[float, ...] | ScaleRule = 1.0,
     method: str = "adamw",
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    delta: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
     pairs: PairRule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -73,9 +76,12 @@ def lora_pro(
 
     Args:
       learning_rate: Fixed learning rate or schedule.
-      options: Decays and damping.
       scale: See :func:`adaprelora`.
       method: "adamw" or "sgd".
+      b1: Decay of Adam's first moment.
+      b2: Decay of Adam's second moment.
+      eps: Added to the root of the corrected second moment.
+      delta: Damping, see :class:`LoRAProOptions`.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
       fallback: See :func:`adaprelora`.
@@ -95,6 +101,7 @@ def lora_pro(
       >>> tx = optim.lora_pro(1e-3, scale=2.0, method="sgd")
       >>> updates, state = tx.update(factors, tx.init(factors), factors)
     """
+    options = LoRAProOptions(b1, b2, eps, delta)
     scaled = scale_by_lora_pro(options, scale=scale, method=method, pairs=pairs, fallback=fallback)
     return optax.chain(scaled, _adam.descend(learning_rate, weight_decay, after=False))
 
@@ -110,8 +117,8 @@ def scale_by_lora_pro(
     """The directions of :func:`lora_pro`, positive ascends, for use in a chain.
 
     Args:
-      options: This and other arguments: see :func:`lora_pro`.
-      scale: Scale of the update.
+      options: Decays and damping.
+      scale: This and other arguments: see :func:`lora_pro`.  Scale of the update.
       method: "adamw" or "sgd".
       pairs: Which leaves are factors.
       fallback: Transform for other leaves.

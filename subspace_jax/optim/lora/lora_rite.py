@@ -63,8 +63,14 @@ class LoRARITEOptions(NamedTuple):
 
 def lora_rite(
     learning_rate: optax.ScalarOrSchedule,
-    options: LoRARITEOptions | None = None,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    clip_norm: ArrayLike | None = 1.0,
+    skip_rms: ArrayLike | None = None,
+    escape: bool = False,
+    update_cap: ArrayLike | None = None,
     balance: bool = False,
     weight_decay: ArrayLike = 0.0,
     pairs: PairRule | None = None,
@@ -81,7 +87,13 @@ def lora_rite(
 
     Args:
       learning_rate: Fixed learning rate or schedule.
-      options: Decays and limits.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the eigenvalues of the second moment.
+      clip_norm: This and other arguments: see :class:`LoRARITEOptions`.
+      skip_rms: Largest gradient that is followed.
+      escape: Whether losses by rotations are compensated.
+      update_cap: Cap on the first moment.
       balance: Whether both factors are brought to one norm after every step.
       weight_decay: Decoupled, for all leaves.
       pairs: See :func:`adaprelora`.
@@ -105,6 +117,7 @@ def lora_rite(
       >>> state[0].second["q"]["a"].shape
       (2, 2)
     """
+    options = LoRARITEOptions(b1, b2, eps, clip_norm, skip_rms, escape, update_cap)
     scaled = scale_by_lora_rite(options, pairs=pairs, fallback=fallback)
     parts = [scaled, _adam.descend(learning_rate, weight_decay, after=False)]
     return optax.chain(*parts, _balanced(pairs)) if balance else optax.chain(*parts)
@@ -119,8 +132,8 @@ def scale_by_lora_rite(
     """The directions of :func:`lora_rite`, positive ascends, for use in a chain.
 
     Args:
-      options: This and other arguments: see :func:`lora_rite`.
-      pairs: Which leaves are factors.
+      options: Decays and limits.
+      pairs: This and other arguments: see :func:`lora_rite`.  Which leaves are factors.
       fallback: Transform for other leaves.
 
     Returns:
