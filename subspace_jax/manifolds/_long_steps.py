@@ -1,9 +1,9 @@
-"""Steps of many radians, whose Gram matrices ``H^T H`` tell nothing of short columns beside long ones.
+"""Steps of many radians, for which Gram matrices ``H^T H`` are not accurate enough.
 
-Rounding errors of ``H^T H`` are those of the square of the longest column: a step computed from it leaves the manifold
-by the machine precision times the squared length.  Here a QR factorisation of ``n x k`` columns, which costs more,
-takes the place of Gram matrices, and results are orthonormal whatever the length, also where columns of ``H`` vanish or
-depend on each other.  Derivatives are those of the formulas for short steps, but for retractions that are Q factors.
+The rounding error of ``H^T H`` scales with the square of the longest column: a step computed from it leaves the
+manifold by the machine precision times the squared length.  These functions use a QR factorization of ``n x k`` columns
+instead, which costs more; results are orthonormal for any length and for ``H`` of any rank.  Derivatives are those of
+the formulas for short steps, except for retractions that are Q factors.
 """
 
 from collections.abc import Callable
@@ -23,23 +23,23 @@ from subspace_jax.linalg import (
     times,
 )
 
-# Radians.  Below, errors of Gram matrices are some roundings.
+# Radians.  Below, errors of Gram matrices are a few roundings.
 _SHORT = 4.0
-# Of the 1-norm of matrices whose exponential is taken.
+# Bound of the 1-norm of matrices to be exponentiated.
 _EXPM_RANGE = 1024.0
 
 
 def by_length(short: Callable, long: Callable, h: jax.Array, *args: jax.Array) -> jax.Array:
-    """Calls ``short(*args)``, or ``long(*args)`` where any vector of ``h [..., n, k]`` is longer than 4.
+    """Returns ``short(*args)``, or ``long(*args)`` if any vector of ``h [..., n, k]`` is longer than 4.
 
-    Under ``vmap`` over ``h`` both are computed, for `cond` becomes a selection there.
+    Under ``vmap`` over ``h`` both are computed, as `cond` becomes a selection.
     """
     lengths = jnp.linalg.norm(jax.lax.stop_gradient(h), axis=(-2, -1))
     return jax.lax.cond(jnp.any(lengths > _SHORT), long, short, *args)
 
 
-def ended(h: jax.Array) -> jax.Array:
-    """Ends a step where the machine precision leaves three digits of its angle: 16384 radians in float32."""
+def bounded_step(h: jax.Array) -> jax.Array:
+    """Bounds the length of a step such that three digits of its angle remain: 16384 radians in float32."""
     scale = binary_scale(h, (-2, -1))
     h = h / scale
     length = jnp.linalg.norm(jax.lax.stop_gradient(h), axis=(-2, -1), keepdims=True)
@@ -48,7 +48,7 @@ def ended(h: jax.Array) -> jax.Array:
 
 
 def with_tangents_of(formula: Callable, f: Callable) -> Callable:
-    """``f`` with the derivatives of a formula of the same value, where its own are not defined."""
+    """Returns ``f`` with the derivatives of a formula of the same value."""
     wrapped = jax.custom_jvp(f)
 
     @wrapped.defjvp
@@ -59,32 +59,32 @@ def with_tangents_of(formula: Callable, f: Callable) -> Callable:
 
 
 def q_factor(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Q, R and a number ``[..., 1, 1]`` of which R is to be multiplied, for ``x`` of any size."""
+    """Returns Q, R and the scale ``[..., 1, 1]`` of R, for ``x`` of any magnitude."""
     scale = binary_scale(x, (-2, -1))
     return *positive_qr(x / scale), scale
 
 
 def polar_factor(x: jax.Array) -> jax.Array:
-    """The orthonormal matrix nearest to ``x``."""
+    """Returns the orthonormal matrix nearest to ``x``."""
     q, r, _ = q_factor(x)
     return polar_step(times(q, singular(jnp.ones_like, r)))
 
 
 def reflected(s: jax.Array, h: jax.Array) -> jax.Array:
-    """Cayley's retraction on the Grassmann manifold: ``S`` reflected in the span of ``S + H / 2``."""
+    """Returns Cayley's retraction on the Grassmann manifold: ``S`` reflected in the span of ``S + H / 2``."""
     q = polar_step(q_factor(s + h / 2)[0])
     return 2 * times(q, gram(q, s)) - s
 
 
 def geodesic(s: jax.Array, h: jax.Array) -> jax.Array:
-    """End of the geodesic on the Grassmann manifold, by the thin singular value decomposition of ``H``."""
+    """Returns the end of the geodesic on the Grassmann manifold, by the thin SVD of ``H``."""
     u, angles, v = _singular_vectors(h)
     angles = angles[..., None, :]
     return polished(times(times(s, v) * jnp.cos(angles) + u * jnp.sin(angles), v.mT))
 
 
 def transported(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
-    """``D`` at the end of that geodesic."""
+    """Returns ``D`` transported to the end of that geodesic."""
     u, angles, v = _singular_vectors(h)
     overlap, angles = gram(u, d), angles[..., :, None]
     return d - times(u, 2 * jnp.sin(angles / 2) ** 2 * overlap) - times(s, times(v, jnp.sin(angles) * overlap))
@@ -97,29 +97,29 @@ def _singular_vectors(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def polished(y: jax.Array) -> jax.Array:
-    """Makes orthonormal what is so up to the rounding of angles."""
+    """Orthonormalizes a matrix that is orthonormal up to the rounding of angles."""
     return polar_step(polar_step(y))
 
 
-def turned(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
-    """Frame at the end of the Stiefel geodesic from ``S`` with velocity ``S A + N``."""
+def rotated(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
+    """Returns the frame at the end of the Stiefel geodesic from ``S`` with velocity ``S A + N``."""
     q, r, scale = q_factor(normal)
     r, k = scale * r, r.shape[-1]
-    turn = polished(expm(jnp.block([[skew, -r.mT], [r, jnp.zeros_like(r)]])))[..., :k]
-    return polished(times(s, turn[..., :k, :]) + times(q, turn[..., k:, :]))
+    rotation = polished(expm(jnp.block([[skew, -r.mT], [r, jnp.zeros_like(r)]])))[..., :k]
+    return polished(times(s, rotation[..., :k, :]) + times(q, rotation[..., k:, :]))
 
 
-def cayley_turned(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
-    """The same by Cayley's transform in place of the exponential."""
+def cayley_rotated(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
+    """Returns the same with Cayley's transform instead of the exponential."""
     q, r, scale = q_factor(normal)
     r, k = scale * r, r.shape[-1]
     half = jnp.block([[skew, -r.mT], [r, jnp.zeros_like(r)]]) / 2
-    turn = polished(jnp.linalg.solve(eye_like(half) - half, eye_like(half) + half))[..., :k]
-    return polished(times(s, turn[..., :k, :]) + times(q, turn[..., k:, :]))
+    rotation = polished(jnp.linalg.solve(eye_like(half) - half, eye_like(half) + half))[..., :k]
+    return polished(times(s, rotation[..., :k, :]) + times(q, rotation[..., k:, :]))
 
 
 def within_expm_range(skew: jax.Array, normal: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ends a step ``S A + N`` where the 1-norm of what is exponentiated reaches 1024."""
+    """Scales a step ``S A + N`` such that the 1-norm of the matrix to be exponentiated is at most 1024."""
     scale = jnp.maximum(binary_scale(skew, (-2, -1)), binary_scale(normal, (-2, -1)))
     skew, normal = skew / scale, normal / scale
     fixed_skew, fixed_normal = jax.lax.stop_gradient((skew, normal))

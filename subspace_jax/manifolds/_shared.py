@@ -1,4 +1,4 @@
-"""What the manifolds share: checks, working precision, and the functions that only see an orthonormal matrix."""
+"""Shared by the manifolds: checks, working precision, and functions of orthonormal matrices."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -62,20 +62,20 @@ def reorthonormalize(s: jax.Array, method: str = "qr") -> jax.Array:
 
 
 def check_retraction(method: str) -> None:
-    """Raises ValueError for a name that is no retraction."""
+    """Raises ValueError unless ``method`` is a retraction."""
     if method not in RETRACTIONS:
         raise ValueError(f"method: expected one of {RETRACTIONS}, got {method!r}")
 
 
 @functools.partial(jax.jit, inline=True)
 def qr_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
-    """Q factor of ``S + H``; its Gram matrix ``I + H^T H`` is as well conditioned as the step is short."""
+    """Returns the Q factor of ``S + H``; its Gram matrix ``I + H^T H`` is well conditioned for short steps."""
     return by_length(lambda x: linalg.cholesky_qr2(x)[0], lambda x: linalg.polar_step(q_factor(x)[0]), h, s + h)
 
 
 @functools.partial(jax.jit, inline=True)
 def polar_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
-    """``(S + H) (I + H^T H)^{-1/2}``, the orthonormal matrix nearest to ``S + H``."""
+    """Returns ``(S + H) (I + H^T H)^{-1/2}``, the orthonormal matrix nearest to ``S + H``."""
 
     def less_one(x):
         root = jnp.sqrt(1 + x)
@@ -91,17 +91,17 @@ def polar_retraction(s: jax.Array, h: jax.Array) -> jax.Array:
 def working(
     points: Mapping[str, jax.Array], vectors: Mapping[str, jax.Array] | None = None
 ) -> tuple[list[jax.Array], Callable[[jax.Array], jax.Array]]:
-    """Checks arguments, brings them to one working dtype and to common leading axes.
+    """Checks arguments, and converts them to a common working dtype and common leading axes.
 
     Args:
-      points: Orthonormal matrices by name.  Coarser ones than float32 are refused: they are not orthonormal.
+      points: Orthonormal matrices by name, float32 or float64.
       vectors: Further matrices by name, of any floating-point dtype.
 
     Returns:
-      All arrays in order, and the way back to the dtype of the first.
+      All arrays in order, and a function that casts to the dtype of the first.
 
     Raises:
-      ValueError: Shapes don't fit.
+      ValueError: Shapes do not match.
       TypeError: A dtype is not allowed.
     """
     vectors = {} if vectors is None else vectors
@@ -120,7 +120,7 @@ def working(
 
 
 def is_coarse(h: jax.Array) -> bool:
-    """Whether a vector was rounded so much that it is no longer tangent in float32."""
+    """Whether the dtype of a vector is too coarse for it to be tangent in float32."""
     return jnp.finfo(jnp.asarray(h).dtype).bits < 32
 
 
@@ -135,5 +135,5 @@ def at_time(t: ArrayLike, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def rounding(s: jax.Array) -> float:
-    """Distance up to which two points are the same in the precision of ``s``."""
+    """Returns the distance below which two points are equal in the precision of ``s``."""
     return 4 * s.shape[-1] * float(jnp.finfo(s.dtype).eps)

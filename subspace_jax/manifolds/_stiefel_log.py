@@ -1,8 +1,8 @@
 """The Stiefel logarithm in coordinates: a shooting iteration on ``k x k`` matrices.
 
-With ``Y = S M + L``, ``S^T L = 0``, and ``H = S A + L F``, the geodesic from ``S`` turns ``[S, L]`` by the exponential
-of ``K = [[A, -F^T G], [F, 0]]``, ``G = L^T L``, and reaches ``Y`` where ``expm(K) [I; 0] = [M; I]``.  A change of ``K``
-by D changes ``expm(K)`` by ``U psi(D) U`` with ``U = expm(K / 2)`` and
+With ``Y = S M + L``, ``S^T L = 0``, and ``H = S A + L F``, the geodesic from ``S`` rotates ``[S, L]`` by the
+exponential of ``K = [[A, -F^T G], [F, 0]]``, ``G = L^T L``, and reaches ``Y`` if ``expm(K) [I; 0] = [M; I]``.  A change
+of ``K`` by D changes ``expm(K)`` by ``U psi(D) U`` with ``U = expm(K / 2)`` and
 ``psi = sinh(ad / 2) / (ad / 2) = 1 + ad^2 / 24 + ad^4 / 1920 + ...``, ``ad(D) = K D - D K``.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg import expm, eye_like, times
 
-# Corrections for the terms of psi beyond the identity; each takes the rate of convergence to its next power.
+# Corrections for the terms of psi beyond the identity; each raises the order of convergence by one.
 _CORRECTIONS = 2
 
 
@@ -24,7 +24,7 @@ def log_parts(m: jax.Array, g: jax.Array, num_iters: int) -> tuple[jax.Array, ja
       num_iters: Iterations.
 
     Returns:
-      ``A`` and ``F``, both ``[..., k, k]``; NaN where the iteration has not converged.
+      ``A`` and ``F``, both ``[..., k, k]``; NaN if the iteration has not converged.
     """
     eye, k = eye_like(m), m.shape[-1]
     target = jnp.concatenate([m, eye], axis=-2)
@@ -39,18 +39,18 @@ def log_parts(m: jax.Array, g: jax.Array, num_iters: int) -> tuple[jax.Array, ja
         column = half[..., :k]
         gap = times(back, target) - column
         inverse = jnp.linalg.inv(column[..., :k, :])
-        turned = times(g, column[..., k:, :])
+        weighted_lower = times(g, column[..., k:, :])
 
         def solve(right):
             factor = times(right[..., k:, :], inverse)
-            skew = times(right[..., :k, :] + times(factor.mT, turned), inverse)
+            skew = times(right[..., :k, :] + times(factor.mT, weighted_lower), inverse)
             return (skew - skew.mT) / 2, factor
 
         step = solve(gap)
         for _ in range(_CORRECTIONS):
             second = _commute_twice(whole, lift(*step))
             step = solve(gap - times(second / 24 + _commute_twice(whole, second) / 1920, column))
-        # In the null space of G the gap has no counterpart in R^n, so it is weighed by G.
+        # In the null space of G the gap has no counterpart in R^n, so it is weighted by G.
         error = jnp.sum(jnp.square(gap[..., :k, :]), axis=(-2, -1))
         error = error + jnp.sum(gap[..., k:, :] * times(g, gap[..., k:, :]), axis=(-2, -1))
         return (skew + step[0], factor + step[1]), error

@@ -7,10 +7,9 @@ from subspace_jax.linalg import expm, expm_action, eye_like, gram, times
 
 
 def transport(s: jax.Array, skew: jax.Array, normal: jax.Array, c: jax.Array, e: jax.Array) -> jax.Array:
-    """Transports ``D = S C + E`` along the whole of the geodesic with velocity ``S A + N``.
+    """Transports ``D = S C + E`` along the geodesic with velocity ``S A + N``, from time 0 to 1.
 
-    In the turning frame the vector stays of the form ``S C + N F + E P``: the initial normal part, multiplied by
-    ``k x k`` matrices, and what is exchanged with the velocity's.
+    In the rotating frame the vector keeps the form ``S C + N F + E P`` with ``k x k`` matrices C, F and P.
 
     Args:
       s: Frame ``[..., n, k]``.

@@ -4,14 +4,14 @@ A tangent vector at ``S`` is a matrix ``H`` of the same shape with ``S^T H = 0``
 The formulas are those of Edelman, Arias and Smith, "The Geometry of Algorithms with Orthogonality Constraints"
 (physics/9806030), and of arXiv 2308.01547, written through the ``k x k`` Gram matrix ``M = H^T H``: geodesics and
 retractions are ``S c(M) + H d(M)`` for scalar functions c and d, so no ``n x k`` singular value decomposition and no
-``n x n`` matrix occurs, and a step costs a few passes over its arguments.  Where a step of the batch is longer than 4
-(radians, for geodesics), a QR factorisation takes the place of M (under ``vmap``, beside it): results are orthonormal
-however long the step is.
+``n x n`` matrix occurs, and a step costs a few passes over its arguments.  If a step of the batch is longer than 4
+(radians, for geodesics), a QR factorization replaces M (under ``vmap`` both are computed): results are orthonormal for
+steps of any length.
 
 All functions broadcast over leading axes, compute in float32 or wider with full-precision products, and return the
 dtype of their first argument.  Points are float32 or float64 (TypeError otherwise), vectors of any floating-point
-dtype, and steps along coarser ones than float32 are brought into the tangent space first; shapes that don't fit raise
-ValueError.  They can be differentiated once, unless they say otherwise.
+dtype, and those coarser than float32 are projected to the tangent space first; shapes that do not match raise
+ValueError.  They are differentiable once unless stated otherwise.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from subspace_jax import linalg
 from subspace_jax.linalg import gram, spectral, times
-from subspace_jax.manifolds._long_steps import by_length, ended, reflected, transported, with_tangents_of
+from subspace_jax.manifolds._long_steps import bounded_step, by_length, reflected, transported, with_tangents_of
 from subspace_jax.manifolds._long_steps import geodesic as geodesic_by_qr
 from subspace_jax.manifolds._shared import (
     RETRACTIONS,
@@ -229,17 +229,17 @@ def retract(s: jax.Array, h: jax.Array, method: str = "exp") -> jax.Array:
 
 
 def align(s: jax.Array, s_new: jax.Array) -> jax.Array:
-    """Rotation that a step applied to the basis: the polar factor of ``S^T S_new``.
+    """Returns the rotation between two bases: the polar factor of ``S^T S_new``.
 
-    Vectors stored in the old basis are multiplied by it from the right.  Needs ``S^T S_new`` to be regular: no
-    direction has turned by a right angle.
+    Multiply vectors in the old basis by it from the right.  ``S^T S_new`` has to be regular: no principal angle is a
+    right angle.
 
     Args:
       s: Basis before the step, ``[..., n, k]``.
       s_new: Basis after it.
 
     Returns:
-      Orthogonal ``[..., k, k]``; NaN where ``S^T S_new`` is singular relative to its norm.
+      Orthogonal ``[..., k, k]``; NaN if ``S^T S_new`` is singular relative to its norm.
     """
     (s, s_new), cast = working({"s": s, "s_new": s_new})
     return cast(linalg.polar(gram(s, s_new)))
@@ -263,10 +263,10 @@ def _exp(s: jax.Array, h: jax.Array, t: ArrayLike) -> jax.Array:
     return cast(_step(*at_time(t, s, h), "exp"))
 
 
-# Compiled once for each shape also where calls are eager: a `cond` of new functions is a new program.
+# Jitted for eager calls: a `cond` of new functions is a new program.
 @functools.partial(jax.jit, static_argnames="method", inline=True)
 def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
-    """Retraction of ``h``."""
+    """Returns the retraction of ``h``."""
     if method == "qr":
         return qr_retraction(s, h)
     if method == "polar":
@@ -274,10 +274,10 @@ def _step(s: jax.Array, h: jax.Array, method: str) -> jax.Array:
     if method == "cayley":
         return by_length(_short_cayley, reflected, h, s, h)
     long = with_tangents_of(_short_exp, geodesic_by_qr)
-    return by_length(_short_exp, lambda s, h: long(s, _project(s, ended(h))), h, s, h)
+    return by_length(_short_exp, lambda s, h: long(s, _project(s, bounded_step(h))), h, s, h)
 
 
-# Both are S c(M) + H d(M).  What is computed is c - 1 and d - 1, so that a short step has small rounding errors.
+# Both are S c(M) + H d(M), computed from c - 1 and d - 1 for small rounding errors of short steps.
 def _short_cayley(s: jax.Array, h: jax.Array) -> jax.Array:
     c, d = spectral(lambda x: (-x / 2 / (1 + x / 4), -x / 4 / (1 + x / 4)), gram(h, h))
     return s + (h + times(s, c) + times(h, d))
@@ -291,7 +291,7 @@ def _short_exp(s: jax.Array, h: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _transport(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
     long = with_tangents_of(_short_transport, transported)
-    return by_length(_short_transport, lambda s, h, d: long(s, _project(s, ended(h)), d), h, s, h, d)
+    return by_length(_short_transport, lambda s, h, d: long(s, _project(s, bounded_step(h)), d), h, s, h, d)
 
 
 def _short_transport(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:

@@ -3,14 +3,14 @@
 A tangent vector at ``S`` is ``H = S A + N`` with ``A = S^T H`` skew and ``S^T N = 0``.  The metric is the canonical
 one, ``<H, D> = tr(H^T (I - S S^T / 2) D)``, which counts every coordinate of ``A`` once.  Geodesics are those of
 Edelman, Arias and Smith, "The Geometry of Algorithms with Orthogonality Constraints" (physics/9806030), section 2.4.
-They turn ``S`` by the exponential of ``W = N S^T - S N^T + S A S^T``, which maps ``[S, N]`` to itself with the small
-matrix ``[[A, -N^T N], [I, 0]]``; written in that (not orthonormal) basis a step needs neither a QR factorisation nor
-an ``n x n`` matrix, and a normal part of any rank, zero included, is no special case.
+They rotate ``S`` by the exponential of ``W = N S^T - S N^T + S A S^T``, which maps ``[S, N]`` to itself with the small
+matrix ``[[A, -N^T N], [I, 0]]``; in that (not orthonormal) basis a step needs neither a QR factorization nor an
+``n x n`` matrix, and the normal part may have any rank, zero included.
 
-All functions broadcast over leading axes, compute in float32 or wider with full-precision products, and return the
+All functions broadcast over leading axes, compute in float32 or wider with full-precision matmuls, and return the
 dtype of their first argument.  Points are float32 or float64 (TypeError otherwise), vectors of any floating-point
-dtype; shapes that don't fit raise ValueError.  They can be differentiated any number of times, unless they say
-otherwise.  What is tangent up to rounding is treated as tangent.
+dtype; shapes that do not match raise ValueError.  They are differentiable any number of times unless stated
+otherwise.  Vectors that are tangent up to rounding are treated as tangent.
 """
 
 import functools
@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from subspace_jax.linalg import expm, eye_like, gram, times
 from subspace_jax.manifolds._long_steps import (
     by_length,
-    cayley_turned,
-    turned,
+    cayley_rotated,
+    rotated,
     with_tangents_of,
     within_expm_range,
 )
@@ -107,15 +107,16 @@ def inner(s: jax.Array, h: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def exp(s: jax.Array, h: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
-    """Point that the geodesic from ``S`` with velocity ``H`` reaches at time ``t``.
+    """Returns the point of the geodesic from ``S`` with velocity ``H`` at time ``t``.
 
     Args:
       s: Frame ``[..., n, k]``.
       h: Tangent vector at ``s``.
-      t: Time, a scalar, or one for each of the leading axes.
+      t: Time, a scalar or one value per leading axis entry.
 
     Returns:
-      The frame.  A step ends where the 1-norm of what is exponentiated reaches 1024, which is hundreds of radians.
+      The frame.  The length of a step is bounded such that the 1-norm of the exponentiated matrix is at most 1024,
+      which is hundreds of radians.
     """
     (s, h), cast = working({"s": s}, {"h": h})
     return cast(_exp(*at_time(t, s, h)))
@@ -127,7 +128,7 @@ def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
     Args:
       s: Frame ``[..., n, k]``.
       x: Direction, not necessarily tangent.
-      t: Time, a scalar, or one for each of the leading axes.
+      t: Time, a scalar or one value per leading axis entry.
 
     Returns:
       The frame.
@@ -137,16 +138,15 @@ def geodesic(s: jax.Array, x: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
 
 
 def log(s: jax.Array, y: jax.Array, num_iters: int = 20) -> jax.Array:
-    """Tangent vector at ``S`` whose geodesic reaches ``Y`` at time 1; the inverse of :func:`exp`.
+    """Returns the tangent vector at ``S`` whose geodesic reaches ``Y`` at time 1; the inverse of :func:`exp`.
 
-    There is no closed form, and this solves the same equations as Zimmermann (arXiv 1604.05054) in another way: a
-    shooting iteration on ``k x k`` matrices, whose derivative of exp is taken in the frame half-way along the geodesic,
-    where it is the identity up to the second order in the length.  Neither the logarithm of a matrix nor an
-    orthogonal completion is needed.
+    There is no closed form.  This solves the equations of Zimmermann (arXiv 1604.05054) by a shooting iteration on
+    ``k x k`` matrices; the derivative of exp is taken in the frame half-way along the geodesic, where it is the
+    identity up to second order in the length.  No matrix logarithm and no orthogonal completion is needed.
 
     Domain: geodesics are unique up to the injectivity radius, at least ``sqrt(4/5) pi`` = 2.81 (Rentmeesters' curvature
     bound, quoted in arXiv 2403.03782).  At distance 1.5 six iterations reach 1e-12, at 2.2 ten; 20 reach 1e-8 or
-    better up to 2.7.  Further away the geodesic that is found may not be the shortest, or none is found.
+    better up to 2.7.  Beyond that the geodesic found may not be the shortest, or none is found.
 
     Args:
       s: Frame ``[..., n, k]``.
@@ -154,8 +154,8 @@ def log(s: jax.Array, y: jax.Array, num_iters: int = 20) -> jax.Array:
       num_iters: Iterations, static.
 
     Returns:
-      The tangent vector; NaN where the iteration has not reached ``Y`` to the root of the machine precision, as for
-      frames with ``k = n`` of opposite orientation, which no geodesic joins.
+      The tangent vector; NaN if the iteration has not reached ``Y`` to the square root of the machine precision, as for
+      frames with ``k = n`` of opposite orientation, which no geodesic connects.
 
     Raises:
       ValueError: ``num_iters`` is below 1.
@@ -174,8 +174,8 @@ def dist(s: jax.Array, y: jax.Array, num_iters: int = 20) -> jax.Array:
       num_iters: Iterations, static.
 
     Returns:
-      ``[...]``, at least float32, NaN where :func:`log` is.  Its derivative is 0 where the frames are the
-      same up to rounding.
+      ``[...]``, at least float32, NaN where :func:`log` is.  Its derivative is 0 for frames that are equal up to
+      rounding.
 
     Raises:
       ValueError: ``num_iters`` is below 1.
@@ -188,9 +188,9 @@ def dist(s: jax.Array, y: jax.Array, num_iters: int = 20) -> jax.Array:
 
 
 def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 1.0) -> jax.Array:
-    """Carries a tangent vector along the geodesic ``exp(S, t H)``; an isometry of the canonical metric.
+    """Transports a tangent vector along the geodesic ``exp(S, t H)``; an isometry of the canonical metric.
 
-    In the frame that turns with the geodesic, transport is a linear differential equation with constant coefficients:
+    In the frame that rotates with the geodesic, transport is a linear differential equation with constant coefficients:
     for ``D = S C + E`` it is ``C' = -([A, C] - N^T E + E^T N) / 2``, ``E' = (E A - N C) / 2`` (the quotient metric is
     naturally reductive; Edelman, Arias and Smith, section 2.2.3, do it for the Euclidean metric).  It is solved by the
     exponential of its ``k x k`` coordinates, to working precision and not by a time stepper.
@@ -199,7 +199,7 @@ def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 
       s: Frame ``[..., n, k]``.
       h: Velocity of the geodesic, tangent at ``s``.
       d: Tangent vector at ``s``.
-      t: Time, a scalar, or one for each of the leading axes.
+      t: Time, a scalar or one value per leading axis entry.
 
     Returns:
       Tangent vector at ``exp(s, h, t)``; NaN where the longest step of the batch is longer than about 13.
@@ -210,12 +210,12 @@ def parallel_transport(s: jax.Array, h: jax.Array, d: jax.Array, t: ArrayLike = 
 
 
 def projection_transport(s_new: jax.Array, d: jax.Array) -> jax.Array:
-    """Carries a tangent vector to a near point by projecting it there: cheap, but no isometry.
+    """Transports a tangent vector to a nearby point by projection: cheap, but no isometry.
 
     It follows the embedded metric, not the canonical one, and differs from :func:`parallel_transport` by O(step).
 
     Args:
-      s_new: Frame to which it is carried, ``[..., n, k]``.
+      s_new: Target frame, ``[..., n, k]``.
       d: The vector.
 
     Returns:
@@ -233,7 +233,7 @@ def retract(s: jax.Array, h: jax.Array, method: str = "exp") -> jax.Array:
 
     Args:
       s: Frame ``[..., n, k]``.
-      h: Tangent vector at ``s``, the whole step.
+      h: Tangent vector at ``s``, the step.
       method: "exp", "qr", "polar" or "cayley".
 
     Returns:
@@ -255,16 +255,16 @@ def _project(s: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _parts(s: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Skew and normal part of a tangent vector."""
+    """Returns the skew and the normal part of a tangent vector."""
     overlap = gram(s, h)
     return (overlap - overlap.mT) / 2, h - times(s, overlap)
 
 
-# Compiled once for each shape also where calls are eager: a `cond` of new functions is a new program.
+# Jitted for eager calls: a `cond` of new functions is a new program.
 @functools.partial(jax.jit, inline=True)
 def _exp(s: jax.Array, h: jax.Array) -> jax.Array:
     def long(s, h):
-        return with_tangents_of(_short_exp, turned)(s, *within_expm_range(*_parts(s, h)))
+        return with_tangents_of(_short_exp, rotated)(s, *within_expm_range(*_parts(s, h)))
 
     return by_length(lambda s, h: _short_exp(s, *_parts(s, h)), long, h, s, h)
 
@@ -272,14 +272,14 @@ def _exp(s: jax.Array, h: jax.Array) -> jax.Array:
 def _short_exp(s: jax.Array, skew: jax.Array, normal: jax.Array) -> jax.Array:
     normal, size = unit_normal(normal)
     eye, k = eye_like(skew), skew.shape[-1]
-    turn = expm(jnp.block([[skew, -size * gram(normal, normal)], [size * eye, jnp.zeros_like(skew)]]))[..., :k]
-    return times(s, turn[..., :k, :]) + times(normal, turn[..., k:, :])
+    rotation = expm(jnp.block([[skew, -size * gram(normal, normal)], [size * eye, jnp.zeros_like(skew)]]))[..., :k]
+    return times(s, rotation[..., :k, :]) + times(normal, rotation[..., k:, :])
 
 
 @functools.partial(jax.jit, inline=True)
 def _cayley(s: jax.Array, h: jax.Array) -> jax.Array:
     def long(s, h):
-        return with_tangents_of(_short_cayley, cayley_turned)(s, *within_expm_range(*_parts(s, h)))
+        return with_tangents_of(_short_cayley, cayley_rotated)(s, *within_expm_range(*_parts(s, h)))
 
     return by_length(lambda s, h: _short_cayley(s, *_parts(s, h)), long, h, s, h)
 

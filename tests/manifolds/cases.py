@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ def projector(s):
 def same_point(manifold, got, want, atol):
     """Frames are compared as they are, subspaces by their projectors."""
     show = projector if manifold is grassmann else np.asarray
-    np.testing.assert_allclose(show(got), show(want), atol=atol)
+    chex.assert_trees_all_close(show(got), show(want), rtol=1e-7, atol=atol)
 
 
 def stencil(f, h=1e-3):
