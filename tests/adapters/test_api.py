@@ -117,7 +117,7 @@ def test_bind_of_sharded_trees_gives_the_logits_of_one_device(name):
         chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", ["tables", "full"])
+@pytest.mark.parametrize("name", ["tables", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_checkpoint_restores_the_trainable_tree(name, tmp_path):
     _, _, trainable = prepared(name)
     with ocp.StandardCheckpointer() as saver:

@@ -144,7 +144,7 @@ def test_new_adapters_give_the_outputs_of_the_weight(kind):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in ("stacked", "conv") else pytest.mark.slow) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind == "conv" else pytest.mark.slow) for kind in KINDS]
 )
 def test_sharded_weights_give_the_outputs_and_gradients_of_one_device(kind):
     _, base, _, moved, x = case(kind)
