@@ -90,6 +90,7 @@ def test_the_end_of_a_task_drops_all_but_the_history():
     )
 
 
+@pytest.mark.slow
 def test_a_first_direction_that_holds_the_threshold_is_kept_if_asked_for():
     g = gaussian((8, 1)) @ gaussian((1, 6), 1)
     tx = optim.coso(0.1, 2, 3, method="svd")

@@ -43,7 +43,7 @@ def degenerate():
     return {"stack": {"a": a, "b": b}, "wide": wide, "one": one}
 
 
-@pytest.mark.parametrize("name", rest_slow(MAKERS, "adaprelora, undamped"))
+@pytest.mark.parametrize("name", rest_slow(MAKERS, "scaled_gd_lora, undamped"))
 def test_factors_of_any_rank_are_stepped(name):
     params = degenerate()
     if name == "lora_rite":

@@ -112,6 +112,7 @@ def test_lora_plus_is_adam_with_more_for_b_and_next_to_nothing_for_tables():
     jax.tree.map(lambda g, e, f: np.testing.assert_allclose(g, f * e, rtol=1e-5), got, expected, factors)
 
 
+@pytest.mark.slow
 def test_the_path_of_lora_rite_is_the_same_in_every_basis(x64):
     tree = pair((), dtype=jnp.float64)
     rng = np.random.default_rng(1)

@@ -51,7 +51,6 @@ def test_at_full_rank_nothing_is_lost(side, method):
     ("method", "side"),
     rest_slow(
         itertools.product(["randomized", "subspace_iteration"], ["left", "right", "full"]),
-        ("subspace_iteration", "full"),
     ),
 )
 def test_fast_refreshes_find_the_leading_subspace(method, side):

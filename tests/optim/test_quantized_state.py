@@ -63,7 +63,8 @@ def test_what_is_not_finite_is_seen():
     assert not jnp.any(jnp.isfinite(values))
 
 
-@pytest.mark.parametrize("dtype", rest_slow(quantized.DTYPES, "bfloat16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", quantized.DTYPES)
 def test_an_average_of_nothing_decays(dtype):
     """Rounded to the nearest, a bfloat16 times 0.999 never changes."""
     tx = optim.quantize_state(optax.ema(0.999, debias=False), dtype)
