@@ -70,7 +70,8 @@ def _completed(found: Mapping[str, Any], template: Mapping[str, Any], prefix: st
         if isinstance(default, dict):
             if not isinstance(value, dict):
                 raise ValueError(f"{name}: expected the fields {', '.join(default)}, got {shown(value)}")
-            out[key] = _completed(value, default, f"{name}.")
+            # Keyword arguments are those of what the config names, not those of the template's choice.
+            out[key] = value if key == "kwargs" else _completed(value, default, f"{name}.")
             continue
         try:
             out[key] = as_type_of(default, value)

@@ -29,11 +29,18 @@ SETTINGS = (
 STEPS = (15, 20)  # the newest two of a run that also saves between evaluations
 
 
+def config_of(num_steps):
+    config = low_rank_regression.default_config()
+    with config.unlocked():
+        config.optim.kwargs = {}  # those of another optimizer
+    return train.override(config, [*SETTINGS, f"train.steps={num_steps}"])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run of twenty steps: its folder, what restores a state, and the states of its checkpoints."""
     folder = tmp_path_factory.mktemp("run")
-    config = train.override(low_rank_regression.default_config(), [*SETTINGS, "train.steps=20"])
+    config = config_of(20)
     train.run(config, folder, progress=False)
     run = train.build(config)
     (phase,) = run.phases
@@ -121,7 +128,7 @@ def test_restore_of_100_damaged_checkpoints_gives_saved_bits_or_an_error_that_na
 
 def test_run_resumed_from_a_damaged_checkpoint_ends_with_the_bits_of_an_uninterrupted_run(saved, tmp_path):
     source, _, _ = saved
-    config = train.override(low_rank_regression.default_config(), [*SETTINGS, "train.steps=30"])
+    config = config_of(30)
     shutil.copytree(source, tmp_path / "whole")
     expected = jax.device_get(train.run(config, tmp_path / "whole", progress=False).state)
     rng, wrong = np.random.default_rng(1), []

@@ -272,3 +272,12 @@ def test_complete_config_fills_what_an_earlier_version_did_not_write_and_refuses
 def test_check_run_fields_names_the_field_that_is_out_of_range(config, setting, message):
     with pytest.raises(ValueError, match=message):
         fields.check_run_fields(train.override(config, [setting]))
+
+
+def test_complete_config_keeps_the_keyword_arguments_of_an_optimizer_as_they_are(config):
+    with config.unlocked():
+        config.optim.kwargs = {"momentum": 0.5}
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.optim.kwargs = {}
+    assert fields.complete_config(other, config).optim.kwargs.to_dict() == {}
