@@ -27,8 +27,8 @@ figures-table: $(VENV)/.base  ## the tables of README.md and docs/methods, from 
 # the code that users get.
 test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
 test: $(VENV)/.test  ## everything that is quick, but for the docs
-	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS:%=--ignore=%)
-	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
+	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%)
+	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
 
 test-docs: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
 test-docs: $(VENV)/.test  ## the code on pages and in docstrings, notebooks in fast mode, and the site

@@ -3,10 +3,13 @@
 Tests that shard are marked ``eight_devices`` and run in processes of eight: ``pytest --cpu-devices 8``.
 """
 
+import collections
 import gc
 import itertools
+import math
 import os
 import pathlib
+import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -44,6 +47,12 @@ def pytest_addoption(parser):
         choices=(1, 8),
         help="CPU devices of each process: 8 runs the tests marked eight_devices, 1 (the default) all others",
     )
+    parser.addoption(
+        "--seconds-per-file",
+        type=float,
+        default=math.inf,
+        help="processor time that the tests of one file may take; a file that takes more fails the run",
+    )
 
 
 def pytest_configure(config):
@@ -57,6 +66,44 @@ def pytest_collection_modifyitems(config, items):
     if other:
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if (item.get_closest_marker("eight_devices") is not None) == sharded]
+
+
+_seconds = collections.Counter()  # processor time of the tests of each file, summed where reports come together
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    item.began = time.process_time()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    now = time.process_time()
+    report.processor_seconds, item.began = now - item.began, now
+    return report
+
+
+def pytest_runtest_logreport(report):
+    _seconds[report.nodeid.partition("::")[0]] += getattr(report, "processor_seconds", 0.0)
+
+
+def pytest_sessionfinish(session):
+    if max(_seconds.values(), default=0.0) > session.config.getoption("--seconds-per-file"):
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the files that take longest, and those that take too long."""
+    limit = config.getoption("--seconds-per-file")
+    if limit == math.inf:
+        return
+    terminalreporter.section("processor time of files")
+    for name, seconds in _seconds.most_common(15):
+        excess = f": more than {limit:g} s, mark some of its tests slow" if seconds > limit else ""
+        terminalreporter.write_line(f"{seconds:6.1f} s  {name}{excess}")
+    terminalreporter.write_line(f"{_seconds.total():6.1f} s  in all")
 
 
 # A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker
