@@ -146,7 +146,7 @@ def test_a_column_of_zeros_has_a_gradient_of_zeros():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("mode", rest_slow(AxisType.Explicit, AxisType.Auto))
 @pytest.mark.parametrize(
     "spec", [("fsdp", "tensor"), *(pytest.param(x, marks=pytest.mark.slow) for x in (("fsdp", None), (None, "tensor")))]
 )

@@ -29,6 +29,7 @@ def test_defect_is_known_to_a_rounding_of_the_identity(n, k):
     chex.assert_trees_all_close(jax.jit(defect)(s), exact.mT @ exact - np.eye(k), rtol=0, atol=1.2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", rest_slow(AxisType.Explicit, AxisType.Auto))
 @pytest.mark.parametrize("spec", rest_slow(P("data", "model"), P("data")), ids=["classes and n", "classes"])
@@ -202,6 +203,7 @@ def test_the_op_over_devices_is_that_of_one(mode, spec):
     chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("implementation", rest_slow("xla", INTERPRET))
 def test_under_shard_map_classes_of_a_shard_are_its_own(implementation):
