@@ -85,7 +85,7 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
       config: The config; it is left as it was.
       settings: Assignments with dotted names; values are Python literals, text needs no quotes.  A field that holds a
         tuple takes ``(4, 8)``, ``[4, 8]`` and ``4,8``.  Fields of ``optim.kwargs`` and ``optim.manifold.kwargs`` may be
-        new.
+        new.  Another ``optim.name`` or ``optim.manifold.name`` drops the keyword arguments of the optimizer before.
 
     Returns:
       The changed config.
@@ -94,6 +94,14 @@ def override(config: ConfigDict, settings: Iterable[str]) -> ConfigDict:
       ValueError: A field is unknown (the nearest known one is named), or a value is of another type.
     """
     config = config.copy_and_resolve_references().lock()
+    settings = list(settings)
+    chosen, fields = dict(setting.partition("=")[::2] for setting in settings), flatten(config)
+    for path in _ARGUMENTS:
+        name = path.replace("kwargs", "name")
+        if name in chosen and chosen[name] != fields.get(name, chosen[name]):
+            owner = config.optim if path == _ARGUMENTS[0] else config.optim.manifold
+            with owner.unlocked():
+                owner.kwargs = ConfigDict()
     known = flatten(config)
     for setting in settings:
         name, equals, text = setting.partition("=")

@@ -281,3 +281,15 @@ def test_complete_config_keeps_the_keyword_arguments_of_an_optimizer_as_they_are
     with other.unlocked():
         other.optim.kwargs = {}
     assert fields.complete_config(other, config).optim.kwargs.to_dict() == {}
+
+
+def test_override_with_another_optimizer_drops_the_keyword_arguments_of_the_one_before():
+    config = train.default_config()
+    config.optim.name, config.optim.kwargs = "sgd", {"momentum": 0.9}
+    kept = train.override(config, ["optim.kwargs.weight_decay=0.1"]).optim
+    assert kept.kwargs.to_dict() == {"momentum": 0.9, "weight_decay": 0.1}
+    same = train.override(config, ["optim.name=sgd"]).optim
+    assert same.kwargs.to_dict() == {"momentum": 0.9}
+    other = train.override(config, ["optim.kwargs.rank=4", "optim.name=galore"]).optim
+    assert other.kwargs.to_dict() == {"rank": 4}
+    assert config.optim.kwargs.to_dict() == {"momentum": 0.9}
