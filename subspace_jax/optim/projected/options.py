@@ -36,7 +36,7 @@ class ProjectionOptions(NamedTuple):
         cosines.  A moment that changes sign with the gradient is a first moment, one that is never negative a second
         one; transforms with other moments are refused.  Step counters stay in any case.
       staggered: Whether leaves, and the slices of a stack along its first axis, are refreshed in turns over
-        ``refresh_every`` steps, else all at once.  That axis had better not be sharded.  The first step refreshes all.
+        ``refresh_every`` steps, else all at once.  Keep that axis unsharded.  The first step refreshes all.
       weight_dimension_numbers: ``optax.contrib.MuonDimensionNumbers`` of kernels that are not ``[..., m, n]``: one for
         all leaves, a tree like the parameters, or a function of the parameters that returns such a tree.  Leaves that
         a tree lacks are ``[..., m, n]``.
