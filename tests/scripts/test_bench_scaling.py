@@ -33,12 +33,12 @@ def run(scaling, monkeypatch, *arguments):
 
 
 @pytest.mark.slow
-def test_plans_are_kept_shown_and_drawn(scaling, monkeypatch, tmp_path, capsys):
+def test_plans_are_saved_shown_and_plotted(scaling, monkeypatch, tmp_path, capsys):
     kept, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     run(scaling, monkeypatch, "--only", "grows", "--chips", "2", "--json", kept)
     run(scaling, monkeypatch, "--json", kept, "--plot", picture)
-    rows = {name: [plan["rows"] for plan in plans] for name, plans in json.loads(kept.read_text()).items()}
-    assert rows == {"grows": [16, 32], "fixed": [64, 64]}
+    examples = {name: [plan["examples"] for plan in plans] for name, plans in json.loads(kept.read_text()).items()}
+    assert examples == {"grows": [16, 32], "fixed": [64, 64]}
     shown = capsys.readouterr().out
     assert shown.count("grows h100:2 …") == 1  # the second run had it
     last = [line for line in shown.splitlines() if line.startswith("| fixed | h100:4")][-1]
