@@ -78,6 +78,8 @@ class TaskEvaluator(Evaluator):
     def finish(self, **collected):
         """Divides the sums by their count; raises ValueError where there is no example."""
         ((name, sums),) = collected.items()
+        if "count" not in sums:
+            raise ValueError(f"evaluate: expected 'count' among the sums, got {sorted(sums)}")
         count = float(sums["count"])
         if not count:
             raise ValueError(f"evaluate: the set {name!r} gave no example")

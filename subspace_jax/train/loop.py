@@ -18,6 +18,7 @@ from subspace_jax.train.host import on_first_process, run_on_host
 from subspace_jax.train.interruptions import Preempted, Preemption, Timed
 from subspace_jax.train.lock import locked
 from subspace_jax.train.metrics_log import plot_curves
+from subspace_jax.train.periods import Periods, due
 from subspace_jax.train.phases import At, DataSpec, Phase, Row, Run
 from subspace_jax.train.placement import placed, without_aliases
 from subspace_jax.train.programs import Programs, check_data, check_run
@@ -195,6 +196,8 @@ class _Loop:
         while taken < phase.num_steps:
             if taken % round_steps == 0:
                 if taken and self.stops(phase):
+                    if self.begun != int(state.step):
+                        self.save(index, state, self.metrics)
                     self.evaluate(index, state, (True,))
                     break
                 state = self.refresh(index, state, taken // round_steps)
@@ -208,7 +211,7 @@ class _Loop:
     def carry_out_round(self, index: int, state: TrainState, steps: range, preemption: Preemption) -> TrainState:
         """Takes these steps, counted within the phase; the last of them ends the round."""
         run, phase, start = self.run, self.run.phases[index], int(state.phase_start)
-        every = _Every.of(run, phase, self.data)
+        every = Periods.of(run, phase, self.data)
         train_step, place = self.programs.step(phase), batch_sharding(run.mesh, run.rules)
         waiting: deque[jax.Array] = deque()
         is_last_phase = index + 1 == len(run.phases)
@@ -227,7 +230,7 @@ class _Loop:
                 if ends_round or taken % every.log == 0:
                     self.add_row(index, step, "train", {k: float(v) for k, v in jax.device_get(metrics).items()})
                 fresh = None
-                if ends_round or _due(every.evaluate, taken):
+                if ends_round or due(every.evaluate, taken):
                     fresh = self.evaluate(index, state, (False, ends))
                 if ends or every.due_to_save(taken) or (phase.best and fresh):
                     self.save(index, state, fresh)
@@ -318,6 +321,8 @@ class _Loop:
         if phase.refresh is None:
             return state
         new = phase.refresh(state, self.at(index, state, index, number))
+        if not isinstance(new, TrainState):
+            raise ValueError(f"phase {phase.name!r}: refresh: expected a TrainState, got {type(new).__name__}")
         abstract, shardings = self.programs.states(phase)
         where = f"phase {phase.name!r}: refresh: "
         parts = {
@@ -343,7 +348,13 @@ class _Loop:
         abstract, shardings = self.programs.states(phase)
         params, variables, opt_state = state.params, state.variables, None
         if phase.enter is not None:
-            params, variables, opt_state = phase.enter(state, self.at(max(index - 1, 0), state, index, 2**32 - 1))
+            entered = phase.enter(state, self.at(max(index - 1, 0), state, index, 2**32 - 1))
+            if not isinstance(entered, tuple) or len(entered) != 3:
+                what = f"{len(entered)} values" if isinstance(entered, tuple) else type(entered).__name__
+                raise ValueError(
+                    f"phase {phase.name!r}: enter: expected (params, variables, opt_state or None), got {what}"
+                )
+            params, variables, opt_state = entered
         where = f"phase {phase.name!r}: enter: "
         params = placed(f"{where}params", params, abstract.params, shardings.params)
         variables = placed(f"{where}variables", variables, abstract.variables, shardings.variables)
@@ -359,30 +370,6 @@ class _Loop:
         parts = {"params": params, "variables": variables, "opt_state": opt_state}
         self.data = self.batches = self.position = None
         return dataclasses.replace(state, phase_start=jax.numpy.copy(state.step), **without_aliases(parts))
-
-
-class _Every(NamedTuple):
-    """After how many steps of a phase something is due; 0 at the end of rounds or phases only."""
-
-    log: int
-    evaluate: int
-    checkpoint: int
-
-    @classmethod
-    def of(cls, run: Run, phase: Phase, data: DataSpec) -> "_Every":
-        def steps(period: int | None) -> int:
-            return data.steps_per_epoch if period is None else period
-
-        return cls(run.log_every, steps(run.eval_every), steps(run.checkpoint_every))
-
-    def due_to_save(self, taken: int) -> bool:
-        # Also in the middle: a checkpoint is complete at the latest when the next is due, and then the one before it
-        # is one interval old.
-        return _due(self.checkpoint, taken) or (self.checkpoint > 1 and taken % self.checkpoint == self.checkpoint // 2)
-
-
-def _due(period: int, taken: int) -> bool:
-    return period > 0 and taken % period == 0
 
 
 def _with_seed(state: TrainState, run: Run, shardings: TrainState) -> TrainState:

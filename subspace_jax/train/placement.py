@@ -11,20 +11,29 @@ PyTree = Any
 
 def placed(name: str, tree: PyTree, abstract: PyTree, shardings: PyTree) -> PyTree:
     """Puts what host code returns onto its shardings; raises ValueError where it has other shapes."""
+    check_shapes(name, tree, abstract)
+
+    def one(x, sharding):
+        is_global = isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable)
+        return jax.device_put(x if is_global else np.asarray(x), sharding)
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def check_shapes(name: str, tree: PyTree, abstract: PyTree) -> None:
+    """Raises ValueError where a tree has another structure, or an array another shape or dtype."""
     if jax.tree.structure(tree) != jax.tree.structure(abstract):
         raise ValueError(f"{name}: expected {jax.tree.structure(abstract)}, got {jax.tree.structure(tree)}")
 
-    def one(path, x, expected, sharding):
+    def one(path, x, expected):
         if (np.shape(x), jnp.result_type(x)) != (expected.shape, expected.dtype):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"{name}/{where}: expected {expected.dtype}{list(expected.shape)}, got "
                 f"{jnp.result_type(x)}{list(np.shape(x))}"
             )
-        is_global = isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable)
-        return jax.device_put(x if is_global else np.asarray(x), sharding)
 
-    return jax.tree_util.tree_map_with_path(one, tree, abstract, shardings)
+    jax.tree_util.tree_map_with_path(one, tree, abstract)
 
 
 def without_aliases(tree: PyTree) -> PyTree:

@@ -1,6 +1,6 @@
 """What a run compiles, and what is checked of it on shapes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,12 +83,14 @@ def check_run(run: Run) -> None:
     for name in ("data_timeout", "max_skipped"):
         if getattr(run, name) < 0:
             raise ValueError(f"{name}: expected at least 0, got {getattr(run, name)}")
+    if not isinstance(run.phases, tuple) or not all(isinstance(phase, Phase) for phase in run.phases):
+        raise ValueError(f"phases: expected a tuple of Phase, got {type(run.phases).__name__}")
     names = [phase.name for phase in run.phases]
     if len(set(names)) < len(names):
         raise ValueError(f"phases: expected names that differ, got {names}")
     for phase in run.phases:
         _check_phase(phase)
-        if isinstance(phase.data, DataSpec):
+        if not callable(phase.data):
             check_data(phase, phase.data, run)
     _check_best(run)
 
@@ -98,10 +100,26 @@ def _check_phase(phase: Phase) -> None:
         raise ValueError(f"num_steps: expected at least 1 in phase {phase.name!r}, got {phase.num_steps}")
     if phase.tx is None:
         raise ValueError(f"tx: expected an optimizer in phase {phase.name!r}, got none; a config names one")
+    for tx in phase.tx.values() if isinstance(phase.tx, Mapping) else (phase.tx,):
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise ValueError(f"tx: expected an Optax transform in phase {phase.name!r}, got {tx!r}")
+    _check_roles(phase.task)
     if phase.round_steps < 0:
         raise ValueError(f"round_steps: expected at least 0 in phase {phase.name!r}, got {phase.round_steps}")
     if phase.stop is not None and not phase.round_steps:
         raise ValueError(f"stop: it is called between rounds; expected round_steps in phase {phase.name!r}, got 0")
+
+
+def _check_roles(task: Task) -> None:
+    """A role of no parameter is a misspelt path."""
+    roles = task.roles()
+    if not roles:
+        return
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+    for path in roles:
+        if not any(f"{known}/".startswith(f"{path}/") for known in paths):
+            raise ValueError(f"roles: expected paths of parameters, got {path!r}{nearest(path, paths)}")
 
 
 def check_data(phase: Phase, data: DataSpec, run: Run) -> None:
@@ -112,14 +130,27 @@ def check_data(phase: Phase, data: DataSpec, run: Run) -> None:
       data: Its data.
       run: The run, with its mesh.
     """
+    if not isinstance(data, DataSpec):
+        raise ValueError(f"data: expected a DataSpec in phase {phase.name!r}, got {type(data).__name__}")
     check_batch_size(num_examples(data.batch), run.mesh, run.rules, run.accumulate)
     for name, evaluator in phase.task.evaluators().items():
+        _check_evaluator(name, evaluator)
         for set_name in evaluator.sets:
             if set_name not in data.evaluate:
                 raise ValueError(f"data.evaluate: no set {set_name!r} for {name!r}; there are {sorted(data.evaluate)}")
             shapes = evaluation_shapes(data, set_name)
             examples = num_examples(shapes) * jax.process_count()
             check_batch_size(examples, run.mesh, run.rules, name="eval_batch_size")
+
+
+def _check_evaluator(name: str, evaluator: Any) -> None:
+    if not isinstance(evaluator, Evaluator):
+        raise ValueError(f"evaluators: expected an Evaluator as {name!r}, got {evaluator!r}")
+    for field in ("sets", "metrics"):
+        if isinstance(getattr(evaluator, field), str):
+            raise ValueError(f"{field}: expected a tuple of names in {name!r}, got {getattr(evaluator, field)!r}")
+    if evaluator.reduce not in ("sum", "rows"):
+        raise ValueError(f"reduce: expected 'sum' or 'rows' in {name!r}, got {evaluator.reduce!r}")
 
 
 def num_examples(batch: Any) -> int:

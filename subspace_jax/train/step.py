@@ -22,6 +22,7 @@ from subspace_jax.train.context import (
     use_remat,
 )
 from subspace_jax.train.phases import Optimizer
+from subspace_jax.train.placement import check_shapes
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, batch_sharding, opt_state_shardings, param_shardings
 from subspace_jax.train.task import Batch, Metrics, Task, without
 
@@ -61,6 +62,8 @@ class TrainState:
 def init_optimizer(tx: Optimizer, params: PyTree) -> PyTree:
     """Returns the state of a transform, or of one for each entry that a dict names."""
     if isinstance(tx, Mapping):
+        if not tx or not tx.keys() <= params.keys():
+            raise ValueError(f"tx: expected entries of the parameters {sorted(params)}, got {sorted(tx)}")
         return {entry: transform.init(params[entry]) for entry, transform in tx.items()}
     return tx.init(params)
 
@@ -226,6 +229,8 @@ def make_train_step(
         whole = {**variables, **held} if held else variables
         params, variables = task.after_update(params, whole, key=after_key, step=count)
         new = (params, without(variables, task.frozen), opt_state)
+        for name, i in (("params", 0), ("variables", 1)):
+            check_shapes(f"after_update: {name}", new[i], old[i])
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & _stays_finite(old, new)
         # Not by `cond`: the compiler would keep the old arrays, or compute the new ones twice.
         params, variables, opt_state = jax.tree.map(functools.partial(jax.lax.select, finite), new, old)
@@ -278,6 +283,10 @@ class _Turn:
         (loss, (variables, metrics)), grads = self.task.gradients(
             params, whole, batch, key=key, step=self.step, wrt=self.entry
         )
+        check_shapes("loss: variables", without(variables, self.task.frozen), without(whole, self.task.frozen))
+        shapes = {name: jnp.shape(x) for name, x in {"loss": loss, **metrics}.items() if jnp.ndim(x)}
+        if shapes:
+            raise ValueError(f"loss: expected scalars as loss and metrics, got shapes {shapes}")
         return without(variables, self.task.frozen), (grads, {"loss": loss, **metrics})
 
     def _divide(self, x):

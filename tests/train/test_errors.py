@@ -3,6 +3,7 @@
 import re
 
 import jax
+import numpy as np
 import optax
 import pytest
 
@@ -118,6 +119,9 @@ def test_a_mesh_without_the_axes_of_the_rules_is_named(fit, tmp_path):
         ({"tx": None}, "tx: expected an optimizer in phase 'train', got none"),
         ({"stop": lambda rows: True}, "stop: it is called between rounds; expected round_steps in phase 'train'"),
         ({"round_steps": -1}, "round_steps: expected at least 0"),
+        ({"tx": "adam"}, "tx: expected an Optax transform in phase 'train', got 'adam'"),
+        ({"tx": {"v": optax.sgd(0.1)}}, r"tx: expected entries of the parameters \['w'\], got \['v'\]"),
+        ({"data": arrays(32)}, "data: expected a DataSpec in phase 'train', got dict"),
         ({"best": "max:f1"}, r"best: evaluation gives \['loss'\], got 'max:f1'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -130,6 +134,22 @@ def test_fit_refuses_a_phase_that_can_not_be(fields, message, tmp_path):
     with pytest.raises(ValueError, match=r"phases: expected names that differ, got \['a', 'a'\]"):
         train.fit(train.Run((phase._replace(name="a"),) * 2, workdir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "message"),
+    [
+        ("roles", {"ww": "no_decay"}, "roles: expected paths of parameters, got 'ww'; did you mean 'w'"),
+        ("evaluators", {"rank": train.Evaluator}, "evaluators: expected an Evaluator as 'rank', got <class"),
+        ("after_update", ({"w": np.zeros(4, np.float32)}, {}), r"after_update: params/w: expected float32\[8\], got"),
+        ("loss", (np.float32(0), ({}, {})), "loss: variables: expected PyTreeDef"),
+    ],
+)
+def test_fit_refuses_what_a_task_returns(method, returned, message, fit, tmp_path):
+    task, data = regression()
+    setattr(task, method, lambda *args, **kwargs: returned)
+    with pytest.raises(ValueError, match=message):
+        fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path)
 
 
 def test_a_folder_without_a_run_and_a_run_without_a_checkpoint_are_told_apart(tmp_path):

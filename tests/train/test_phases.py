@@ -93,6 +93,28 @@ def test_fit_carries_out_phases_in_order_and_hooks_see_their_rows(uninterrupted)
     assert result.metrics.keys() == {"loss"}
 
 
+def test_fit_saves_the_state_at_which_a_phase_stops(tmp_path):
+    task, data = regression()
+    phase = train.Phase("rounds", task, data, 9, SGD, round_steps=2, stop=lambda rows: rows[-1]["step"] >= 4)
+    run = train.Run((phase,), workdir=tmp_path, progress=False)
+    result, again = train.fit(run), train.fit(run)
+    assert int(result.state.step) == 4
+    assert_same_bits(again.state, result.state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"refresh": lambda state, at: state.params}, "phase 'train': refresh: expected a TrainState, got dict"),
+        ({"enter": lambda state, at: (state.params, {})}, r"phase 'train': enter: expected \(params, .*, got 2 values"),
+    ],
+)
+def test_fit_refuses_what_host_code_returns(fields, message, tmp_path):
+    task, data = regression()
+    with pytest.raises(ValueError, match=message):
+        train.fit(train.Run((train.Phase("train", task, data, 1, SGD, **fields),), workdir=tmp_path, progress=False))
+
+
 @pytest.mark.parametrize(
     "at", [6, 8, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14))]
 )
