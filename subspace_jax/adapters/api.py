@@ -38,6 +38,7 @@ def init(key: jax.Array, params: PyTree, settings: Rules) -> PyTree:
       ValueError: A rule matches nothing, or a config changes the frozen weight and needs :func:`prepare`.
       TypeError: A weight is not floating point.
     """
+    _check_settings(settings)
     for config in settings.values():
         if not config.keeps_base:
             raise ValueError(f"settings: {config} changes the frozen weight or factors it; call prepare instead")
@@ -66,6 +67,7 @@ def prepare(
       ValueError: A rule matches nothing, or a config does not fit its weight.
       TypeError: A weight is not floating point, or is quantized and would have to be factored or trained.
     """
+    _check_settings(settings)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
     gradient_at = {} if gradients is None else bases_of(gradients)
     weights = {path_of(path): leaf for path, leaf in leaves}
@@ -85,6 +87,14 @@ def prepare(
         base.append(frozen)
         insert(trainable, path, arrays)
     return jax.tree_util.tree_unflatten(treedef, base), trainable
+
+
+def _check_settings(settings: Rules) -> None:
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings: expected a dict of rules and adapter configs, got {settings!r}")
+    for rule, config in settings.items():
+        if not isinstance(config, AdapterConfig):
+            raise TypeError(f"settings: expected an adapter config for {rule!r}, such as LoRA(8, 16.0), got {config!r}")
 
 
 def bind(params: PyTree, trainable: PyTree, settings: Rules, *, key: jax.Array | None = None) -> PyTree:

@@ -18,7 +18,11 @@ def near_methods(query: str) -> tuple[Method, ...]:
     words = [set(re.findall(r"[\w+.-]{3,}", _text(method))) for method in METHODS]
     scores = {}
     for method, known in zip(METHODS, words, strict=True):
-        near = [(word, other) for word in query.lower().split() for other in difflib.get_close_matches(word, known)]
+        near = [
+            (word, other)
+            for word in query.lower().split()
+            for other in difflib.get_close_matches(word, known, cutoff=0.75)
+        ]
         if near:
             scores[method.name] = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in near)
     return tuple(sorted((m for m in METHODS if m.name in scores), key=lambda m: -scores[m.name]))[:3]

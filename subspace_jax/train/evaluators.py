@@ -134,8 +134,7 @@ class Evaluations:
                 batches.close()
             if found[name_of_set] is None:
                 raise ValueError(f"data.evaluate: the set {name_of_set!r} gave no batch")
-        finished = on_first_process(lambda: dict(evaluator.finish(**found)))
-        return {key: float(x) if np.ndim(x) == 0 else np.asarray(x) for key, x in finished.items()}
+        return on_first_process(lambda: figures(f"finish of {name!r}", evaluator.finish(**found)))
 
     def _placed(self, batches):
         place = batch_sharding(auto_mesh(self._mesh), self._rules)
@@ -184,7 +183,11 @@ def _rows(results: Iterable[tuple[PyTree, jax.Array]]) -> PyTree | None:
     parts = []
     for found, mask in results:
         kept = jax.device_get(mask) > 0
-        parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[kept], jax.device_get(found)))
+        found = jax.tree.map(np.asarray, jax.device_get(found))
+        shapes = [x.shape for x in jax.tree.leaves(found) if x.shape[:1] != kept.shape]
+        if shapes:
+            raise ValueError(f"collect: expected arrays with {len(kept)} examples as first axis, got shapes {shapes}")
+        parts.append(jax.tree.map(lambda x, kept=kept: x[kept], found))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
 
 
@@ -211,6 +214,24 @@ def evaluate(
       ValueError: A set is not there or gave no example.
     """
     return Evaluations(task, mesh, rules).run(name, state, sets)
+
+
+def figures(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what host code measured: scalars as floats, others as arrays.
+
+    Args:
+      where: What the message of an error begins with.
+      values: Scalars and arrays by name.
+
+    Raises:
+      ValueError: ``values`` is no mapping, or holds something else than scalars and arrays of numbers.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a dict of scalars and arrays, got {type(values).__name__}")
+    for name, x in values.items():
+        if np.asarray(x).dtype.kind in "OSU":
+            raise ValueError(f"{where}: expected scalars and arrays of numbers, got {name}={x!r}")
+    return {name: float(x) if np.ndim(x) == 0 else np.asarray(x) for name, x in values.items()}
 
 
 def scalars(name: str, values: Mapping[str, Any]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from subspace_jax.train.checkpoints import Checkpoints, Record
 from subspace_jax.train.context import jit_on_mesh, use_mesh
-from subspace_jax.train.evaluators import scalars
+from subspace_jax.train.evaluators import figures, scalars
 from subspace_jax.train.hooks import Hook, own_hooks
 from subspace_jax.train.host import on_first_process, run_on_host
 from subspace_jax.train.interruptions import Preempted, Preemption, Timed
@@ -141,8 +141,9 @@ class _Loop:
                 self.evaluate(index, state, (False, True), log_rows=False)
             summary = {}
             if self.run.summary is not None:
-                found = on_first_process(lambda: dict(self.run.summary(tuple(self.rows))))
-                summary = {name: float(value) for name, value in found.items()}
+                summary = on_first_process(lambda: figures("summary", self.run.summary(tuple(self.rows))))
+                if arrays := sorted(name for name, value in summary.items() if np.ndim(value)):
+                    raise ValueError(f"summary: expected scalars, got arrays {arrays}")
                 self.add_row(index, int(state.step), "summary", summary)
             result = FitResult(state, self.metrics, tuple(self.rows), summary)
             for hook in self.hooks:

@@ -103,23 +103,25 @@ def _check_phase(phase: Phase) -> None:
     for tx in phase.tx.values() if isinstance(phase.tx, Mapping) else (phase.tx,):
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise ValueError(f"tx: expected an Optax transform in phase {phase.name!r}, got {tx!r}")
-    _check_roles(phase.task)
+    _check_names(phase.task)
     if phase.round_steps < 0:
         raise ValueError(f"round_steps: expected at least 0 in phase {phase.name!r}, got {phase.round_steps}")
     if phase.stop is not None and not phase.round_steps:
         raise ValueError(f"stop: it is called between rounds; expected round_steps in phase {phase.name!r}, got 0")
 
 
-def _check_roles(task: Task) -> None:
-    """A role of no parameter is a misspelt path."""
+def _check_names(task: Task) -> None:
+    """A role of no parameter, and a frozen entry that is no variable, are misspelt."""
     roles = task.roles()
-    if not roles:
+    if not roles and not task.frozen:
         return
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    params, variables = jax.eval_shape(task.init, jax.random.key(0))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
     for path in roles:
         if not any(f"{known}/".startswith(f"{path}/") for known in paths):
             raise ValueError(f"roles: expected paths of parameters, got {path!r}{nearest(path, paths)}")
+    if missing := [name for name in task.frozen if name not in variables]:
+        raise ValueError(f"frozen: expected entries of the variables {sorted(variables)}, got {missing}")
 
 
 def check_data(phase: Phase, data: DataSpec, run: Run) -> None:

@@ -327,7 +327,11 @@ def _gradient_norm(grads: PyTree, probes: set[str], entry: str | None) -> jax.Ar
     flat = jax.tree_util.tree_leaves_with_path(grads)
     prefix = "" if entry is None else f"{entry}/"
     names = (prefix + jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat)
-    return optax.tree.norm([g for name, (_, g) in zip(names, flat, strict=True) if name.rstrip("/") not in probes])
+    return optax.tree.norm([g for name, (_, g) in zip(names, flat, strict=True) if not _is_below(name, probes)])
+
+
+def _is_below(path: str, groups: set[str]) -> bool:
+    return any(f"{path.rstrip('/')}/".startswith(f"{group}/") for group in groups)
 
 
 def _stays_finite(old: PyTree, new: PyTree) -> jax.Array:

@@ -260,3 +260,16 @@ def test_lora_and_dora_refuse_ranks_and_alphas_out_of_range(method, arguments):
         method(*arguments)
     with pytest.raises(ValueError, match="init: expected one of"):
         method(2, 2.0, init="zero")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (adapters.LoRA(2, 4.0), r"settings: expected a dict of rules and adapter configs, got LoRA\("),
+        ({"up": adapters.LoRA}, r"settings: expected an adapter config for 'up', such as LoRA\(8, 16.0\), got <class"),
+    ],
+)
+def test_init_and_prepare_refuse_settings_of_another_type(settings, message):
+    for make in (adapters.init, adapters.prepare):
+        with pytest.raises(TypeError, match=message):
+            make(jax.random.key(0), {"up": {"kernel": jnp.ones((2, 2))}}, settings)

@@ -141,15 +141,51 @@ def test_fit_refuses_a_phase_that_can_not_be(fields, message, tmp_path):
     [
         ("roles", {"ww": "no_decay"}, "roles: expected paths of parameters, got 'ww'; did you mean 'w'"),
         ("evaluators", {"rank": train.Evaluator}, "evaluators: expected an Evaluator as 'rank', got <class"),
+        ("frozen", ("base",), r"frozen: expected entries of the variables \['mean', 'seen'\], got \['base'\]"),
         ("after_update", ({"w": np.zeros(4, np.float32)}, {}), r"after_update: params/w: expected float32\[8\], got"),
         ("loss", (np.float32(0), ({}, {})), "loss: variables: expected PyTreeDef"),
     ],
 )
 def test_fit_refuses_what_a_task_returns(method, returned, message, fit, tmp_path):
     task, data = regression()
-    setattr(task, method, lambda *args, **kwargs: returned)
+    setattr(task, method, returned if method == "frozen" else lambda *args, **kwargs: returned)
     with pytest.raises(ValueError, match=message):
         fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("collected", "finished", "message"),
+    [
+        (lambda x: x, {"rank": "high"}, "finish of 'rank': expected scalars and arrays of numbers, got rank='high'"),
+        (lambda x: x, 0.5, "finish of 'rank': expected a dict of scalars and arrays, got float"),
+        (np.sum, {}, r"collect: expected arrays with 16 examples as first axis, got shapes \[\(\)\]"),
+    ],
+)
+def test_fit_refuses_what_an_evaluator_returns(collected, finished, message, fit, tmp_path):
+    class Rank(train.Evaluator):
+        reduce = "rows"
+
+        def collect(self, model, batch, *, key):
+            return collected(batch["labels"])
+
+        def finish(self, eval):
+            return finished
+
+    task, data = regression()
+    task.evaluators = lambda: {"rank": Rank()}
+    with pytest.raises(ValueError, match=message):
+        fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path, best="")
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [(None, "summary: expected a dict"), ({"x": np.zeros(2)}, r"summary: expected scalars, got arrays \['x'\]")],
+)
+def test_fit_refuses_a_summary_that_is_no_dict_of_scalars(summary, message, tmp_path):
+    task, data = regression()
+    phase = train.Phase("train", task, data, 1, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        train.fit(train.Run((phase,), lambda rows: summary, workdir=tmp_path, progress=False))
 
 
 def test_a_folder_without_a_run_and_a_run_without_a_checkpoint_are_told_apart(tmp_path):

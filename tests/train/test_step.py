@@ -170,17 +170,17 @@ def test_the_gradient_norm_leaves_out_parameters_with_the_role_probe():
     class Probed(Regression):
         def init(self, key):
             params, variables = super().init(key)
-            return {**params, "row_energy": jnp.zeros(3)}, variables
+            return {**params, "energy": {"rows": jnp.zeros(3)}}, variables
 
         def axes(self):
-            return {"w": P("embed"), "row_energy": P(None)}, super().axes()[1]
+            return {"w": P("embed"), "energy": {"rows": P(None)}}, super().axes()[1]
 
         def roles(self):
-            return {"row_energy": "probe"}
+            return {"energy": "probe"}  # of all parameters below
 
         def loss(self, params, variables, batch, *, key, step):
             loss, rest = super().loss(params, variables, batch, key=key, step=step)
-            return loss + jnp.sum(1e3 * params["row_energy"]), rest
+            return loss + jnp.sum(1e3 * params["energy"]["rows"]), rest
 
     norms = []
     for task in (Regression(), Probed()):
