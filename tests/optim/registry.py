@@ -164,6 +164,10 @@ def quantized_galore(learning_rate, dtype="int8"):
     return optim.quantize_state(optim.galore(learning_rate, rank_but_for_embeddings, refresh_every=2), dtype)
 
 
+def quantized_momentum(learning_rate):
+    return optim.quantize_state(optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), "int8")
+
+
 def galore_in_a_chain(step_size, rank=2, side="std"):
     return optax.chain(
         optim.scale_by_galore(rank, optim.ProjectionOptions(side)), optax.scale_by_learning_rate(step_size)
@@ -185,6 +189,7 @@ _KERNELS = {"params": stacks_of_kernels, "needs_params": False, "layout": _KERNE
 _STATIC = ("rank", "refresh_every", "rounds", "seed", "weight_dimension_numbers")
 _PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **_KERNELS, "static": ("refresh_every",)}
 _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
+_FIRA = {**_GALORE, "public": "fira", "factory": optim.fira}
 
 _PAIRS = {
     "params": pairs_of_factors,
@@ -251,9 +256,8 @@ ENTRIES = (
         static=("rank",),
         **_KERNELS,
     ),
-    Entry(
-        "fira", public="fira", factory=optim.fira, **_KERNELS, static=_STATIC, kwargs={"rank": 2, "refresh_every": 2}
-    ),
+    Entry("fira-random", **_FIRA, kwargs={"rank": 2, "refresh_every": 2, "method": "random"}),
+    Entry("fira", **_FIRA, kwargs={"rank": 2, "refresh_every": 2}),
     Entry(
         "apollo",
         public="apollo",
@@ -304,6 +308,7 @@ ENTRIES = (
         kwargs={"rank": 2, "refresh_every": 5},
         **_KERNELS,
     ),
+    Entry("quantized-momentum", public="quantize_state", factory=quantized_momentum, **_KERNELS),
     Entry("quantized-int8", public="quantize_state", factory=quantized_galore, static=("dtype",), **_KERNELS),
     Entry(
         "quantized-bfloat16",
@@ -383,7 +388,10 @@ ENTRIES = (
     ),
 )
 
-# The first entry of each method, ``scale_by_...`` belonging to the alias.
-METHODS = tuple({entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}.values())
+# Methods whose steps are compiled as those of galore and apollo, and which test_projection.py steps on their own.
+_STEPPED_ELSEWHERE = ("low_rank_projection", "apollo_mini")
+# The first entry of each other method, ``scale_by_...`` belonging to the alias.
+_FIRST = {entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}
+METHODS = tuple(entry for name, entry in _FIRST.items() if name not in _STEPPED_ELSEWHERE)
 # One method of each kind of parameters and of state.
-KINDS = tuple(e for e in ENTRIES if e.id in ("riemannian-sgd", "low-rank-projection", "galore", "adaprelora"))
+KINDS = tuple(e for e in ENTRIES if e.id in ("riemannian-sgd", "galore", "adaprelora"))

@@ -36,7 +36,7 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize(
     ("side", "method"),
-    rest_slow(itertools.product(SIDES, METHODS), ("std", "subspace_iteration"), ("full", "svd"), ("right", "random")),
+    rest_slow(itertools.product(SIDES, METHODS), ("std", "subspace_iteration"), ("right", "random")),
 )
 def test_at_full_rank_nothing_is_lost(side, method):
     if method == "random" and side in ("reverse_std", "left", "full"):
@@ -100,20 +100,24 @@ def test_leaves_take_turns():
     assert changed == [[0, 1, 2], [], [1], [], [2], [], [0], [], [1], [], [2], []]
 
 
-@pytest.mark.parametrize("refresh_every", rest_slow([1, 2, 3, 7], 3))
-def test_slices_of_a_stack_take_turns_each_once_in_a_period(refresh_every):
+@pytest.mark.parametrize(
+    ("refresh_every", "method"),
+    rest_slow([(3, "random"), *((period, "subspace_iteration") for period in (1, 2, 3, 7))], (3, "random")),
+)
+def test_slices_of_a_stack_take_turns_each_once_in_a_period(refresh_every, method):
     """Also where there are more of them than steps; a second axis of experts goes along with the first."""
     params = {"layers": jnp.zeros((3, 6, 4)), "one": jnp.zeros((6, 4)), "experts": jnp.zeros((2, 2, 6, 4))}
-    tx = optim.low_rank_projection(optax.identity(), 2, optim.ProjectionOptions(refresh_every=refresh_every))
+    options = optim.ProjectionOptions(refresh_every=refresh_every, method=method)
+    tx = optim.low_rank_projection(optax.identity(), 2, options)
     step, state = jax.jit(tx.update), tx.init(params)
     steps = {name: [[] for _ in p.reshape(-1, 6, 4)] for name, p in params.items()}
     for i in range(2 * refresh_every + 1):
         grads = {name: gaussian(p.shape, 10 * i + j) for j, (name, p) in enumerate(params.items())}
         _, after = step(grads, state)
         for name, seen in steps.items():
-            old, new = (s.bases[name].right.reshape(-1, 4, 2) for s in (state, after))
+            old, new = (np.asarray(s.bases[name].right).reshape(-1, 4, 2) for s in (state, after))
             for k, own in enumerate(seen):
-                own.extend([i] if not jnp.array_equal(old[k], new[k]) else [])
+                own.extend([i] if not np.array_equal(old[k], new[k]) else [])
         state = after
     assert step._cache_size() == 1
     # Leaves are flattened in the order of their names: slices 0 and 1 are experts, 2 to 4 layers.
@@ -144,14 +148,17 @@ def test_a_stack_is_what_its_slices_are_as_leaves_of_their_own(maker, options):
         np.testing.assert_allclose(stacked[0].bases.right, bases, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("moments", rest_slow(MOMENTS, "rotate"))
-def test_leafwise_steps_are_those_of_all_leaves_at_once(moments):
+@pytest.mark.parametrize(
+    ("moments", "method"),
+    rest_slow([("keep", "random"), *((moments, "subspace_iteration") for moments in MOMENTS)], ("keep", "random")),
+)
+def test_leafwise_steps_are_those_of_all_leaves_at_once(moments, method):
     """Decay inside reads parameters; the stack has two batch axes, and one leaf is none."""
     sizes = {"stacks": (2, 3, 5, 7), "kernel": (8, 4), "bias": (3,)}
     start = {name: gaussian(shape, i) for i, (name, shape) in enumerate(sizes.items())}
     inner, ends = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-0.1)), []
     for leafwise in (False, True):
-        options = optim.ProjectionOptions(refresh_every=2, moments=moments)
+        options = optim.ProjectionOptions(refresh_every=2, method=method, moments=moments)
         tx = optim.low_rank_projection(inner, 2, options, leafwise=leafwise)
         with jax.numpy_dtype_promotion("standard"):  # which Optax's Adam needs
             params, state, step = start, tx.init(start), jax.jit(tx.update)
@@ -165,8 +172,8 @@ def test_leafwise_steps_are_those_of_all_leaves_at_once(moments):
 def test_random_bases_of_slices_differ():
     tx = optim.low_rank_projection(optax.identity(), 2, optim.ProjectionOptions(refresh_every=3, method="random"))
     g = gaussian((3, 6, 4))
-    right = tx.update(g, tx.init(g))[1].bases.right
-    assert not any(jnp.allclose(right[i], right[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    right = np.asarray(jax.jit(tx.update)(g, tx.init(g))[1].bases.right)
+    assert not any(np.allclose(right[i], right[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
 @pytest.mark.slow
@@ -211,8 +218,9 @@ def test_moments_are_kept_reset_or_rotated_at_a_refresh(moments, side):
 def test_rotated_second_moments_stay_positive():
     tx = optim.galore(0.1, rank=3, refresh_every=1, method="svd", moments="rotate")
     state = tx.init(jnp.zeros((6, 5)))
+    step = jax.jit(tx.update)
     for i in range(4):
-        state = jax.jit(tx.update)(gaussian((6, 5), i), state)[1]
+        state = step(gaussian((6, 5), i), state)[1]
     assert jnp.all(state[0].inner.nu > 0)
 
 
@@ -245,8 +253,8 @@ def test_axes_make_matrices_of_kernels_of_any_layout():
     numbers = optax.contrib.MuonDimensionNumbers(0, (2, 3))
     tx = optim.scale_by_galore(2, options._replace(weight_dimension_numbers=numbers))
     plain = optim.scale_by_galore(2, options)
-    got, state = tx.update(g, tx.init(w))
-    expected, _ = plain.update(as_matrices, plain.init(as_matrices))
+    got, state = jax.jit(tx.update)(g, tx.init(w))
+    expected, _ = jax.jit(plain.update)(as_matrices, plain.init(as_matrices))
     assert state.bases.left.shape == (6, 4, 2)
     np.testing.assert_allclose(got, expected.reshape(6, 4, 2, 3).transpose(1, 0, 2, 3), atol=1e-6)
 
@@ -255,7 +263,7 @@ def test_the_fallback_takes_what_is_not_projected():
     params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
     fallback = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
     tx = optim.low_rank_projection(optax.sgd(0.5), rank=4, fallback=fallback)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["bias"], -2.0)
     np.testing.assert_allclose(updates["kernel"], -0.5, atol=1e-6)
 
@@ -264,7 +272,7 @@ def test_the_fallback_takes_what_is_not_projected():
     "make",
     rest_slow(
         (optax.adamw, optax.lion, optax.adafactor, optax.contrib.muon, optax.lamb, optax.rmsprop, optax.adagrad),
-        optax.adafactor,
+        optax.lion,
     ),
 )
 def test_any_transform_goes_inside(make):
@@ -336,7 +344,7 @@ def test_an_inner_transform_that_does_not_fit_is_refused():
 def test_weight_decay_asks_for_parameters():
     tx = optim.galore(0.1, rank=2, weight_decay=0.1)
     with pytest.raises(ValueError, match="params: got None"):
-        tx.update(jnp.zeros((4, 4)), tx.init(jnp.zeros((4, 4))))
+        jax.eval_shape(tx.update, jnp.zeros((4, 4)), tx.init(jnp.zeros((4, 4))))
 
 
 @pytest.mark.slow
@@ -365,13 +373,13 @@ def test_apollo_keeps_a_projection_for_a_period_and_leaves_take_turns():
     """Projections are not stored: two moments of rank r are all the state, and a number for the limiter."""
     params = [jnp.zeros((8, 6)), jnp.zeros((8, 6))]
     tx = optim.apollo(1.0, rank=2, refresh_every=4, b1=0.0)
-    state, seen = tx.init(params), []
+    state, seen, step = tx.init(params), [], jax.jit(tx.update)
     assert bytes_of(state) == 2 * 4 * (2 * 8 * 2 + 1) + 3 * 4
     g = [gaussian((8, 6))] * 2
     for _ in range(8):
-        _, state = tx.update(g, state)
+        _, state = step(g, state)
         seen.append(state[0].mu)
-    changed = [[j for j in range(2) if not jnp.allclose(a[j], b[j])] for a, b in itertools.pairwise(seen)]
+    changed = [[j for j in range(2) if not np.allclose(a[j], b[j])] for a, b in itertools.pairwise(seen)]
     # Steps 1 to 7; without momentum the first moment is the projection of one and the same gradient.
     assert changed == [[], [1], [], [0], [], [1], []]
 
@@ -397,12 +405,17 @@ def test_online_pca_turns_the_basis_towards_the_gradients_of_now():
         optim.online_subspace_descent(0.1, tracker="adam")
 
 
-@pytest.mark.parametrize("name", rest_slow(["adan", "amsgrad", "belief", "lion"], "adan"))
-def test_second_moments_are_known_by_what_they_do(name):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    rest_slow(
+        [("adan", "random"), *((name, "subspace_iteration") for name in ("adan", "amsgrad", "belief", "lion"))],
+        ("adan", "random"),
+    ),
+)
+def test_second_moments_are_known_by_what_they_do(name, method):
     """Adan has first moments in a field ``v``, and second ones in ``n``, which must not get negative by a rotation."""
-    tx = optim.low_rank_projection(
-        getattr(optax, f"scale_by_{name}")(), 2, optim.ProjectionOptions(moments="rotate", refresh_every=1)
-    )
+    options = optim.ProjectionOptions(moments="rotate", method=method, refresh_every=1)
+    tx = optim.low_rank_projection(getattr(optax, f"scale_by_{name}")(), 2, options)
     step = jax.jit(tx.update)
     with jax.numpy_dtype_promotion("standard"):  # Optax multiplies floats by int32
         state = tx.init(gaussian((8, 6)))

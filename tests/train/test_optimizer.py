@@ -85,7 +85,7 @@ def test_cosine_after_warmup_ends_with_the_run():
     np.testing.assert_allclose(rates(100, [100], schedule="cosine", warmup_steps=20), [0], atol=1e-8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params():
     bases = grassmann.random_point(jax.random.key(0), n=6, k=2, batch_shape=(3,))
     return {"head": {"bases": bases}, "kernel": jax.random.normal(jax.random.key(1), (4, 5))}
@@ -182,8 +182,9 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(params):
         tx = make_tx(schedule="constant", **settings)
         return tx.update(gradient, tx.init(params), params)[0]
 
-    chex.assert_trees_all_close(step(grads, clip_norm=1.0), step(small), atol=1e-6)
-    chex.assert_trees_all_equal(step(small, clip_norm=2.0), step(small))
+    plain = step(small)
+    chex.assert_trees_all_close(step(grads, clip_norm=1.0), plain, atol=1e-6)
+    chex.assert_trees_all_equal(step(small, clip_norm=2.0), plain)
 
 
 def test_clipping_leaves_out_probes():
