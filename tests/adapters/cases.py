@@ -4,8 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax import adapters, nn
+from subspace_jax.nn.params import map_specs
 
 CONFIG = nn.CausalLMConfig.gpt2(64, 32, 4, 4, max_length=32)
 RULES = {
@@ -32,8 +34,13 @@ RULES = {
 
 @functools.cache
 def params():
-    """Parameters large enough that tokens are told apart."""
-    return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, nn.init_params(jax.random.key(0), CONFIG))
+    """Parameters large enough that tokens are told apart; drawn without a compiler."""
+    draw = np.random.default_rng(0).standard_normal
+
+    def value(spec):
+        return spec.value + 4 * (spec.stddev or 0.0) * draw(spec.shape)
+
+    return map_specs(lambda spec: jnp.asarray(value(spec), jnp.float32), nn.param_specs(CONFIG))
 
 
 def prepare(name, key=5):
@@ -49,10 +56,8 @@ def tokens(*shape):
 
 def moved(trainable, seed=2, by=0.05):
     """Adapters away from their start."""
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    new = (x + by * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True))
-    return tree.unflatten(new)
+    draw = np.random.default_rng(seed).standard_normal
+    return jax.tree.map(lambda x: x + jnp.asarray(by * draw(x.shape), x.dtype), trainable)
 
 
 @jax.jit

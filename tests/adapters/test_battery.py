@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import adapters, nn, train
 
+from ..variants import rest_slow
+
 # Shape of the weight, its logical axes, the shape of the input, and how the weight is applied.
 KINDS = {
     "linear": ((16, 24), ("embed", "mlp"), (4, 16)),
@@ -118,8 +120,13 @@ def assert_close(got, expected, tolerance=1e-5):
 def test_bind_gives_the_outputs_of_materialize_and_gradients_reach_adapters_only(kind):
     _, base, _, moved, x = case(kind)
     y, grads, frozen = single(kind)
-    dense = jax.jit(lambda b, t: adapters.materialize(b, t, rules_of(kind)))(base, moved)
-    expected = jax.jit(jax.vmap(functools.partial(apply, kind, x)))(jnp.stack([get(dense, n) for n in y]))
+
+    @jax.jit
+    def expect(base, moved, x):
+        dense = adapters.materialize(base, moved, rules_of(kind))
+        return jax.vmap(functools.partial(apply, kind, x))(jnp.stack([get(dense, n) for n in y]))
+
+    expected = expect(base, moved, x)
     for name, wanted in zip(y, expected, strict=True):
         assert_close(y[name], wanted)
         assert all(np.any(g) for g in jax.tree.leaves(grads[name]))
@@ -137,8 +144,9 @@ def test_new_adapters_give_the_outputs_of_the_weight(kind):
         wanted = plain["int8_lora" if "int8" in name else "lora"]
         # In one program with others a matmul may add in another order; Effort adds what it subtracted.
         assert_close(y[name], wanted, 1e-5 if name == "effort" else 2e-6)
-    bound = adapters.bind(base, start, rules_of(kind))
-    for name in ("dora", "int8_dora"):
+    doras = ("dora", "int8_dora")
+    bound = adapters.bind(base, {n: start[n] for n in doras}, {n: rules_of(kind)[n] for n in doras})
+    for name in doras:
         np.testing.assert_array_equal(get(bound, name).gain, 1.0)
 
 
@@ -164,23 +172,24 @@ def test_sharded_weights_give_the_outputs_and_gradients_of_one_device(kind):
     assert_close(grads, expected_grads, 1e-4)
 
 
-def test_bind_works_under_vmap():
-    _, base, _, moved, x = case("linear")
-    rules = rules_of("linear")
+@pytest.mark.parametrize("kind", rest_slow("stacked", "linear"))
+def test_bind_works_under_vmap(kind):
+    _, base, _, moved, x = case(kind)
+    rules = rules_of(kind)
 
     def run(trainable, x):
         bound = adapters.bind(base, trainable, rules)
-        return {name: nn.linear(x, get(bound, name)) for name in rules}
+        return {name: apply(kind, x, get(bound, name)) for name in rules}
 
     # Two adapters at once, each with an input of its own.
     both = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), moved)
     got = jax.jit(jax.vmap(run))(both, jnp.stack([x, x]))
-    expected = jax.jit(run)(moved, x)
-    assert_close(jax.tree.map(lambda y: y[0], got), expected)
+    assert_close(jax.tree.map(lambda y: y[0], got), single(kind)[0])
 
 
-def test_a_checkpoint_restores_every_adapter(tmp_path):
-    tree = {kind: case(kind)[3] for kind in KINDS} | {"frozen": case("linear")[1]}
+@pytest.mark.parametrize("kinds", rest_slow(["stacked", "conv", "embedding"], ["linear"]), ids=" ".join)
+def test_a_checkpoint_restores_every_adapter(tmp_path, kinds):
+    tree = {kind: case(kind)[3] for kind in kinds} | {"frozen": case(kinds[0])[1]}
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "state", tree)
         saver.wait_until_finished()

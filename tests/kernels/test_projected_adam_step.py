@@ -373,7 +373,9 @@ def test_large_models_steps_compile_for_tpus(m, n, r, side, dtype, topology, com
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("shape", [(4096, 14336, 128), (8192, 28672, 384)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 14336, 128), pytest.param((8192, 28672, 384), marks=pytest.mark.slow)], ids=["shape0", "shape1"]
+)
 def test_step_lowers_for_cuda(shape, side, lower_for_cuda):
     text = lower_for_cuda(functools.partial(_step, side=side), *_shapes(*shape, side))
     assert "dot_general" in text

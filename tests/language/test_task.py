@@ -29,6 +29,9 @@ def task(**options):
     return language.CausalLMTask(CONFIG, **options)
 
 
+evaluate = jax.jit(task().evaluate)
+
+
 def test_loss_is_the_mean_over_weighted_tokens(batch):
     params, _ = task().init(jax.random.key(0))
     loss, (_, metrics) = jax.jit(task().loss)(params, {}, batch, key=None, step=0)
@@ -36,7 +39,7 @@ def test_loss_is_the_mean_over_weighted_tokens(batch):
     logits = jax.jit(lambda p, x: nn.causal_lm_apply(CONFIG, p, x, **options).logits)(params, batch["inputs"])
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     np.testing.assert_allclose(loss, jnp.sum(nll * batch["weights"]) / jnp.sum(batch["weights"]), rtol=1e-5)
-    sums = jax.jit(task().evaluate)(params, {}, batch, key=None)
+    sums = evaluate(params, {}, batch, key=None)
     np.testing.assert_allclose(sums["loss"] / sums["count"], loss, rtol=1e-5)
     assert 0 <= metrics["accuracy"] <= 1
 
@@ -45,7 +48,6 @@ def test_evaluate_counts_no_padding(batch):
     params, _ = task().init(jax.random.key(0))
     half = dict(batch, mask=batch["mask"].at[4:].set(0))
     few = {name: x[:4] for name, x in batch.items()}
-    evaluate = jax.jit(task().evaluate)
     got, want = (evaluate(params, {}, b, key=None) for b in (half, few))
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 
@@ -118,9 +120,7 @@ def test_option_scores_do_not_depend_on_the_batches():
     for row in (0, 7):
         question = questions[row // 3]
         one = text.pad_rows([text.Completion(question.prompt, question.options[row % 3])], TOKENIZER, 32)
-        sums = own.evaluate(
-            params, {}, {name: jnp.asarray(x) for name, x in one.items()} | {"mask": jnp.ones(1)}, key=None
-        )
+        sums = evaluate(params, {}, {name: jnp.asarray(x) for name, x in one.items()} | {"mask": jnp.ones(1)}, key=None)
         np.testing.assert_allclose([nll[row], tokens[row]], [sums["loss"], sums["count"]], rtol=1e-5)
 
 
@@ -130,8 +130,8 @@ def config(tmp_path):
     (tmp_path / "eval.txt").write_text("\n\n".join(f"the sum of {i} and {i} is {2 * i}." for i in range(200, 220)))
     config = language.default_config().unlock()
     config.data.source, config.data.evaluation = str(tmp_path / "train.txt"), str(tmp_path / "eval.txt")
-    config.data.length, config.data.batch_size, config.data.eval_batch_size = 64, 8, 8
-    config.train.steps, config.train.log_every, config.optim.learning_rate = 30, 10, 3e-3
+    config.data.length, config.data.batch_size, config.data.eval_batch_size = 32, 8, 8
+    config.train.steps, config.train.log_every, config.optim.learning_rate = 15, 10, 1e-2
     return config.lock()
 
 

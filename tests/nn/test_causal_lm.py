@@ -9,6 +9,7 @@ from flax import nnx
 
 from subspace_jax import nn
 
+from ..variants import rest_slow
 from .lm import CONFIGS, FAMILIES, next_token_loss, params_of, run, tokens_of
 
 FULL, DOTS = nn.LayerOptions(remat="full"), nn.LayerOptions(remat="dots")
@@ -56,12 +57,12 @@ def test_causal_lm_apply_is_causal_and_respects_windows(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_causal_lm_apply_separates_packed_texts(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 1, 20)
-    segments = jnp.array([[0] * 8 + [3] * 12])
+    segments = jnp.array([[0] * 10 + [3] * 10])
     packed = run(config, params, tokens, segment_ids=segments).logits
-    for part in (slice(0, 8), slice(8, 20)):
+    for part in (slice(0, 10), slice(10, 20)):
         alone = run(config, params, tokens[:, part]).logits
         np.testing.assert_allclose(packed[:, part], alone, atol=2e-5)
-    given = run(config, params, tokens, segment_ids=segments, positions=jnp.array([[*range(8), *range(12)]])).logits
+    given = run(config, params, tokens, segment_ids=segments, positions=jnp.array([[*range(10)] * 2])).logits
     np.testing.assert_allclose(given, packed, atol=1e-6)
 
 
@@ -86,20 +87,21 @@ def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 14)
     whole = run(config, params, tokens, capture_hidden=True)
     cache = nn.init_cache(config, 2, 16)
-    first = run(config, params, tokens[:, :9], cache=cache, capture_hidden=True)
-    second = run(config, params, tokens[:, 9:], cache=first.cache, capture_hidden=True)
+    first = run(config, params, tokens[:, :7], cache=cache, capture_hidden=True)
+    second = run(config, params, tokens[:, 7:], cache=first.cache, capture_hidden=True)
     hidden = jnp.concatenate([first.hidden, second.hidden], axis=2)
     np.testing.assert_allclose(hidden, whole.hidden, atol=1e-5)
     assert second.cache.length == 14
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
-def test_remat_of_causal_lm_apply_keeps_gradients(remat):
-    config, params, tokens = CONFIGS["qwen2"], params_of("qwen2"), tokens_of("qwen2", 2, 12)
-    plain, again = (
-        jax.jit(jax.grad(functools.partial(next_token_loss, config, options=nn.LayerOptions(remat=r))))(params, tokens)
-        for r in ("none", remat)
-    )
+loss_and_grads = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0, static_argnames="options")
+
+
+@pytest.mark.parametrize(("name", "remat"), rest_slow(("gpt2", "full"), ("qwen2", "full"), ("qwen2", "dots")))
+def test_remat_of_causal_lm_apply_keeps_gradients(name, remat):
+    config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 12)
+    plain = loss_and_grads(config, params, tokens)[1]
+    again = loss_and_grads(config, params, tokens, options=nn.LayerOptions(remat=remat))[1]
     for expected, got in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert jnp.max(jnp.abs(expected)) > 0
         np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -125,8 +127,7 @@ def test_causal_lm_apply_takes_structured_kernels_everywhere(name):
         jax.tree_util.tree_map_with_path(functools.partial(replace, which=which), params) for which in (0, 1)
     )
     assert isinstance(structured["layers"]["mlp"]["down"]["kernel"], LowRank)
-    loss = jax.jit(jax.value_and_grad(functools.partial(next_token_loss, config)))
-    (value, grads), (expected, dense_grads) = loss(structured, tokens), loss(dense, tokens)
+    (value, grads), (expected, dense_grads) = (loss_and_grads(config, p, tokens) for p in (structured, dense))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(
         grads["layers"]["mlp"]["up"]["kernel"].base, dense_grads["layers"]["mlp"]["up"]["kernel"], atol=1e-5
@@ -181,7 +182,7 @@ def test_layer_options_apply_hooks_to_each_layer_and_the_stream():
 
 
 def test_causal_lm_apply_scales_scores_by_layer():
-    config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 1, 9)
+    config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 1, 20)
     by_layer = run(config.replace(scale_by_layer=True), params, tokens).logits
     # The same as queries that were divided beforehand.
     share = 1 / jnp.arange(1.0, 4.0)
@@ -310,8 +311,8 @@ def test_causal_lm_apply_computes_float64_in_float64(x64, name):
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params_of(name))
     exact = run(config, params, tokens)
     assert exact.logits.dtype == jnp.float64
-    parts = [run(config, params, tokens[:, :7], cache=nn.init_cache(config, 2, 12, jnp.float64))]
-    parts.append(run(config, params, tokens[:, 7:], cache=parts[0].cache))
+    parts = [run(config, params, tokens[:, :6], cache=nn.init_cache(config, 2, 12, jnp.float64))]
+    parts.append(run(config, params, tokens[:, 6:], cache=parts[0].cache))
     np.testing.assert_allclose(jnp.concatenate([p.logits for p in parts], axis=1), exact.logits, atol=1e-12)
     rounded = run(config, jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens).logits
     np.testing.assert_allclose(rounded, exact.logits, atol=1e-4)
