@@ -20,12 +20,12 @@ from subspace_jax.train.optimizer import make_optimizer
 
 CONFIGS = [
     ("imagenet_resnet", "resnet50d_k8", 23_500_000, 1000 * 2048 * 8),
-    ("imagenet_resnet", "resnext50_softmax", 22_980_000, 1000 * 2049),
+    pytest.param("imagenet_resnet", "resnext50_softmax", 22_980_000, 1000 * 2049, marks=pytest.mark.slow),
     ("imagenet_vgg", "k8", 128_950_000, 1000 * 4096 * 8),
     ("imagenet_swin", "k8", 27_500_000, 1000 * 768 * 8),
     ("imagenet_deit3", "k4", 21_670_000, 1000 * 384 * 4),
     ("imagenet_rsb", "a1_k8", 23_500_000, 1000 * 2048 * 8),
-    ("imagenet_rsb", "a3_softmax", 23_500_000, 1000 * 2049),
+    pytest.param("imagenet_rsb", "a3_softmax", 23_500_000, 1000 * 2049, marks=pytest.mark.slow),
 ]
 
 
@@ -143,7 +143,7 @@ def test_loss_of_mixed_images_is_that_of_mixed_targets():
 
     mixing = {"mixup": 1.0, "cutmix": 0.0}
     task = represent.ClassifierTask(make, label_smoothing=0.1, mixing=mixing)
-    params, variables = task.init(jax.random.key(0))
+    params, variables = jax.jit(task.init)(jax.random.key(0))
     batch = {"inputs": np.random.default_rng(0).random((6, 4, 4, 1), np.float32), "labels": np.arange(6) % 5}
     key = jax.random.key(1)
     loss = jax.jit(task.loss)(params, variables, batch, key=key, step=0)[0]
@@ -151,7 +151,7 @@ def test_loss_of_mixed_images_is_that_of_mixed_targets():
     images, weight = mix(jax.random.split(key)[1], batch["inputs"])
     targets = 0.9 * np.eye(5)[batch["labels"]] + 0.02
     targets = weight * targets + (1 - weight) * np.asarray(data.partners(targets))
-    scores = jax.nn.log_softmax(task.module(params, variables)(images))
+    scores = jax.jit(lambda x: jax.nn.log_softmax(task.module(params, variables)(x)))(images)
     np.testing.assert_allclose(loss, -np.mean(np.sum(targets * scores, axis=1)), rtol=1e-5)
 
 

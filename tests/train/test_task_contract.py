@@ -16,6 +16,7 @@ from .proving import coso, dsc, polysae
 from .task_battery import TaskContract
 
 
+@pytest.mark.slow
 class TestRegression(TaskContract):
     deterministic = False
 
@@ -90,6 +91,7 @@ class TestDetector(TaskContract):
         return fake_digits.DetectorTask({"q": adapters.LoRA(2, 4.0), "head": adapters.Full()}, 1), data_of(rows, rows)
 
 
+@pytest.mark.slow
 class TestLowRankRegression(TaskContract):
     def make(self):
         rows = low_rank_regression.axis_scaled_regression(0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import train
+from subspace_jax.train import loop
 
 from . import coso
 from .runs import assert_resumes, assert_survives_kill, fit
@@ -17,8 +18,17 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    with jax.numpy_dtype_promotion("standard"):
+def traced():
+    """An entry for each time that the loss of the uninterrupted run is traced."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(run, traced, tmp_path_factory):
+    loss = coso.StreamTask.loss
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coso.StreamTask, "loss", lambda self, *a, **k: traced.append(1) or loss(self, *a, **k))
+        patch.setattr(loop, "plot_curves", lambda *arguments: None)
         return fit(run, tmp_path_factory.mktemp("whole"), checkpoint_every=90)
 
 
@@ -48,16 +58,12 @@ def test_coso_adds_directions_to_the_history_at_the_end_of_each_task_but_the_las
         chex.assert_trees_all_close(history[:, :dim].T @ history[:, :dim], np.eye(dim, dtype=np.float32), atol=1e-5)
 
 
-def test_coso_compiles_one_step_for_all_tasks_of_the_stream(run, tmp_path, monkeypatch):
-    traced = []
-    loss = coso.StreamTask.loss
-    monkeypatch.setattr(coso.StreamTask, "loss", lambda self, *a, **k: traced.append(1) or loss(self, *a, **k))
-    short = tuple(phase._replace(num_steps=2) for phase in run.phases)
-    fit(train.Run(short, best=""), tmp_path)
+def test_coso_compiles_one_step_for_all_tasks_of_the_stream(whole, traced):
     assert len(traced) == 1
 
 
-@pytest.mark.parametrize("steps", [(130,), pytest.param((31, 90, 91, 200), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(130,), (31, 90, 91, 200)])
 def test_coso_interrupted_in_a_task_ends_with_the_same_bits(run, whole, steps, tmp_path):
     assert_resumes(run, tmp_path, steps, whole, checkpoint_every=90)
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from subspace_jax import train
+from subspace_jax.train import loop
 
 from . import dsc
 from .runs import assert_resumes, assert_survives_kill, fit
@@ -21,7 +22,8 @@ def run():
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *arguments: None)
         return fit(run, tmp_path_factory.mktemp("whole"), checkpoint_every=60)
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from subspace_jax import linalg, train
+from subspace_jax.train import loop
 
 from . import polysae
 from .runs import assert_resumes, assert_survives_kill, fit
@@ -22,7 +23,8 @@ def run():
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *arguments: None)
         return fit(run, tmp_path_factory.mktemp("whole"), checkpoint_every=40)
 
 
@@ -62,7 +64,8 @@ def test_polysae_metrics_of_a_set_are_those_of_all_its_examples(run, whole):
     assert found["distance"] == pytest.approx(expected["distance"], abs=1e-6)
 
 
-@pytest.mark.parametrize("decoder_steps", [(300, 600), pytest.param((1000, 3000), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder_steps", [(300, 600), (1000, 3000)])
 def test_polysae_finds_the_planted_pairs_with_a_quadratic_decoder_and_not_with_a_linear_one(decoder_steps, tmp_path):
     result = fit(polysae.build(decoder_steps), tmp_path)
     unexplained = [1 - row["explained"] for row in result.rows if row["split"] == "variance"]
@@ -73,7 +76,8 @@ def test_polysae_finds_the_planted_pairs_with_a_quadratic_decoder_and_not_with_a
     assert {pairs[i] for i in np.argsort(-strengths)[:3]} == set(polysae.PLANTED)
 
 
-@pytest.mark.parametrize("steps", [(75,), pytest.param((7, 60, 61, 110), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(75,), (7, 60, 61, 110)])
 def test_polysae_interrupted_in_a_phase_ends_with_the_same_bits(run, whole, steps, tmp_path):
     assert_resumes(run, tmp_path, steps, whole, checkpoint_every=40)
 
