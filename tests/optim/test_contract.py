@@ -44,7 +44,6 @@ every_kind = _entries(ENTRIES, KINDS)
 every_code = _entries([e for e in ENTRIES if not e.same_code], KINDS)
 # Tests of a wrapper, which compile anew; the quick run spreads them over the kinds.
 wrapped_bases = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "riemannian-sgd"])
-wrapped_any = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id != "galore"])
 wrapped_pairs = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "adaprelora"])
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
@@ -139,7 +138,7 @@ def test_types_are_stable_from_step_0_and_nothing_is_retraced(entry):
     assert compiled(entry)[1]._cache_size() <= 1  # 0 where conftest.py has dropped compiled functions since
 
 
-@wrapped_any
+@wrapped_pairs
 def test_bfloat16_params_have_a_float32_state(entry):
     tx, _ = compiled(entry)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), entry.params())

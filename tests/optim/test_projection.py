@@ -272,7 +272,6 @@ def test_the_fallback_takes_what_is_not_projected():
     "make",
     rest_slow(
         (optax.adamw, optax.lion, optax.adafactor, optax.contrib.muon, optax.lamb, optax.rmsprop, optax.adagrad),
-        optax.lion,
     ),
 )
 def test_any_transform_goes_inside(make):

@@ -34,9 +34,7 @@ def run(tx, start, grads):
     return jax.lax.scan(step, (start, tx.init(start)), jnp.asarray(grads))[1]
 
 
-@pytest.mark.parametrize(
-    ("side", "shape"), rest_slow(itertools.product(SIDES, ["tall", "wide"]), ("std", "tall"), ("full", "wide"))
-)
+@pytest.mark.parametrize(("side", "shape"), rest_slow(itertools.product(SIDES, ["tall", "wide"]), ("std", "tall")))
 def test_galore_takes_the_steps_of_the_reference(x64, golden, shape, side):
     data = golden("coso/galore_adamw")
     case = {k.removeprefix(f"{shape}_{side}_"): v for k, v in data.items() if k.startswith(f"{shape}_{side}_")}
