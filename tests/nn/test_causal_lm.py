@@ -169,9 +169,10 @@ def test_layer_options_apply_hooks_to_each_layer_and_the_stream():
         return jax.tree.map(lambda x: 2 * x, layer)
 
     hooks = nn.LayerOptions(on_layer=on_layer, on_stream=lambda x: x + 0.5)
-    doubled = nn.causal_lm_apply(config, params, tokens, options=hooks)
+    apply = jax.jit(nn.causal_lm_apply, static_argnums=0, static_argnames="options")
+    doubled = apply(config, params, tokens, options=hooks)
     assert seen[0] == (16, 32)
-    expected = nn.causal_lm_apply(
+    expected = apply(
         config,
         {**params, "layers": jax.tree.map(lambda x: 2 * x, params["layers"])},
         tokens,
