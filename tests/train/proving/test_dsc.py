@@ -49,7 +49,8 @@ def test_dsc_rests_the_encoder_in_the_last_phase(whole):
     assert whole.state.opt_state["coef"][0].count == sum(steps_of(whole)[1:])
 
 
-@pytest.mark.parametrize("steps", [(75,), pytest.param((5, 20, 21, 33, 90), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(75,), (5, 20, 21, 33, 90)])
 def test_dsc_interrupted_in_a_phase_ends_with_the_same_bits(run, whole, steps, tmp_path):
     assert_resumes(run, tmp_path, steps, whole, checkpoint_every=60)
 
