@@ -165,7 +165,7 @@ def quantized_galore(learning_rate, dtype="int8"):
 
 
 def quantized_momentum(learning_rate):
-    return optim.quantize_state(optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), "int8")
+    return optim.quantize_state(projected_momentum(learning_rate, method="random"), "int8")
 
 
 def galore_in_a_chain(step_size, rank=2, side="std"):
