@@ -278,7 +278,7 @@ def test_batches_broadcasting_and_vmap_agree(x64, manifold):
     def check(got, *arguments):
         want = run(*(jnp.broadcast_to(x, s.shape) for x in arguments))
         for name, value in got.items():
-            chex.assert_trees_all_close(value, want[name], rtol=1e-7, atol=1e-12, err_msg=name)
+            chex.assert_trees_all_close(value, want[name], rtol=1e-7, atol=1e-12, custom_message=name)
 
     check(jax.jit(jax.vmap(run))(s, h, y), s, h, y)
     # One point and many vectors, and the reverse.
@@ -294,7 +294,9 @@ def test_batches_broadcasting_and_vmap_agree(x64, manifold):
 def test_times_may_differ_along_the_leading_axes(x64, manifold):
     s = point(0, ((), 7, 3))
     h, times, exp = tangent(manifold, s, 1, 0.9), [0.5, -1.0], compiled(manifold.exp)
-    chex.assert_trees_all_close(exp(s, h, jnp.array(times)), [exp(s, h, t) for t in times], rtol=1e-7, atol=1e-14)
+    chex.assert_trees_all_close(
+        exp(s, h, jnp.array(times)), jnp.stack([exp(s, h, t) for t in times]), rtol=1e-7, atol=1e-14
+    )
 
 
 @pytest.mark.slow
@@ -307,7 +309,7 @@ def test_single_precision_stays_near_double(x64, manifold):
     want, got = run(s, h, y), run(*(x.astype(jnp.float32) for x in (s, h, y)))
     for name, value in got.items():
         assert value.dtype == jnp.float32
-        chex.assert_trees_all_close(value, want[name], rtol=1e-7, atol=2e-6, err_msg=name)
+        chex.assert_trees_all_close(value, want[name], rtol=1e-7, atol=2e-6, custom_message=name)
     for name in (*manifold.RETRACTIONS, "reorthonormalize"):
         assert manifold.orthonormality_error(got[name]).max() < 1e-6
 
