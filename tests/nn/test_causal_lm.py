@@ -55,14 +55,17 @@ def test_causal_lm_apply_is_causal_and_respects_windows(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_causal_lm_apply_separates_packed_texts(name):
+@pytest.mark.parametrize("cut", rest_slow(10, 8))
+def test_causal_lm_apply_separates_packed_texts(name, cut):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 1, 20)
-    segments = jnp.array([[0] * 10 + [3] * 10])
+    segments = jnp.array([[0] * cut + [3] * (20 - cut)])
     packed = run(config, params, tokens, segment_ids=segments).logits
-    for part in (slice(0, 10), slice(10, 20)):
+    for part in (slice(0, cut), slice(cut, 20)):
         alone = run(config, params, tokens[:, part]).logits
         np.testing.assert_allclose(packed[:, part], alone, atol=2e-5)
-    given = run(config, params, tokens, segment_ids=segments, positions=jnp.array([[*range(10)] * 2])).logits
+    given = run(
+        config, params, tokens, segment_ids=segments, positions=jnp.array([[*range(cut), *range(20 - cut)]])
+    ).logits
     np.testing.assert_allclose(given, packed, atol=1e-6)
 
 
@@ -83,12 +86,13 @@ def test_causal_lm_apply_ignores_padding(name, side):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name):
+@pytest.mark.parametrize("cut", rest_slow(7, 9))
+def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name, cut):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 14)
     whole = run(config, params, tokens, capture_hidden=True)
     cache = nn.init_cache(config, 2, 16)
-    first = run(config, params, tokens[:, :7], cache=cache, capture_hidden=True)
-    second = run(config, params, tokens[:, 7:], cache=first.cache, capture_hidden=True)
+    first = run(config, params, tokens[:, :cut], cache=cache, capture_hidden=True)
+    second = run(config, params, tokens[:, cut:], cache=first.cache, capture_hidden=True)
     hidden = jnp.concatenate([first.hidden, second.hidden], axis=2)
     np.testing.assert_allclose(hidden, whole.hidden, atol=1e-5)
     assert second.cache.length == 14
