@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 DOCS_TESTS := tests/docs tests/colabs
 
-.PHONY: demo tiny-lm figures figures-table test test-docs test-all test-peers lint docs bench clean
+.PHONY: demo tiny-lm figures figure-names figures-table test test-docs test-all test-peers lint docs bench clean
 
 demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
@@ -17,8 +17,12 @@ tiny-lm: work/tiny/model/model.safetensors  ## the small language model that exp
 work/tiny/model/model.safetensors: $(VENV)/.base
 	$(VENV)/bin/subspace-jax pretrain --config lm/tiny --workdir work/tiny
 
-figures: $(VENV)/.test  ## run the commands of the index, compare with what they must reach; ONLY="gcr svfit" for some
+figures: figure-names $(VENV)/.test  ## run the commands of the index, compare with what they must reach; ONLY="gcr svfit" for some
 	$(PY) scripts/figures.py $(if $(ONLY),--only $(ONLY))
+
+# Names are checked before anything is installed.
+figure-names:
+	@PYTHONPATH=. $(PYTHON) scripts/figures.py --list $(if $(ONLY),--only $(ONLY)) > /dev/null
 
 figures-table: $(VENV)/.base  ## the tables of README.md and docs/methods, from docs/figures
 	$(PY) scripts/figures.py --tables

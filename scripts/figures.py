@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from subspace_jax.methods import METHODS, Figure, Method
+from subspace_jax.methods import METHODS, Figure, Method, nearest_names
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1800.0  # seconds of one run, after which it is stopped; the next call resumes it
@@ -236,15 +236,16 @@ def report(found: dict) -> bool:
 def main(argv: list[str] | None = None) -> int:
     names = [method.name for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="methods (default: all)"
-    )
+    parser.add_argument("--only", nargs="+", default=names, metavar="NAME", help="methods (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "figures", help="folder of the runs (%(default)s)")
     parser.add_argument("--restart", action="store_true", help="run anew what has been run")
     parser.add_argument("--quiet", action="store_true", help="what the commands print goes to log.txt in their folders")
     parser.add_argument("--list", action="store_true", help="print the commands, and run nothing")
     parser.add_argument("--tables", action="store_true", help="rewrite the tables, and run nothing")
     args = parser.parse_args(argv)
+    for name in args.only:
+        if name not in names:
+            parser.error(f"--only: no method {name!r}; {nearest_names(name)}")
     args.work = args.work.resolve()
     chosen = [method for method in METHODS if method.name in args.only]
     if args.list:

@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 2 for bad input, a full disk, or data or processes that time out; 75 after SIGTERM, with the
-      state saved; 76 after too many steps that were not finite; 77 where another process was lost; 130 after an
-      interrupt from the keyboard; 141 where the reader of the output has gone, such as ``head``, which ends no run.
+      The exit status: 0; 1 where a search finds nothing; 2 for bad input, a full disk, or data or processes that time
+      out; 75 after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another
+      process was lost; 130 after an interrupt from the keyboard; 141 where the reader of the output has gone, such as ``head``,
+      which ends no run.
     """
     return output.quietly(lambda: _main(argv))
 
@@ -92,6 +93,8 @@ def _ending(error: BaseException, trains: bool) -> tuple[int | None, str]:
     """Returns exit status and message for what the user can mend; status None for a fault of the program."""
     if isinstance(error, BrokenPipeError) and not trains:
         return None, ""
+    if isinstance(error, shared.NothingFoundError):
+        return 1, str(error)
     if isinstance(error, (ValueError, OSError)):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):

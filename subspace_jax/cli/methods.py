@@ -30,10 +30,7 @@ def _list_methods(args: argparse.Namespace, overrides: list[str]) -> None:
     query = " ".join(args.words)
     found = methods.find_methods(query)
     if not found:
-        found = methods.near_methods(query)
-        if not found:
-            raise ValueError(f"no method matches {query!r}; `subspace-jax methods` lists all of them")
-        print(f"No method matches {query!r}; near it:\n")
+        raise shared.NothingFoundError(f"no method matches {query!r}; {methods.nearest_names(query)}")
     if len(found) > 5:
         for method in found:
             print(f"{method.name:<20} {method.area:<10} {method.title}")
@@ -68,7 +65,7 @@ def _list_configs(args: argparse.Namespace, overrides: list[str]) -> None:
     if not found:
         near = config_files.near_names(word, [config.name for config in configs])
         hint = f"did you mean {' or '.join(near)}?" if near else "`subspace-jax configs` lists all of them"
-        raise ValueError(f"no config matches {args.word!r}; {hint}")
+        raise shared.NothingFoundError(f"no config matches {args.word!r}; {hint}")
     for config in found:
         print(f"{config.name}\n    {config.summary}")
         if config.variants:

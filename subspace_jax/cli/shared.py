@@ -10,6 +10,10 @@ from pathlib import Path
 Run = Callable[[argparse.Namespace, list[str]], None]
 
 
+class NothingFoundError(ValueError):
+    """A search has no result."""
+
+
 def add_command(
     commands, name: str, summary: str, run: Run, examples: str, *, fields: bool = False, trains: bool = False
 ) -> argparse.ArgumentParser:

@@ -5,6 +5,6 @@ A file for each area; nothing but the standard library is imported, so that it c
 
 from subspace_jax.methods.index import METHODS
 from subspace_jax.methods.records import Figure, Method
-from subspace_jax.methods.search import find_methods, near_methods
+from subspace_jax.methods.search import find_methods, near_methods, nearest_names
 
-__all__ = ["METHODS", "Figure", "Method", "find_methods", "near_methods"]
+__all__ = ["METHODS", "Figure", "Method", "find_methods", "near_methods", "nearest_names"]

@@ -28,6 +28,13 @@ def near_methods(query: str) -> tuple[Method, ...]:
     return tuple(sorted((m for m in METHODS if m.name in scores), key=lambda m: -scores[m.name]))[:3]
 
 
+def nearest_names(query: str) -> str:
+    """Returns the end of a message about a method that is not there: the names that the query may mean, or all."""
+    near = (find_methods(query) or near_methods(query))[:3]
+    names = ", ".join(method.name for method in near or METHODS)
+    return f"did you mean {names}?" if near else f"there are {names}"
+
+
 def _text(method: Method) -> str:
     fields = (method.name, method.area, method.title, method.paper, *method.arxiv, method.summary)
     return " ".join(fields).lower()

@@ -149,11 +149,14 @@ def test_train_names_configs_close_to_a_missing_one(configs, tmp_path, capsys):
     assert "digits.py" in capsys.readouterr().err
 
 
-def test_methods_names_methods_close_to_a_misspelled_one(capsys):
-    assert main(["methods", "grasmann"]) == 0
-    assert "No method matches 'grasmann'; near it:\n\ngcr (represent)" in capsys.readouterr().out
-    assert main(["methods", "xyzzy"]) == 2
-    assert "no method matches 'xyzzy'" in capsys.readouterr().err
+def test_methods_and_configs_end_with_status_1_and_a_near_name_where_nothing_matches(capsys):
+    for query, message in (
+        (["methods", "grasmann"], "no method matches 'grasmann'; did you mean gcr?"),
+        (["methods", "xyzzy"], "no method matches 'xyzzy'; there are gcr, dora, "),
+        (["configs", "digitz"], "no config matches 'digitz'; did you mean gcr/digits?"),
+    ):
+        assert main(query) == 1
+        assert message in capsys.readouterr().err
     assert main(["methods"]) == 0
     assert capsys.readouterr().out.count("\n") < 60
 

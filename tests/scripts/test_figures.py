@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -89,6 +91,22 @@ def test_commands_of_a_method_hold_baselines_and_no_run_twice():
 def test_tables_of_readme_and_pages_are_those_of_the_measured_figures():
     stale = [path.name for path, text in figures.pages().items() if path.read_text() != text]
     assert not stale, f"`make figures-table` rewrites {stale}"
+
+
+def test_main_names_methods_close_to_an_unknown_one(capsys):
+    for name, message in (("svfitt", "did you mean svfit?"), ("nonsense", "there are gcr, dora, ")):
+        with pytest.raises(SystemExit) as stop:
+            figures.main(["--only", "gcr", name])
+        assert stop.value.code == 2
+        assert f"--only: no method {name!r}; {message}" in capsys.readouterr().err
+
+
+def test_make_figures_refuses_an_unknown_method_before_it_installs(tmp_path):
+    command = ["make", "figures", "ONLY=svfitt", f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=figures.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "--only: no method 'svfitt'; did you mean svfit?" in done.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_main_writes_json_and_fails_where_a_bound_is_missed(calls, monkeypatch, tmp_path, capsys):
