@@ -72,5 +72,5 @@ def test_configs_lists_what_matches_and_names_what_is_close(capsys):
     assert "gcr/digits" not in printed
     assert main(["configs", "rotated"]) == 0
     assert "needs a clone" in capsys.readouterr().out
-    assert main(["configs", "digitz"]) == 2
+    assert main(["configs", "digitz"]) == 1
     assert "did you mean gcr/digits" in capsys.readouterr().err

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0; 1 where a search finds nothing; 2 for bad input, a full disk, or data or processes that time
       out; 75 after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another
-      process was lost; 130 after an interrupt from the keyboard; 141 where the reader of the output has gone, such as ``head``,
-      which ends no run.
+      process was lost; 130 after an interrupt from the keyboard; 141 where the reader of the output has gone, such as
+      ``head``, which ends no run.
     """
     return output.quietly(lambda: _main(argv))
 
