@@ -71,7 +71,9 @@ def prepare(
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
     gradient_at = {} if gradients is None else bases_of(gradients)
     weights = {path_of(path): leaf for path, leaf in leaves}
-    chosen = match_rules(settings, weights, lambda path, config: config.admits(path, weights[path].ndim))
+    chosen = match_rules(
+        settings, weights, lambda path, config: config.admits(path, weights[path].ndim), name="settings"
+    )
     base, trainable = [], {}
     for path, w in weights.items():
         if path not in chosen:
@@ -261,7 +263,9 @@ def settings_of(trainable: PyTree, settings: Rules) -> dict[str, AdapterConfig]:
     found = adapters_of(trainable)
     try:
         # A rule for weights may match the text of a bias's path, which another rule trains.
-        chosen = match_rules(settings, found, lambda path, config: found[path].keys() <= config.labels.keys())
+        chosen = match_rules(
+            settings, found, lambda path, config: found[path].keys() <= config.labels.keys(), name="settings"
+        )
     except ValueError as error:
         raise ValueError(f"trainable: not the adapters of these settings: {error}") from error
     if strays := sorted(found.keys() - chosen.keys()):

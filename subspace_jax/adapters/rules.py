@@ -21,6 +21,8 @@ def match_rules(
     rules: Mapping[str | re.Pattern, Any],
     paths: Iterable[str],
     admits: Callable[[str, Any], bool] = lambda path, value: True,
+    *,
+    name: str = "rules",
 ) -> dict[str, Any]:
     """Returns the value of the first rule that matches each path.
 
@@ -37,6 +39,7 @@ def match_rules(
       rules: Rule to value, in order of precedence.
       paths: Paths of the weights.
       admits: Whether a value may be given to a path; otherwise the rule is skipped.
+      name: Name of the argument in the messages of errors.
 
     Returns:
       Path to value, in the order of ``paths``; paths that no rule matches are left out.
@@ -51,8 +54,8 @@ def match_rules(
     """
     paths = list(paths)
     if not rules:
-        raise ValueError("rules: expected at least one rule, got none")
-    patterns = {rule: _pattern(rule) for rule in rules}
+        raise ValueError(f"{name}: expected at least one rule, got none")
+    patterns = {rule: _pattern(rule, name) for rule in rules}
     chosen = {}
     for path in paths:
         matching = (rule for rule in rules if patterns[rule].fullmatch(path) and admits(path, rules[rule]))
@@ -62,38 +65,40 @@ def match_rules(
     for rule in rules:
         if rule not in chosen.values():
             able = [path for path in paths if admits(path, rules[rule])]
-            _raise_unmatched(rule, patterns[rule], able, chosen)
+            _raise_unmatched(rule, patterns[rule], able, chosen, name)
     return {path: rules[rule] for path, rule in chosen.items()}
 
 
-def _pattern(rule: str | re.Pattern) -> re.Pattern:
+def _pattern(rule: str | re.Pattern, name: str) -> re.Pattern:
     if isinstance(rule, re.Pattern):
         return rule
     if not isinstance(rule, str) or not rule:
-        raise ValueError(f"rules: expected a glob, 're:' and a regular expression, or a compiled pattern, got {rule!r}")
+        raise ValueError(
+            f"{name}: expected a glob, 're:' and a regular expression, or a compiled pattern, got {rule!r}"
+        )
     if rule.startswith("re:"):
         try:
             return re.compile(rule[3:])
         except re.error as error:
-            raise ValueError(f"rules: {rule!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{name}: {rule!r} is not a regular expression: {error}") from error
     pieces = re.split(r"(\*\*|\*|\?)", rule)
     wild = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
     glob = "".join(wild.get(piece, re.escape(piece)) for piece in pieces)
     return re.compile(f"(?:.*/)?{glob}(?:/(?:{'|'.join(_WEIGHT_NAMES)}))?")
 
 
-def _raise_unmatched(rule, pattern, paths, chosen) -> None:
+def _raise_unmatched(rule, pattern, paths, chosen, name) -> None:
     text = rule if isinstance(rule, str) else f"pattern {rule.pattern}"
     if taken := [path for path in paths if pattern.fullmatch(path)]:
         raise ValueError(
-            f"rules: earlier rules match everything that {text!r} matches: {chosen[taken[0]]!r} has {taken}"
+            f"{name}: earlier rules match everything that {text!r} matches: {chosen[taken[0]]!r} has {taken}"
         )
     wanted = text.removeprefix("re:")
-    names = {name: path for path in paths for name in _names(path)}
-    near = dict.fromkeys(names[name] for name in difflib.get_close_matches(wanted, names, n=5, cutoff=0.4))
+    ends = {end: path for path in paths for end in _names(path)}
+    near = dict.fromkeys(ends[end] for end in difflib.get_close_matches(wanted, ends, n=5, cutoff=0.4))
     shown = list(near) or paths[:5]
     raise ValueError(
-        f"rules: {text[:200]!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
+        f"{name}: {text[:200]!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
     )
 
 

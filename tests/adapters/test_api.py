@@ -212,8 +212,10 @@ def test_layers_of_rank_zero_and_padding_of_the_rank_stay_zero():
 def test_bad_input_raises_by_name():
     params, rules = cases.params(), {"qkv": adapters.LoRA(2, 4.0)}
     trainable = adapters.init(jax.random.key(0), params, rules)
-    with pytest.raises(ValueError, match="matches none of"):
+    with pytest.raises(ValueError, match="settings: 'query' matches none of"):
         adapters.init(jax.random.key(0), params, {"query": adapters.LoRA(2, 4.0)})
+    with pytest.raises(ValueError, match="settings: expected at least one rule, got none"):
+        adapters.init(jax.random.key(0), params, {})
     with pytest.raises(ValueError, match="matches none of"):
         adapters.init(jax.random.key(0), params, {"attn_norm/scale": adapters.LoRA(2, 4.0)})
     with pytest.raises(ValueError, match="not the adapters of these settings"):
