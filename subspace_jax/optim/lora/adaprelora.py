@@ -78,6 +78,9 @@ def adaprelora(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaPreLoRA (Liu, Bian and Cai, arXiv 2605.08734) for ``a [..., in, r]`` and ``b [..., r, out]`` of ``s a b``.
 
+    The default ``stats="full"`` needs gradient probes beside the factors
+    (:func:`subspace_jax.adapters.add_gradient_probes`); ``stats="projected"`` needs nothing besides the factors.
+
     Adafactor divides the weight's gradient G by ``H_ij = p_i q_j``, from energies of rows and columns.  Of all factor
     steps whose first-order change of the weight is nearest to ``G / H`` in the norm weighted by H, this takes the one
     that is balanced between both factors, by two r x r inverses.  Steps have the size of Adam's.
@@ -86,10 +89,10 @@ def adaprelora(
     transport.  Cost of a step: ``O((in + out) r^2 + r^3)``; energies for "full" cost the matmul ``x^T dy`` besides,
     in the backward pass.  No array has the size of the weight.
 
-    The statistic "full" takes the energies of the true gradient.  They arrive as gradients of probes beside the
-    factors (:func:`subspace_jax.adapters.add_gradient_probes`), so that a train step needs no change; exclude them from
-    clipping by the global norm.  Or ``update(..., energies={"path/of/pair": (rows, columns)})`` gives them: sums of
-    squares ``[..., in]`` and ``[..., out]``, of :func:`subspace_jax.kernels.weight_grad_energy`.
+    The statistic "full" takes the energies of the true gradient.  They arrive as gradients of the probes, so that a
+    train step needs no change; exclude them from clipping by the global norm.  Or
+    ``update(..., energies={"path/of/pair": (rows, columns)})`` gives them: sums of squares ``[..., in]`` and
+    ``[..., out]``, of :func:`subspace_jax.kernels.weight_grad_energy`.
 
     Args:
       learning_rate: Fixed learning rate or schedule.
