@@ -1,9 +1,12 @@
-"""Variants of which one runs in the quick run."""
+"""Which cases of a parametrized test are in the quick run."""
 
 import pytest
 
 
-def rest_slow(*values):
-    """Values for ``pytest.mark.parametrize``: the first one in every run, the others in the slow run only."""
-    first, *others = values
-    return [first, *(pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow) for x in others)]
+def rest_slow(cases, *quick):
+    """Cases for ``pytest.mark.parametrize``: slow but for the quick ones, by default the first; tuples are unpacked."""
+    cases = list(cases)
+    quick = quick or cases[:1]
+    assert all(case in cases for case in quick), quick
+    marked = [(case, [] if case in quick else pytest.mark.slow) for case in cases]
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks) for case, marks in marked]

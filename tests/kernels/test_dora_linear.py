@@ -156,7 +156,7 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("mode", rest_slow(AxisType.Explicit, AxisType.Auto))
+@pytest.mark.parametrize("mode", rest_slow([AxisType.Explicit, AxisType.Auto]))
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode):
     x, w, a, b, m = layer_args((8,), 16, 12, 4)
 

@@ -42,7 +42,7 @@ def stored(g, case):
     return *(jnp.asarray(g[f"{case}_{name}"].T) for name in "WAB"), float(g[f"{case}_s"])
 
 
-@pytest.mark.parametrize("case", rest_slow(*CASES))
+@pytest.mark.parametrize("case", rest_slow(CASES))
 def test_follows_the_authors_code_in_float64(x64, golden, case):
     g = golden("dora/norm_f64")
     got = norm(*stored(g, case))
@@ -50,7 +50,7 @@ def test_follows_the_authors_code_in_float64(x64, golden, case):
         chex.assert_trees_all_close(got, g[f"{case}_{name}"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", rest_slow(*CASES[::-1]))
+@pytest.mark.parametrize("case", rest_slow(CASES[::-1]))
 def test_follows_the_authors_code_in_float32(golden, case):
     g = golden("dora/norm_f32")
     got = norm(*stored(g, case))
@@ -72,7 +72,7 @@ def test_chunks_are_those_of_the_authors_code(golden):
 
 
 # The form for TPUs, and the sweep in chunks, give what the default does here.
-@pytest.mark.parametrize("dtype", rest_slow(jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize("dtype", rest_slow([jnp.bfloat16, jnp.float32]))
 def test_every_form_is_near_float64(dtype):
     w, a, b = factors(70, 33, 5, dtype)
     want = reference(w, a, b, 0.7)
@@ -146,11 +146,11 @@ def test_a_column_of_zeros_has_a_gradient_of_zeros():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("mode", rest_slow(AxisType.Explicit, AxisType.Auto))
+@pytest.mark.parametrize("mode", rest_slow([AxisType.Explicit, AxisType.Auto]))
 @pytest.mark.parametrize(
     "spec", [("fsdp", "tensor"), *(pytest.param(x, marks=pytest.mark.slow) for x in (("fsdp", None), (None, "tensor")))]
 )
-@pytest.mark.parametrize("cancels", rest_slow(False, True))
+@pytest.mark.parametrize("cancels", rest_slow([False, True]))
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode, spec, cancels):
     w, a, b = factors(32, 16, 4)
     w = w.at[:, 3].set(-0.5 * (a @ b)[:, 3] * (1 + 5e-3)) if cancels else w
@@ -196,7 +196,7 @@ def test_rows_split_over_chips_cost_one_sum_of_norms(tpu_mesh):
     assert "all-gather" not in text
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), rest_slow((4096, 14336, 16), (8192, 8192, 384)))
+@pytest.mark.parametrize(("rows", "columns", "rank"), rest_slow([(4096, 14336, 16), (8192, 8192, 384)]))
 def test_tpus_read_the_weight_once_and_hold_nothing_of_its_size(compile_for_tpu, topology, rows, columns, rank):
     shapes = [((rows, columns), jnp.bfloat16), ((rows, rank), jnp.bfloat16), ((rank, columns), jnp.bfloat16)]
     compiled = compile_for_tpu(lambda *args: norm(*args, 0.5), *shapes, topology=topology)
@@ -245,7 +245,7 @@ def test_bad_input_is_named(change, error, message):
         functools.partial(norm, **args)()
 
 
-@pytest.mark.parametrize("with_energy", rest_slow(True, False))
+@pytest.mark.parametrize("with_energy", rest_slow([True, False]))
 def test_norms_and_gradients_of_any_size_are_those_of_float64(x64, with_energy):
     # Columns of each size side by side, and a column of zeros.
     size = np.array([1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 0.0])

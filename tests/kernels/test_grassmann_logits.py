@@ -56,7 +56,7 @@ def golden_bases(rows, dims):
     return jnp.asarray(rows.reshape(len(dims), int(dims[0]), -1).swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("block", rest_slow(2, None, 1))
+@pytest.mark.parametrize("block", rest_slow([2, None, 1]))
 def test_loss_and_gradients_match_the_authors_code(x64, golden, block):
     g = golden("gcr/logits")
     y, gamma = jnp.asarray(g["y"]), float(g["gamma"])
@@ -95,7 +95,7 @@ SIZES = ((1, 1, 1, 1), (5, 3, 7, 2), (4, 9, 64, 3), (3, 8, 96, 8), (2, 3, 5, 13,
 
 @pytest.mark.parametrize(
     ("sizes", "block"),
-    rest_slow(((3, 8, 96, 8), 40), *((sizes, block) for sizes in SIZES for block in (None, 1, 3, 16, 500))),
+    rest_slow([((3, 8, 96, 8), 40), *((sizes, block) for sizes in SIZES for block in (None, 1, 3, 16, 500))]),
 )
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -110,7 +110,7 @@ def test_values_and_gradients_are_those_of_the_formula_for_any_shape_and_block(s
             assert error(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("block", rest_slow(24, None))
+@pytest.mark.parametrize("block", rest_slow([24, None]))
 def test_float32_is_within_1e_5_of_float64(block):
     with jax.enable_x64(True):
         x, bases, weights = problem(0, 64, 256, 100, 8, dtype=jnp.float64)
@@ -123,8 +123,8 @@ def test_float32_is_within_1e_5_of_float64(block):
         assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("bases_dtype", rest_slow(jnp.float32, jnp.bfloat16))
-@pytest.mark.parametrize("block", rest_slow(24, None))
+@pytest.mark.parametrize("bases_dtype", rest_slow([jnp.float32, jnp.bfloat16]))
+@pytest.mark.parametrize("block", rest_slow([24, None]))
 def test_bfloat16_features_round_factors_to_bfloat16_and_sum_in_float32(bases_dtype, block):
     x, bases, weights = problem(0, 64, 256, 100, 8)
     x, bases = x.astype(jnp.bfloat16), bases.astype(bases_dtype)
@@ -191,7 +191,7 @@ def plain_loss(x, bases, labels, gamma, smoothing):
     return -jnp.sum((target + smoothing / logits.shape[-1]) * jax.nn.log_softmax(logits), axis=-1)
 
 
-@pytest.mark.parametrize("smoothing", rest_slow(0.1, 0.0))
+@pytest.mark.parametrize("smoothing", rest_slow([0.1, 0.0]))
 def test_cross_entropy_is_that_of_the_logits(x64, smoothing):
     x, bases, _ = problem(0, 12, 9, 20, 3, dtype=jnp.float64)
     labels = jnp.arange(12) % 20
@@ -261,7 +261,7 @@ def test_explicit_shards_of_batch_and_classes_stay_split(cpu_mesh, put):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("axes", ["tensor", pytest.param(("tensor", "data"), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("inside", rest_slow(True, False))
+@pytest.mark.parametrize("inside", rest_slow([True, False]))
 def test_within_shard_map_the_loss_and_its_gradients_are_exact(axes, inside, cpu_mesh):
     mesh = cpu_mesh({"data": 2, "tensor": 4}, AxisType.Auto)
     x, bases, _ = problem(0, 16, 24, 40, 4)
@@ -320,7 +320,7 @@ def _only_sums(found, batch, n, classes, k):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("axis_type", rest_slow(AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize("axis_type", rest_slow([AxisType.Auto, AxisType.Explicit]))
 def test_no_logits_travel_between_cpu_devices(axis_type, cpu_mesh):
     mesh = cpu_mesh({"data": 2, "tensor": 4}, axis_type)
     found = _collectives(mesh, 4096, 16, 1024, 16, jnp.float32)  # two groups of classes

@@ -97,7 +97,7 @@ SPECS = {
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", rest_slow("fully sharded", "columns", "rows"))
+@pytest.mark.parametrize("layout", rest_slow(["fully sharded", "columns", "rows"]))
 def test_shards_give_what_one_device_does(cpu_mesh, put, mode, layout):
     args = inputs((8,), 16, 12, 4)
 

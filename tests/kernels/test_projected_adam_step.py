@@ -62,7 +62,7 @@ def _check(got, args, side, count=3):
         assert max(w, mu, nu) <= 1e-5
 
 
-@pytest.mark.parametrize("case", rest_slow("wide_right", "tall_left", "tall_right", "wide_left"))
+@pytest.mark.parametrize("case", rest_slow(["wide_right", "tall_left", "tall_right", "wide_left"]))
 def test_galore_runs_of_its_authors_code_are_reproduced(case, golden, x64):
     del x64
     data = golden("coso/galore_adamw")
@@ -113,7 +113,7 @@ def test_coso_runs_of_its_authors_code_are_reproduced(case, golden, x64):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("block", rest_slow(40, None))
+@pytest.mark.parametrize("block", rest_slow([40, None]))
 def test_step_is_that_of_float64(side, dtype, block):
     args = _inputs(70, 130, 6, side, dtype)
     for count in (0, 3, 1000):
@@ -176,15 +176,17 @@ def _plain(w, grad, basis, mu, nu, side):
     return (w - c * basis @ (mu / (jnp.sqrt(nu) + 1e-6))) * (1 - LR * DECAY), mu, nu
 
 
-@pytest.mark.parametrize("dtype", rest_slow(jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16]))
 @pytest.mark.parametrize(
     ("side", "shape", "block"),
     rest_slow(
-        ("right", (37, 530, 128), 16),
-        ("left", (70, 130, 6), 128),
-        ("left", (8, 5, 1), None),
-        ("left", (530, 520, 9), None),
-        ("right", (5, 140, 130), None),
+        [
+            ("right", (37, 530, 128), 16),
+            ("left", (70, 130, 6), 128),
+            ("left", (8, 5, 1), None),
+            ("left", (530, 520, 9), None),
+            ("right", (5, 140, 130), None),
+        ]
     ),
 )
 def test_kernel_is_the_reference(side, shape, block, dtype):
@@ -195,12 +197,14 @@ def test_kernel_is_the_reference(side, shape, block, dtype):
 @pytest.mark.parametrize(
     ("shape", "block", "dtype"),
     rest_slow(
-        ((37, 140, 6), 24, jnp.bfloat16),
-        ((1, 1, 1), 1, jnp.float32),
-        ((40, 150, 40), 150, jnp.float32),
-        ((16, 128, 3), 7, jnp.bfloat16),
-        ((23, 1, 5), 1, jnp.float32),
-        ((9, 129, 2), 128, jnp.float32),
+        [
+            ((37, 140, 6), 24, jnp.bfloat16),
+            ((1, 1, 1), 1, jnp.float32),
+            ((40, 150, 40), 150, jnp.float32),
+            ((16, 128, 3), 7, jnp.bfloat16),
+            ((23, 1, 5), 1, jnp.float32),
+            ((9, 129, 2), 128, jnp.float32),
+        ]
     ),
 )
 @hypothesis.settings(max_examples=5, deadline=None)
@@ -211,7 +215,7 @@ def test_kernel_and_strips_are_the_formula_at_any_shape(shape, block, dtype, see
         _check(_step(*args, **options), args, "left")
 
 
-@pytest.mark.parametrize("implementation", rest_slow("xla", INTERPRET))
+@pytest.mark.parametrize("implementation", rest_slow(["xla", INTERPRET]))
 def test_leading_axes_are_stacked_layers(implementation):
     args = _inputs(20, 30, 4, leading=(2, 3))
     got = _step(*args, implementation=implementation)
@@ -257,9 +261,9 @@ def _specs(side, rows, columns):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("side", rest_slow("left", "right"))
-@pytest.mark.parametrize(("rows", "columns"), rest_slow(("tensor", "data"), (None, "data"), ("data", None)))
-@pytest.mark.parametrize("block", rest_slow(64, None))
+@pytest.mark.parametrize("side", rest_slow(["left", "right"]))
+@pytest.mark.parametrize(("rows", "columns"), rest_slow([("tensor", "data"), (None, "data"), ("data", None)]))
+@pytest.mark.parametrize("block", rest_slow([64, None]))
 def test_shards_give_what_whole_arrays_give(axis_type, side, rows, columns, block, cpu_mesh, put):
     args = _inputs(64, 128, 4, side)
     mesh = cpu_mesh({"data": 4, "tensor": 2}, axis_type)
@@ -270,7 +274,7 @@ def test_shards_give_what_whole_arrays_give(axis_type, side, rows, columns, bloc
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("implementation", rest_slow(INTERPRET, "xla"))
+@pytest.mark.parametrize("implementation", rest_slow([INTERPRET, "xla"]))
 def test_kernel_and_reference_serve_columns_within_shard_map(implementation, cpu_mesh):
     args = _inputs(24, 512, 4)
     mesh = cpu_mesh({"data": 4, "tensor": 2}, AxisType.Auto)
@@ -286,7 +290,7 @@ def test_kernel_and_reference_serve_columns_within_shard_map(implementation, cpu
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("block", rest_slow(8, None))
+@pytest.mark.parametrize("block", rest_slow([8, None]))
 def test_rows_and_partial_gradients_are_summed_over_named_axes(block, cpu_mesh):
     args = _inputs(24, 32, 4)
     parts = jax.random.normal(jax.random.key(0), (4, 24, 32))
@@ -308,9 +312,9 @@ def _collectives(text):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("axis_type", rest_slow(AxisType.Explicit, AxisType.Auto))
-@pytest.mark.parametrize("side", rest_slow("left", "right"))
-@pytest.mark.parametrize(("rows", "columns"), rest_slow((None, "data"), ("data", None)))
+@pytest.mark.parametrize("axis_type", rest_slow([AxisType.Explicit, AxisType.Auto]))
+@pytest.mark.parametrize("side", rest_slow(["left", "right"]))
+@pytest.mark.parametrize(("rows", "columns"), rest_slow([(None, "data"), ("data", None)]))
 def test_split_columns_need_no_collective_and_split_rows_one_sum(axis_type, side, rows, columns, tpu_mesh, cpu_mesh):
     """For the right side the other way round."""
     free = (columns if side == "left" else rows) is not None
@@ -341,7 +345,7 @@ def _shapes(m, n, r, side="left", dtype=jnp.bfloat16):
     return [((m, n), dtype)] * 2 + [(basis, jnp.float32), (small, jnp.float32), (small, jnp.float32)]
 
 
-@pytest.mark.parametrize("side", rest_slow("left", "right"))
+@pytest.mark.parametrize("side", rest_slow(["left", "right"]))
 def test_strips_hold_one_strip_of_the_update(side):
     m, n, r = (1024, 8192, 32) if side == "left" else (8192, 1024, 32)
     shapes = [jax.ShapeDtypeStruct(*x) for x in _shapes(m, n, r, side, jnp.float32)]
@@ -352,7 +356,7 @@ def test_strips_hold_one_strip_of_the_update(side):
     assert temp < 4 * m * n
 
 
-@pytest.mark.parametrize(("m", "n", "r", "side"), rest_slow((4096, 14336, 128, "left"), (11000, 4096, 8, "left")))
+@pytest.mark.parametrize(("m", "n", "r", "side"), rest_slow([(4096, 14336, 128, "left"), (11000, 4096, 8, "left")]))
 def test_a_tpu_program_is_the_kernel_and_writes_nothing_else(m, n, r, side, topology, compile_for_tpu):
     compiled = compile_for_tpu(functools.partial(_step, side=side), *_shapes(m, n, r, side), topology=topology)
     assert "tpu_custom_call" in compiled.as_text()

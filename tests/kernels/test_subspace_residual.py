@@ -51,9 +51,9 @@ def _error(got, x, mean, basis):
     return float(np.max(np.abs(np.asarray(got, np.float64) / wanted - 1)))
 
 
-@pytest.mark.parametrize("tag", rest_slow("kfix", "ev"))
+@pytest.mark.parametrize("tag", rest_slow(["kfix", "ev"]))
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("drop", rest_slow(2, 0))
+@pytest.mark.parametrize("drop", rest_slow([2, 0]))
 def test_scores_of_the_authors_code_are_reproduced(tag, form, drop, golden, x64):
     del x64
     data = golden("subspacead/pca_scores")
@@ -74,8 +74,8 @@ def test_scores_of_the_authors_code_are_reproduced(tag, form, drop, golden, x64)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("p", rest_slow(70, 3, 40))
-@pytest.mark.parametrize("block", rest_slow(48, None))
+@pytest.mark.parametrize("p", rest_slow([70, 3, 40]))
+@pytest.mark.parametrize("block", rest_slow([48, None]))
 def test_float32_scores_are_those_of_float64(form, p, block):
     x, mean, basis = _inputs((150,), 80, p)
     # The residual has a tenth of the rows' length or less, so that roundings of rows count tenfold, and twice in
@@ -84,14 +84,14 @@ def test_float32_scores_are_those_of_float64(form, p, block):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("p", rest_slow(3, 70))
+@pytest.mark.parametrize("p", rest_slow([3, 70]))
 def test_bfloat16_rows_keep_the_digits_of_a_float32_basis(form, p):
     x, mean, basis = _inputs((150,), 80, p, jnp.bfloat16)
     assert _error(_score(x, mean, basis, form), x, mean, basis) <= 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("p", rest_slow(3, 70))
+@pytest.mark.parametrize("p", rest_slow([3, 70]))
 def test_a_bfloat16_basis_leaks_what_it_rounds(form, p):
     x, mean, basis = _inputs((150,), 80, p, jnp.bfloat16)
     columns = basis if form == "basis" else complement_basis(basis)
@@ -124,7 +124,7 @@ def test_the_whole_space_leaves_only_rounding(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", rest_slow(jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16]))
 def test_complement_basis_completes_an_orthonormal_basis(dtype):
     basis = _inputs((1,), 200, 77)[2].astype(dtype)
     rest = complement_basis(jnp.stack([basis, basis]))[1]
@@ -137,7 +137,7 @@ def test_complement_basis_completes_an_orthonormal_basis(dtype):
 
 @pytest.mark.parametrize(
     ("rows", "d", "p", "block"),
-    rest_slow((37, 20, 5, 8), (1, 1, 1, 1), (70, 20, 15, 80), (64, 7, 2, 3), (33, 13, 13, 32), (5, 12, 4, 1)),
+    rest_slow([(37, 20, 5, 8), (1, 1, 1, 1), (70, 20, 15, 80), (64, 7, 2, 3), (33, 13, 13, 32), (5, 12, 4, 1)]),
 )
 @hypothesis.settings(max_examples=5, deadline=None)
 @hypothesis.given(seed=st.integers(0, 10**6))
@@ -149,7 +149,7 @@ def test_any_number_of_rows_goes_in_any_strips(rows, d, p, block, seed):
 
 
 @pytest.mark.parametrize("leading", [(2, 3, 4), *(pytest.param(x, marks=pytest.mark.slow) for x in ((), (3,)))])
-@pytest.mark.parametrize("form", rest_slow(*FORMS))
+@pytest.mark.parametrize("form", rest_slow(FORMS))
 def test_leading_axes_are_rows(leading, form):
     x, mean, basis = _inputs(leading, 20, 5)
     got = _score(x, mean, basis, form)
@@ -169,8 +169,8 @@ def _op(x, mean, columns, complement, block=None):
 
 
 @pytest.mark.parametrize("complement", [False, True])
-@pytest.mark.parametrize("p", rest_slow(3, 9))
-@pytest.mark.parametrize("block", rest_slow(16, None))
+@pytest.mark.parametrize("p", rest_slow([3, 9]))
+@pytest.mark.parametrize("block", rest_slow([16, None]))
 def test_gradients_are_those_of_the_plain_formula(complement, p, block, x64):
     """For columns that aren't orthonormal too."""
     del x64
@@ -184,8 +184,8 @@ def test_gradients_are_those_of_the_plain_formula(complement, p, block, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complement", rest_slow(False, True))
-@pytest.mark.parametrize(("dtype", "bound"), rest_slow((jnp.bfloat16, 2e-2), (jnp.float32, 1e-5)))
+@pytest.mark.parametrize("complement", rest_slow([False, True]))
+@pytest.mark.parametrize(("dtype", "bound"), rest_slow([(jnp.bfloat16, 2e-2), (jnp.float32, 1e-5)]))
 def test_gradients_keep_dtypes_and_digits(complement, dtype, bound):
     x, mean, basis = _inputs((40,), 24, 7, dtype, share=1.0)
     columns = basis.astype(dtype)
@@ -200,7 +200,7 @@ def test_gradients_keep_dtypes_and_digits(complement, dtype, bound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complement", rest_slow(False, True))
+@pytest.mark.parametrize("complement", rest_slow([False, True]))
 def test_op_composes_with_jit_vmap_grad_and_scan(complement):
     x, mean, basis = _inputs((4, 12), 10, 3)
     bases = jnp.stack([basis] * 4)
@@ -236,9 +236,9 @@ def _same(got, x, mean, columns, complement):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("complement", rest_slow(True, False))
+@pytest.mark.parametrize("complement", rest_slow([True, False]))
 @pytest.mark.parametrize(
-    ("spec", "p"), rest_slow(((("data", "tensor"), None), 12), (("data", None), 4), ((None, "data"), 4))
+    ("spec", "p"), rest_slow([((("data", "tensor"), None), 12), (("data", None), 4), ((None, "data"), 4)])
 )
 def test_shards_give_what_whole_arrays_give(axis_type, complement, p, spec, cpu_mesh, put):
     x, mean, columns = _inputs((256,), 16, p, share=1.0)
@@ -250,7 +250,7 @@ def test_shards_give_what_whole_arrays_give(axis_type, complement, p, spec, cpu_
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("complement", rest_slow(False, True))
+@pytest.mark.parametrize("complement", rest_slow([False, True]))
 def test_op_and_gradients_work_within_shard_map(complement, cpu_mesh):
     x, mean, columns = _inputs((96,), 16, 4, share=1.0)
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)
@@ -270,8 +270,8 @@ def _collectives(text):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("axis_type", rest_slow(AxisType.Auto, AxisType.Explicit))
-@pytest.mark.parametrize("form", rest_slow(*FORMS))
+@pytest.mark.parametrize("axis_type", rest_slow([AxisType.Auto, AxisType.Explicit]))
+@pytest.mark.parametrize("form", rest_slow(FORMS))
 def test_rows_on_many_devices_need_no_collective(axis_type, form, tpu_mesh, cpu_mesh):
     for mesh in (cpu_mesh({"data": 8}, axis_type), tpu_mesh({"data": 16}, axis_type)):
         text = _compile_sharded(mesh, form, ("data", None), (None, None)).as_text()
@@ -299,7 +299,7 @@ def _compile_sharded(mesh, form, rows, columns):
 # ------------------------------------------------------------------------------- memory and other machines
 
 
-@pytest.mark.parametrize("p", rest_slow(32, 100))
+@pytest.mark.parametrize("p", rest_slow([32, 100]))
 @pytest.mark.parametrize("form", FORMS)
 def test_strips_hold_coordinates_and_reconstructions_of_one_strip(form, p):
     n, d, block = 65536, 128, 1024
@@ -340,7 +340,7 @@ def test_scores_and_gradients_of_a_million_rows_compile_for_tpus(form, p, dtype,
     assert compiled.memory_analysis().temp_size_in_bytes <= 1 << 27
 
 
-@pytest.mark.parametrize("dtype", rest_slow(jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize("dtype", rest_slow([jnp.bfloat16, jnp.float32]))
 @pytest.mark.parametrize(("form", "p"), CASES)
 def test_a_million_rows_lower_for_cuda(form, p, dtype, lower_for_cuda):
     shapes = ((1_000_000, 1536), dtype), ((1536,), jnp.float32), ((1536, p), dtype)

@@ -36,10 +36,12 @@ def assert_near(got, want, rtol=1e-5):
     ("sizes", "block"),
     [
         ((7, 48, 9), 5),
-        *rest_slow(((33, 70, 50), None), *((s, b) for s in ((1, 1, 1), (33, 70, 50), (5, 31, 2)) for b in (1, 5, 64))),
+        *rest_slow(
+            [((33, 70, 50), None), *((s, b) for s in ((1, 1, 1), (33, 70, 50), (5, 31, 2)) for b in (1, 5, 64))]
+        ),
     ],
 )
-@pytest.mark.parametrize("dtype", rest_slow(jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize("dtype", rest_slow([jnp.bfloat16, jnp.float32]))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 99))
 def test_every_block_gives_the_energies_of_the_gradient(seed, sizes, block, dtype):
@@ -79,7 +81,7 @@ SPECS = {
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", rest_slow("columns", "tokens", "rows"))
+@pytest.mark.parametrize("layout", rest_slow(["columns", "tokens", "rows"]))
 def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode, layout):
     args = inputs(lead=(2,))
     mesh = cpu_mesh({"data": 4, "tensor": 2}, mode)
@@ -89,7 +91,7 @@ def test_tokens_on_many_devices_are_summed_before_the_square(cpu_mesh, put, mode
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("checked", rest_slow(True, False))
+@pytest.mark.parametrize("checked", rest_slow([True, False]))
 def test_under_shard_map_named_axes_are_summed(cpu_mesh, checked):
     args = inputs()
     mesh = cpu_mesh({"data": 8}, AxisType.Auto)

@@ -10,6 +10,8 @@ import pytest
 from subspace_jax import data, interop, language, nn, train
 from subspace_jax.data import text
 
+from ..variants import rest_slow
+
 CONFIG = nn.CausalLMConfig.gpt2(259, 32, 2, 2, max_length=64)
 TOKENIZER = text.ByteTokenizer()
 
@@ -131,13 +133,15 @@ def config(tmp_path):
     config = language.default_config().unlock()
     config.data.source, config.data.evaluation = str(tmp_path / "train.txt"), str(tmp_path / "eval.txt")
     config.data.length, config.data.batch_size, config.data.eval_batch_size = 32, 8, 8
-    config.train.steps, config.train.log_every, config.optim.learning_rate = 15, 10, 1e-2
+    config.train.log_every = 10
     return config.lock()
 
 
+@pytest.mark.parametrize(("length", "steps", "rate"), rest_slow([(32, 15, 1e-2), (64, 30, 3e-3)]))
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
-def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path):
-    after = train.run(config, tmp_path / "b", progress=False)
+def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path, length, steps, rate):
+    settings = [f"data.length={length}", f"train.steps={steps}", f"optim.learning_rate={rate}"]
+    after = train.run(train.override(config, settings), tmp_path / "b", progress=False)
     assert after.metrics["loss"] < 0.7 * np.log(259)  # that of equal probabilities
     language.export(tmp_path / "b", tmp_path / "model")
     model, params = interop.load_causal_lm(tmp_path / "model")

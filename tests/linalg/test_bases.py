@@ -42,7 +42,7 @@ def test_broadcast_leading_keeps_the_matrices():
 
 
 @every_shape
-@pytest.mark.parametrize(("dtype", "bound"), rest_slow((jnp.float32, 1e-6), (jnp.float64, 2e-15)))
+@pytest.mark.parametrize(("dtype", "bound"), rest_slow([(jnp.float32, 1e-6), (jnp.float64, 2e-15)]))
 def test_random_bases_are_orthonormal(x64, shape, dtype, bound):
     lead, n, k = shape
     s = linalg.random_orthonormal(jax.random.key(0), n, k, lead, dtype)

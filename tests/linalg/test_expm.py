@@ -21,7 +21,7 @@ def act_on_tree(m, tree, norm):
     return linalg.expm_action(lambda y: jax.tree.map(lambda z: linalg.times(m, z), y), tree, norm)
 
 
-every_lead = pytest.mark.parametrize("lead", rest_slow((2, 1), ((),), ((3,),)), ids=str)
+every_lead = pytest.mark.parametrize("lead", rest_slow([((2, 1),), ((),), ((3,),)]), ids=str)
 SIZES = st.sampled_from([0.0, 1e-8, 0.5, 3.0, 40.0])
 
 

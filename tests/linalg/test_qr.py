@@ -15,7 +15,7 @@ from ..variants import rest_slow
 from .cases import conditioned, defect, every_shape, few, gaussian, seeds
 
 FACTORIZATIONS = [linalg.positive_qr, linalg.cholesky_qr, linalg.cholesky_qr2, linalg.shifted_cholesky_qr3]
-every_qr = pytest.mark.parametrize("qr", rest_slow(*FACTORIZATIONS), ids=lambda f: f.__name__)
+every_qr = pytest.mark.parametrize("qr", rest_slow(FACTORIZATIONS), ids=lambda f: f.__name__)
 compiled = functools.cache(jax.jit)
 
 

@@ -19,7 +19,7 @@ FUNCTIONS = {
     linalg.versine_sqrt: lambda x: np.sinc(np.sqrt(x) / 2 / np.pi) ** 2 / 2,
     linalg.arcsine_ratio: lambda x: np.arcsin(np.sqrt(x)) / np.sqrt(x * (1 - x)),
 }
-every_function = pytest.mark.parametrize("f", rest_slow(*FUNCTIONS), ids=lambda f: f.__name__)
+every_function = pytest.mark.parametrize("f", rest_slow(FUNCTIONS), ids=lambda f: f.__name__)
 
 
 def with_eigenvalues(seed, lead, values):

@@ -58,7 +58,7 @@ def test_cayley_is_the_cayley_transform_of_that_rotation(x64, seed, shape):
     chex.assert_trees_all_close(compiled(stiefel.retract, method="cayley")(s, h), want, rtol=1e-7, atol=1e-13)
 
 
-@pytest.mark.parametrize("shape", rest_slow(SHAPES[0], *((x,) for x in (((), 4, 4), ((), 5, 4), ((), 6, 1)))))
+@pytest.mark.parametrize("shape", rest_slow([(x,) for x in (*SHAPES[:3], ((), 7, 3), ((), 5, 4))]), ids=str)
 def test_geodesic_and_transport_solve_their_differential_equations(x64, shape):
     s = point(0, shape)
     h, d = tangent(stiefel, s, 1, 1.7), tangent(stiefel, s, 2)
@@ -105,7 +105,7 @@ def test_log_reaches_its_documented_domain(x64, seed, shape):
     chex.assert_trees_all_close(compiled(stiefel.log)(s, compiled(stiefel.exp)(s, h)), h, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(("size", "iterations"), rest_slow((1.5, 7), (2.2, 11)))
+@pytest.mark.parametrize(("size", "iterations"), rest_slow([(1.5, 7), (2.2, 11)]))
 def test_log_takes_the_documented_iterations(x64, size, iterations):
     log = compiled(stiefel.log, num_iters=iterations)
     for seed in range(0, 20, 2):

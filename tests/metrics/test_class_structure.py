@@ -32,7 +32,7 @@ def by_pairs(features, labels):
 VARIABILITY, SEPARATION = jax.jit(metrics.intra_class_variability), jax.jit(metrics.class_separation_r2)
 
 
-@pytest.mark.parametrize("count", rest_slow(13, 6, 20))
+@pytest.mark.parametrize("count", rest_slow([13, 6, 20]))
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1000), num_classes=st.integers(2, 4))
 def test_both_measures_equal_their_definition_over_pairs(seed, count, num_classes):

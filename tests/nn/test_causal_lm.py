@@ -55,7 +55,7 @@ def test_causal_lm_apply_is_causal_and_respects_windows(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("cut", rest_slow(10, 8))
+@pytest.mark.parametrize("cut", rest_slow([10, 8]))
 def test_causal_lm_apply_separates_packed_texts(name, cut):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 1, 20)
     segments = jnp.array([[0] * cut + [3] * (20 - cut)])
@@ -86,7 +86,7 @@ def test_causal_lm_apply_ignores_padding(name, side):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("cut", rest_slow(7, 9))
+@pytest.mark.parametrize("cut", rest_slow([7, 9]))
 def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name, cut):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 14)
     whole = run(config, params, tokens, capture_hidden=True)
@@ -101,7 +101,7 @@ def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name, cut):
 loss_and_grads = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0, static_argnames="options")
 
 
-@pytest.mark.parametrize(("name", "remat"), rest_slow(("gpt2", "full"), ("qwen2", "full"), ("qwen2", "dots")))
+@pytest.mark.parametrize(("name", "remat"), rest_slow([("gpt2", "full"), ("qwen2", "full"), ("qwen2", "dots")]))
 def test_remat_of_causal_lm_apply_keeps_gradients(name, remat):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 12)
     plain = loss_and_grads(config, params, tokens)[1]
@@ -310,14 +310,15 @@ def test_check_tokens_refuses_tokens_outside_the_vocabulary():
         nn.init_cache(CONFIGS["llama"], 0, 3)
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "qwen2"])
-def test_causal_lm_apply_computes_float64_in_float64(x64, name):
+@pytest.mark.parametrize("cut", rest_slow([6, 7]))
+@pytest.mark.parametrize("name", rest_slow(["gpt2", "qwen2"], "qwen2"))
+def test_causal_lm_apply_computes_float64_in_float64(x64, name, cut):
     config, tokens = CONFIGS[name], tokens_of(name, 2, 12)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params_of(name))
     exact = run(config, params, tokens)
     assert exact.logits.dtype == jnp.float64
-    parts = [run(config, params, tokens[:, :6], cache=nn.init_cache(config, 2, 12, jnp.float64))]
-    parts.append(run(config, params, tokens[:, 6:], cache=parts[0].cache))
+    parts = [run(config, params, tokens[:, :cut], cache=nn.init_cache(config, 2, 12, jnp.float64))]
+    parts.append(run(config, params, tokens[:, cut:], cache=parts[0].cache))
     np.testing.assert_allclose(jnp.concatenate([p.logits for p in parts], axis=1), exact.logits, atol=1e-12)
     rounded = run(config, jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens).logits
     np.testing.assert_allclose(rounded, exact.logits, atol=1e-4)

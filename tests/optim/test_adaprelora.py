@@ -14,7 +14,7 @@ from subspace_jax.optim.lora._factors import Factors
 from subspace_jax.optim.lora.adaprelora import factor_step, mean_squares, preconditioner
 from subspace_jax.optim.lora.lora_pro import adjusted
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 ROWS, COLUMNS, RANK = 9, 7, 3
 

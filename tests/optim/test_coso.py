@@ -9,7 +9,7 @@ import pytest
 from subspace_jax import linalg, optim
 from subspace_jax.linalg.frequent_directions import SVD_METHODS
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 
 def gaussian(shape, seed=0, dtype=jnp.float32):

@@ -11,7 +11,7 @@ import pytest
 
 from subspace_jax import optim
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 MAKERS = {
     "adaprelora": functools.partial(optim.adaprelora, 0.1, transport=True, stats="projected"),

@@ -9,7 +9,7 @@ import pytest
 
 from subspace_jax import adapters, nn, optim
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 IN, OUT, RANK, LAYERS = 12, 20, 3, 2
 FACTORS = LAYERS * (IN + OUT) * RANK

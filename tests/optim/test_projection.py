@@ -13,7 +13,7 @@ from flax import nnx
 from subspace_jax import linalg, optim
 from subspace_jax.optim.projected.options import METHODS, MOMENTS, SIDES
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 
 def gaussian(shape, seed=0, dtype=jnp.float32):
@@ -47,12 +47,9 @@ def test_at_full_rank_nothing_is_lost(side, method):
     np.testing.assert_allclose(updates, -0.1 * g, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("method", "side"),
-    rest_slow(
-        itertools.product(["randomized", "subspace_iteration"], ["left", "right", "full"]),
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+@pytest.mark.parametrize("method", ["randomized", "subspace_iteration"])
 def test_fast_refreshes_find_the_leading_subspace(method, side):
     g = low_rank(40, 24, 4)
     tx = optim.low_rank_projection(optax.identity(), 4, optim.ProjectionOptions(side, method=method))
@@ -268,11 +265,9 @@ def test_the_fallback_takes_what_is_not_projected():
     np.testing.assert_allclose(updates["kernel"], -0.5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "make",
-    rest_slow(
-        (optax.adamw, optax.lion, optax.adafactor, optax.contrib.muon, optax.lamb, optax.rmsprop, optax.adagrad),
-    ),
+    "make", [optax.adamw, optax.lion, optax.adafactor, optax.contrib.muon, optax.lamb, optax.rmsprop, optax.adagrad]
 )
 def test_any_transform_goes_inside(make):
     params = {"kernel": gaussian((8, 6)), "bias": jnp.ones(6)}

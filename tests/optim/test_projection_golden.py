@@ -15,7 +15,7 @@ from subspace_jax.optim.projected._scaled_gradient import scale_gradients
 from subspace_jax.optim.projected.apollo import apollo_step
 from subspace_jax.optim.projected.options import SIDES
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 # The golden files are reproduced to 4e-13 by an independent version; their specification asks for these.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)

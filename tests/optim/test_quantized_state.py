@@ -10,7 +10,7 @@ import pytest
 from subspace_jax import optim
 from subspace_jax.optim import quantized_state as quantized
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 
 def gaussian(shape, seed=0):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax import adapters, linalg, optim
 from subspace_jax.optim.random_subspace import _projections as projections
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 KINDS = {
     "dense": {"method": "dense"},

@@ -14,7 +14,7 @@ from flax import nnx
 from subspace_jax import linalg, optim
 from subspace_jax.manifolds import grassmann
 
-from .levels import rest_slow
+from ..variants import rest_slow
 
 TRANSPORTS = ("euclidean", "project", "parallel")
 RATE, MOMENTUM, B1, B2, EPS = 0.1, 0.9, 0.9, 0.999, 1e-8

@@ -1,7 +1,6 @@
 """Every optimizer vector of the authors' code and of the oracle, in float64."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from subspace_jax import losses, nn, optim
 
-from .levels import rest_slow
+from ..variants import rest_slow
 from .stored import to_bases, to_rows
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -59,17 +58,18 @@ def test_small_dimensions_follow_the_authors_code(x64, golden, k):
     check_stored(golden(f"gcr/rsgd_equal_k{k}"), "mom", learning_rate=0.2, momentum=0.9, reorth_every=None)
 
 
-@pytest.mark.parametrize(("momentum", "reorth_every"), rest_slow(itertools.product([None, 0.9], [None, 1])))
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("reorth_every", [None, 1])
 def test_mixed_dimensions_follow_the_authors_code(x64, golden, momentum, reorth_every):
     case = ("sgd" if momentum is None else "mom") + ("_reorth1" if reorth_every else "")
     g = golden("gcr/rsgd_mixed")
     check_stored(g, case, learning_rate=0.15, momentum=momentum, reorth_every=reorth_every)
 
 
-@pytest.mark.parametrize(
-    ("reorth", "momentum"),
-    rest_slow(itertools.product(["noreorth", "reorth1", "reorth5"], [None, 0.9])),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("reorth", ["noreorth", "reorth1", "reorth5"])
 def test_training_on_the_loss_follows_the_corrected_code(x64, golden, reorth, momentum):
     if reorth == "noreorth" and momentum:
         reorth = "reorth5"  # the file holds momentum runs with re-orthonormalisation only

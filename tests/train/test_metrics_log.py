@@ -181,7 +181,7 @@ def test_skipped_steps_are_reported_once_and_training_goes_on(fit, tmp_path, cap
     assert rows[-1]["skipped"] == 1
 
 
-@pytest.mark.parametrize("name", rest_slow("a_run_is_traced", "an_interrupted_trace"))
+@pytest.mark.parametrize("name", rest_slow(["a_run_is_traced", "an_interrupted_trace"]))
 def test_the_profiler_traces_where_it_is_asked_to(name):
     # In a process of its own: a profiler session brings down one in which libtpu has compiled a program.
     file = Path(__file__).parent / "profiling.py"
