@@ -96,7 +96,9 @@ def _ending(error: BaseException, trains: bool) -> tuple[int | None, str]:
     if isinstance(error, shared.NothingFoundError):
         return 1, str(error)
     if isinstance(error, (ValueError, OSError)):
-        return 2, str(error)
+        # Of a line each; JAX adds longer ones for those who read a traceback.
+        notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
+        return 2, f"{error} ({', '.join(notes)})" if notes else str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped; the same command resumes from the last checkpoint" if trains else "stopped"
     return processes.ending(error)

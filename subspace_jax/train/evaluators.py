@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax.train.context import gathered, jit_on_mesh
 from subspace_jax.train.host import on_first_process
 from subspace_jax.train.interruptions import Timed
+from subspace_jax.train.overrides import form
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, auto_mesh, batch_sharding, to_device
 
 if TYPE_CHECKING:
@@ -72,14 +73,15 @@ class TaskEvaluator(Evaluator):
         self._task, self.sets = task, (name,)
 
     def collect(self, model, batch, *, key):
-        """Returns the task's sums."""
-        return gathered(self._task, self._task.evaluate)(*model, batch, key=key)
+        """Returns the task's sums; raises ValueError where they lack their count."""
+        sums = gathered(self._task, self._task.evaluate)(*model, batch, key=key)
+        if not isinstance(sums, Mapping) or "count" not in sums:
+            raise ValueError(f"{type(self._task).__name__}.evaluate: expected sums with 'count', got {form(sums)}")
+        return sums
 
     def finish(self, **collected):
         """Divides the sums by their count; raises ValueError where there is no example."""
         ((name, sums),) = collected.items()
-        if "count" not in sums:
-            raise ValueError(f"evaluate: expected 'count' among the sums, got {sorted(sums)}")
         count = float(sums["count"])
         if not count:
             raise ValueError(f"evaluate: the set {name!r} gave no example")

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from subspace_jax.train.host import noted
 from subspace_jax.train.interruptions import NotFiniteError
 from subspace_jax.train.metrics_log import MetricsLog, progress_bar, read_metrics
 from subspace_jax.train.phases import Row, Run
@@ -44,6 +45,13 @@ class Hook:
 
     def on_close(self) -> None:
         """Called last, however the run ends."""
+
+
+def tell(hooks: Sequence[Hook], event: str, *arguments: Any) -> None:
+    """Calls a method of each hook; what one raises has a note of which it was."""
+    for hook in hooks:
+        with noted(f"in {type(hook).__name__}.{event}"):
+            getattr(hook, event)(*arguments)
 
 
 class RowLog(Hook):

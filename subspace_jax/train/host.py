@@ -1,13 +1,24 @@
 """Host code of a run of several processes: it runs on process 0, and all processes get its result."""
 
+import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def noted(where: str) -> Iterator[None]:
+    """Adds to what is raised within it a note of where that was, such as ``"in stop"``."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(where)
+        raise
 
 
 def on_first_process(action: Callable[[], T]) -> T:

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from subspace_jax.train.checkpoints import Checkpoints, Record
+from subspace_jax.train.checks import check_hooks, check_tasks
 from subspace_jax.train.context import jit_on_mesh, use_mesh
 from subspace_jax.train.evaluators import figures, scalars
-from subspace_jax.train.hooks import Hook, own_hooks
-from subspace_jax.train.host import on_first_process, run_on_host
+from subspace_jax.train.hooks import Hook, own_hooks, tell
+from subspace_jax.train.host import noted, on_first_process, run_on_host
 from subspace_jax.train.interruptions import Preempted, Preemption, Timed
 from subspace_jax.train.lock import locked
 from subspace_jax.train.metrics_log import plot_curves
@@ -82,6 +83,8 @@ def fit(run: Run, hooks: Sequence[Hook] = ()) -> FitResult:
       Preempted: The run got SIGTERM, and its state is saved.
     """
     run = dataclasses.replace(run, mesh=make_mesh() if run.mesh is None else run.mesh)
+    check_tasks(run)
+    check_hooks(hooks)
     check_run(run)
     programs = Programs(run)
     for phase in run.phases:
@@ -127,13 +130,13 @@ class _Loop:
         index, state = self.resume()
         with contextlib.ExitStack() as last:
             for hook in self.hooks:
-                last.callback(hook.on_close)
-            for hook in self.hooks:
-                hook.on_start(self.run, int(state.step), int(state.skipped))
+                last.callback(tell, [hook], "on_close")
+            tell(self.hooks, "on_start", self.run, int(state.step), int(state.skipped))
             preemption = last.enter_context(Preemption().listen())
             last.enter_context(use_mesh(self.run.mesh, self.run.rules))
             while True:
-                state = self.carry_out_phase(index, state, preemption)
+                with noted(f"in phase {self.run.phases[index].name!r}"):
+                    state = self.carry_out_phase(index, state, preemption)
                 if index + 1 == len(self.run.phases):
                     break
                 state, index = self.enter(index + 1, self.handed_on(index, state)), index + 1
@@ -141,13 +144,13 @@ class _Loop:
                 self.evaluate(index, state, (False, True), log_rows=False)
             summary = {}
             if self.run.summary is not None:
-                summary = on_first_process(lambda: figures("summary", self.run.summary(tuple(self.rows))))
+                with noted("in Run.summary"):
+                    summary = on_first_process(lambda: figures("summary", self.run.summary(tuple(self.rows))))
                 if arrays := sorted(name for name, value in summary.items() if np.ndim(value)):
                     raise ValueError(f"summary: expected scalars, got arrays {arrays}")
                 self.add_row(index, int(state.step), "summary", summary)
             result = FitResult(state, self.metrics, tuple(self.rows), summary)
-            for hook in self.hooks:
-                hook.on_end(result)
+            tell(self.hooks, "on_end", result)
         return result
 
     def resume(self) -> tuple[int, TrainState]:
@@ -224,8 +227,7 @@ class _Loop:
                 waiting.append(metrics["skipped"])
                 if len(waiting) > _IN_FLIGHT:
                     jax.block_until_ready(waiting.popleft())
-                for hook in self.hooks:
-                    hook.on_step(step, metrics, batch)
+                tell(self.hooks, "on_step", step, metrics, batch)
                 ends = taken == phase.num_steps
                 ends_round = ends or (phase.round_steps > 0 and taken == steps[-1])
                 if ends_round or taken % every.log == 0:
@@ -258,8 +260,7 @@ class _Loop:
     def add_row(self, index: int, step: int, split: str, values: Mapping[str, float]) -> None:
         row = {"phase": self.run.phases[index].name, "step": step, "split": split, **values}
         self.rows.append(row)
-        for hook in self.hooks:
-            hook.on_row(row)
+        tell(self.hooks, "on_row", row)
 
     def evaluate(
         self, index: int, state: TrainState, last: tuple[bool, ...], *, log_rows: bool = True
@@ -283,7 +284,8 @@ class _Loop:
         if phase.stop is None:
             return False
         rows = [row for row in self.rows if row["phase"] == phase.name]
-        return on_first_process(lambda: bool(phase.stop(rows)))
+        with noted("in stop"):
+            return on_first_process(lambda: bool(phase.stop(rows)))
 
     def open(self, index: int, state: TrainState, *, renew: bool) -> None:
         """Opens the data of a phase, and those that are a function of the state anew at the start of a round."""
@@ -300,7 +302,8 @@ class _Loop:
         phase = self.run.phases[index]
         if isinstance(phase.data, DataSpec):
             return phase.data
-        data = phase.data(state)
+        with noted("in data"):
+            data = phase.data(state)
         check_data(phase, data, self.run)
         return data
 
@@ -321,7 +324,8 @@ class _Loop:
         phase = self.run.phases[index]
         if phase.refresh is None:
             return state
-        new = phase.refresh(state, self.at(index, state, index, number))
+        with noted("in refresh"):
+            new = phase.refresh(state, self.at(index, state, index, number))
         if not isinstance(new, TrainState):
             raise ValueError(f"phase {phase.name!r}: refresh: expected a TrainState, got {type(new).__name__}")
         abstract, shardings = self.programs.states(phase)
@@ -349,7 +353,8 @@ class _Loop:
         abstract, shardings = self.programs.states(phase)
         params, variables, opt_state = state.params, state.variables, None
         if phase.enter is not None:
-            entered = phase.enter(state, self.at(max(index - 1, 0), state, index, 2**32 - 1))
+            with noted(f"in enter of phase {phase.name!r}"):
+                entered = phase.enter(state, self.at(max(index - 1, 0), state, index, 2**32 - 1))
             if not isinstance(entered, tuple) or len(entered) != 3:
                 what = f"{len(entered)} values" if isinstance(entered, tuple) else type(entered).__name__
                 raise ValueError(

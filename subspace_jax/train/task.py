@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.train.context import gathered
+from subspace_jax.train.overrides import form, pair
 
 if TYPE_CHECKING:
     from subspace_jax.train.evaluators import Evaluator
@@ -39,7 +40,7 @@ class Task:
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Returns fresh ``(params, variables)``, float32; works under ``jax.eval_shape``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no init(key)")
 
     def axes(self) -> tuple[PyTree, PyTree]:
         """Returns the logical axis names of ``(params, variables)``: one ``PartitionSpec`` of names for each array.
@@ -76,7 +77,7 @@ class Task:
           key: Random key of this step and micro-batch.
           step: Steps taken in this phase, int32.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss(params, variables, batch, *, key, step)")
 
     def gradients(
         self,
@@ -95,7 +96,7 @@ class Task:
         """
 
         def kept(*args, **kwargs):
-            loss, (new, metrics) = self.loss(*args, **kwargs)
+            loss, new, metrics = _parts_of_loss(self, self.loss(*args, **kwargs))
             return loss, (without(new, self.frozen), metrics)
 
         f = gathered(self, kept)
@@ -118,13 +119,23 @@ class Task:
 
     def evaluate(self, params: PyTree, variables: PyTree, batch: Batch, *, key: jax.Array) -> Metrics:
         """Returns sums over the examples where ``batch["mask"]`` is 1, and their number under ``"count"``."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has no evaluate(params, variables, batch, *, key), and no other evaluators")
 
     def evaluators(self) -> Mapping[str, "Evaluator"]:
         """Returns evaluators by name; by default "eval", the means of :meth:`evaluate` over the set "eval"."""
         from subspace_jax.train.evaluators import TaskEvaluator
 
         return {"eval": TaskEvaluator(self)}
+
+
+def _parts_of_loss(task: Task, found: Any) -> tuple[jax.Array, PyTree, Metrics]:
+    """Returns loss, variables and metrics; raises a ValueError where :meth:`Task.loss` returned something else."""
+    where, expected = f"{type(task).__name__}.loss", "(loss, (variables, metrics))"
+    loss, rest = pair(where, found, expected)
+    if not isinstance(rest, tuple | list) or len(rest) != 2 or not isinstance(rest[1], Mapping):
+        raise ValueError(f"{where}: expected {expected}, got {form(found)}")
+    return loss, *rest
 
 
 def without(variables: PyTree, names: tuple[str, ...]) -> PyTree:

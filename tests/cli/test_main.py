@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from subspace_jax.cli.main import main
+from subspace_jax.represent.gcr import task as classify
 
 SHORT = [
     "--config.train.steps=6",
@@ -165,6 +167,21 @@ def test_train_names_an_unwritable_workdir(train, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run") == 2
     assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+
+
+def test_train_says_which_function_of_which_phase_failed(train, tmp_path, monkeypatch, capsys):
+    def stop(rows):
+        raise ValueError("no such metric")
+
+    build = classify.build
+
+    def build_with_stop(config):
+        run = build(config)
+        return dataclasses.replace(run, phases=(run.phases[0]._replace(round_steps=2, stop=stop),))
+
+    monkeypatch.setattr(classify, "build", build_with_stop)
+    assert train(tmp_path) == 2
+    assert "subspace-jax train: no such metric (in stop, in phase 'train')\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workdir", ["", ".", "./"])
