@@ -195,8 +195,10 @@ def _process_slice(batch_size: int, process: tuple[int, int] | None, name: str =
     index, count = (jax.process_index(), jax.process_count()) if process is None else process
     if not 0 <= index < count:
         raise ValueError(f"process: expected an index from 0 to {count - 1}, got {index}")
-    if batch_size < 1 or batch_size % count:
-        raise ValueError(f"{name}: expected a positive multiple of {count} processes, got {batch_size}")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {batch_size!r}")
+    if batch_size % count:
+        raise ValueError(f"{name}: expected a multiple of {count} processes, got {batch_size}")
     own = batch_size // count
     return range(index * own, (index + 1) * own)
 

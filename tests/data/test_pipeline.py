@@ -184,7 +184,8 @@ def test_transform_does_not_depend_on_the_number_of_processes(numbered):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected a positive multiple of 1"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: expected an integer of at least 1, got 2.0"),
         ({"batch_size": 11}, "batch_size: expected at most the 10 examples"),
         ({"batch_size": 5, "process": (0, 2)}, "batch_size: .* multiple of 2 processes, got 5"),
         ({"batch_size": 4, "process": (2, 2)}, "process: expected an index from 0 to 1, got 2"),
@@ -253,5 +254,5 @@ def test_threads_that_read_ahead_change_neither_order_nor_resumption(numbered, m
 def test_eval_passes_call_the_size_by_its_name_before_a_pass_begins(numbered):
     passes = data.eval_passes(numbered(5), 4)
     assert [batch["mask"].sum() for begin in range(2) for batch in passes()] == [4, 1, 4, 1]
-    with pytest.raises(ValueError, match="eval_batch_size: expected a positive multiple of 1 processes, got 0"):
+    with pytest.raises(ValueError, match="eval_batch_size: expected an integer of at least 1, got 0"):
         data.eval_passes(numbered(5), 0)

@@ -135,7 +135,7 @@ def test_large_labels_allocate_no_large_arrays():
         ({"name": "folder"}, "data.name: 'folder' needs the folder as data.data_dir"),
         ({"name": "{folder}"}, "is a folder; give data.name=folder and data.data_dir="),
         ({"name": "./photos"}, "photos: no such folder of images"),
-        ({"name": "union_of_subspaces", "eval_batch_size": 0}, "eval_batch_size: expected a positive multiple"),
+        ({"name": "union_of_subspaces", "eval_batch_size": 0}, "eval_batch_size: expected an integer of at least 1"),
     ],
 )
 def test_build_names_data_that_do_not_exist(fields, message, tmp_path):
