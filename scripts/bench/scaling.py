@@ -93,7 +93,8 @@ def plan_head(topology, sizes):
         "inputs": jax.ShapeDtypeStruct((1024, 2048), jnp.float32),
         "labels": jax.ShapeDtypeStruct((1024,), jnp.int32),
     }
-    return planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
+    # With a check of the whole state, old bases and momentum would stay beside the new ones.
+    return planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology, finite_check="gradients")
 
 
 def rate(found, kind):

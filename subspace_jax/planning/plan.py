@@ -167,7 +167,8 @@ def _plan_steps(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Plan
         if key not in seen:
             seen.add(key)
             check_batch_size(num_examples(batch), mesh, accumulate=run.accumulate)
-            plan = plan_step(phase.task, phase.tx, batch, mesh, topology, accumulate=run.accumulate, remat=run.remat)
+            options = {"accumulate": run.accumulate, "remat": run.remat, "finite_check": run.finite_check}
+            plan = plan_step(phase.task, phase.tx, batch, mesh, topology, **options)
             name = "step" if len(run.phases) == 1 else f"step of {phase.name}"
             plans.append(dataclasses.replace(plan, program=name))
     return plans
@@ -200,6 +201,7 @@ def plan_step(
     *,
     accumulate: int = 1,
     remat: str = "none",
+    finite_check: str = "state",
 ) -> Plan:
     """Plans the train step of a task, see :func:`plan_run`.
 
@@ -211,13 +213,14 @@ def plan_step(
       topology: The topology of the mesh.
       accumulate: See :func:`subspace_jax.train.make_train_step`.
       remat: Likewise.
+      finite_check: Likewise.
 
     Returns:
       The plan.
     """
     abstract, shardings = state_shardings(task, tx, mesh)
     plan = _unplanned("step", topology, mesh, (abstract, shardings), batch)
-    step = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat)
+    step = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat, finite_check=finite_check)
     # The optimizer reads and writes its state and the parameters once.
     optimizer_bytes = 2 * (plan.params + plan.optimizer)
     return _planned(plan, step.trace(abstract, dict(batch)), mesh, uncounted_bytes=optimizer_bytes)

@@ -46,6 +46,7 @@ def default_config() -> ConfigDict:
                 "best": "min:loss",
                 "accumulate": 1,
                 "remat": "none",
+                "finite_check": "state",
                 "profile_at": 0,
                 "data_timeout": 900.0,
                 "max_skipped": 100,

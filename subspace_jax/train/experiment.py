@@ -23,7 +23,7 @@ from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.programs import Programs, check_run
 from subspace_jax.train.sharding import make_mesh, shard_bytes
-from subspace_jax.train.step import TrainState, complete_state
+from subspace_jax.train.step import FINITE_CHECKS, TrainState, complete_state
 from subspace_jax.train.workdir import writable_folder
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def complete_run(run: Run, config: ConfigDict) -> Run:
         seed=config.seed,
         accumulate=settings.accumulate,
         remat=settings.remat,
+        finite_check=settings.finite_check,
         log_every=settings.log_every,
         eval_every=settings.eval_every or None,
         checkpoint_every=settings.checkpoint_every or None,
@@ -140,9 +141,10 @@ def task_module(config: ConfigDict) -> tuple[ModuleType, ConfigDict]:
             raise ValueError(f"{group}.{unknown[0]}: unknown field{nearest(unknown[0], known)}")
     check_run_fields(config)
     parse_best(config.train.best)
-    if config.train.remat not in REMAT_POLICIES:
-        known, got = sorted(REMAT_POLICIES), config.train.remat
-        raise ValueError(f"train.remat: expected one of {known}, got {shown(got)}{nearest(got, known)}")
+    for field, known in (("remat", sorted(REMAT_POLICIES)), ("finite_check", sorted(FINITE_CHECKS))):
+        got = config.train[field]
+        if got not in known:
+            raise ValueError(f"train.{field}: expected one of {known}, got {shown(got)}{nearest(got, known)}")
     # All but the length of the warm-up, where the data decide on the number of steps.
     make_optimizer(config.optim, config.train.steps or config.optim.warmup_steps + 1)
     return module, config

@@ -112,6 +112,7 @@ class Run:
       seed: Seed of parameters, data order and step randomness.
       accumulate: Micro-batches in a batch.
       remat: See :func:`subspace_jax.train.make_train_step`.
+      finite_check: Likewise.
       log_every: Steps between two rows of training metrics.
       eval_every: Steps between two evaluations; 0 evaluates at the end of each round only, None after each epoch of
         the phase's data.
@@ -142,6 +143,7 @@ class Run:
     seed: int = 0
     accumulate: int = 1
     remat: str = "none"
+    finite_check: str = "state"
     log_every: int = 50
     eval_every: int | None = 0
     checkpoint_every: int | None = 0

@@ -36,7 +36,8 @@ class Programs:
         """Returns the compiled step."""
 
         def make(run: Run) -> Callable:
-            step = make_train_step(phase.task, phase.tx, accumulate=run.accumulate, remat=run.remat)
+            options = {"accumulate": run.accumulate, "remat": run.remat, "finite_check": run.finite_check}
+            step = make_train_step(phase.task, phase.tx, **options)
             return jit_step(step, self.states(phase)[1], run.rules)
 
         return self._once("step", phase, make)

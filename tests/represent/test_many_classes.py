@@ -33,7 +33,7 @@ def test_the_step_of_a_grassmann_head_has_temporaries_of_the_size_of_its_bases(c
         "inputs": jax.ShapeDtypeStruct((ROWS, width), jnp.float32),
         "labels": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
     }
-    plan = planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology)
+    plan = planning.plan_step(represent.ClassifierTask(make), tx, batch, mesh, topology, finite_check="gradients")
     print(f"\n{plan}")
     shard = classes * width * DIM * 4 // axes["tensor"]
     logits = ROWS // axes["data"] * classes // axes["tensor"] * 4

@@ -58,6 +58,7 @@ def refusal(tmp_path_factory):
         (["optim.warmup_steps=2"], "optim.warmup_steps: expected 0 to 1 for a run of 2, got 2"),
         (["optim.manifold.kwargs.retraction=expo"], "optim.manifold.kwargs.retraction: expected one of"),
         (["train.remat=some"], "remat: expected one of ['dots', 'full', 'none'], got 'some'"),
+        (["train.finite_check=gradient"], "got 'gradient'; did you mean 'gradients'?"),
         (["train.best=max:f1"], "best: evaluation gives ['accuracy', 'loss'], got 'max:f1'"),
         (["train.best=accuracy"], "best: expected 'max:METRIC' or 'min:METRIC'"),
         (["train.steps=-1"], "expected a run of at least 1 step"),
@@ -201,9 +202,13 @@ def test_a_folder_without_a_run_and_a_run_without_a_checkpoint_are_told_apart(tm
         train.restore(tmp_path, step="best")
 
 
-def test_make_train_step_refuses_unknown_remat_and_no_micro_batch():
+def test_make_train_step_refuses_unknown_options_and_no_micro_batch():
     task, _ = regression()
-    for options, message in (({"remat": "all"}, "remat: expected one of"), ({"accumulate": 0}, "accumulate: expected")):
+    for options, message in (
+        ({"remat": "all"}, "remat: expected one of"),
+        ({"finite_check": "loss"}, "finite_check: expected one of"),
+        ({"accumulate": 0}, "accumulate: expected"),
+    ):
         with pytest.raises(ValueError, match=message):
             train.make_train_step(task, optax.sgd(0.1), **options)
 

@@ -36,11 +36,12 @@ def plain():
     [
         {"accumulate": 4},
         {"remat": "dots"},
+        {"finite_check": "gradients"},
         *(pytest.param(options, marks=pytest.mark.slow) for options in ({"accumulate": 2}, {"remat": "full"})),
     ],
     ids=str,
 )
-def test_accumulation_and_rematerialization_change_no_step(options, plain):
+def test_options_of_make_train_step_change_no_step(options, plain):
     task, data = classification(head="softmax")
     state, metrics = take_steps(task, data, optax.sgd(0.1, momentum=0.9), train.make_mesh(1), **options)
     assert_close(state, plain[0], atol=1e-5)
@@ -74,11 +75,19 @@ def place(batch, mesh):
 
 
 @pytest.mark.parametrize(
-    ("value", "accumulate"),
-    [(np.nan, 1), (np.inf, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((np.inf, 1), (np.nan, 2)))],
+    ("value", "accumulate", "finite_check"),
+    [
+        (np.nan, 1, "state"),
+        (np.inf, 2, "state"),
+        (np.nan, 1, "gradients"),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((np.inf, 1, "state"), (np.nan, 2, "state"), (np.inf, 2, "gradients"))
+        ),
+    ],
 )
-def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumulate):
-    step, state, data, mesh = step_and_state(accumulate=accumulate)
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumulate, finite_check):
+    step, state, data, mesh = step_and_state(accumulate=accumulate, finite_check=finite_check)
     batches = data.train(0)
     state, _ = step(state, place(next(batches), mesh))
     before = to_numpy(state)
@@ -154,7 +163,7 @@ def test_an_update_or_an_optimizer_state_that_is_not_finite_is_skipped(where, va
 def test_variables_that_are_no_longer_finite_are_not_kept():
     class Spoilt(Regression):
         def loss(self, params, variables, batch, *, key, step):
-            loss, (found, metrics) = super().loss(params, variables, batch, key=key, step=step)
+            loss, (found, _) = super().loss(params, variables, batch, key=key, step=step)
             return loss, ({**found, "mean": jnp.where(variables["seen"] == 1, jnp.nan, found["mean"])}, metrics)
 
     tx, mesh = optax.adam(1e-2), train.make_mesh(1)
@@ -239,6 +248,26 @@ def test_transforms_by_entry_update_in_turn_at_the_parameters_as_they_then_stand
     assert_close(state.params, expected, atol=1e-6)
     assert state.opt_state.keys() == {"a", "b"}
     assert (float(state.variables["seen"]), int(metrics["step"])) == (2, 0)
+
+
+def test_an_entry_whose_gradient_is_not_finite_stays_and_later_ones_too():
+    class Broken(Pair):
+        def loss(self, params, variables, batch, *, key, step):
+            loss, (found, _) = super().loss(params, variables, batch, key=key, step=step)
+            # The root has an infinite slope at 0.
+            return loss + jnp.sqrt(0.0 * params["b"]["scale"]), (found, {})
+
+    task, mesh = Broken(), train.make_mesh(1)
+    tx = {entry: optax.sgd(0.1, momentum=0.9) for entry in ("a", "b", "c")}
+    step = train.jit_train_step(task, tx, mesh, finite_check="gradients")
+    before = to_numpy(train.init_state(task, tx, mesh))
+    after = to_numpy(step(train.init_state(task, tx, mesh), arrays(8))[0])
+    for entry in ("b", "c"):
+        assert_same_bits(after.params[entry], before.params[entry])
+        assert_same_bits(after.opt_state[entry], before.opt_state[entry])
+    assert (int(after.step), int(after.skipped)) == (1, 1)
+    assert np.any(after.params["a"] != before.params["a"])
+    assert_same_bits(after.variables, before.variables)
 
 
 def test_after_update_runs_once_and_what_it_makes_not_finite_is_skipped():

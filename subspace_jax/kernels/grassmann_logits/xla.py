@@ -30,11 +30,11 @@ def norms(x, bases, *, block):
 
     def add(out, start, width):
         z = classes.products(classes.rows(start, width, x.dtype), features, x.dtype)
-        return classes.put(out, jnp.sqrt(jnp.sum(jnp.square(z), axis=2)), start)
+        return classes.put(out, jnp.sqrt(jnp.sum(jnp.square(z), axis=2)) * size.T[None], start)
 
     out = jnp.zeros((*classes.split, features.shape[0]), wide)
     out = classes.loop(add, vary_alike(features, out)[1])
-    return (out.reshape(classes.count, -1).T * size).reshape(*x.shape[:-1], classes.count)
+    return out.reshape(classes.count, -1).T.reshape(*x.shape[:-1], classes.count)
 
 
 def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
@@ -46,15 +46,16 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
     features, size, wide = _features(x)
     batch = features.shape[0]
     classes = _Classes(bases, batch, block)
-    # With x = size features: norms of features, and weights of which the products with features are gradients of bases.
-    norms, weights = norms.reshape(batch, -1) / size, weights.astype(wide).reshape(batch, -1) * size
-    norms, weights = (a.T.reshape(*classes.split, batch) for a in (norms, weights))
+    norms, weights = (a.reshape(batch, -1).T.reshape(*classes.split, batch) for a in (norms, weights.astype(wide)))
 
     def add(sums, start, width):
         dx, dbases = sums
         rows = classes.rows(start, width, x.dtype)
-        length = classes.take(norms, start, width)
-        weight = jnp.where(length > 0, classes.take(weights, start, width) / jnp.where(length > 0, length, 1), 0)
+        # With x = size features: norms of features, and weights of which products with features are gradients of bases.
+        # Group by group, as scaling all would need another array of the size of the logits.
+        length, weight = (classes.take(a, start, width) for a in (norms, weights))
+        length, weight = length / size.T[None], weight * size.T[None]
+        weight = jnp.where(length > 0, weight / jnp.where(length > 0, length, 1), 0)
         z = weight[:, :, None] * classes.products(rows, features, x.dtype)
         # The barrier keeps the compiler from recomputing it for each matmul.
         z = jax.lax.optimization_barrier(_round(z.reshape(-1, batch), x.dtype))
