@@ -234,26 +234,26 @@ def make_train_step(
             metrics = {**metrics, **found}
             finite &= jnp.isfinite(found["loss"]) & jnp.isfinite(norms[-1])
             update = functools.partial(_update, transform, entry, grads, params, opt_state, found["loss"], shardings)
-            params, opt_state = _if(finite, update, (params, opt_state)) if in_place else update()
+            old_turn = params, opt_state
+            params, opt_state = jax.lax.cond(finite, update, lambda x=old_turn: x) if in_place else update()
         grad_norm = norms[0] if len(norms) == 1 else optax.tree.norm(norms)
         after = functools.partial(_after_update, task, params, variables, held, key, count)
-        params, variables = _if(finite, after, (params, old[1])) if in_place else after()
+        params, variables = jax.lax.cond(finite, after, lambda: (params, old[1])) if in_place else after()
         new = (params, variables, opt_state)
         if not in_place:
             finite &= _stays_finite(old, new)
             # Not by `cond`: the compiler would keep the old arrays, or compute the new ones twice.
             new = jax.tree.map(functools.partial(jax.lax.select, finite), new, old)
         params, variables, opt_state = new
-        skipped = state.skipped + jnp.where(finite, 0, 1)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
             variables={**variables, **held} if held else variables,
             opt_state=opt_state,
-            skipped=skipped,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
         )
-        return state, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
+        return state, {**metrics, "grad_norm": grad_norm, "skipped": state.skipped}
 
     return step
 
@@ -341,11 +341,6 @@ def _after_update(task: Task, params: PyTree, variables: PyTree, held: PyTree, k
     check_shapes("after_update: params", new_params, params)
     check_shapes("after_update: variables", new, variables)
     return new_params, new
-
-
-def _if(finite: jax.Array, update: Callable[[], PyTree], old: PyTree) -> PyTree:
-    """Updates in place, or leaves the old arrays where they are."""
-    return jax.lax.cond(finite, update, lambda: old)
 
 
 def _gradient_norm(grads: PyTree, probes: set[str], entry: str | None) -> jax.Array:

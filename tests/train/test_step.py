@@ -163,7 +163,7 @@ def test_an_update_or_an_optimizer_state_that_is_not_finite_is_skipped(where, va
 def test_variables_that_are_no_longer_finite_are_not_kept():
     class Spoilt(Regression):
         def loss(self, params, variables, batch, *, key, step):
-            loss, (found, _) = super().loss(params, variables, batch, key=key, step=step)
+            loss, (found, metrics) = super().loss(params, variables, batch, key=key, step=step)
             return loss, ({**found, "mean": jnp.where(variables["seen"] == 1, jnp.nan, found["mean"])}, metrics)
 
     tx, mesh = optax.adam(1e-2), train.make_mesh(1)
