@@ -10,8 +10,7 @@ class Figure(NamedTuple):
       name: What is measured, on what.
       command: The command of one seed.  ``scripts/figures.py`` appends ``--workdir`` and ``--config.seed``, or
         ``--junitxml`` where it is pytest.
-      metric: Name in the run's ``result.json``; ``seconds`` is the time that the command took; of pytest ``failures``,
-        or a property that a test records.
+      metric: Name in the run's ``result.json``; of pytest ``failures``, or a property that a test records.
       at_least: Lower bound, inclusive.  A figure without bounds is there for comparison.
       at_most: Upper bound, inclusive.
       seeds: Seeds of the runs.
