@@ -25,11 +25,12 @@ _ARGUMENTS = ("optim.kwargs", "optim.manifold.kwargs")
 def default_config() -> ConfigDict:
     """Returns the fields that every run has; a task adds its own (``data``, ``model``, …).
 
-    ``train.steps`` counts steps; where it is 0, ``train.epochs`` counts passes over the training set.  ``eval_every``
-    and ``checkpoint_every`` count steps, 0 meaning those of an epoch; a kill costs no more than ``checkpoint_every``
-    of them, for a checkpoint is begun twice as often.  A batch may take ``data_timeout`` seconds, and a run stops
-    after ``max_skipped`` steps in a row that were not finite; 0 means never, for both.  See
-    :func:`subspace_jax.train.fit` for the others.
+    ``train.steps`` counts steps; where it is 0, ``train.epochs`` counts passes over the training set.  A phase with a
+    number of steps of its own takes at most ``train.steps``, and ignores ``train.epochs``.  ``eval_every`` and
+    ``checkpoint_every`` count steps, 0 meaning those of an epoch; a kill costs no more than ``checkpoint_every`` of
+    them, for a checkpoint is begun twice as often.  A batch may take ``data_timeout`` seconds, and a run stops after
+    ``max_skipped`` steps in a row that were not finite; 0 means never, for both.  See :func:`subspace_jax.train.fit`
+    for the others.
     """
     return ConfigDict(
         {

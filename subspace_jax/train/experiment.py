@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.train.checkpoints import Checkpoints, Record, parse_best
+from subspace_jax.train.checks import check_tasks
 from subspace_jax.train.config import default_config, differing_fields, override, read_config
 from subspace_jax.train.context import REMAT_POLICIES
 from subspace_jax.train.evaluators import Evaluations, scalars
 from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, nearest, shown
 from subspace_jax.train.loop import FitResult, fit
 from subspace_jax.train.optimizer import make_optimizer
+from subspace_jax.train.overrides import form
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.programs import Programs, check_run
 from subspace_jax.train.sharding import make_mesh, shard_bytes
@@ -50,7 +52,11 @@ def build(config: ConfigDict) -> Run:
     """
     module, config = task_module(config)
     mesh = make_mesh(**config.mesh)
-    run = complete_run(module.build(config), config)
+    run = module.build(config)
+    if not isinstance(run, Run):
+        raise ValueError(f"task: expected a Run from build(config) of {module.__name__!r}, got {form(run)}")
+    check_tasks(run)
+    run = complete_run(run, config)
     run = dataclasses.replace(run, mesh=mesh)
     check_run(run)
     for phase in run.phases:
@@ -59,7 +65,7 @@ def build(config: ConfigDict) -> Run:
 
 
 def complete_run(run: Run, config: ConfigDict) -> Run:
-    """Fills in what the config says: numbers of steps and optimizers of phases without, and all fields of the run.
+    """Fills in what the config says: numbers of steps, optimizers of phases without, and all fields of the run.
 
     Args:
       run: From a method's ``build`` or ``outline``.
@@ -71,7 +77,7 @@ def complete_run(run: Run, config: ConfigDict) -> Run:
     settings, made = config.train, {}
     phases = []
     for phase in run.phases:
-        num_steps = phase.num_steps or _num_steps(phase, config)
+        num_steps = _num_steps(phase, config)
         tx = phase.tx
         if tx is None:  # one object for phases that share their task, which so share a compiled step
             key = (id(phase.task), num_steps)
@@ -100,6 +106,8 @@ def complete_run(run: Run, config: ConfigDict) -> Run:
 
 def _num_steps(phase: Phase, config: ConfigDict) -> int:
     settings = config.train
+    if phase.num_steps:
+        return min(phase.num_steps, settings.steps or phase.num_steps)
     if not settings.steps and not isinstance(phase.data, DataSpec):
         raise ValueError(f"train.steps: expected a number of steps, as the data of phase {phase.name!r} come later")
     epoch = phase.data.steps_per_epoch if isinstance(phase.data, DataSpec) else 0

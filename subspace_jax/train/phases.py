@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from subspace_jax.train.overrides import form
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules
 from subspace_jax.train.task import Task
 
@@ -68,7 +69,8 @@ class Phase(NamedTuple):
       task: The method.
       data: Its data, or a function of the state that returns them, called after ``enter`` and ``refresh``.  It reads
         only what steps do not change, for a resumed run calls it with the state that it resumes from.
-      num_steps: The most steps that it takes; 0 for those that the config of the run says.
+      num_steps: The most steps that it takes; 0 for those that the config of the run says.  Where a config sets
+        ``train.steps``, no phase takes more.
       tx: The optimizer; None for that of the config.  A dict ``{entry: transform}`` updates entries of the parameters
         in turn, each gradient at the parameters as they then stand; other entries do not move.
       enter: ``enter(state, at) -> (params, variables, opt_state or None)`` makes the first state from the last one of
@@ -183,11 +185,13 @@ def array_data(
       eval_batch_size: Examples in a batch of evaluation; that of training by default.
 
     Raises:
-      ValueError: A size can't serve.
+      ValueError: A size can't serve, or a set is no dict of arrays.
     """
     from subspace_jax import data
 
-    num_examples = len(next(iter(train_set.values())))
+    num_examples = _num_examples("train_set", train_set)
+    for name, rows in _sets(evaluate):
+        _num_examples(f"evaluate[{name!r}]", rows)
     data.train_batches(train_set, batch_size=batch_size, seed=0)  # what is wrong with the batch size shows now
     return DataSpec(
         batch=batch_shapes(train_set, batch_size),
@@ -207,14 +211,40 @@ def whole_set_data(
       multiple_of: The batch is padded with zeros to a multiple of this, which the data axes of the mesh have to divide;
         its ``mask`` is 1 for examples and 0 for padding.
       evaluate: As for :class:`DataSpec`; by default "eval" is the same batch.
+
+    Raises:
+      ValueError: ``examples`` is no dict of arrays, ``multiple_of`` is no integer of at least 1, or ``evaluate`` is no
+        dict of functions.
     """
     from subspace_jax import data
 
-    num_examples = len(next(iter(examples.values())))
+    num_examples = _num_examples("examples", examples)
+    if not isinstance(multiple_of, int | np.integer) or multiple_of < 1:
+        raise ValueError(f"multiple_of: expected an integer of at least 1, got {multiple_of!r}")
+    for name, make in _sets(evaluate or {}):
+        if not callable(make):
+            raise ValueError(f"evaluate[{name!r}]: expected a function that makes a pass, got {form(make)}")
     batch_size = -(-num_examples // multiple_of) * multiple_of
     (batch,) = data.eval_batches(examples, batch_size=batch_size)
     passes = {"eval": lambda: [batch]} if evaluate is None else dict(evaluate)
     return DataSpec(batch_shapes(batch, batch_size), lambda seed: _Repeated(batch), passes, 1)
+
+
+def _num_examples(name: str, examples: Any) -> int:
+    """Returns the number of examples; raises a ValueError that names the argument where it is no dict of arrays."""
+    if not isinstance(examples, Mapping) or not examples:
+        raise ValueError(f"{name}: expected a dict of arrays with examples along the first axis, got {form(examples)}")
+    lengths = {key: len(rows) if np.ndim(rows) else None for key, rows in examples.items()}
+    first = next(iter(lengths.values()))
+    if not first or set(lengths.values()) != {first}:
+        raise ValueError(f"{name}: expected the same number of examples, at least one, in each array, got {lengths}")
+    return first
+
+
+def _sets(evaluate: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(evaluate, Mapping):
+        raise ValueError(f"evaluate: expected a dict of sets by name, got {form(evaluate)}")
+    return evaluate.items()
 
 
 class _Repeated:

@@ -1,14 +1,16 @@
 """What a user's own task, evaluator or hook gets wrong is said with its name, what came and what was expected."""
 
 import jax
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
-from subspace_jax.train import checks
+from subspace_jax.represent.gcr import task as classify
+from subspace_jax.train import checks, experiment
 
-from .common import Regression, regression
+from .common import Regression, arrays, regression
 
 
 def check(task):
@@ -146,6 +148,56 @@ def test_fit_refuses_what_is_no_hook_before_it_writes(hooks, message, fit, tmp_p
     with pytest.raises(ValueError, match=message):
         fit(task, optax.sgd(0.1), data, num_steps=1, workdir=tmp_path / "run", hooks=hooks)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_set": {}}, "train_set: expected a dict of arrays .*, got a dict of"),
+        ({"train_set": np.zeros((4, 2))}, r"train_set: expected a dict of arrays .*, got float64\[4, 2\]"),
+        (
+            {"train_set": {"inputs": np.zeros(4), "labels": np.zeros(3)}},
+            "train_set: expected the same number of",
+        ),
+        ({"evaluate": arrays(8)}, r"evaluate\['inputs'\]: expected a dict of arrays .*, got float32\[8, 8\]"),
+        ({"evaluate": None}, "evaluate: expected a dict of sets by name, got NoneType"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_array_data_names_the_argument_that_can_not_serve(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train.array_data(**{"train_set": arrays(8), "batch_size": 4, "evaluate": {"eval": arrays(8)}, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"examples": {}}, "examples: expected a dict of arrays .*, got a dict of"),
+        ({"examples": {"inputs": np.zeros((0, 2))}}, "examples: expected .*, at least one, .*, got {'inputs': 0}"),
+        ({"multiple_of": 0}, "multiple_of: expected an integer of at least 1, got 0"),
+        ({"multiple_of": 2.0}, "multiple_of: expected an integer of at least 1, got 2.0"),
+        ({"evaluate": {"eval": arrays(8)}}, r"evaluate\['eval'\]: expected a function .*, got a dict of \['inputs', "),
+    ],
+)
+def test_whole_set_data_names_the_argument_that_can_not_serve(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train.whole_set_data(**{"examples": arrays(8), **arguments})
+
+
+def test_build_refuses_what_is_no_run(monkeypatch):
+    monkeypatch.setattr(classify, "build", lambda config: ())
+    with pytest.raises(ValueError, match=r"task: expected a Run from build\(config\) of 'subspace_jax.*', got \(\)"):
+        train.build(classify.default_config())
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(4, [4, 2, 4]), (0, [6, 2, 8])])
+def test_train_steps_bounds_every_phase_and_epochs_those_without_steps_of_their_own(steps, expected):
+    task, data = regression()
+    config = train.default_config()
+    config.train.steps, config.train.epochs = steps, 2.0
+    phases = tuple(train.Phase(str(own), task, data, own, optax.sgd(0.1)) for own in (6, 2, 0))
+    run = experiment.complete_run(train.Run(phases), config)
+    assert [phase.num_steps for phase in run.phases] == expected
 
 
 class Failing(train.Hook):
