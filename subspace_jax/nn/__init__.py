@@ -30,16 +30,19 @@ from subspace_jax.nn.layers.heads import (
 )
 from subspace_jax.nn.layers.linear import Linear, StructuredKernel, linear
 from subspace_jax.nn.layers.norms import group_norm, layer_norm, rms_norm
-from subspace_jax.nn.layers.pooling import halve, max_pool
+from subspace_jax.nn.layers.pooling import halve, max_pool, mean_pool
 from subspace_jax.nn.layers.position_resampling import resample_positions
 from subspace_jax.nn.layers.rope import Rope, apply_rope, rope_frequencies, rope_tables
 from subspace_jax.nn.layers.sequence_attention import sequence_attention
 from subspace_jax.nn.layers.stacking import LayerOptions, stack_layers, unstack_layers
+from subspace_jax.nn.models.bert.config import BertConfig
+from subspace_jax.nn.models.bert.model import BertOutput, bert_apply, bert_specs
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
 from subspace_jax.nn.models.causal_lm.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.models.causal_lm.kv_cache import KVCache, init_cache
 from subspace_jax.nn.models.causal_lm.model import CausalLMOutput, causal_lm_apply, causal_lm_logits
 from subspace_jax.nn.models.causal_lm.params import causal_lm_specs, untie_causal_lm
+from subspace_jax.nn.models.causal_lm.stream import stream
 from subspace_jax.nn.models.clip.dual_tower import (
     DualTowerConfig,
     dual_tower_apply,
@@ -52,6 +55,11 @@ from subspace_jax.nn.models.clip.text_tower import TextOutput, TextTowerConfig, 
 from subspace_jax.nn.models.resnet.config import ResNetConfig
 from subspace_jax.nn.models.resnet.model import resnet_apply, resnet_specs
 from subspace_jax.nn.models.small import MLP, ConvNet
+from subspace_jax.nn.models.static_embedding.model import (
+    StaticEmbeddingConfig,
+    static_embedding_apply,
+    static_embedding_specs,
+)
 from subspace_jax.nn.models.swin.config import SwinConfig
 from subspace_jax.nn.models.swin.model import swin_apply, swin_specs
 from subspace_jax.nn.models.vgg.config import VGGConfig
@@ -64,6 +72,8 @@ from subspace_jax.nn.params import ParamSpec
 
 __all__ = [
     "MLP",
+    "BertConfig",
+    "BertOutput",
     "CausalLMConfig",
     "CausalLMOutput",
     "ConvNet",
@@ -80,6 +90,7 @@ __all__ = [
     "ResNetConfig",
     "Rope",
     "SoftmaxHead",
+    "StaticEmbeddingConfig",
     "StructuredConv",
     "StructuredKernel",
     "StructuredTable",
@@ -93,6 +104,8 @@ __all__ = [
     "apply_rope",
     "attention",
     "batch_norm",
+    "bert_apply",
+    "bert_specs",
     "causal_lm_apply",
     "causal_lm_logits",
     "causal_lm_specs",
@@ -119,6 +132,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "max_pool",
+    "mean_pool",
     "normalize",
     "param_axes",
     "param_shapes",
@@ -133,6 +147,9 @@ __all__ = [
     "sequence_attention",
     "similarity",
     "stack_layers",
+    "static_embedding_apply",
+    "static_embedding_specs",
+    "stream",
     "swin_apply",
     "swin_specs",
     "text_tower_apply",

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from subspace_jax.nn.layers.embedding import table_dtype
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
-from subspace_jax.nn.models.causal_lm.kv_cache import init_cache
+from subspace_jax.nn.models.causal_lm.kv_cache import KVCache, init_cache
 from subspace_jax.nn.models.causal_lm.model import causal_lm_apply, causal_lm_logits
 
 PyTree = Any
@@ -30,7 +30,20 @@ class Generated(NamedTuple):
     lengths: jax.Array
 
 
-class _Decoding(NamedTuple):
+class Options(NamedTuple):
+    """The options of :func:`generate`."""
+
+    max_new_tokens: int
+    attention_mask: jax.Array | None = None
+    key: jax.Array | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    eos_tokens: int | Sequence[int] | None = None
+    pad_token: int | None = None
+    dtype: DTypeLike | None = None
+
+
+class Decoding(NamedTuple):
     """The static options of a compiled program."""
 
     max_new_tokens: int
@@ -39,6 +52,15 @@ class _Decoding(NamedTuple):
     eos: tuple[int, ...]
     pad: int
     dtype: Any
+
+
+class State(NamedTuple):
+    """What a step of generation takes and returns: new tokens so far, ``[batch]`` bool and int32, and the cache."""
+
+    step: jax.Array
+    done: jax.Array
+    token: jax.Array
+    cache: KVCache
 
 
 def generate(
@@ -76,6 +98,16 @@ def generate(
     Raises:
       ValueError: Prompt and new tokens exceed ``config.max_length``, or an option is out of range or missing.
     """
+    options = Options(max_new_tokens, attention_mask, key, temperature, top_p, eos_tokens, pad_token, dtype)
+    decoding, valid, sampling = prepare(config, params, tokens, options)
+    return _generate(config, decoding, params, tokens.astype(jnp.int32), valid, sampling)
+
+
+def prepare(
+    config: CausalLMConfig, params: PyTree, tokens: jax.Array, options: Options
+) -> tuple[Decoding, jax.Array, tuple[jax.Array, ...]]:
+    """Checks options; returns the static ones, the mask as bool, and the arrays of sampling."""
+    max_new_tokens, attention_mask, key, temperature, top_p, eos_tokens, pad_token, dtype = options
     _check(config, tokens, max_new_tokens, key, temperature, top_p)
     eos = config.eos_tokens if eos_tokens is None else eos_tokens
     eos = (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
@@ -83,7 +115,7 @@ def generate(
         raise ValueError(f"eos_tokens: expected tokens below vocab_size {config.vocab_size}, got {eos_tokens}")
     if attention_mask is None:
         attention_mask = jnp.ones(tokens.shape, bool)
-    how = _Decoding(
+    decoding = Decoding(
         max_new_tokens=max_new_tokens,
         sampled=temperature > 0,
         nucleus=top_p < 1,
@@ -92,7 +124,7 @@ def generate(
         dtype=jnp.dtype(table_dtype(params["embed"]["embedding"]) if dtype is None else dtype),
     )
     sampling = (jax.random.key(0) if key is None else key, jnp.float32(temperature), jnp.float32(top_p))
-    return _generate(config, how, params, tokens.astype(jnp.int32), attention_mask.astype(bool), sampling)
+    return decoding, attention_mask.astype(bool), sampling
 
 
 def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
@@ -120,51 +152,63 @@ def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(config, how, params, tokens, valid, sampling):
-    batch, length = tokens.shape
-    key, temperature, top_p = sampling
+def _generate(config, decoding, params, tokens, valid, sampling):
+    state = read_prompt(config, decoding, params, tokens, valid, sampling)
+    shape = (tokens.shape[0], decoding.max_new_tokens)
+    new = jnp.full(shape, decoding.pad, jnp.int32).at[:, 0].set(state.token)
 
-    def choose(logits, step):
-        logits = logits.astype(jnp.float32)
-        if not how.sampled:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / temperature
-        if how.nucleus:
-            logits = keep_top_p(logits, top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+    def more(carry):
+        _, state = carry
+        return (state.step < decoding.max_new_tokens) & ~jnp.all(state.done)
 
-    def ends(token):
-        return jnp.isin(token, jnp.array(how.eos, jnp.int32)) if how.eos else jnp.zeros(token.shape, bool)
+    def one(carry):
+        new, state = carry
+        after = next_token(config, decoding, params, sampling, state)
+        return jax.lax.dynamic_update_slice(new, after.token[:, None], (jnp.int32(0), state.step)), after
 
-    # Without a slot for the last new token, whose key is never used.
-    cache = init_cache(config, batch, length + how.max_new_tokens - 1, how.dtype)
-    run = functools.partial(causal_lm_apply, config, params, dtype=how.dtype, with_logits=False)
-    read = run(tokens, attention_mask=valid, cache=cache)
-    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-    final = jnp.take_along_axis(read.final, last[:, None, None], axis=1)
-    first = choose(_logits(config, params, final), 0)
-    new = jnp.full((batch, how.max_new_tokens), how.pad, jnp.int32).at[:, 0].set(first)
-
-    def more(state):
-        step, done, *_ = state
-        return (step < how.max_new_tokens) & ~jnp.all(done)
-
-    def one(state):
-        step, done, token, new, cache = state
-        out = run(token[:, None], cache=cache)
-        token = jnp.where(done, how.pad, choose(_logits(config, params, out.final), step))
-        new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.int32(0), step))
-        return step + 1, done | ends(token), token, new, out.cache
-
-    state = (jnp.int32(1), ends(first), first, new, read.cache)
-    new = jax.lax.while_loop(more, one, state)[3]
-    ended = ends(new)
-    lengths = jnp.where(jnp.any(ended, axis=1), jnp.argmax(ended, axis=1) + 1, how.max_new_tokens)
+    new, _ = jax.lax.while_loop(more, one, (new, state))
+    ended = ends(decoding, new)
+    lengths = jnp.where(jnp.any(ended, axis=1), jnp.argmax(ended, axis=1) + 1, decoding.max_new_tokens)
     return Generated(new, lengths.astype(jnp.int32))
 
 
-def _logits(config, params, final):
-    return causal_lm_logits(config, params, final, jnp.float32)[:, 0]
+def read_prompt(config, decoding, params, tokens, valid, sampling) -> State:
+    """Returns the state after the first new token of each prompt."""
+    batch, length = tokens.shape
+    # Without a slot for the last new token, whose key is never used.
+    cache = init_cache(config, batch, length + decoding.max_new_tokens - 1, decoding.dtype)
+    read = causal_lm_apply(
+        config, params, tokens, attention_mask=valid, cache=cache, dtype=decoding.dtype, with_logits=False
+    )
+    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    final = jnp.take_along_axis(read.final, last[:, None, None], axis=1)
+    first = _choose(config, decoding, params, final, sampling, 0)
+    return State(jnp.int32(1), ends(decoding, first), first, read.cache)
+
+
+def next_token(config, decoding, params, sampling, state: State) -> State:
+    """Returns the state after one more token of each text, padding where it has ended."""
+    step, done, token, cache = state
+    out = causal_lm_apply(config, params, token[:, None], cache=cache, dtype=decoding.dtype, with_logits=False)
+    token = jnp.where(done, decoding.pad, _choose(config, decoding, params, out.final, sampling, step))
+    return State(step + 1, done | ends(decoding, token), token, out.cache)
+
+
+def ends(decoding: Decoding, token: jax.Array) -> jax.Array:
+    """Whether tokens end a text."""
+    eos = jnp.array(decoding.eos, jnp.int32)
+    return jnp.isin(token, eos) if decoding.eos else jnp.zeros(token.shape, bool)
+
+
+def _choose(config, decoding, params, final, sampling, step):
+    logits = causal_lm_logits(config, params, final, jnp.float32)[:, 0].astype(jnp.float32)
+    if not decoding.sampled:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    key, temperature, top_p = sampling
+    logits = logits / temperature
+    if decoding.nucleus:
+        logits = keep_top_p(logits, top_p)
+    return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
