@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from subspace_jax import kernels
 
 from ..variants import rest_slow
+from .cases import ones
 
 compose, layer, norm = kernels.dora_compose, kernels.dora_linear, kernels.dora_weight_norm
 
@@ -211,11 +212,11 @@ def test_compose_lowers_for_gpus(lower_for_cuda):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"lora": jnp.ones((3, 5))}, ValueError, r"lora: expected the shape of base, \(3, 4\), got \(3, 5\)"),
-        ({"g": jnp.ones(3)}, ValueError, r"g: expected one number for each output, \(4,\)"),
-        ({"g": jnp.ones(4, jnp.bfloat16)}, TypeError, "g: expected float32 or float64, got bfloat16"),
-        ({"lora": jnp.ones((3, 4), jnp.bfloat16)}, TypeError, "base, lora: expected both"),
-        ({"scale": jnp.ones(2)}, ValueError, "scale: expected a scalar"),
+        ({"lora": ones((3, 5))}, ValueError, r"lora: expected the shape of base, \(3, 4\), got \(3, 5\)"),
+        ({"g": ones(3)}, ValueError, r"g: expected one number for each output, \(4,\)"),
+        ({"g": ones(4, jnp.bfloat16)}, TypeError, "g: expected float32 or float64, got bfloat16"),
+        ({"lora": ones((3, 4), jnp.bfloat16)}, TypeError, "base, lora: expected both"),
+        ({"scale": ones(2)}, ValueError, "scale: expected a scalar"),
         ({"implementation": "mosaic_tpu"}, ValueError, "dora_compose here: it has no kernel"),
     ],
 )
@@ -228,14 +229,14 @@ def test_bad_input_of_compose_is_named(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": jnp.ones((3, 13))}, ValueError, r"x: expected \[..., 14\].*got \(3, 13\)"),
-        ({"x": jnp.ones((3, 14), jnp.int32)}, TypeError, "x: expected float32"),
-        ({"w": jnp.ones((2, 14, 10)), "a": jnp.ones((2, 14, 3)), "b": jnp.ones((2, 3, 10))}, ValueError, "jax.vmap"),
-        ({"b": jnp.ones((4, 10))}, ValueError, "b: expected"),
-        ({"magnitude": jnp.ones(9)}, ValueError, r"magnitude: expected shape \(10,\)"),
-        ({"magnitude": jnp.ones(10, jnp.bfloat16)}, TypeError, "magnitude: expected float32"),
-        ({"bias": jnp.ones(9)}, ValueError, "bias: expected"),
-        ({"dropped": jnp.ones((2, 14))}, ValueError, r"dropped: expected float32\(3, 5, 14\) like x"),
+        ({"x": ones((3, 13))}, ValueError, r"x: expected \[..., 14\].*got \(3, 13\)"),
+        ({"x": ones((3, 14), jnp.int32)}, TypeError, "x: expected float32"),
+        ({"w": ones((2, 14, 10)), "a": ones((2, 14, 3)), "b": ones((2, 3, 10))}, ValueError, "jax.vmap"),
+        ({"b": ones((4, 10))}, ValueError, "b: expected"),
+        ({"magnitude": ones(9)}, ValueError, r"magnitude: expected shape \(10,\)"),
+        ({"magnitude": ones(10, jnp.bfloat16)}, TypeError, "magnitude: expected float32"),
+        ({"bias": ones(9)}, ValueError, "bias: expected"),
+        ({"dropped": ones((2, 14))}, ValueError, r"dropped: expected float32\(3, 5, 14\) like x"),
         ({"implementation": "mosaic_tpu"}, ValueError, "it has no kernel"),
     ],
 )

@@ -18,6 +18,7 @@ from subspace_jax.kernels import column_energy, norm_chunk_size
 from subspace_jax.kernels.dora_weight_norm import xla
 
 from ..variants import rest_slow
+from .cases import ones
 
 norm = kernels.dora_weight_norm
 CASES = ("c0", "c1", "c2", "c3")
@@ -224,15 +225,15 @@ def test_memory_is_16_mb_at_8192_squared():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"w": jnp.ones(4)}, ValueError, r"w: expected weights \[..., in, out\]"),
-        ({"w": jnp.ones((0, 5))}, ValueError, "without empty axes"),
-        ({"w": jnp.ones((4, 5), jnp.int32)}, TypeError, "w: expected float32.*int32"),
-        ({"a": jnp.ones((5, 2))}, ValueError, r"a: expected \(4, 'r'\) .*got \(5, 2\)"),
-        ({"a": jnp.ones((4, 0))}, ValueError, "a: .*r >= 1"),
-        ({"b": jnp.ones((3, 5))}, ValueError, r"b: expected \(2, 5\).*got \(3, 5\)"),
-        ({"b": jnp.ones((2, 5), jnp.float16)}, TypeError, "b: expected float32.*float16"),
-        ({"scale": jnp.ones(2)}, ValueError, "scale: expected a scalar"),
-        ({"energy": jnp.ones(4)}, ValueError, r"energy: expected shape \(5,\)"),
+        ({"w": ones(4)}, ValueError, r"w: expected weights \[..., in, out\]"),
+        ({"w": ones((0, 5))}, ValueError, "without empty axes"),
+        ({"w": ones((4, 5), jnp.int32)}, TypeError, "w: expected float32.*int32"),
+        ({"a": ones((5, 2))}, ValueError, r"a: expected \(4, 'r'\) .*got \(5, 2\)"),
+        ({"a": ones((4, 0))}, ValueError, "a: .*r >= 1"),
+        ({"b": ones((3, 5))}, ValueError, r"b: expected \(2, 5\).*got \(3, 5\)"),
+        ({"b": ones((2, 5), jnp.float16)}, TypeError, "b: expected float32.*float16"),
+        ({"scale": ones(2)}, ValueError, "scale: expected a scalar"),
+        ({"energy": ones(4)}, ValueError, r"energy: expected shape \(5,\)"),
         ({"budget_bytes": 15 << 20}, ValueError, "budget_bytes: expected 16777216"),
         ({"budget_bytes": 3e7}, TypeError, "budget_bytes: expected an integer"),
         ({"implementation": "triton"}, ValueError, "implementation: expected one of"),

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import kernels
 
+from .cases import ones
+
 
 def layer(lead=(), dtype=jnp.float32):
     rng = np.random.default_rng(0)
@@ -112,11 +114,11 @@ def test_nothing_is_computed_where_probes_are_not_differentiated():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rows": jnp.zeros(5)}, ValueError, r"rows: expected the probe \(4,\)"),
-        ({"columns": jnp.zeros(4)}, ValueError, r"columns: expected the probe \(6,\)"),
-        ({"y": jnp.zeros((2, 6))}, ValueError, "y: expected outputs"),
-        ({"y": jnp.zeros((3, 6), jnp.bfloat16)}, TypeError, "y: expected the dtype of x"),
-        ({"gain": jnp.zeros(5)}, ValueError, r"gain: expected \(6,\)"),
+        ({"rows": ones(5)}, ValueError, r"rows: expected the probe \(4,\)"),
+        ({"columns": ones(4)}, ValueError, r"columns: expected the probe \(6,\)"),
+        ({"y": ones((2, 6))}, ValueError, "y: expected outputs"),
+        ({"y": ones((3, 6), jnp.bfloat16)}, TypeError, "y: expected the dtype of x"),
+        ({"gain": ones(5)}, ValueError, r"gain: expected \(6,\)"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

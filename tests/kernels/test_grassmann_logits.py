@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax.kernels.grassmann_logits import grassmann_cross_entropy, grassmann_logits
 
 from ..variants import rest_slow
+from .cases import ones
 
 # Real heads: batch, width, classes, dimensions.
 IMAGENET, IMAGENET_21K, VIT_21K = (1024, 2048, 1000, 8), (4096, 2048, 21_841, 16), (1024, 768, 21_841, 16)
@@ -396,14 +397,14 @@ def test_lowers_for_gpus_with_products_of_bfloat16(lower_for_cuda):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"x": jnp.ones(())}, ValueError, r"x: expected features \[..., n\] without empty axes, got shape \(\)"),
-        ({"x": jnp.ones((0, 4))}, ValueError, r"x: expected .* got shape \(0, 4\)"),
-        ({"x": jnp.ones((2, 5))}, ValueError, r"bases: expected \[classes, 5, k\] .* got \(3, 4, 2\)"),
-        ({"bases": jnp.ones((4, 2))}, ValueError, r"bases: expected \[classes, 4, k\] .* got \(4, 2\)"),
-        ({"bases": jnp.ones((3, 4, 0))}, ValueError, r"bases: expected .* got \(3, 4, 0\)"),
-        ({"x": jnp.ones((2, 4), int)}, TypeError, "x: expected floating point, got int32"),
-        ({"bases": jnp.ones((3, 4, 2), int)}, TypeError, "bases: expected floating point, got int32"),
-        ({"gamma": jnp.ones(3)}, ValueError, r"gamma: expected a scalar, got shape \(3,\)"),
+        ({"x": ones(())}, ValueError, r"x: expected features \[..., n\] without empty axes, got shape \(\)"),
+        ({"x": ones((0, 4))}, ValueError, r"x: expected .* got shape \(0, 4\)"),
+        ({"x": ones((2, 5))}, ValueError, r"bases: expected \[classes, 5, k\] .* got \(3, 4, 2\)"),
+        ({"bases": ones((4, 2))}, ValueError, r"bases: expected \[classes, 4, k\] .* got \(4, 2\)"),
+        ({"bases": ones((3, 4, 0))}, ValueError, r"bases: expected .* got \(3, 4, 0\)"),
+        ({"x": ones((2, 4), jnp.int32)}, TypeError, "x: expected floating point, got int32"),
+        ({"bases": ones((3, 4, 2), jnp.int32)}, TypeError, "bases: expected floating point, got int32"),
+        ({"gamma": ones(3)}, ValueError, r"gamma: expected a scalar, got shape \(3,\)"),
         ({"block": 0}, ValueError, "block: expected a positive number of classes, or None, got 0"),
         ({"implementation": "triton"}, ValueError, "implementation: expected one of .* got 'triton'"),
         ({"implementation": "mosaic_tpu"}, ValueError, "can't serve grassmann_logits here: it has no kernel"),
@@ -418,8 +419,8 @@ def test_bad_arguments_are_refused(change, kind, message):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"labels": jnp.zeros(3, int)}, ValueError, r"labels: expected \[batch\] .* got labels \(3,\), x \(2, 4\)"),
-        ({"labels": jnp.zeros(2)}, TypeError, "labels: expected integers, got float32"),
+        ({"labels": ones(3, jnp.int32)}, ValueError, r"labels: expected \[batch\] .* got labels \(3,\), x \(2, 4\)"),
+        ({"labels": ones(2)}, TypeError, "labels: expected integers, got float32"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
     ],
 )

@@ -14,6 +14,7 @@ from subspace_jax import kernels
 from subspace_jax.kernels.lora_linear import xla
 
 from ..variants import rest_slow
+from .cases import ones
 
 layer = kernels.lora_linear
 
@@ -176,14 +177,14 @@ def test_gpus_take_two_products(lower_for_cuda):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": jnp.ones((3, 13))}, ValueError, r"x: expected \[..., 14\] for w \(14, 10\), got shape \(3, 13\)"),
-        ({"x": jnp.ones((3, 14), jnp.int32)}, TypeError, "x: expected float32.*int32"),
-        ({"w": jnp.ones(14)}, ValueError, "w: expected"),
-        ({"w": jnp.ones((14, 0))}, ValueError, "w: .*empty"),
-        ({"a": jnp.ones((14, 0))}, ValueError, "a: .*r >= 1"),
-        ({"a": jnp.ones((13, 3))}, ValueError, r"a: expected \(14, 'r'\)"),
-        ({"b": jnp.ones((2, 10))}, ValueError, r"b: expected \(3, 10\)"),
-        ({"scale": jnp.ones(3)}, ValueError, "scale: expected a scalar"),
+        ({"x": ones((3, 13))}, ValueError, r"x: expected \[..., 14\] for w \(14, 10\), got shape \(3, 13\)"),
+        ({"x": ones((3, 14), jnp.int32)}, TypeError, "x: expected float32.*int32"),
+        ({"w": ones(14)}, ValueError, "w: expected"),
+        ({"w": ones((14, 0))}, ValueError, "w: .*empty"),
+        ({"a": ones((14, 0))}, ValueError, "a: .*r >= 1"),
+        ({"a": ones((13, 3))}, ValueError, r"a: expected \(14, 'r'\)"),
+        ({"b": ones((2, 10))}, ValueError, r"b: expected \(3, 10\)"),
+        ({"scale": ones(3)}, ValueError, "scale: expected a scalar"),
         ({"implementation": "cuda"}, ValueError, "implementation: expected one of"),
         ({"implementation": "mosaic_tpu"}, ValueError, "lora_linear here: it has no kernel"),
     ],

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from subspace_jax.kernels.subspace_residual import complement_basis, subspace_residual
 
 from ..variants import rest_slow
+from .cases import ones
 
 FORMS = ("basis", "complement")
 
@@ -355,17 +356,17 @@ def test_a_million_rows_lower_for_cuda(form, p, dtype, lower_for_cuda):
     ("change", "error", "message"),
     [
         ({"basis": None}, ValueError, "basis, complement: expected one of the two, got neither"),
-        ({"complement": jnp.zeros((6, 2))}, ValueError, "basis, complement: expected one of the two, got both"),
-        ({"x": jnp.zeros(())}, ValueError, r"x: expected rows \[..., d\] .* got shape \(\)"),
-        ({"x": jnp.zeros((0, 6))}, ValueError, "x: expected rows .* without empty axes"),
-        ({"x": jnp.zeros((3, 6), int)}, TypeError, "x: expected float32, bfloat16 or float64, got int32"),
-        ({"mean": jnp.zeros((5,))}, ValueError, r"mean: expected shape \(6,\) .* got \(5,\)"),
-        ({"mean": jnp.zeros((6,), jnp.bfloat16)}, TypeError, "mean: expected float32 or float64, got bfloat16"),
-        ({"basis": jnp.zeros((6, 0))}, ValueError, r"basis: expected \(6, p\) with 1 <= p <= 6, got \(6, 0\)"),
-        ({"basis": jnp.zeros((5, 2))}, ValueError, r"basis: expected \(6, p\) .* got \(5, 2\)"),
-        ({"basis": jnp.zeros((6,))}, ValueError, r"basis: expected \(6, p\) .* got \(6,\)"),
-        ({"basis": None, "complement": jnp.zeros((6, 7))}, ValueError, r"complement: expected .* got \(6, 7\)"),
-        ({"basis": jnp.zeros((6, 2), jnp.float16)}, TypeError, "basis: expected float32, .* got float16"),
+        ({"complement": ones((6, 2))}, ValueError, "basis, complement: expected one of the two, got both"),
+        ({"x": ones(())}, ValueError, r"x: expected rows \[..., d\] .* got shape \(\)"),
+        ({"x": ones((0, 6))}, ValueError, "x: expected rows .* without empty axes"),
+        ({"x": ones((3, 6), jnp.int32)}, TypeError, "x: expected float32, bfloat16 or float64, got int32"),
+        ({"mean": ones((5,))}, ValueError, r"mean: expected shape \(6,\) .* got \(5,\)"),
+        ({"mean": ones((6,), jnp.bfloat16)}, TypeError, "mean: expected float32 or float64, got bfloat16"),
+        ({"basis": ones((6, 0))}, ValueError, r"basis: expected \(6, p\) with 1 <= p <= 6, got \(6, 0\)"),
+        ({"basis": ones((5, 2))}, ValueError, r"basis: expected \(6, p\) .* got \(5, 2\)"),
+        ({"basis": ones((6,))}, ValueError, r"basis: expected \(6, p\) .* got \(6,\)"),
+        ({"basis": None, "complement": ones((6, 7))}, ValueError, r"complement: expected .* got \(6, 7\)"),
+        ({"basis": ones((6, 2), jnp.float16)}, TypeError, "basis: expected float32, .* got float16"),
         ({"block": -1}, ValueError, "block: expected a positive number of rows, or None, got -1"),
         ({"implementation": "triton"}, ValueError, "implementation: expected one of .* got 'triton'"),
         ({"implementation": "mosaic_tpu"}, ValueError, "can't serve subspace_residual here: it has no kernel"),

@@ -14,6 +14,7 @@ from subspace_jax import kernels
 from subspace_jax.kernels.weight_grad_energy import xla
 
 from ..variants import rest_slow
+from .cases import ones
 
 energy = kernels.weight_grad_energy
 
@@ -146,12 +147,12 @@ def test_gpus_hold_parts_of_the_gradient(lower_for_cuda):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": jnp.ones(4)}, ValueError, r"x: expected \[..., tokens, in\]"),
-        ({"x": jnp.ones((0, 4))}, ValueError, "x: .*empty"),
-        ({"dy": jnp.ones((4, 5))}, ValueError, r"dy: expected \[3, out\] for x \(3, 4\), got shape \(4, 5\)"),
-        ({"dy": jnp.ones((3, 0))}, ValueError, "dy: expected"),
-        ({"x": jnp.ones((3, 4), jnp.int32)}, TypeError, "x: expected float32.*int32"),
-        ({"dy": jnp.ones((3, 5), jnp.bfloat16)}, TypeError, "dy: expected the dtype of x, float32, got bfloat16"),
+        ({"x": ones(4)}, ValueError, r"x: expected \[..., tokens, in\]"),
+        ({"x": ones((0, 4))}, ValueError, "x: .*empty"),
+        ({"dy": ones((4, 5))}, ValueError, r"dy: expected \[3, out\] for x \(3, 4\), got shape \(4, 5\)"),
+        ({"dy": ones((3, 0))}, ValueError, "dy: expected"),
+        ({"x": ones((3, 4), jnp.int32)}, TypeError, "x: expected float32.*int32"),
+        ({"dy": ones((3, 5), jnp.bfloat16)}, TypeError, "dy: expected the dtype of x, float32, got bfloat16"),
         ({"block": 0}, ValueError, "block: expected a positive number of rows"),
         ({"implementation": "mosaic_tpu"}, ValueError, "weight_grad_energy here: it has no kernel"),
     ],

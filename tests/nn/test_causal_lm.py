@@ -273,23 +273,25 @@ def test_causal_lm_config_refuses_unknown_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": jnp.zeros((1, 33), jnp.int32)}, "33 positions, the model has 32"),
-        ({"tokens": jnp.zeros((5,), jnp.int32)}, "expected \\[batch, length\\]"),
+        ({"tokens": np.zeros((1, 33), np.int32)}, "33 positions, the model has 32"),
+        ({"tokens": np.zeros((5,), np.int32)}, "expected \\[batch, length\\]"),
         (
-            {"attention_mask": jnp.ones((1, 4))},
+            {"attention_mask": np.ones((1, 4))},
             "expected the shape \\(1, 5\\) of tokens, got \\(1, 4\\)",
         ),
-        ({"cache": nn.init_cache(CONFIGS["llama"], 1, 4)}, "cache: 4 slots for 1 sequences can't take tokens"),
+        ({"slots": 4}, "cache: 4 slots for 1 sequences can't take tokens"),
         (
-            {"cache": nn.init_cache(CONFIGS["llama"], 1, 8), "segment_ids": jnp.zeros((1, 5), jnp.int32)},
+            {"slots": 8, "segment_ids": np.zeros((1, 5), np.int32)},
             "a cache does not support packed texts",
         ),
     ],
 )
 def test_causal_lm_apply_refuses_wrong_shapes(options, message):
-    tokens = options.pop("tokens", jnp.zeros((1, 5), jnp.int32))
+    options = {"tokens": np.zeros((1, 5), np.int32), **options}
+    if "slots" in options:
+        options["cache"] = nn.init_cache(CONFIGS["llama"], 1, options.pop("slots"))
     with pytest.raises(ValueError, match=message):
-        nn.causal_lm_apply(CONFIGS["llama"], params_of("llama"), tokens, **options)
+        nn.causal_lm_apply(CONFIGS["llama"], params_of("llama"), **options)
 
 
 def test_check_tokens_refuses_tokens_outside_the_vocabulary():

@@ -90,7 +90,7 @@ def test_generate_works_in_bfloat16():
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer, got 2.5"),
-        ({"tokens": jnp.zeros((2, 40), jnp.int32)}, "a prompt of 40 leaves none of the model's 32 positions"),
+        ({"tokens": np.zeros((2, 40), np.int32)}, "a prompt of 40 leaves none of the model's 32 positions"),
         ({"temperature": float("nan")}, "temperature >= 0, finite .*, got nan"),
         ({"temperature": float("inf")}, "temperature >= 0, finite .*, got inf"),
         ({"temperature": 1e-30}, "not between 0 and 1e-6, got 1e-30"),
@@ -98,8 +98,8 @@ def test_generate_works_in_bfloat16():
         ({"eos_tokens": (2, 64)}, "eos_tokens: expected tokens below vocab_size 64"),
         ({"eos_tokens": -1}, "eos_tokens: expected tokens below vocab_size 64"),
         ({"temperature": 1.0}, "needs a random key, got None"),
-        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "expected prompts"),
-        ({"attention_mask": jnp.ones((2, 5))}, "attention_mask: expected the shape"),
+        ({"tokens": np.zeros((2, 0), np.int32)}, "expected prompts"),
+        ({"attention_mask": np.ones((2, 5))}, "attention_mask: expected the shape"),
     ],
 )
 def test_generate_refuses_options_out_of_range(options, message):
