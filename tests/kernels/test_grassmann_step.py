@@ -4,17 +4,17 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subspace_jax import kernels, linalg, optim
+from subspace_jax import kernels, linalg
 from subspace_jax.kernels.grassmann_step import lanes
 from subspace_jax.kernels.grassmann_step.xla import defect
 from subspace_jax.manifolds import grassmann
 
 from ..variants import rest_slow
+from .cases import ones
 
 
 def gaussian(seed, *shape):
@@ -27,48 +27,6 @@ def test_defect_is_known_to_a_rounding_of_the_identity(n, k):
     exact = np.asarray(s, np.float64)
     # A plain sum of 2048 squares errs by five times as much.
     chex.assert_trees_all_close(jax.jit(defect)(s), exact.mT @ exact - np.eye(k), rtol=0, atol=1.2e-7)
-
-
-@pytest.mark.slow
-@pytest.mark.eight_devices
-@pytest.mark.parametrize("mode", rest_slow([AxisType.Explicit, AxisType.Auto]))
-@pytest.mark.parametrize("spec", rest_slow([P("data", "model"), P("data")]), ids=["classes and n", "classes"])
-def test_a_step_over_devices_is_that_of_one(mode, spec):
-    s = grassmann.random_point(jax.random.key(0), 512, 4, (8,))
-    grads = jnp.asarray(gaussian(1, *s.shape))
-    tx = optim.riemannian_sgd(0.1)
-    step = jax.jit(lambda s, state, grads: tx.update(grads, state, s))
-    want, _ = step(s, tx.init(s), grads)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(mode, mode))
-    with jax.set_mesh(mesh):
-        spread, grads = (jax.device_put(x, NamedSharding(mesh, spec)) for x in (s, grads))
-        got, _ = step(spread, tx.init(spread), grads)
-    assert got.sharding.is_equivalent_to(spread.sharding, 3)
-    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("k", rest_slow([4, 16]))
-def test_steps_stay_orthonormal(k):
-    s = grassmann.random_point(jax.random.key(0), 1024, k, (2,))
-    tx = optim.riemannian_sgd(0.1)
-    state = tx.init(s)
-    update = jax.jit(tx.update)
-    for i in range(10):
-        updates, state = update(jnp.asarray(gaussian(i, *s.shape) / 32), state, s)
-        s = optax.apply_updates(s, updates)
-        exact = np.asarray(s, np.float64)
-        assert np.max(np.linalg.norm(exact.mT @ exact - np.eye(k), axis=(1, 2))) < 6e-7
-
-
-@pytest.mark.parametrize("retraction", rest_slow(["exp", "qr"]))
-@pytest.mark.parametrize("transport", rest_slow(["euclidean", "parallel"]))
-def test_steps_of_many_turns_stay_on_the_manifold(retraction, transport):
-    s = grassmann.random_point(jax.random.key(0), 64, 4, (2,))
-    for length in (10.0, 1e3, 1e5):
-        tx = optim.riemannian_sgd(length, retraction=retraction, transport=transport)
-        updates, state = tx.update(jnp.asarray(gaussian(1, *s.shape)), tx.init(s), s)
-        assert np.max(grassmann.orthonormality_error(s + updates)) < max(1e-5, 1e-7 * length)
-        assert np.all(np.isfinite(state.momentum))
 
 
 step = kernels.grassmann_step
@@ -233,18 +191,6 @@ def test_tpus_read_and_write_each_array_once(compile_for_tpu, topology, sizes):
     assert compiled.cost_analysis()["bytes accessed"] < 1.01 * 20 * c * n * k
 
 
-@pytest.mark.slow
-def test_transforms_take_the_kernel_on_tpus(compile_for_tpu, topology):
-    shape = ((1000, 2048, 8), jnp.float32)
-    for tx in (optim.riemannian_sgd(0.1), optim.riemannian_adam(0.1)):
-
-        def update(s, g, m, tx=tx):
-            state = jax.tree.map(lambda x: x, tx.init(s))._replace(momentum=m)
-            return tx.update(g, state, s)[0]
-
-        assert "tpu_custom_call" in compile_for_tpu(update, shape, shape, shape, topology=topology).as_text()
-
-
 def test_classes_split_over_chips_need_no_collective(tpu_mesh):
     mesh = tpu_mesh({"data": 16})
     arg = jax.ShapeDtypeStruct((1600, 2048, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
@@ -252,64 +198,6 @@ def test_classes_split_over_chips_need_no_collective(tpu_mesh):
         text = jax.jit(lambda *args: step(*args, 0.1)).lower(arg, arg, arg).compile().as_text()
     assert "tpu_custom_call" in text
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all"))
-
-
-@pytest.mark.slow
-def test_transforms_take_the_kernel_on_many_tpus_with_explicit_axes(tpu_mesh):
-    mesh = tpu_mesh({"data": 16})
-    arg = jax.ShapeDtypeStruct((1600, 2048, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    for tx in (optim.riemannian_sgd(0.1), optim.riemannian_adam(0.1)):
-
-        def update(s, g, m, tx=tx):
-            return tx.update(g, tx.init(s)._replace(momentum=m), s)[0]
-
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            text = jax.jit(update).lower(arg, arg, arg).compile().as_text()
-        assert "tpu_custom_call" in text
-        assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all"))
-
-
-@pytest.mark.eight_devices
-@pytest.mark.parametrize("make", rest_slow([optim.riemannian_sgd, optim.riemannian_adam]), ids=["sgd", "adam"])
-@pytest.mark.parametrize(
-    "spec", rest_slow([P("data", "model", None), P("data"), P(None, "model")]), ids=["both", "classes", "n"]
-)
-def test_transforms_that_are_told_shardings_step_as_on_one_device(make, spec):
-    s, grads, _ = inputs(64, 4, (8,))
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, spec)
-    # Others are beside them, and of what a transform does not see it is told as well.
-    tree, tx = {"a": {"bases": s}, "b": {"kernel": s[0]}}, optim.with_geometry(optax.sgd(0.1), make(0.1))
-    slopes, places = {"a": {"bases": grads}, "b": {"kernel": s[0]}}, {"a": {"bases": split}, "b": {"kernel": whole}}
-    want = jax.jit(tx.update)(slopes, tx.init(tree), tree)
-
-    def update(*args):
-        return tx.update(*args, shardings=places)
-
-    tree, slopes = jax.device_put((tree, slopes), (places, places))
-    got = jax.jit(update)(slopes, tx.init(tree), tree)
-    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
-    assert "shard_map" in str(jax.make_jaxpr(update)(slopes, tx.init(tree), tree))
-
-
-@pytest.mark.slow
-def test_transforms_that_are_told_shardings_take_the_kernel_on_many_tpus_in_place(tpu_mesh):
-    mesh = tpu_mesh({"data": 8, "fsdp": 1}, AxisType.Auto)
-    sharding = NamedSharding(mesh, P("data", "fsdp"))
-    arg = jax.ShapeDtypeStruct((1600, 2048, 8), jnp.float32, sharding=sharding)
-    tx = optim.riemannian_sgd(0.1)
-
-    def update(s, momentum):
-        state = optim.RiemannianSGDState(jnp.ones((), jnp.int32), momentum)
-        updates, state = tx.update(jnp.sin(s), state, s, shardings=sharding)
-        return optax.apply_updates(s, updates), state.momentum
-
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(arg, arg).compile()
-    assert "tpu_custom_call" in compiled.as_text()
-    assert not any(word in compiled.as_text() for word in ("all-reduce", "all-gather", "all-to-all"))
-    # The gradient, in whose place the difference is written.
-    share = 4 * 200 * 2048 * 8
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * share
 
 
 def test_step_lowers_for_gpus(lower_for_cuda):
@@ -320,12 +208,12 @@ def test_step_lowers_for_gpus(lower_for_cuda):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"bases": jnp.ones((3, 4))}, ValueError, r"bases: expected \[..., n, k\] with 1 <= k <= n"),
-        ({"bases": jnp.ones((2, 4, 0))}, ValueError, "bases: .*empty"),
-        ({"bases": jnp.ones((2, 8, 3), jnp.bfloat16)}, TypeError, "bases: expected float32 or float64, got bfloat16"),
-        ({"grads": jnp.ones((2, 8, 4))}, ValueError, r"grads: expected the shape of bases, \(2, 8, 3\)"),
-        ({"momentum": jnp.ones((2, 8, 3), jnp.bfloat16)}, TypeError, "momentum: expected the dtype of bases"),
-        ({"learning_rate": jnp.ones(3)}, ValueError, r"learning_rate: expected a scalar or shape \(2,\)"),
+        ({"bases": ones((3, 4))}, ValueError, r"bases: expected \[..., n, k\] with 1 <= k <= n"),
+        ({"bases": ones((2, 4, 0))}, ValueError, "bases: .*empty"),
+        ({"bases": ones((2, 8, 3), jnp.bfloat16)}, TypeError, "bases: expected float32 or float64, got bfloat16"),
+        ({"grads": ones((2, 8, 4))}, ValueError, r"grads: expected the shape of bases, \(2, 8, 3\)"),
+        ({"momentum": ones((2, 8, 3), jnp.bfloat16)}, TypeError, "momentum: expected the dtype of bases"),
+        ({"learning_rate": ones(3)}, ValueError, r"learning_rate: expected a scalar or shape \(2,\)"),
         ({"transport": "vector"}, ValueError, "transport: expected one of"),
         ({"retraction": "svd"}, ValueError, "retraction: expected one of"),
         ({"block": 129}, ValueError, "block: expected 1 to 128 bases"),
