@@ -23,6 +23,11 @@ from tests.train.common import (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_pictures_of_runs(monkeypatch):
+    monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
+
+
 @pytest.fixture
 def problem():
     made = data.union_of_subspaces(0, 4, 8, subspace_dim=2, num_train=64, num_test=40)

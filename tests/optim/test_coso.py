@@ -128,7 +128,7 @@ def test_bad_input_is_refused():
             optim.coso_end_task(tx.init(w), threshold)
     with pytest.raises(TypeError, match="CoSOState"):
         optim.coso_end_task(optax.EmptyState())
-    _, state = tx.update(gaussian((8, 6)), tx.init(w), w)
+    _, state = jax.jit(tx.update)(gaussian((8, 6)), tx.init(w), w)
     with pytest.raises(ValueError, match="history: expected at most 1"):
         optim.coso_end_task(state, 1.0)
     assert jax.jit(optim.coso_end_task)(state, 1.0).history_dim == 1

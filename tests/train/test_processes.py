@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from subspace_jax import train
+from subspace_jax.train import loop
 
 from . import worker
 from .common import assert_close
@@ -18,6 +19,13 @@ from .common import assert_close
 ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.eight_devices
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from subspace_jax import train
-from subspace_jax.train import digests
+from subspace_jax.train import digests, loop
 from subspace_jax.train.reading import DamagedError
 
 from .common import Interrupted, breaking, classification, make_tx, run_of
@@ -32,6 +32,7 @@ def main(index, count, port, workdir):
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
+    loop.plot_curves = lambda *arguments: None  # takes longer than a run
     logging.basicConfig(level=logging.INFO, format=f"{index}: %(message)s", stream=sys.stdout, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     assert jax.device_count() == 8

@@ -32,13 +32,18 @@ def whole(run, traced, tmp_path_factory):
         return fit(run, tmp_path_factory.mktemp("whole"), checkpoint_every=90)
 
 
-def test_coso_keeps_earlier_tasks_where_adam_in_free_subspaces_forgets_them(run, whole, tmp_path):
-    forgetful = fit(coso.without_history(run), tmp_path)
-    assert whole.summary["forgetting"] <= 0.02 < 0.08 < forgetful.summary["forgetting"]
+def test_coso_keeps_earlier_tasks_and_learns_later_ones(whole):
+    assert whole.summary["forgetting"] <= 0.02
     assert whole.summary["final"] >= 0.8
     matrix = coso.accuracy_matrix(whole.rows)
     assert np.all(np.diag(matrix) > 0.8)
     assert whole.summary["average"] == pytest.approx(np.mean([matrix[i, : i + 1].mean() for i in range(3)]))
+
+
+@pytest.mark.slow
+def test_coso_keeps_earlier_tasks_where_adam_in_free_subspaces_forgets_them(run, whole, tmp_path):
+    forgetful = fit(coso.without_history(run), tmp_path)
+    assert whole.summary["forgetting"] <= 0.02 < 0.08 < forgetful.summary["forgetting"]
 
 
 @pytest.mark.slow
