@@ -1,5 +1,6 @@
 """Checkpoints of other libraries, read and written: folders of language and vision models, and adapters of PEFT."""
 
+from subspace_jax.interop.hf.bert import bert_config_from_hf, bert_config_to_hf, load_bert, save_bert
 from subspace_jax.interop.hf.causal_lm import (
     from_pretrained,
     load_causal_lm,
@@ -11,6 +12,8 @@ from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_h
 from subspace_jax.interop.hf.causal_lm_names import module_names, module_places, tensor_names
 from subspace_jax.interop.hf.clip import load_dual, save_dual
 from subspace_jax.interop.hf.side_files import side_files
+from subspace_jax.interop.hf.text_encoder import TextEncoder, load_text_encoder
+from subspace_jax.interop.onnx import OnnxGraph, OnnxNode, load_onnx_dinov2, read_onnx
 from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
 from subspace_jax.interop.peft.models import vision_adapter_names
 from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
@@ -19,18 +22,26 @@ from subspace_jax.interop.tensors import Place, TensorLayout, TensorName
 from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
 
 __all__ = [
+    "OnnxGraph",
+    "OnnxNode",
     "PeftAdapter",
     "Place",
     "StoredTensor",
     "TensorLayout",
     "TensorName",
+    "TextEncoder",
+    "bert_config_from_hf",
+    "bert_config_to_hf",
     "config_from_hf",
     "config_to_hf",
     "from_pretrained",
+    "load_bert",
     "load_causal_lm",
     "load_dino_params",
     "load_dual",
+    "load_onnx_dinov2",
     "load_peft_adapter",
+    "load_text_encoder",
     "load_vision",
     "match_modules",
     "module_names",
@@ -40,6 +51,8 @@ __all__ = [
     "rank_and_alpha",
     "read_config",
     "read_header",
+    "read_onnx",
+    "save_bert",
     "save_causal_lm",
     "save_dual",
     "save_peft_adapter",

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from subspace_jax.nn.models.bert.config import BertConfig
+from subspace_jax.nn.models.bert.model import bert_apply, bert_specs
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
 from subspace_jax.nn.models.causal_lm.model import causal_lm_apply
 from subspace_jax.nn.models.causal_lm.params import causal_lm_specs
@@ -14,6 +16,11 @@ from subspace_jax.nn.models.clip.dual_tower import DualTowerConfig, dual_tower_a
 from subspace_jax.nn.models.clip.text_tower import TextTowerConfig, text_tower_apply, text_tower_specs
 from subspace_jax.nn.models.resnet.config import ResNetConfig
 from subspace_jax.nn.models.resnet.model import resnet_apply, resnet_specs
+from subspace_jax.nn.models.static_embedding.model import (
+    StaticEmbeddingConfig,
+    static_embedding_apply,
+    static_embedding_specs,
+)
 from subspace_jax.nn.models.swin.config import SwinConfig
 from subspace_jax.nn.models.swin.model import swin_apply, swin_specs
 from subspace_jax.nn.models.vgg.config import VGGConfig
@@ -48,6 +55,8 @@ class ModelFamily(NamedTuple):
 
 FAMILIES: dict[type, ModelFamily] = {
     CausalLMConfig: ModelFamily(causal_lm_specs, causal_lm_apply),
+    BertConfig: ModelFamily(bert_specs, bert_apply),
+    StaticEmbeddingConfig: ModelFamily(static_embedding_specs, static_embedding_apply),
     TextTowerConfig: ModelFamily(text_tower_specs, text_tower_apply),
     DualTowerConfig: ModelFamily(dual_tower_specs, dual_tower_apply),
     VisionTransformerConfig: ModelFamily(vision_transformer_specs, vision_transformer_apply, vision=True),

@@ -1,4 +1,4 @@
-"""Pre-norm transformer encoders with stacked layers, shared by image and text towers."""
+"""Transformer encoders with stacked layers, shared by image and text encoders."""
 
 import math
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ PyTree = Any
 class Encoder:
     """Layers ``x += g1 * attn(norm(x)); x += g2 * mlp(norm(x))`` with layer norms.
 
+    With ``post_norm`` they are ``x = norm(x + g1 * attn(x)); x = norm(x + g2 * mlp(x))``, as in BERT.
+
     Attributes:
       width: Width of the residual stream, ``d``.
       num_layers: Number of layers, ``L``.
@@ -35,6 +37,7 @@ class Encoder:
       qkv_bias: Whether queries, keys and values have biases.
       layer_scale: Whether the branches are scaled by features, ``g1`` and ``g2`` (LayerScale, arXiv 2103.17239).
       causal: Whether attention is causal.
+      post_norm: Whether the sums are normalized instead of the inputs of the branches.
     """
 
     width: int
@@ -48,6 +51,7 @@ class Encoder:
     qkv_bias: bool = True
     layer_scale: bool = False
     causal: bool = False
+    post_norm: bool = False
 
     def __post_init__(self):
         for name in ("width", "num_layers", "num_heads", "mlp_size"):
@@ -139,8 +143,8 @@ def encode(
     def block(carry, layer, own):
         x, kept = carry
         for index, name in enumerate(("attn", "mlp")):
-            norm = layer[f"{name}_norm"]
-            y = layer_norm(x, norm["scale"], norm["bias"], encoder.norm_eps)
+            own_norm = layer[f"{name}_norm"]["scale"], layer[f"{name}_norm"]["bias"], encoder.norm_eps
+            y = x if encoder.post_norm else layer_norm(x, *own_norm)
             if name == "attn":
                 y = _attention(encoder, layer["attn"], y, mask, options)
             else:
@@ -149,7 +153,7 @@ def encode(
                 y = y * layer[f"{name}_gain"]["scale"].astype(y.dtype).reshape(1, 1, -1)
             if dropping:
                 y = drop_branch(jax.random.fold_in(own["key"], index), y, own["rate"])
-            x = x + y
+            x = layer_norm(x + y, *own_norm) if encoder.post_norm else x + y
         x = options.on_stream(x)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, own["slot"], 0)

@@ -1,7 +1,10 @@
-"""Max and average pooling, channels last."""
+"""Max and average pooling of images, channels last, and the mean over tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from subspace_jax.linalg import working_dtype
 
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
@@ -35,3 +38,18 @@ def halve(x: jax.Array) -> jax.Array:
     sums = jax.lax.reduce_window(x, np.array(0, x.dtype), jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), sides)
     rows, columns = (np.minimum(2, n - np.arange(0, n, 2)) for n in (height, width))
     return sums * np.asarray(1 / np.outer(rows, columns), x.dtype)[None, :, :, None]
+
+
+def mean_pool(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of the states of a text's tokens, as in sentence-transformers.
+
+    Args:
+      states: ``[batch, length, d]``, floating point.
+      mask: ``[batch, length]``, zero for padding, whose states are ignored.
+
+    Returns:
+      ``[batch, d]``, in at least float32; zeros for a text without tokens.
+    """
+    counted = mask.astype(bool)[..., None]
+    kept = jnp.where(counted, states.astype(working_dtype(states)), 0)
+    return jnp.sum(kept, axis=1) / jnp.maximum(jnp.sum(counted, axis=1, dtype=kept.dtype), 1)

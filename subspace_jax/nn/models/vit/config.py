@@ -128,7 +128,8 @@ class VisionTransformerConfig:
     @property
     def encoder(self) -> Encoder:
         """The layers."""
-        return Encoder(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Encoder) if f.name != "causal"})
+        own = {f.name for f in dataclasses.fields(self)}
+        return Encoder(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Encoder) if f.name in own})
 
     @property
     def out_features(self) -> int:

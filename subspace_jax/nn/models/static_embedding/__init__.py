@@ -1,0 +1,1 @@
+"""Static embeddings of tokens: a text encoder without layers."""
