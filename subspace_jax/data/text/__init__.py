@@ -1,7 +1,18 @@
-"""Text: tokenizers, examples from files and datasets, padded and packed rows of tokens."""
+"""Text: tokenizers, examples from files and datasets, chat templates, padded and packed rows of tokens."""
 
+from subspace_jax.data.text.chat_template import ChatTemplate, load_chat_template
+from subspace_jax.data.text.conversations import Conversation, conversation_of
 from subspace_jax.data.text.corpus import docstrings, function_summaries
-from subspace_jax.data.text.records import Choice, Completion, mapping_of, read_texts, tfds_texts
+from subspace_jax.data.text.holdout import hold_out
+from subspace_jax.data.text.records import (
+    Choice,
+    Completion,
+    Passage,
+    json_rows,
+    mapping_of,
+    read_texts,
+    tfds_texts,
+)
 from subspace_jax.data.text.rows import choice_rows, encode, pack_rows, pad_rows
 from subspace_jax.data.text.tokenizers import (
     ByteTokenizer,
@@ -10,24 +21,33 @@ from subspace_jax.data.text.tokenizers import (
     check_vocabulary,
     decode_continuation,
     load_tokenizer,
+    stream_continuation,
 )
 
 __all__ = [
     "ByteTokenizer",
+    "ChatTemplate",
     "Choice",
     "Completion",
+    "Conversation",
     "FileTokenizer",
+    "Passage",
     "Tokenizer",
     "check_vocabulary",
     "choice_rows",
+    "conversation_of",
     "decode_continuation",
     "docstrings",
     "encode",
     "function_summaries",
+    "hold_out",
+    "json_rows",
+    "load_chat_template",
     "load_tokenizer",
     "mapping_of",
     "pack_rows",
     "pad_rows",
     "read_texts",
+    "stream_continuation",
     "tfds_texts",
 ]

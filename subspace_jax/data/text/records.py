@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from subspace_jax.data.sources.tfds import default_data_dir, open_records
+from subspace_jax.data.text.conversations import Conversation, conversation_of
 
 
 class Completion(NamedTuple):
@@ -15,6 +16,13 @@ class Completion(NamedTuple):
 
     prompt: str
     completion: str
+
+
+class Passage(NamedTuple):
+    """A text with the parts that the loss covers, as first character and end of each; nothing is added to it."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
 
 
 class Choice(NamedTuple):
@@ -25,13 +33,18 @@ class Choice(NamedTuple):
     label: int
 
 
-def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "text") -> list[Completion]:
+def read_texts(
+    path: str | os.PathLike, *, prompt: str = "", completion: str = ""
+) -> list[Completion] | list[Conversation]:
     """Reads ``.jsonl``, ``.parquet`` or plain-text files, in UTF-8 with or without a byte order mark.
+
+    Rows with the field ``messages`` are conversations, those with ``prompt`` and ``completion`` pairs, and those with
+    ``text`` plain texts.  Where several are there, the first of these counts; it is the same in all rows of a file.
 
     Args:
       path: The file.  Documents in plain text are separated by empty lines.
-      prompt: Field of the prompt, or "" for none.
-      completion: Field of the text to learn.
+      prompt: Field of the prompt, where it has another name; "" for none.
+      completion: Field of the text to learn; "text" beside a prompt, and otherwise recognised by default.
 
     Returns:
       The examples.
@@ -39,7 +52,7 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
     Raises:
       FileNotFoundError: There is no such file; the message has similar names.
       ValueError: The file is empty, of another format (CSV, one JSON value, compressed) or not UTF-8, a line is no JSON
-        object, or a field is missing or no text.
+        object, a field is missing or no text, or messages are malformed.
       OSError: It can't be read.
       ImportError: A Parquet file needs the extra ``text``.
     """
@@ -53,14 +66,43 @@ def read_texts(path: str | os.PathLike, *, prompt: str = "", completion: str = "
         documents = [part.strip() for part in _plain_text(file).split("\n\n")]
         examples = [Completion("", text) for text in documents if text]
     else:
-        rows = _jsonl(file) if suffix == ".jsonl" else _parquet(file, [name for name in (prompt, completion) if name])
-        examples = [
-            Completion(_field(row, prompt, where) if prompt else "", _field(row, completion, where))
-            for where, row in rows
-        ]
+        wanted = tuple(name for name in (prompt, completion or "text") if name) if prompt or completion else ()
+        if suffix == ".jsonl":
+            with file.open("rb") as lines:
+                examples = list(_examples(json_rows(lines, str(file)), wanted, prompt))
+        else:
+            examples = list(_examples(_parquet(file, wanted), wanted, prompt))
     if not examples:
         raise ValueError(f"{file}: there is no text in it")
     return examples
+
+
+def _examples(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], fields: tuple[str, ...], prompt: str
+) -> Iterator[Completion | Conversation]:
+    for where, row in rows:
+        if not fields:
+            fields = _recognised(row, where)
+            prompt = fields[0] if len(fields) > 1 else ""
+        if fields == ("messages",):
+            if "messages" not in row:
+                raise ValueError(f"{where}: no field 'messages'; there are {_shown(row)}")
+            given = json.dumps([row["messages"], row.get("tools")], ensure_ascii=False, default=str)
+            _check_unicode(given, f"{where}: expected Unicode text")
+            yield conversation_of(row, where)
+        else:
+            yield Completion(_field(row, prompt, where) if prompt else "", _field(row, fields[-1], where))
+
+
+def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
+    """Returns the fields of a row's kind, by the names of its fields."""
+    for fields in (("messages",), ("prompt", "completion"), ("text",)):
+        if all(name in names for name in fields):
+            return fields
+    raise ValueError(
+        f"{where}: no field 'text'; there are {_shown(names)}; expected 'messages', or 'prompt' and 'completion', or "
+        "'text', or the names of fields"
+    )
 
 
 _OTHER_KINDS = (".json", ".csv", ".tsv", ".arrow", ".feather", ".gz", ".zip", ".zst", ".xz", ".bz2")
@@ -91,24 +133,33 @@ def _plain_text(file: Path) -> str:
         raise ValueError(f"{file}, line {line}: expected UTF-8 ({error.reason})") from error
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Bytes that are not UTF-8 become lone surrogates, so that the message can name the line.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            _check_unicode(line, f"{where}: expected UTF-8")
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: expected a JSON object ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, row
+def json_rows(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields file and line, and the object, of each line that is not empty.
+
+    Args:
+      lines: Lines of UTF-8, with or without a byte order mark.
+      name: Name of the file.
+
+    Raises:
+      ValueError: A line is not UTF-8 or no JSON object.
+    """
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}, line {number}"
+        # Bytes that are not UTF-8 become lone surrogates, so that the message can name the place.
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+        if not text.strip():
+            continue
+        _check_unicode(text, f"{where}: expected UTF-8")
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: expected a JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
 
 
-def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -117,10 +168,12 @@ def _parquet(file: Path, names: list[str]) -> Iterator[tuple[str, Mapping[str, A
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
             there = table.schema_arrow.names
+            names = names or _recognised(there, str(file))
             if absent := [name for name in names if name not in there]:
                 raise ValueError(f"{file}: no field {absent[0]!r}; there are {_shown(there)}")
+            columns = [*names, *(["tools"] if "messages" in names and "tools" in there else [])]
             number = 0
-            for batch in table.iter_batches(columns=names):
+            for batch in table.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     yield f"{file}, row {number}", row
                     number += 1

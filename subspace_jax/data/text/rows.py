@@ -14,23 +14,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from subspace_jax.data.text.records import Choice, Completion
+from subspace_jax.data.text.records import Choice, Completion, Passage
 from subspace_jax.data.text.tokenizers import Tokenizer
 
 Rows = dict[str, np.ndarray]
 
 
-def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens of an example with start and end tokens, and the mask of the loss.
+def encode(example: Completion | Passage, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of an example, and the mask of the loss.
 
     Args:
-      example: Prompt and completion, encoded as one text.  A token with both the end of the prompt and the first
-        character of the completion (" A" after "Answer: ") belongs to the completion, as in transformers.
+      example: Prompt and completion, encoded as one text between start and end tokens, or a passage, to which none are
+        added.  A token with both the end of the prompt and the first character of the completion (" A" after
+        "Answer: ") belongs to the completion, as in transformers, and one with any character of a span to the span.
       tokenizer: The tokenizer.
 
     Returns:
-      Tokens ``[n]`` int32, and the mask ``[n]`` bool, True for the completion and the end token.
+      Tokens ``[n]`` int32, and the mask ``[n]`` bool, True for the completion and the end token, or for the spans.
     """
+    if isinstance(example, Passage):
+        return _encode_passage(example, tokenizer)
     prompt, completion = tokenizer.encode_pair(example.prompt, example.completion)
     given = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + prompt
     targets = completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
@@ -38,7 +41,18 @@ def encode(example: Completion, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     return tokens, np.arange(len(tokens)) >= len(given)
 
 
-def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncate: bool = False) -> Rows:
+def _encode_passage(passage: Passage, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    tokens, offsets = tokenizer.encode_with_offsets(passage.text)
+    first, end = np.array(offsets, np.int64).reshape(-1, 2).T
+    in_loss = np.zeros(len(tokens), bool)
+    for start, stop in passage.spans:
+        in_loss |= (first < stop) & (end > start)
+    return np.array(tokens, np.int32), in_loss
+
+
+def pad_rows(
+    examples: Iterable[Completion | Passage], tokenizer: Tokenizer, length: int, *, truncate: bool = False
+) -> Rows:
     """Returns one row for each example, padded at the end.
 
     Args:
@@ -55,7 +69,9 @@ def pad_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, 
     )
 
 
-def pack_rows(examples: Iterable[Completion], tokenizer: Tokenizer, length: int, *, truncation: str = "split") -> Rows:
+def pack_rows(
+    examples: Iterable[Completion | Passage], tokenizer: Tokenizer, length: int, *, truncation: str = "split"
+) -> Rows:
     """Packs several texts into a row by best-fit decreasing.
 
     Texts of a row don't attend to each other if the model is given ``segment_ids``.  The packing is a function of the

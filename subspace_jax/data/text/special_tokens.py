@@ -1,4 +1,4 @@
-"""Special tokens of a Hugging Face folder: start, end, padding, and added tokens."""
+"""Special tokens of a Hugging Face folder: start, end, padding, and added tokens; and its chat template."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -134,3 +134,42 @@ def opens_texts(settings: Mapping[str, Any]) -> bool:
         return bool(wanted)
     name = settings.get("tokenizer_class")
     return not isinstance(name, str) or name.removesuffix("Fast") in _OPENING_CLASSES
+
+
+def texts_by_role(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the special tokens that have a role, as ``{"eos_token": "</s>"}``."""
+    found = {name: role_of(settings, name) for name in _ROLES}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def chat_template_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Returns the chat template of a folder, or None.
+
+    As in transformers, ``chat_template.jinja`` overrides the field of ``tokenizer_config.json``, which holds a template
+    or several by name, of which the one named "default" counts.
+
+    Raises:
+      ValueError: A file is malformed.
+    """
+    if (file := folder / "chat_template.jinja").is_file():
+        return read_template(file)
+    stored = settings.get("chat_template")
+    if isinstance(stored, list):
+        named = [entry for entry in stored if isinstance(entry, dict) and entry.get("name") == "default"]
+        stored = named[0].get("template") if named else None
+    if stored is not None and not isinstance(stored, str):
+        found = type(stored).__name__
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template: expected a template, got {found}")
+    return stored
+
+
+def read_template(file: Path) -> str:
+    """Returns the text of a file with a template.
+
+    Raises:
+      ValueError: It is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a Jinja template in UTF-8 ({error.reason})") from error

@@ -3,7 +3,8 @@
 import bisect
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +21,22 @@ class Tokenizer(Protocol):
       bos_id: Token at the start of a text, or None.
       eos_id: Token at the end of a text, or None.
       pad_id: Padding token.
+      chat_template: Jinja template of conversations, or None; see :class:`ChatTemplate`.
+      special_tokens: Texts of special tokens by their roles, such as "eos_token".
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, without start and end tokens."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the tokens of a text, and first character and end of each; parts of a character have its place."""
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Returns the tokens of prompt and completion, encoded as one text.
@@ -45,11 +53,18 @@ class ByteTokenizer:
     """UTF-8 bytes as tokens 0 to 255, followed by padding, start and end token."""
 
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
+    chat_template = None
+    special_tokens: Mapping[str, str] = types.MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         """Returns one token for each byte."""
         _check_unicode(text)
         return list(text.encode())
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the bytes of a text, and the place of the character of each."""
+        places = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode(errors="replace")]
+        return self.encode(text), places
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Returns the bytes of prompt and completion."""
@@ -64,9 +79,10 @@ class FileTokenizer:
     """A tokenizer of the ``tokenizers`` library, read from a Hugging Face folder.
 
     Besides ``tokenizer.json``, the files ``tokenizer_config.json``, ``special_tokens_map.json`` and
-    ``added_tokens.json`` define start, end and padding tokens.  As in transformers, the start token is the one that the
-    post-processor of ``tokenizer.json`` adds, if it has one; otherwise ``bos_token``, unless ``add_bos_token`` is false
-    or the tokenizer's class adds none (GPT-2, Qwen2).  Truncation, padding and dropout stored in ``tokenizer.json`` are
+    ``added_tokens.json`` define start, end and padding tokens; the chat template is that of ``chat_template.jinja`` or
+    ``tokenizer_config.json``.  As in transformers, the start token is the one that the post-processor of
+    ``tokenizer.json`` adds, if it has one; otherwise ``bos_token``, unless ``add_bos_token`` is false or the
+    tokenizer's class adds none (GPT-2, Qwen2).  Truncation, padding and dropout stored in ``tokenizer.json`` are
     ignored.
 
     Args:
@@ -96,6 +112,8 @@ class FileTokenizer:
             self._tokenizer.model.dropout = None
         _space_as_its_class(self._tokenizer, settings)
         self._add_tokens(settings)
+        self.chat_template = special_tokens.chat_template_of(file.parent, settings)
+        self.special_tokens = special_tokens.texts_by_role(settings)
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         bos, eos, pad = (self._named(settings, name) for name in ("bos_token", "eos_token", "pad_token"))
         if self._tokenizer.post_processor is None:
@@ -173,6 +191,11 @@ class FileTokenizer:
           ValueError: The tokenizer has no token for a part of the text, and no unknown token.
         """
         return self._encode(text).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the tokens of a text, and first character and end of each; see :class:`Tokenizer`."""
+        encoding = self._encode(text)
+        return encoding.ids, encoding.offsets
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Returns the tokens of prompt and completion, encoded as one text; see :class:`Tokenizer`."""
@@ -255,6 +278,29 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequen
         (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     return whole[same:]
+
+
+def stream_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> Iterator[str]:
+    """Yields the text of :func:`decode_continuation` piece by piece, as tokens come.
+
+    Args:
+      tokenizer: The tokenizer.
+      prompt: Tokens of the prompt.
+      new: Tokens that follow, perhaps one at a time.
+
+    Returns:
+      An iterator over texts; a character is given once its last byte is there.
+    """
+    tokens, shown = [], ""
+    for token in new:
+        tokens.append(int(token))
+        text = decode_continuation(tokenizer, prompt, tokens)
+        if not text.endswith("\ufffd") and text.startswith(shown) and text != shown:
+            yield text[len(shown) :]
+            shown = text
+    text = decode_continuation(tokenizer, prompt, tokens)
+    if text.startswith(shown) and text != shown:
+        yield text[len(shown) :]
 
 
 def load_tokenizer(name: str | os.PathLike) -> Tokenizer:

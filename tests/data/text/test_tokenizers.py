@@ -65,3 +65,20 @@ def test_a_model_with_too_few_rows_is_refused():
     text.check_vocabulary(text.ByteTokenizer(), 259)
     with pytest.raises(ValueError, match="it has 259 tokens, the model has rows for 256"):
         text.check_vocabulary(text.ByteTokenizer(), 256)
+
+
+def test_stream_continuation_gives_whole_characters_that_make_the_text():
+    tokenizer = text.ByteTokenizer()
+    prompt, new = tokenizer.encode("où "), tokenizer.encode("é東🙂 fin")
+    pieces = list(text.stream_continuation(tokenizer, prompt, iter(new)))
+    assert pieces[:3] == ["é", "東", "🙂"]
+    assert "".join(pieces) == text.decode_continuation(tokenizer, prompt, new) == "é東🙂 fin"
+    assert list(text.stream_continuation(tokenizer, prompt, new[:3])) == ["é", "\ufffd"]
+
+
+def test_encode_with_offsets_tells_the_characters_of_each_token(folder):
+    for tokenizer, sample, places in (
+        (text.load_tokenizer(folder), "a subspace  a", [(0, 1), (2, 10), (12, 13)]),
+        (text.ByteTokenizer(), "aé", [(0, 1), (1, 2), (1, 2)]),
+    ):
+        assert tokenizer.encode_with_offsets(sample) == (tokenizer.encode(sample), places)
