@@ -19,6 +19,7 @@ Shardings = PyTree | Callable[[PyTree, PyTree], PyTree]
 Pieces = list[tuple[TensorName, StoredTensor]]
 
 CHUNK_BYTES = 32 * 2**20
+DECODED_BYTES = 8 * 2**20
 
 
 def read_params(
@@ -81,11 +82,11 @@ def match_tensors(
         raise ValueError(
             f"{folder}: the weights are not those of {what}; missing: {some(missing)}; unexpected: {some(unexpected)}"
         )
-    wrong = []
+    wrong, source = [], "config.json" if os.path.isdir(folder) else "the metadata"
     for tensor in layout.tensors:
         found, shape = stored[tensor.name], stored_shape(layout.specs, tensor)
         if found.shape != shape:
-            wrong.append(f"{tensor.name}: expected {shape} from config.json, got {found.shape}")
+            wrong.append(f"{tensor.name}: expected {shape} from {source}, got {found.shape}")
         if not jnp.issubdtype(found.dtype, jnp.floating):
             wrong.append(f"{tensor.name}: expected floating point, got {found.dtype}")
     wrong = list(dict.fromkeys(wrong))
@@ -139,13 +140,30 @@ def _place_at_once(pieces: Pieces, shape: tuple[int, ...], sharding: Sharding, d
 def _read_shard(pieces: Pieces, shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     shard = np.empty([s.stop - s.start for s in index], dtype)
     if pieces[0][0].place.layer is None:
-        _copy(shard, _read_part(*pieces[0], shape, index))
+        _fill(shard, *pieces[0], shape, index)
         return shard
     for i in range(index[0].start, index[0].stop):
         # A view, even of a scalar.
         target = shard[i - index[0].start : i - index[0].start + 1].reshape(shard.shape[1:])
-        _copy(target, _read_part(*pieces[i], shape[1:], index[1:]))
+        _fill(target, *pieces[i], shape[1:], index[1:])
     return shard
+
+
+def _fill(
+    target: np.ndarray, tensor: TensorName, stored: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> None:
+    """Copies the part of a tensor for ``index`` of the array of one layer, some rows at a time: they may be decoded."""
+    if tensor.shape is not None or not index:
+        _copy(target, _read_part(tensor, stored, shape, index))
+        return
+    axis = axis_order(tensor, len(index)).index(0)
+    rows, nbytes = index[axis], target.size * stored.dtype.itemsize
+    step = max(1, (rows.stop - rows.start) * DECODED_BYTES // max(1, nbytes))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        place = (*(slice(None),) * axis, slice(start - rows.start, stop - rows.start))
+        part = _read_part(tensor, stored, shape, (*index[:axis], slice(start, stop), *index[axis + 1 :]))
+        _copy(target[place], part)
 
 
 def _read_part(

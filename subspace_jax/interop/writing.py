@@ -30,7 +30,7 @@ def write_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
-    side_files: Mapping[str, pathlib.Path] | None = None,
+    side_files: Mapping[str, pathlib.Path | str] | None = None,
 ) -> None:
     """Writes the checkpoint folder of any model.
 
@@ -45,7 +45,6 @@ def write_checkpoint(
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     made = fields(str(jnp.result_type(*dtypes)) if len(dtypes) == 1 else "float32")
     shapes = {t.name: (stored_shape(layout.specs, t), leaves[t.place.path].dtype) for t in layout.tensors}
-    files = _split(shapes, shard_bytes)
     together = itertools.groupby(layout.tensors, lambda t: t.name)
     fetch = (_fetch(leaves, list(parts)) for _, parts in together)
     if jax.process_index() != 0:
@@ -54,24 +53,49 @@ def write_checkpoint(
             pass
     else:
         with replacing(folder, _is_checkpoint_file) as new:
-            for name, source in (side_files or {}).items():
-                (new / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, new / name)
+            write_side_files(new, side_files or {})
             (new / "config.json").write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
-            for file, names in files.items():
-                write_safetensors(
-                    new / file, {name: shapes[name] for name in names}, itertools.islice(fetch, len(names))
-                )
-            if len(files) > 1:
-                index = {
-                    "metadata": {"total_size": sum(_nbytes(*entry) for entry in shapes.values())},
-                    "weight_map": {name: file for file, names in files.items() for name in names},
-                }
-                (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_weights(new, shapes, fetch, shard_bytes)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("write_checkpoint")
+
+
+def write_weights(
+    folder: pathlib.Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+    tensors: Iterator[np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the weights of a folder, one tensor at a time, in several files with their index where one is too large.
+
+    Args:
+      folder: The folder, which is there.
+      shapes: Name to shape and dtype.
+      tensors: The tensors in the same order.
+      shard_bytes: Largest size of a file; a larger tensor has a file of its own.
+    """
+    files = _split(shapes, shard_bytes)
+    for file, names in files.items():
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, itertools.islice(tensors, len(names)))
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(_nbytes(*entry) for entry in shapes.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_side_files(folder: str | os.PathLike, files: Mapping[str, pathlib.Path | str]) -> None:
+    """Copies files into a folder, or writes their texts; see :func:`subspace_jax.interop.side_files`."""
+    for name, source in files.items():
+        file = pathlib.Path(folder) / name
+        file.parent.mkdir(exist_ok=True)
+        if isinstance(source, str):
+            file.write_text(source, encoding="utf-8")
+        else:
+            shutil.copyfile(source, file)
 
 
 def _checked_leaves(specs: PyTree, params: PyTree) -> dict[Path, jax.Array]:
@@ -107,7 +131,7 @@ def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
     return np.asarray(part)
 
 
-def _split(shapes: dict[str, tuple[tuple[int, ...], Any]], shard_bytes: int) -> dict[str, list[str]]:
+def _split(shapes: Mapping[str, tuple[tuple[int, ...], Any]], shard_bytes: int) -> dict[str, list[str]]:
     """Distributes tensors over files in order, none beyond ``shard_bytes``."""
     groups, size = [[]], 0
     for name, entry in shapes.items():
