@@ -61,7 +61,7 @@ def add_commands(commands) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or GGUF file")
     parser.add_argument(
         "--tokenizer", default="", help="file, folder or 'bytes' (default: that of the model, or bytes)"
     )

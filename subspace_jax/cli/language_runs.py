@@ -29,7 +29,9 @@ def add_commands(commands) -> None:
     pretrain = shared.add_command(commands, "pretrain", summary, _run, _PRETRAIN, fields=True, trains=True)
     summary = "fine-tune a language model, all parameters or adapters, and write it as a Hugging Face or PEFT folder"
     finetune = shared.add_command(commands, "finetune", summary, _finetune, _FINETUNE, fields=True, trains=True)
-    finetune.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder to start from")
+    finetune.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face folder or GGUF file to start from"
+    )
     for parser in (pretrain, finetune):
         shared.add_config(parser)
         shared.add_workdir(parser)
@@ -38,7 +40,7 @@ def add_commands(commands) -> None:
 
     summary = "merge a PEFT adapter into a model, and write it as a Hugging Face folder"
     merge = shared.add_command(commands, "merge", summary, _merge, _MERGE)
-    merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or GGUF file")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT folder, LoRA or DoRA")
     merge.add_argument(
         "--out",

@@ -29,7 +29,7 @@ def add_commands(commands) -> None:
         metavar="AXIS=SIZE,…",
         help="such as fsdp=8,tensor=2; data takes the rest (default: the mesh of the config; more than once: --sweep)",
     )
-    plan.add_argument("--model", metavar="DIR", help="Hugging Face folder of finetune; its weights are not read")
+    plan.add_argument("--model", metavar="DIR", help="model of finetune; its weights are not read")
     plan.add_argument(
         "--sweep",
         action="store_true",
@@ -64,7 +64,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     config = train.load_config(args.config)
     settings = list(overrides)
     if args.model:
-        has_tokenizer = os.path.isfile(os.path.join(args.model, "tokenizer.json"))
+        has_tokenizer = os.path.isfile(args.model) or os.path.isfile(os.path.join(args.model, "tokenizer.json"))
         settings[:0] = [f"model.folder={args.model}", f"model.tokenizer={'' if has_tokenizer else 'bytes'}"]
     config = train.override(config, [*shared.recipe_of(overrides), *settings])
     if args.sweep or len(meshes) > 1:

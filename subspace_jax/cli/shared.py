@@ -109,12 +109,12 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def tokenizer_of(folder: str) -> str:
-    """Returns "bytes" where a model's folder has no tokenizer, "" where it has its own.
+    """Returns "bytes" where a model's folder has no tokenizer, "" where it has its own, as any GGUF file has.
 
     Raises:
       ValueError: There are files of a tokenizer, but no tokenizer.json.
     """
-    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+    if os.path.isfile(folder) or os.path.isfile(os.path.join(folder, "tokenizer.json")):
         return ""
     for name in ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tiktoken.model"):
         if os.path.isfile(os.path.join(folder, name)):

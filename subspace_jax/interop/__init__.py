@@ -1,18 +1,14 @@
 """Checkpoints of other libraries, read and written: folders of language and vision models, and adapters of PEFT."""
 
+from subspace_jax.interop import gguf
 from subspace_jax.interop.hf.bert import bert_config_from_hf, bert_config_to_hf, load_bert, save_bert
-from subspace_jax.interop.hf.causal_lm import (
-    from_pretrained,
-    load_causal_lm,
-    read_config,
-    save_causal_lm,
-    save_pretrained,
-)
+from subspace_jax.interop.hf.causal_lm import save_causal_lm, save_pretrained
 from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_hf
 from subspace_jax.interop.hf.causal_lm_names import module_names, module_places, tensor_names
 from subspace_jax.interop.hf.clip import load_dual, save_dual
 from subspace_jax.interop.hf.side_files import side_files
 from subspace_jax.interop.hf.text_encoder import TextEncoder, load_text_encoder
+from subspace_jax.interop.language import from_pretrained, load_causal_lm, read_config
 from subspace_jax.interop.onnx import OnnxGraph, OnnxNode, load_onnx_dinov2, read_onnx
 from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
 from subspace_jax.interop.peft.models import vision_adapter_names
@@ -20,6 +16,7 @@ from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
 from subspace_jax.interop.tensors import Place, TensorLayout, TensorName
 from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
+from subspace_jax.interop.writing import write_side_files
 
 __all__ = [
     "OnnxGraph",
@@ -35,6 +32,7 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "from_pretrained",
+    "gguf",
     "load_bert",
     "load_causal_lm",
     "load_dino_params",
@@ -62,4 +60,5 @@ __all__ = [
     "tensor_names",
     "vision_adapter_names",
     "write_safetensors",
+    "write_side_files",
 ]

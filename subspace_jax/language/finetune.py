@@ -4,7 +4,6 @@ import difflib
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +41,10 @@ SIZES = {
 def default_config() -> ConfigDict:
     """Returns the fields of a run.
 
-    ``model.folder`` is a Hugging Face folder to start from; without one, ``model.size`` names an architecture that
-    starts from random numbers.  ``model.stacked`` false keeps layers apart, which is faster on a CPU and takes longer
-    to compile.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of ``model.folder``, or bytes.
+    ``model.folder`` is a Hugging Face folder or a GGUF file to start from; without one, ``model.size`` names an
+    architecture that starts from random numbers.  ``model.stacked`` false keeps layers apart, which is faster on a CPU
+    and takes longer to compile.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of
+    ``model.folder``, or bytes.
     ``data.source`` is "docstrings" or "summaries" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
     ``.parquet`` or text file, or a TFDS set; ``data.prompt`` and ``data.completion`` name the fields of a file.
@@ -182,9 +182,9 @@ def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
     where = config.model.tokenizer or folder or "bytes"
     if folder:
         model = interop.read_config(folder)  # before the tokenizer, for it may be no model at all
-        tokenizer = text.load_tokenizer(where)
+        tokenizer = _tokenizer(where)
     elif size in SIZES:
-        tokenizer = text.load_tokenizer(where)
+        tokenizer = _tokenizer(where)
         ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         tokens = {"bos_token": tokenizer.bos_id, "eos_tokens": ends, "pad_token": tokenizer.pad_id}
         # An architecture keeps its own number of rows; the smallest one is made to measure.
@@ -193,6 +193,10 @@ def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:
         raise ValueError(f"model.size: expected one of {sorted(SIZES)}, got {size!r}{nearest(size, SIZES)}")
     text.check_vocabulary(tokenizer, model.vocab_size)
     return model, tokenizer
+
+
+def _tokenizer(where: str) -> text.Tokenizer:
+    return interop.gguf.tokenizer(where) if interop.gguf.is_gguf(where) else text.load_tokenizer(where)
 
 
 def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
@@ -275,9 +279,8 @@ def export(
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(run.mesh, P()))(params)
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
-            for name, file in interop.side_files(model.folder, model.tokenizer, adapter=True).items():
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, Path(folder) / name)
+            beside = interop.side_files(model.folder, model.tokenizer, adapter=True)
+            interop.write_side_files(folder, beside)
         return
     params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
     beside = interop.side_files(model.folder, model.tokenizer)
@@ -308,7 +311,7 @@ def load_adapted(
     PEFT: the config that is returned then says so.
 
     Args:
-      folder: Hugging Face folder of the model.
+      folder: Hugging Face folder of the model, or its GGUF file.
       adapter: PEFT folder, LoRA or DoRA; none by default.
       shardings: See :func:`subspace_jax.interop.load_causal_lm`.
 
@@ -350,7 +353,7 @@ def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: st
     """Bakes a PEFT adapter into a model and writes a plain Hugging Face folder, with all files beside the weights.
 
     Args:
-      folder: Hugging Face folder of the model.
+      folder: Hugging Face folder of the model, or its GGUF file.
       adapter: PEFT folder, LoRA or DoRA.
       out: Where to write; not there yet, or empty.
 

@@ -46,13 +46,6 @@ def load_causal_lm(
     return config, read_params(_layout(config), stored, shardings=shardings, dtype=dtype)
 
 
-def from_pretrained(
-    folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
-) -> Model:
-    """Reads a checkpoint folder as a module; see :func:`load_causal_lm`."""
-    return Model(*load_causal_lm(folder, shardings=shardings, dtype=dtype))
-
-
 def save_causal_lm(
     folder: str | os.PathLike,
     config: CausalLMConfig,
