@@ -10,8 +10,8 @@ from subspace_jax.language.finetune import (
     load_adapted,
     merge_adapter,
     model_of,
-    texts_of,
 )
+from subspace_jax.language.texts import texts_of
 
 __all__ = [
     "AdaptedLMTask",

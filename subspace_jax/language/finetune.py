@@ -1,6 +1,5 @@
 """Runs that train a causal language model, as configs describe them."""
 
-import difflib
 import functools
 import logging
 import os
@@ -18,6 +17,7 @@ from subspace_jax import adapters, data, interop, nn, train
 from subspace_jax.data import text
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
+from subspace_jax.language.texts import texts_of
 from subspace_jax.train.fields import check_choice, nearest
 from subspace_jax.train.optimizer import uses_probes
 
@@ -47,8 +47,8 @@ def default_config() -> ConfigDict:
     ``model.folder``, or bytes.
     ``data.source`` is "docstrings" or "summaries" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
-    ``.parquet`` or text file, or a TFDS set; ``data.prompt`` and ``data.completion`` name the fields of a file.
-    ``data.evaluation`` is a second file, or empty for a split.
+    ``.parquet`` or text file, or a TFDS set; see :func:`subspace_jax.language.texts_of` for the other fields of
+    ``data`` that say what its texts are.
     ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
     ``optim.name`` "adaprelora" and ``optim.kwargs.stats`` "full" a step also finds the energies of the whole weights'
     gradients, see :func:`subspace_jax.adapters.add_gradient_probes`; over micro-batches they are averaged.
@@ -59,11 +59,15 @@ def default_config() -> ConfigDict:
         {
             "source": "docstrings",
             "evaluation": "",
+            "holdout": 0.0,
+            "holdout_seed": 0,
             "data_dir": "",
             "train_split": "train",
             "eval_split": "validation",
             "prompt": "",
-            "completion": "text",
+            "completion": "",
+            "chat_template": "",
+            "date": "2026-01-01",
             "length": 256,
             "truncation": "split",
             "batch_size": 16,
@@ -97,7 +101,7 @@ def build(config: ConfigDict) -> train.Run:
     model, tokenizer = _sized_model(config)
     sizes = config.data
     rows = [
-        text.pack_rows(texts_of(config, split), tokenizer, sizes.length, truncation=sizes.truncation)
+        text.pack_rows(texts_of(config, split, tokenizer), tokenizer, sizes.length, truncation=sizes.truncation)
         for split in ("train", "eval")
     ]
     task = _task(config, model, config.model.folder or None)
@@ -199,47 +203,6 @@ def _tokenizer(where: str) -> text.Tokenizer:
     return interop.gguf.tokenizer(where) if interop.gguf.is_gguf(where) else text.load_tokenizer(where)
 
 
-def texts_of(config: ConfigDict, split: str) -> list[text.Completion]:
-    """Returns the examples of "train" or "eval" that a config asks for.
-
-    Raises:
-      ValueError: A file is malformed, or there is neither a file nor a set of that name; near names are given.
-      FileNotFoundError: A file or set is not there.
-    """
-    sizes = config.data
-    name = {"train": sizes.train_split, "eval": sizes.eval_split}[split]
-    if sizes.source == "summaries":
-        return text.function_summaries(split=name)
-    if sizes.source == "docstrings":
-        return [text.Completion("", t) for t in text.docstrings(split=name)]
-    source = sizes.evaluation if split == "eval" and sizes.evaluation else sizes.source
-    if _is_path(source):
-        if split == "eval" and not sizes.evaluation:
-            raise ValueError(f"data.evaluation: expected a second file beside {sizes.source}, got none")
-        return text.read_texts(source, prompt=sizes.prompt, completion=sizes.completion)
-    examples = text.tfds_texts(source, name, sizes.data_dir or None)
-    if not isinstance(examples[0], text.Completion):
-        raise ValueError(f"data.source: {source!r} is a set of questions with options, which are no texts to train on")
-    return examples
-
-
-def _is_path(source: str) -> bool:
-    """Whether a name means a file, there or not, rather than a set of TFDS, whose suffix is that of a version."""
-    if Path(source).is_file():
-        return True
-    try:
-        text.mapping_of(source)
-    except ValueError as error:
-        suffix = Path(source).suffix[1:2]
-        if Path(source).is_dir() or suffix.isalpha() or source.startswith((".", "~", os.sep)):
-            return True
-        files = [path.name for path in Path().iterdir() if path.is_file()]
-        near = difflib.get_close_matches(source, ["docstrings", "summaries", *files], n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"data: there is no file {source!r}, and no set with that name ({error}){hint}") from error
-    return False
-
-
 def export(
     workdir: str | os.PathLike,
     folder: str | os.PathLike,
@@ -283,8 +246,17 @@ def export(
             interop.write_side_files(folder, beside)
         return
     params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
-    beside = interop.side_files(model.folder, model.tokenizer)
-    interop.save_causal_lm(folder, task.config, params, overwrite=True, side_files=beside)
+    interop.save_causal_lm(folder, task.config, params, overwrite=True, side_files=_side_files(run.config))
+
+
+def _side_files(config: ConfigDict, *, adapter: bool = False) -> dict[str, Path]:
+    """The files to copy beside exported weights, with the chat template that the texts were rendered by."""
+    found = interop.side_files(config.model.folder, config.model.tokenizer, adapter=adapter)
+    if (template := config.data.chat_template) and Path(template).is_file():
+        found["chat_template.jinja"] = Path(template)
+    elif template:
+        log.warning("data.chat_template: no file %s, which is therefore not written beside the weights", template)
+    return found
 
 
 def is_peft(config: ConfigDict) -> bool:
