@@ -242,14 +242,13 @@ def export(
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(run.mesh, P()))(params)
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
-            beside = interop.side_files(model.folder, model.tokenizer, adapter=True)
-            interop.write_side_files(folder, beside)
+            interop.write_side_files(folder, _side_files(run.config, adapter=True))
         return
     params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
     interop.save_causal_lm(folder, task.config, params, overwrite=True, side_files=_side_files(run.config))
 
 
-def _side_files(config: ConfigDict, *, adapter: bool = False) -> dict[str, Path]:
+def _side_files(config: ConfigDict, *, adapter: bool = False) -> dict[str, Path | str]:
     """The files to copy beside exported weights, with the chat template that the texts were rendered by."""
     found = interop.side_files(config.model.folder, config.model.tokenizer, adapter=adapter)
     if (template := config.data.chat_template) and Path(template).is_file():

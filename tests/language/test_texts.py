@@ -52,7 +52,7 @@ def test_a_template_gets_the_date_of_the_config(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.chat_template="], "data.chat_template: .*chat.jsonl holds conversations, and the tokenizer has no chat"),
+        (["data.chat_template="], "data.chat_template: .*chat.jsonl holds conversations, and the tokenizer has no"),
         (["data.holdout=0"], "data.evaluation: expected a second file .*; data.holdout=0.05 holds out"),
         (["data.holdout=1.5"], "data.holdout: expected a share above 0 and below 1, got 1.5"),
         (["data.holdout=0.999"], "data.holdout: a share of 0.999 of 40 different examples leaves none"),
