@@ -1,4 +1,4 @@
-"""The commands for features of images: compute them, measure them, compare data sets."""
+"""The commands for features of images and texts: compute them, measure them, compare data sets."""
 
 import argparse
 
@@ -8,6 +8,7 @@ _FEATURES = """
     subspace-jax features --model DIR --data cifar10 --split=train --out work/train.npz
     subspace-jax features --model DIR --data photos --split val --out work/val.npz    # photos/val/CLASS/*.jpg
     subspace-jax features --model work/digits_resnet_k8 --data digits --split=test --out work/test.npz
+    subspace-jax features --model work/models/minilm --texts reviews.jsonl --out work/reviews.npz
     """
 _PROBE = """
     subspace-jax probe --features work/train.npz --test work/test.npz
@@ -22,10 +23,14 @@ _TRANSFER = """
 
 def add_commands(commands) -> None:
     """Adds ``features``, ``probe`` and ``transfer``."""
-    summary = "compute the features of a set of images"
+    summary = "compute the features of a set of images or of texts"
     features = shared.add_command(commands, "features", summary, _features, _FEATURES)
     _add_model(features)
-    features.add_argument("--data", required=True, help="TFDS set, or a folder with one folder for each class")
+    what = features.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="TFDS set, or a folder with one folder for each class")
+    what.add_argument(
+        "--texts", metavar="FILE", help="file of texts: JSON lines with text and label (.jsonl), or a text in each line"
+    )
     features.add_argument("--split", default="", help="split of the set (default: train), or folder in the folder")
     features.add_argument("--out", required=True, metavar="FILE.npz", help="file to write")
 
@@ -47,7 +52,7 @@ def add_commands(commands) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or timm folder, or a run's workdir")
     parser.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch, over all devices")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples in a batch, over all devices")
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="type of a folder's activations")
     parser.add_argument(
         "--resample", action="store_true", help="resample position embeddings for images of another size"
@@ -76,6 +81,9 @@ def _features(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax.represent.features_file import check_features_path
 
     out = check_features_path(args.out)
+    if args.texts is not None:
+        _text_features(args, out)
+        return
     split = args.split or ("" if os.path.isdir(os.path.expanduser(args.data)) else "train")
     images = represent.open_labelled_images(args.data, split, args.data_dir, **_unreadable(args))
     found = _extract(args, _open(args), images)
@@ -83,6 +91,27 @@ def _features(args: argparse.Namespace, overrides: list[str]) -> None:
         represent.save_features(out, found, model=os.path.abspath(args.model), data=args.data, split=split)
         count, width = found.features.shape
         print(f"Wrote {count} features of width {width}, {len(found.class_names)} classes, to {out}")
+
+
+def _text_features(args: argparse.Namespace, out: str) -> None:
+    import os
+
+    import jax
+
+    from subspace_jax import represent
+
+    for name in ("split", "resample", "skip_unreadable", "best"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for images, not for --texts")
+    _check_batch_size(args)
+    read = represent.read_labelled_texts(args.texts)
+    model = represent.open_text_model(args.model, dtype=args.dtype)
+    found = represent.features_of_texts(model, *read, batch_size=args.batch_size, progress=not args.quiet)
+    if jax.process_index() == 0:
+        represent.save_features(out, found, model=os.path.abspath(args.model), data=os.path.abspath(args.texts))
+        count, width = found.features.shape
+        classes = f", {len(found.class_names)} classes" if len(found.class_names) > 1 else ""
+        print(f"Wrote {count} features of width {width}{classes}, to {out}")
 
 
 def _probe(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -149,11 +178,15 @@ def _unreadable(args: argparse.Namespace) -> dict[str, str]:
 def _open(args: argparse.Namespace):
     from subspace_jax import represent
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    _check_batch_size(args)
     step = "best" if args.best else None
     options = {"dtype": args.dtype, "resample": args.resample, "trust_remote_code": args.trust_remote_code}
     return represent.open_feature_model(args.model, step=step, **options)
+
+
+def _check_batch_size(args: argparse.Namespace) -> None:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
 
 
 def _extract(args: argparse.Namespace, model, images):

@@ -24,6 +24,7 @@ from subspace_jax.represent.linear_probe import (
     scores_of,
 )
 from subspace_jax.represent.neighbors import nearest_classes
+from subspace_jax.represent.text_features import Texts, features_of_texts, open_text_model, read_labelled_texts
 from subspace_jax.represent.transfer_sets import TRANSFER_SETS, ProbeReport, open_transfer_set, probe_features
 
 __all__ = [
@@ -38,9 +39,11 @@ __all__ = [
     "LinearProbe",
     "ProbeReport",
     "Scores",
+    "Texts",
     "extract_features",
     "features_of",
     "features_of_images",
+    "features_of_texts",
     "few_shot",
     "fit_linear",
     "linear_probe",
@@ -49,10 +52,12 @@ __all__ = [
     "nearest_classes",
     "open_feature_model",
     "open_labelled_images",
+    "open_text_model",
     "open_transfer_set",
     "probe_features",
     "probe_logits",
     "read_features",
+    "read_labelled_texts",
     "save_features",
     "scores_of",
 ]

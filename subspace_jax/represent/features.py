@@ -37,18 +37,18 @@ class FeatureTask(Protocol):
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """A model that computes features, and the preparation of its images.
+    """A model that computes features, and the preparation of its images or texts.
 
     Attributes:
       step: Compiled function from :func:`make_feature_step`.
       params: Parameters for ``step``, on the devices of ``mesh``.
-      prepare: Maps the pixels of an image, uint8 ``[height, width, 3]``, to an input of the model.
+      prepare: Maps the pixels of an image, uint8 ``[height, width, 3]``, or a text to an input of the model.
       mesh: Mesh over which batches are sharded.
     """
 
     step: FeatureStep
     params: PyTree
-    prepare: Callable[[np.ndarray], np.ndarray]
+    prepare: Callable[[Any], np.ndarray]
     mesh: Mesh
 
 
