@@ -26,7 +26,8 @@ from subspace_jax.train.experiment import complete_run, task_module
 from subspace_jax.train.phases import DataSpec, Optimizer, Run
 from subspace_jax.train.programs import evaluation_shapes, num_examples
 from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh, shard_bytes
-from subspace_jax.train.step import TrainState, jit_train_step, state_shardings
+from subspace_jax.train.state import TrainState, state_shardings
+from subspace_jax.train.step import jit_train_step
 from subspace_jax.train.task import Task
 
 PyTree = Any

@@ -42,16 +42,15 @@ from subspace_jax.train.sharding import (
     to_device,
     to_partition_spec,
 )
-from subspace_jax.train.step import (
+from subspace_jax.train.state import (
     TrainState,
     complete_state,
     init_state,
-    jit_train_step,
-    make_train_step,
     new_state,
     saved_part,
     state_shardings,
 )
+from subspace_jax.train.step import jit_train_step, make_train_step
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
 from subspace_jax.train.workdir import replacing, writable_folder
 

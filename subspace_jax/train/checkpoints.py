@@ -25,7 +25,7 @@ from subspace_jax.train.reading import (
     retried,
     together,
 )
-from subspace_jax.train.step import TrainState
+from subspace_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from subspace_jax.train.overrides import form
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, auto_mesh, batch_sharding, to_device
 
 if TYPE_CHECKING:
-    from subspace_jax.train.step import TrainState
+    from subspace_jax.train.state import TrainState
     from subspace_jax.train.task import Batch, Task
 
 EVALUATION_KEY = 2**32 - 2  # folded into the key of a run, whose steps are int32

@@ -25,7 +25,8 @@ from subspace_jax.train.overrides import form
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.programs import Programs, check_run
 from subspace_jax.train.sharding import make_mesh, shard_bytes
-from subspace_jax.train.step import FINITE_CHECKS, TrainState, complete_state
+from subspace_jax.train.state import TrainState, complete_state
+from subspace_jax.train.step import FINITE_CHECKS
 from subspace_jax.train.workdir import writable_folder
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from subspace_jax.train.placement import placed, without_aliases
 from subspace_jax.train.programs import Programs, check_data, check_run
 from subspace_jax.train.reading import together
 from subspace_jax.train.sharding import batch_sharding, make_mesh, to_device
-from subspace_jax.train.step import TrainState, complete_state, init_optimizer, init_state, run_key, saved_part
+from subspace_jax.train.state import TrainState, complete_state, init_optimizer, init_state, run_key, saved_part
 from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, warn_of_lost, writable_folder
 
 log = logging.getLogger(__name__)

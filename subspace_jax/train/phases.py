@@ -17,7 +17,7 @@ from subspace_jax.train.task import Task
 if TYPE_CHECKING:
     import grain
 
-    from subspace_jax.train.step import TrainState
+    from subspace_jax.train.state import TrainState
 
 PyTree = Any
 Row = Mapping[str, Any]

@@ -11,7 +11,8 @@ from subspace_jax.train.fields import nearest
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.reading import CheckpointMismatchError
 from subspace_jax.train.sharding import check_batch_size
-from subspace_jax.train.step import TrainState, jit_step, make_train_step, saved_part, state_shardings
+from subspace_jax.train.state import TrainState, saved_part, state_shardings
+from subspace_jax.train.step import jit_step, make_train_step
 from subspace_jax.train.task import Task
 
 PyTree = Any

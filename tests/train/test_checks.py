@@ -235,3 +235,23 @@ def test_what_a_function_of_the_user_raises_has_a_note_of_function_and_phase(own
     with pytest.raises(KeyError, match="accuracy") as raised:
         train.fit(run, hooks)
     assert [note for note in raised.value.__notes__ if note.startswith("in ")] == notes
+
+
+@pytest.mark.parametrize(
+    ("method", "found", "message"),
+    [
+        ("after_update", lambda self, params, variables, **_: params, r"\(params, variables\), got a dict of"),
+        ("load", lambda self, shardings: {"w": 0.0}, r"\(params, variables\), got a dict of \['w'\]"),
+        ("gradients", lambda self, *args, **_: 0.0, r"\(\(loss, \(variables, metrics\)\), grads\), got float"),
+    ],
+    ids=["after_update", "load", "gradients"],
+)
+def test_make_train_step_names_the_method_that_returns_no_pair(method, found, message):
+    task, tx, mesh = task_with(**{method: found}), optax.sgd(0.1), train.make_mesh(1)
+
+    def first_step():
+        state = train.init_state(task, tx, mesh)
+        return train.jit_train_step(task, tx, mesh)(state, next(regression()[1].train(0)))
+
+    with pytest.raises(ValueError, match=rf"Own\.{method}: expected {message}"):
+        first_step()
