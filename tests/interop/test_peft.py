@@ -13,6 +13,8 @@ import pytest
 
 from subspace_jax import adapters, interop, nn
 
+from .conftest import GOLDEN
+
 PEFT = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 ADAPTERS = sorted("/".join(p.parent.parts[-2:]) for p in PEFT.glob("*/*/adapter_config.json"))
 
@@ -63,23 +65,38 @@ def model(config):
     return run
 
 
-def loaded(name, checkpoint):
+@functools.cache
+def loaded(name):
     """Config, base weights and adapter, and what PEFT computes with them."""
-    config, params = interop.load_causal_lm(checkpoint(name.split("/")[0]), dtype=jnp.float32)
+    config, params = interop.load_causal_lm(GOLDEN / name.split("/")[0], dtype=jnp.float32)
     with np.load(PEFT / name / "io.npz") as io:
         return config, params, interop.load_peft_adapter(PEFT / name, config), dict(io)
 
 
+@functools.cache
+def bound(name):
+    """Loss and logits of a bound adapter, and the gradients of the loss where PEFT gives them; one program."""
+    config, params, adapter, io = loaded(name)
+    tokens = jnp.asarray(io["input_ids"], jnp.int32)
+
+    def run(trainable):
+        return model(config)(adapters.bind(params, trainable, adapter.settings), tokens)
+
+    if any(key.startswith("grad:") for key in io):
+        return jax.jit(jax.value_and_grad(run, has_aux=True))(adapter.trainable)
+    return run(adapter.trainable), None
+
+
 @every_adapter
-def test_logits_of_bound_and_merged_adapters_are_those_of_peft(name, checkpoint, tmp_path):
-    config, params, adapter, io = loaded(name, checkpoint)
-    tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
-    loss, bound = run(adapters.bind(params, adapter.trainable, adapter.settings), tokens)
-    np.testing.assert_allclose(bound, io["logits"], atol=1e-4)
+def test_logits_of_bound_and_merged_adapters_are_those_of_peft(name, tmp_path):
+    config, params, adapter, io = loaded(name)
+    (loss, logits), _ = bound(name)
+    np.testing.assert_allclose(logits, io["logits"], atol=1e-4)
     if "loss" in io:
         np.testing.assert_allclose(loss, io["loss"], rtol=1e-4)
     merged = adapters.merge(params, adapter.trainable, adapter.settings)
-    np.testing.assert_allclose(run(merged, tokens)[1], io["logits"], atol=1e-4)
+    merged_logits = model(config)(merged, jnp.asarray(io["input_ids"], jnp.int32))[1]
+    np.testing.assert_allclose(merged_logits, io["logits"], atol=1e-4)
     for key in (key for key in io if key.startswith("merged:")):
         interop.save_causal_lm(tmp_path / "merged", config, merged)
         stored = interop.open_folder(tmp_path / "merged")[key.removeprefix("merged:")]
@@ -95,10 +112,9 @@ def with_gradients():
 
 
 @pytest.mark.parametrize("name", with_gradients())
-def test_gradients_of_bound_adapters_are_those_of_peft(name, checkpoint, tmp_path):
-    config, params, adapter, io = loaded(name, checkpoint)
-    tokens, run = jnp.asarray(io["input_ids"], jnp.int32), model(config)
-    grads = jax.jit(jax.grad(lambda t: run(adapters.bind(params, t, adapter.settings), tokens)[0]))(adapter.trainable)
+def test_gradients_of_bound_adapters_are_those_of_peft(name, tmp_path):
+    config, _, adapter, io = loaded(name)
+    _, grads = bound(name)
     # Written as adapters, gradients get the names and the layout of PEFT's parameters.
     interop.save_peft_adapter(tmp_path / "grads", config, grads, adapter.settings, fields=adapter.fields)
     got = read(tmp_path / "grads")

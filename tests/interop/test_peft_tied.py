@@ -10,6 +10,8 @@ import pytest
 
 from subspace_jax import adapters, interop, language, nn
 
+from ..variants import rest_slow
+
 SIZES = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "max_length": 16}
 LLAMA = {**SIZES, "num_kv_heads": 1, "head_dim": 4, "mlp_size": 12}
 CONFIGS = {
@@ -93,7 +95,7 @@ def one_of_two(family):
         )
 
 
-@every_family
+@pytest.mark.parametrize("family", rest_slow(CONFIGS))
 def test_load_adapted_unties_a_model_whose_tables_an_adapter_changes_apart(family, tmp_path):
     table = model(family, tmp_path / "model")
     for i, (fields, tensors, change) in enumerate(one_of_two(family)):

@@ -9,7 +9,8 @@ import pytest
 from subspace_jax import interop, nn
 from subspace_jax.interop import hf, timm
 
-from . import vision
+from . import vision_goldens as vision
+from .conftest import tensors_of
 
 # The tolerance of the reference's own independent reproduction is 1.6e-5 on logits up to 19; float32 convolutions
 # in another order reach several times that.
@@ -26,8 +27,8 @@ def channels_last(x):
     [pytest.param(name, marks=[] if name in ("resnet", "resnet_d_timm") else pytest.mark.slow) for name in MODELS],
 )
 def test_resnet_apply_gives_the_hidden_states_and_logits_of_the_reference(name):
-    config, tree = interop.load_vision(vision.FOLDERS / name)
-    wanted = vision.arrays(name)
+    config, tree = interop.load_vision(vision.GOLDEN / name)
+    wanted = vision.stored(name)
     out = vision.run_resnet(config, tree, vision.pixels(name))
     tokens = wanted["features"] if "timm" in name else wanted["last_hidden_state"]
     np.testing.assert_allclose(out.logits, wanted["logits"], **CLOSE)
@@ -44,8 +45,8 @@ def test_resnet_apply_gives_the_hidden_states_and_logits_of_the_reference(name):
     "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet_v1", "resnet_basic"))]
 )
 def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
-    config, tree = interop.load_vision(vision.FOLDERS / name)
-    wanted = vision.arrays(name)
+    config, tree = interop.load_vision(vision.GOLDEN / name)
+    wanted = vision.stored(name)
 
     @jax.jit
     def step(params, images, labels):
@@ -73,14 +74,14 @@ def test_one_training_pass_gives_loss_gradients_and_running_statistics(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_timm"])
 def test_one_training_pass_of_timm_gives_running_statistics(name):
-    config, tree = interop.load_vision(vision.FOLDERS / name)
+    config, tree = interop.load_vision(vision.GOLDEN / name)
     out = vision.run_resnet(config, tree, vision.pixels(name), train=True, capture=())
-    np.testing.assert_allclose(out.logits, vision.arrays(name)["train_logits"], **CLOSE)
+    np.testing.assert_allclose(out.logits, vision.stored(name)["train_logits"], **CLOSE)
     check_after(name, config, out.batch_stats)
 
 
 def check_after(name, config, batch_stats):
-    wanted = {key.removeprefix("train_after:"): value for key, value in vision.arrays(name).items()}
+    wanted = {key.removeprefix("train_after:"): value for key, value in vision.stored(name).items()}
     seen = 0
     for tensor in (timm if "timm" in name else hf).resnet.tensor_layout(config).tensors:
         if tensor.name in wanted:
@@ -94,9 +95,9 @@ def check_after(name, config, batch_stats):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_written_is_what_was_read(name, tmp_path):
-    config, tree = interop.load_vision(vision.FOLDERS / name)
+    config, tree = interop.load_vision(vision.GOLDEN / name)
     interop.save_vision(tmp_path / "out", config, tree)
-    stored, written = vision.tensors(vision.FOLDERS / name), vision.tensors(tmp_path / "out")
+    stored, written = tensors_of(vision.GOLDEN / name), tensors_of(tmp_path / "out")
     assert written.keys() == {key for key in stored if not key.endswith("num_batches_tracked")}
     for key, value in written.items():
         np.testing.assert_array_equal(value, stored[key])
@@ -107,15 +108,15 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
 def test_a_bare_model_without_prefix_and_head_is_read_and_written(tmp_path):
     stored = {
         key.removeprefix("resnet."): value
-        for key, value in vision.tensors(vision.FOLDERS / "resnet").items()
+        for key, value in tensors_of(vision.GOLDEN / "resnet").items()
         if not key.startswith("classifier.")
     }
-    config, tree = interop.load_vision(vision.changed(tmp_path / "in", "resnet", stored))
+    config, tree = interop.load_vision(vision.copy("resnet", tmp_path / "in", stored))
     assert config.num_classes == 0
     interop.save_vision(tmp_path / "out", config, tree)
     again, same = interop.load_vision(tmp_path / "out")
     assert again == config
-    _, whole = interop.load_vision(vision.FOLDERS / "resnet")
+    _, whole = interop.load_vision(vision.GOLDEN / "resnet")
     del whole["params"]["head"]
     chex.assert_trees_all_equal(tree, whole)
     chex.assert_trees_all_equal(same, whole)
@@ -150,22 +151,22 @@ def test_a_fresh_network_goes_to_a_folder_of_timm_and_back(config, tmp_path):
 )
 def test_timm_networks_that_compute_something_else_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        interop.load_vision(vision.changed(tmp_path, "resnet_timm", **fields))
+        interop.load_vision(vision.copy("resnet_timm", tmp_path, **fields))
 
 
 def test_files_of_another_network_are_refused_by_name(tmp_path):
-    stored = vision.tensors(vision.FOLDERS / "resnet_timm")
+    stored = tensors_of(vision.GOLDEN / "resnet_timm")
     stored["layer1.0.se.conv_reduce.weight"] = stored.pop("layer1.0.bn1.weight")
     with pytest.raises(ValueError, match=r"missing: \['layer1.0.bn1.weight'\]; unexpected: \['layer1.0.se"):
-        interop.load_vision(vision.changed(tmp_path, "resnet_timm", stored))
+        interop.load_vision(vision.copy("resnet_timm", tmp_path, stored))
     nine = {str(i): "" for i in range(9)}
     with pytest.raises(ValueError, match=r"classifier.1.weight: expected \(9, 48\).*, got \(7, 48\)"):
-        interop.load_vision(vision.changed(tmp_path, "resnet", id2label=nine))
+        interop.load_vision(vision.copy("resnet", tmp_path, id2label=nine))
     with pytest.raises(ValueError, match="hidden_act: 'gelu' is not supported"):
-        interop.load_vision(vision.changed(tmp_path, "resnet", hidden_act="gelu"))
+        interop.load_vision(vision.copy("resnet", tmp_path, hidden_act="gelu"))
     with pytest.raises(ValueError, match="'hf' can't express a deep stem"):
         hf.resnet.tensor_layout(nn.ResNetConfig.resnet_d(18))
-    config, tree = interop.load_vision(vision.FOLDERS / "resnet")
+    config, tree = interop.load_vision(vision.GOLDEN / "resnet")
     with pytest.raises(ValueError, match="'timm' has four stages"):
         interop.save_vision(tmp_path / "out", config, tree, "timm")
 

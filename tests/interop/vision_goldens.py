@@ -1,6 +1,7 @@
 """The golden checkpoints of vision models, and what the libraries that they come from computed with them."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from subspace_jax import interop, losses, nn
 from subspace_jax.interop.tensors import to_stored
+
+from .conftest import rewrite
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision"
 
@@ -66,28 +69,40 @@ def pixels(name, key="pixel_values"):
     return jnp.asarray(stored(name)[key].transpose(0, 2, 3, 1))
 
 
+def in_files(tensors, tree):
+    """Arrays of ours by their names in files."""
+
+    def own(tensor):
+        value = np.asarray(functools.reduce(lambda node, key: node[key], tensor.place.path, tree))
+        return to_stored(tensor, value if tensor.place.layer is None else value[tensor.place.layer])
+
+    groups = itertools.groupby(sorted(tensors, key=lambda t: (t.name, t.part)), lambda t: t.name)
+    blocks = {name: [own(tensor) for tensor in parts] for name, parts in groups}
+    return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in blocks.items()}
+
+
 def gradients_are(golden, tensors, grads):
     """Compares gradients of parameters with those of the tensors that they are stored in, where the golden has them."""
-    parts, seen = {}, 0
-    for tensor in tensors:
-        if f"grad:{tensor.name}" in golden:
-            value = functools.reduce(lambda node, key: node[key], tensor.place.path, grads)
-            value = np.asarray(value if tensor.place.layer is None else value[tensor.place.layer])
-            parts.setdefault(tensor.name, []).append((tensor.part, to_stored(tensor, value)))
-    for name, found in parts.items():
-        blocks = [value for _, value in sorted(found, key=lambda pair: pair[0])]
-        got = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        chex.assert_trees_all_close(got, golden[f"grad:{name}"], atol=1e-5, rtol=1e-3)
-        seen += 1
-    return seen
+    found = in_files([tensor for tensor in tensors if f"grad:{tensor.name}" in golden], grads)
+    for name, value in found.items():
+        chex.assert_trees_all_close(value, golden[f"grad:{name}"], atol=1e-5, rtol=1e-3)
+    return len(found)
 
 
-def copy(name, folder, **changes):
-    """Copies a checkpoint, with some fields of its config changed (``...`` removes one)."""
-    folder.mkdir()
+def copy(name, folder, tensors=None, **changes):
+    """Copies a checkpoint, with other tensors or with some fields of its config changed (``...`` removes one)."""
+    folder.mkdir(exist_ok=True)
     for file in (GOLDEN / name).iterdir():
         if file.is_file() and file.name != "io.npz":
             (folder / file.name).write_bytes(file.read_bytes())
     fields = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    if tensors is not None:
+        rewrite(folder, lambda _: tensors)
     return folder
+
+
+@functools.partial(jax.jit, static_argnames=("config", "train", "capture"))
+def run_resnet(config, tree, images, train=False, capture="all"):
+    with jax.default_matmul_precision("highest"):
+        return nn.resnet_apply(config, tree["params"], tree["batch_stats"], images, train=train, capture=capture)
