@@ -4,7 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
+# Byte code is kept, whatever the environment says: workers and the processes that tests start would compile it each.
+PYTEST := PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 DOCS_TESTS := tests/docs tests/colabs
 
 .PHONY: demo tiny-lm figures figure-names figures-table test test-docs test-all test-peers lint docs bench clean
