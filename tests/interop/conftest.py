@@ -10,11 +10,11 @@ from subspace_jax import interop, nn
 from subspace_jax.interop.tensors import stored_shape
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "interop"
-MODELS = ("gpt2", "llama", "llama31", "mistral", "qwen2", "llama_sharded")
+MODELS = ("gpt2", "llama", "llama31", "mistral", "qwen2", "llama_sharded", "qwen3", "gemma2", "gemma3")
 
 
-# Llama and Mistral differ in their fields only, shards in files only.
-_SLOW = ("mistral", "llama_sharded")
+# Llama and Mistral differ in their fields only, shards in files only; the last ones have quick tests of their own.
+_SLOW = ("mistral", "llama_sharded", "qwen3", "gemma2", "gemma3")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in _SLOW else []) for name in MODELS])

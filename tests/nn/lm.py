@@ -19,6 +19,14 @@ CONFIGS = {
     "mistral": nn.CausalLMConfig.mistral(**WIDE).replace(windows=(5,) * 3),
     # Layers that differ in what they see, biases, and a tied head.
     "qwen2": nn.CausalLMConfig.qwen2("0.5b", **WIDE).replace(windows=(None, 4, None)),
+    "qwen3": nn.CausalLMConfig.qwen3(**WIDE),
+    # Caps that scores and logits reach, and layers with rotary positions of their own.
+    "gemma2": nn.CausalLMConfig.gemma2(**WIDE, score_dim=12, score_softcap=2.0, logit_softcap=5.0).replace(
+        windows=(5, None, 5)
+    ),
+    "gemma3": nn.CausalLMConfig.gemma3(**{**WIDE, "num_kv_heads": 1}, local_rope=nn.Rope(100.0)).replace(
+        windows=(5, 5, None)
+    ),
 }
 
 # Learned positions, layer norm and fused kernels; rotary positions, windows that differ, biases and a tied head.

@@ -63,7 +63,7 @@ def test_apply_rope_rotates_bfloat16_in_float32():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "yarn"}, "kind 'yarn' is not supported"),
+        ({"kind": "longrope"}, "kind 'longrope' is not supported"),
         ({"theta": 0.0}, "theta and factor are positive"),
         ({"kind": "llama3", "low_freq_factor": 4.0}, "low_freq_factor < high_freq_factor"),
     ],

@@ -8,13 +8,13 @@ from subspace_jax.interop.config_fields import (
     MAX_LAYERS,
     checked_integer,
     flag,
-    group,
     integer,
     number,
     shown,
     word,
 )
-from subspace_jax.nn import CausalLMConfig, Rope
+from subspace_jax.interop.hf.causal_lm_rope import ropes_from_hf, ropes_to_hf
+from subspace_jax.nn import CausalLMConfig
 
 FROM_HF_ACTIVATION = {
     "gelu_new": "gelu_tanh",
@@ -32,6 +32,36 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_GEMMA = ("gemma2", "gemma3_text")
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
+# Of fields that are absent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": {
+        **_GEMMA_DEFAULTS,
+        "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": {**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
 }
 
 # Fields for which null means the default.
@@ -43,6 +73,7 @@ _MAY_BE_NULL = {
     "max_position_embeddings",
     "layer_types",
     "rope_theta",
+    "rope_local_base_freq",
     "rope_scaling",
     "rope_parameters",
 }
@@ -62,11 +93,14 @@ def config_from_hf(fields: Mapping[str, Any]) -> CausalLMConfig:
       ValueError: The architecture, its kind of rotary embedding or its activation is not supported, a required field is
         absent, a field has the wrong type or is out of range, or fields contradict one another.
     """
+    if fields.get("model_type") == "gemma3":
+        raise ValueError("model_type: 'gemma3', of text and images, is not supported; its text model is 'gemma3_text'")
     family = word(fields, "model_type", None, _ARCHITECTURES)
     if fields.get("quantization_config"):
         raise ValueError("quantization_config: quantized weights are not supported; expected plain floating point")
-    tokens = token_ids(fields)
     fields = {name: value for name, value in fields.items() if value is not None or name not in _MAY_BE_NULL}
+    fields = {**_DEFAULTS[family], **fields}
+    tokens = token_ids(fields)
     if family == "gpt2":
         return _gpt2(fields, tokens)
     return _llama(family, fields, tokens)
@@ -120,13 +154,13 @@ def _llama(family: str, fields: Mapping[str, Any], tokens: dict[str, Any]) -> Ca
         raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
     head_dim = integer({"head_dim": width // heads, **fields}, "head_dim", most=MAX_HEAD_DIM)
     # Null means as many as query heads, absence the default of the architecture.
-    absent = {"llama": heads, "mistral": 8, "qwen2": 32}[family]
-    kv_heads = heads if fields.get("num_key_value_heads", 0) is None else integer(fields, "num_key_value_heads", absent)
+    kv_heads = heads if fields.get("num_key_value_heads") is None else integer(fields, "num_key_value_heads")
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, got {kv_heads}")
-    longest = {"llama": 2048, "mistral": 131072, "qwen2": 32768}[family]
-    max_length = integer(fields, "max_position_embeddings", longest)
-    attention_bias = family == "llama" and flag(fields, "attention_bias", False)
+    rope, local_rope, max_length = ropes_from_hf(fields, local=family == "gemma3_text")
+    gemma = family in _GEMMA
+    activation = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
+    attention_bias = family not in ("mistral", "qwen2") and flag(fields, "attention_bias", False)
     return CausalLMConfig(
         family=family,
         vocab_size=integer(fields, "vocab_size"),
@@ -137,16 +171,35 @@ def _llama(family: str, fields: Mapping[str, Any], tokens: dict[str, Any]) -> Ca
         head_dim=head_dim,
         mlp_size=integer(fields, "intermediate_size"),
         max_length=max_length,
+        norm="rms_offset" if gemma else "rms",
         norm_eps=number(fields, "rms_norm_eps", 1e-6, least=0, most=1),
-        rope=_rope(fields, max_length),
-        activation=_activation(fields, "hidden_act", "silu"),
+        post_norms=gemma,
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        rope=rope,
+        local_rope=local_rope,
+        activation=_activation(fields, *activation),
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=attention_bias,
         mlp_bias=family == "llama" and flag(fields, "mlp_bias", False),
         windows=_windows(family, fields, layers),
         tied=flag(fields, "tie_word_embeddings", False),
+        scale_embeddings=gemma,
+        **(_gemma(family, fields) if gemma else {}),
         **tokens,
     )
+
+
+def _gemma(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    if flag(fields, "use_bidirectional_attention", False):
+        raise ValueError("use_bidirectional_attention: expected false; an encoder is not supported")
+    names = {"attn_logit_softcapping": "score_softcap", "final_logit_softcapping": "logit_softcap"}
+    caps = {ours: None if fields[name] is None else number(fields, name) for name, ours in names.items()}
+    if family == "gemma3_text" and caps["score_softcap"] is not None:
+        raise ValueError(
+            f"attn_logit_softcapping: expected null for 'gemma3_text', whose attention normalizes queries and keys "
+            f"instead; got {shown(fields['attn_logit_softcapping'])}"
+        )
+    return {"score_dim": number(fields, "query_pre_attn_scalar"), **caps}
 
 
 def _windows(family: str, fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...] | None:
@@ -156,34 +209,20 @@ def _windows(family: str, fields: Mapping[str, Any], layers: int) -> tuple[int |
     if family == "mistral":
         return None if window is None else (window,) * layers
     known = {"full_attention": None, "sliding_attention": window}
-    full = integer(fields, "max_window_layers", 28, least=0)
-    kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
-    kinds = fields.get("layer_types", kinds)
+    if family in _GEMMA:
+        period = 2 if family == "gemma2" else integer(fields, "sliding_window_pattern", 6)
+        full = [(layer + 1) % period == 0 for layer in range(layers)]
+    else:
+        first = integer(fields, "max_window_layers", 28, least=0)
+        full = [layer < first for layer in range(layers)]
+    kinds = fields.get("layer_types", ["full_attention" if is_full else "sliding_attention" for is_full in full])
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in list(known) for kind in kinds):
         raise ValueError(f"layer_types: expected {layers} of {sorted(known)}, got {shown(kinds)}")
+    if family in _GEMMA and window is None and "sliding_attention" in kinds:
+        raise ValueError("sliding_window: expected a positive integer for layers of 'sliding_attention', got None")
     windows = tuple(known[kind] for kind in kinds)
-    return windows if flag(fields, "use_sliding_window", False) and any(windows) else None
-
-
-def _rope(fields: Mapping[str, Any], max_length: int) -> Rope:
-    settings = {**group(fields, "rope_scaling"), **group(fields, "rope_parameters")}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type: {shown(kind)} is not supported; expected 'default', 'linear' or 'llama3'")
-    if nested := sorted(name for name in settings if name.endswith("_attention")):
-        raise ValueError(f"rope_parameters: settings for each kind of layer are not supported, got {shown(nested)}")
-    partial = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-    if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor: partial rotary embeddings are not supported, got {shown(partial)}")
-    needed = {"default": (), "linear": ("factor",)}.get(kind, ("factor", "low_freq_factor", "high_freq_factor"))
-    if absent := [name for name in needed if name not in settings]:
-        raise ValueError(f"rope_type {kind!r} needs {absent}; got {shown(settings)}")
-    values = {name: number(settings, name) for name in needed}
-    if kind == "llama3":
-        values["original_length"] = integer(settings, "original_max_position_embeddings", max_length)
-    theta = number(settings if "rope_theta" in settings else fields, "rope_theta", 10000.0)
-    return Rope(theta=theta, kind=kind, **values)
+    used = family in _GEMMA or flag(fields, "use_sliding_window", False)
+    return windows if used and any(windows) else None
 
 
 def config_to_hf(config: CausalLMConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -239,31 +278,31 @@ def _llama_fields(config: CausalLMConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_size,
-        "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": TO_HF_ACTIVATION[config.activation],
+        **ropes_to_hf(config, local=config.family == "gemma3_text"),
     }
-    if config.rope is not None:
-        scaling = {}
-        if config.rope.kind != "default":
-            scaling["factor"] = config.rope.factor
-        if config.rope.kind == "llama3":
-            scaling["low_freq_factor"] = config.rope.low_freq_factor
-            scaling["high_freq_factor"] = config.rope.high_freq_factor
-            scaling["original_max_position_embeddings"] = config.rope.original_length
-        kind = {"rope_type": config.rope.kind}
-        fields["rope_theta"] = config.rope.theta
-        fields["rope_scaling"] = {**kind, **scaling} if scaling else None
-        fields["rope_parameters"] = {**kind, "rope_theta": config.rope.theta, **scaling}
+    windows = config.windows or (None,) * config.num_layers
+    window = next((w for w in windows if w), None)
+    kinds = ["sliding_attention" if w else "full_attention" for w in windows]
+    if config.family in _GEMMA:
+        act = config.activation
+        fields["hidden_activation"] = "gelu_pytorch_tanh" if act == "gelu_tanh" else TO_HF_ACTIVATION[act]
+        score_dim = float(config.score_dim or config.head_dim)
+        fields["query_pre_attn_scalar"] = int(score_dim) if score_dim.is_integer() else score_dim
+        fields["attn_logit_softcapping"] = config.score_softcap
+        fields["final_logit_softcapping"] = config.logit_softcap
+        fields["sliding_window"], fields["layer_types"] = window or 4096, kinds
+    else:
+        fields["hidden_act"] = TO_HF_ACTIVATION[config.activation]
+    if config.family not in ("mistral", "qwen2"):
+        fields["attention_bias"] = config.out_bias
     if config.family == "llama":
-        fields["attention_bias"], fields["mlp_bias"] = config.out_bias, config.mlp_bias
+        fields["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         fields["sliding_window"] = config.window
-    if config.family == "qwen2":
-        windows = config.windows or (None,) * config.num_layers
+    if config.family in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = config.windows is not None
-        fields["sliding_window"] = next((w for w in windows if w), None)
-        fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+        fields["sliding_window"], fields["layer_types"] = window, kinds
         # Old readers use full attention in the first layers, up to this number.
         fields["max_window_layers"] = sum(w is None for w in windows)
     return fields

@@ -15,21 +15,37 @@ _GPT2 = {
     "transformer.ln_f": "norm",
     "lm_head": "head",
 }
-_LLAMA = {
+_ATTENTION = {
     "model.embed_tokens": "embed",
     "model.layers.{}.input_layernorm": "layers/attn_norm",
     "model.layers.{}.self_attn.q_proj": "layers/attn/q",
     "model.layers.{}.self_attn.k_proj": "layers/attn/k",
     "model.layers.{}.self_attn.v_proj": "layers/attn/v",
+    "model.layers.{}.self_attn.q_norm": "layers/attn/q_norm",
+    "model.layers.{}.self_attn.k_norm": "layers/attn/k_norm",
     "model.layers.{}.self_attn.o_proj": "layers/attn/out",
-    "model.layers.{}.post_attention_layernorm": "layers/mlp_norm",
+}
+_MLP = {
     "model.layers.{}.mlp.gate_proj": "layers/mlp/gate",
     "model.layers.{}.mlp.up_proj": "layers/mlp/up",
     "model.layers.{}.mlp.down_proj": "layers/mlp/down",
-    "model.norm": "norm",
-    "lm_head": "head",
 }
-_MODULES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+_END = {"model.norm": "norm", "lm_head": "head"}
+_LLAMA = {**_ATTENTION, "model.layers.{}.post_attention_layernorm": "layers/mlp_norm", **_MLP, **_END}
+_GEMMA = {
+    **_ATTENTION,
+    # The name that others give to the norm before the perceptron.
+    "model.layers.{}.post_attention_layernorm": "layers/attn_post_norm",
+    "model.layers.{}.pre_feedforward_layernorm": "layers/mlp_norm",
+    **_MLP,
+    "model.layers.{}.post_feedforward_layernorm": "layers/mlp_post_norm",
+    **_END,
+}
+_MODULES = {
+    "gpt2": _GPT2,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
+}
 
 
 def module_places(config: CausalLMConfig) -> dict[str, Place]:

@@ -59,6 +59,7 @@ def attention(
     window: int | None = None,
     causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with softmax in float32.
@@ -73,15 +74,17 @@ def attention(
       window: Number of tokens that a query attends to, itself included; only for causal attention without a mask.
       causal: Without a mask: whether attention is causal, where ``slots == length``, or bidirectional.
       scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default.
+      softcap: Bound of the scores, which become ``softcap * tanh(scores / softcap)`` (arXiv 2408.00118).
       implementation: "xla", which computes 2048 queries or more in blocks; "cudnn" for flash attention on NVIDIA GPUs
-        (bfloat16 and float16); None for "cudnn" in programs for NVIDIA GPUs, where there is no mask, cuDNN is installed
-        and supports the arguments, and "xla" otherwise.
+        (bfloat16 and float16, without ``softcap``); None for "cudnn" in programs for NVIDIA GPUs, where there is no
+        mask, cuDNN is installed and supports the arguments, and "xla" otherwise.
 
     Returns:
       The shape and dtype of ``query``.
 
     Raises:
-      ValueError: ``implementation`` is unknown, or ``kv_heads`` does not divide ``heads``.
+      ValueError: ``implementation`` is unknown or does not support ``softcap``, or ``kv_heads`` does not divide
+        ``heads``.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} for attention, got {implementation!r}")
@@ -89,15 +92,17 @@ def attention(
         raise ValueError(f"attention: {query.shape[2]} query heads are no multiple of {key.shape[2]} key heads")
 
     if implementation == "cudnn":
+        if softcap is not None:
+            raise ValueError("implementation: 'cudnn' does not support softcap; expected None or 'xla'")
         return _cudnn(query, key, value, mask, window, causal, scale)
-    xla = functools.partial(_xla, mask=mask, window=window, causal=causal, scale=scale)
+    xla = functools.partial(_xla, mask=mask, window=window, causal=causal, scale=scale, softcap=softcap)
     cudnn = functools.partial(_cudnn, mask=None, window=window, causal=causal, scale=scale)
-    if implementation is None and mask is None and _cudnn_serves(cudnn, query, key, value):
+    if implementation is None and mask is None and softcap is None and _cudnn_serves(cudnn, query, key, value):
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
     return xla(query, key, value)
 
 
-def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
+def _xla(query, key, value, mask, window, causal, scale, softcap) -> jax.Array:
     # jax.nn.dot_product_attention requests a dot algorithm whose gradient can't be lowered under strict dtype promotion
     # (bfloat16, JAX 0.10.2), and stores the scores of all queries at once.
     batch, length, _, head_dim = query.shape
@@ -115,6 +120,8 @@ def _xla(query, key, value, mask, window, causal, scale) -> jax.Array:
         grouped, mask = queries_and_mask
         flat = grouped.reshape(*grouped.shape[:2], -1, head_dim)
         scores = scale * jnp.einsum("bktd,bksd->bkts", flat, key, preferred_element_type=working_dtype(query))
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         if mask is not None:
             scores = scores.reshape(*grouped.shape[:4], -1)
             scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)

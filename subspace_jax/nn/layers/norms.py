@@ -11,22 +11,30 @@ from subspace_jax.linalg import working_dtype
 _from_input = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(_from_input, static_argnums=2)
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, offset: bool = False) -> jax.Array:
     """Root mean square normalization over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    The quotient is rounded to the dtype of ``x`` before scaling, as in published models.
+    The quotient is rounded to the dtype of ``x`` before scaling, as in published models; with ``offset`` the product is
+    rounded, as in those of Gemma.
 
     Args:
       x: ``[..., d]``, floating point.
       scale: ``[d]``.
       eps: Added to the mean square, inside the root.
+      offset: Whether the factor is ``1 + scale`` instead of ``scale``.
 
     Returns:
       The shape and dtype of ``x``.
     """
+    return _rms_norm(x, scale, eps, offset)
+
+
+@functools.partial(_from_input, static_argnums=(2, 3))
+def _rms_norm(x, scale, eps, offset):
     wide = x.astype(working_dtype(x))
     unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    if offset:
+        return (unit * (1 + _along_features(scale.astype(wide.dtype), x))).astype(x.dtype)
     return unit.astype(x.dtype) * _along_features(scale.astype(x.dtype), x)
 
 

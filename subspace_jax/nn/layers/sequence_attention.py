@@ -31,14 +31,14 @@ def sequence_attention(
       head_axes: Mesh axes over which heads are sharded, where they divide the key heads.
 
     Returns:
-      ``attend(query, key, value, *, mask, window, scale)``, causal, with arguments as in :func:`attention` and as many
-      queries as keys.  It raises a ValueError where their number is no multiple of the shards.
+      ``attend(query, key, value, *, mask, window, scale, softcap)``, causal, with arguments as in :func:`attention` and
+      as many queries as keys.  It raises a ValueError where their number is no multiple of the shards.
     """
 
     def num_shards(axes):
         return math.prod(mesh.shape[axis] for axis in axes)
 
-    def attend(query, key, value, *, mask=None, window=None, scale=None):
+    def attend(query, key, value, *, mask=None, window=None, scale=None, softcap=None):
         length, shards = query.shape[1], num_shards(sequence_axes)
         if length % shards or key.shape[1] != length:
             raise ValueError(
@@ -53,7 +53,7 @@ def sequence_attention(
                 count = query.shape[1]
                 own = jax.lax.axis_index(sequence_axes).astype(jnp.int32) * count + slots[:count]
                 mask = causal_mask(own, own[None], slots[None], window=window)
-            return attention(query, key, value, mask=mask, scale=scale)
+            return attention(query, key, value, mask=mask, scale=scale, softcap=softcap)
 
         # Mesh axes that shard an array have to be manual: the compiler would gather over the others.
         sharded_heads = head_axes if key.shape[2] % num_shards(head_axes) == 0 else ()

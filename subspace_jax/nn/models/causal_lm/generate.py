@@ -177,8 +177,17 @@ def read_prompt(config, decoding, params, tokens, valid, sampling) -> State:
     batch, length = tokens.shape
     # Without a slot for the last new token, whose key is never used.
     cache = init_cache(config, batch, length + decoding.max_new_tokens - 1, decoding.dtype)
+    # Known beforehand, so that all tokens of a text are rotated alike.
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32) + decoding.max_new_tokens
     read = causal_lm_apply(
-        config, params, tokens, attention_mask=valid, cache=cache, dtype=decoding.dtype, with_logits=False
+        config,
+        params,
+        tokens,
+        attention_mask=valid,
+        cache=cache,
+        text_lengths=lengths,
+        dtype=decoding.dtype,
+        with_logits=False,
     )
     last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     final = jnp.take_along_axis(read.final, last[:, None, None], axis=1)

@@ -12,7 +12,7 @@ from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("keys", "values", "positions", "valid", "length"),
+    data_fields=("keys", "values", "positions", "valid", "length", "text_lengths"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class KVCache:
       positions: ``[batch, slots]`` int32.
       valid: ``[batch, slots]`` bool; False for padding.
       length: Number of filled slots, int32.
+      text_lengths: ``[batch]`` integers, see :func:`causal_lm_apply`; None where they were not given.
     """
 
     keys: jax.Array
@@ -32,6 +33,7 @@ class KVCache:
     positions: jax.Array
     valid: jax.Array
     length: jax.Array
+    text_lengths: jax.Array | None = None
 
     @property
     def slots(self) -> int:

@@ -1,6 +1,8 @@
-"""Causal language models as pure functions: one decoder for GPT-2, Llama, Mistral and Qwen2."""
+"""Causal language models as pure functions: one decoder for all families."""
 
 import dataclasses
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +48,7 @@ def causal_lm_apply(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    text_lengths: jax.Array | None = None,
     dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike | None = None,
     with_logits: bool = True,
@@ -68,6 +71,9 @@ def causal_lm_apply(
       segment_ids: ``[batch, length]`` integers, of packed texts; tokens of different segments don't attend to each
         other.
       cache: Keys and values of previous tokens; the tokens take its next slots, which have to be free.
+      text_lengths: ``[batch]`` integers, for rotary positions of kind "dynamic": lengths that the texts are going to
+        have, which a cache remembers; by default those of the tokens given so far, of each segment by itself.  Tokens
+        processed in parts have to be rotated alike.
       dtype: Dtype of the activations, that of the embedding table by default.
       logits_dtype: Dtype of the logits and of their accumulation, ``dtype`` by default.
       with_logits: Whether to compute logits; a loss may call :func:`causal_lm_logits` on parts of ``final`` instead.
@@ -82,7 +88,7 @@ def causal_lm_apply(
         combined with a cache.
       TypeError: Tokens are not integers.
     """
-    _check(config, tokens, attention_mask, positions, segment_ids, cache)
+    _check(config, tokens, attention_mask, positions, segment_ids, cache, text_lengths)
     batch, length = tokens.shape
     valid = None if attention_mask is None else attention_mask.astype(bool)
     # Plain causal attention needs no mask, whatever the positions are, unless a window counts them.
@@ -92,17 +98,18 @@ def causal_lm_apply(
         positions = _positions(length, valid, segment_ids, cache)
     dtype = table_dtype(params["embed"]["embedding"]) if dtype is None else dtype
 
-    x = embed(tokens, params["embed"]["embedding"], dtype)
-    if config.rope is None:
-        x = x + jnp.broadcast_to(embed(positions, params["position"]["embedding"], dtype), x.shape)
-    x = embeddings = options.on_stream(x)
+    x = embeddings = options.on_stream(_embed(config, params, tokens, positions, dtype))
 
     slots, key_positions, key_valid = jnp.arange(length, dtype=jnp.int32), positions, valid
     if cache is not None:
         slots = cache.length + slots
-        cache = _extend(cache, positions, valid, batch)
-        key_positions, key_valid = cache.positions, cache.valid
-    tables = None if config.rope is None else rope_tables(config.rope, config.head_dim, positions)
+        cache = _extend(cache, positions, valid, batch, text_lengths)
+        key_positions, key_valid, text_lengths = cache.positions, cache.valid, cache.text_lengths
+    lengths = _lengths(config, text_lengths, key_positions, key_valid, segment_ids)
+    tables, local_tables = (
+        None if rope is None else rope_tables(rope, config.head_dim, positions, lengths)
+        for rope in (config.rope, config.local_rope)
+    )
 
     def mask_of(window):
         segments = {"query_segments": segment_ids, "key_segments": segment_ids}
@@ -127,20 +134,21 @@ def causal_lm_apply(
                 value,
                 mask=mask_of(own["window"]) if config.windows_differ else mask,
                 window=config.window,
-                scale=None if config.scale_scores else 1.0,
+                scale=_score_scale(config),
+                softcap=config.score_softcap,
             )
 
-        x = x + _attention_block(config, layer["attn"], _norm(config, layer["attn_norm"], x), tables, attend)
-        x = x + mlp(layer["mlp"], _norm(config, layer["mlp_norm"], x), config.activation)
-        x = options.on_stream(x)
+        own_tables = tables
+        if local_tables is not None:
+            own_tables = jax.tree.map(functools.partial(jnp.where, own["local"]), local_tables, tables)
+        mixed = _attention_block(config, layer["attn"], _norm(config, layer["attn_norm"], x), own_tables, attend)
+        x = x + _post_norm(config, layer, "attn_post_norm", mixed)
+        inner = mlp(layer["mlp"], _norm(config, layer["mlp_norm"], x), config.activation)
+        x = options.on_stream(x + _post_norm(config, layer, "mlp_post_norm", inner))
         return (x, cached), (x if capture_hidden else None)
 
-    others = {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
-    if config.windows_differ:
-        everything = jnp.iinfo(jnp.int32).max
-        others["window"] = jnp.array([w or everything for w in config.windows], jnp.int32)
     carry = (x, None if cache is None else (cache.keys, cache.values))
-    (x, cached), after = run_layers(block, carry, params["layers"], others, options)
+    (x, cached), after = run_layers(block, carry, params["layers"], _layer_inputs(config), options)
     final = _norm(config, params["norm"], x)
 
     return CausalLMOutput(
@@ -163,8 +171,31 @@ def causal_lm_logits(
       dtype: Dtype of the logits, that of ``final`` by default.
     """
     if config.tied:
-        return unembed(final, params["embed"]["embedding"], dtype)
-    return linear(final, params["head"]["kernel"], out_dtype=dtype)
+        logits = unembed(final, params["embed"]["embedding"], dtype)
+    else:
+        logits = linear(final, params["head"]["kernel"], out_dtype=dtype)
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _layer_inputs(config: CausalLMConfig) -> dict[str, jax.Array]:
+    """What differs between layers beside their parameters, ``[layers]`` each."""
+    others = {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
+    if config.windows_differ:
+        everything = jnp.iinfo(jnp.int32).max
+        others["window"] = jnp.array([w or everything for w in config.windows], jnp.int32)
+    if config.local_rope is not None:
+        others["local"] = jnp.array([w is not None for w in config.windows])
+    return others
+
+
+def _embed(config: CausalLMConfig, params: PyTree, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
+    x = embed(tokens, params["embed"]["embedding"], dtype)
+    if config.scale_embeddings:
+        x = x * jnp.asarray(math.sqrt(config.hidden_size), dtype)
+    if config.rope is None:
+        x = x + jnp.broadcast_to(embed(positions, params["position"]["embedding"], dtype), x.shape)
+    return x
 
 
 def _attention_block(config: CausalLMConfig, params: PyTree, x: jax.Array, tables, attend) -> jax.Array:
@@ -180,15 +211,27 @@ def _attention_block(config: CausalLMConfig, params: PyTree, x: jax.Array, table
     query, key, value = (
         y.reshape(*y.shape[:-1], n, config.head_dim) for y, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
     )
+    if config.qk_norm:
+        query, key = _norm(config, params["q_norm"], query), _norm(config, params["k_norm"], key)
     if tables is not None:
         query, key = apply_rope(query, tables), apply_rope(key, tables)
     return project(attend(query, key, value).reshape(*x.shape[:-1], -1), "out")
 
 
 def _norm(config: CausalLMConfig, params: PyTree, x: jax.Array) -> jax.Array:
-    if config.norm == "rms":
-        return rms_norm(x, params["scale"], config.norm_eps)
+    if config.norm != "layer":
+        return rms_norm(x, params["scale"], config.norm_eps, offset=config.norm == "rms_offset")
     return layer_norm(x, params["scale"], params["bias"], config.norm_eps)
+
+
+def _post_norm(config: CausalLMConfig, layer: PyTree, name: str, x: jax.Array) -> jax.Array:
+    return _norm(config, layer[name], x) if config.post_norms else x
+
+
+def _score_scale(config: CausalLMConfig) -> float | None:
+    if not config.scale_scores:
+        return 1.0
+    return None if config.score_dim is None else 1 / math.sqrt(config.score_dim)
 
 
 def _written(cached: jax.Array, new: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
@@ -212,7 +255,22 @@ def _positions(length: int, valid, segments, cache) -> jax.Array:
     )
 
 
-def _extend(cache: KVCache, positions: jax.Array, valid: jax.Array | None, batch: int) -> KVCache:
+def _lengths(config: CausalLMConfig, given, positions: jax.Array, valid, segments) -> jax.Array | None:
+    """Length of the text of each token, ``[batch or 1, length or 1]``, where rotary positions depend on it."""
+    if given is not None:
+        return given[:, None]
+    if not any(rope is not None and rope.kind == "dynamic" for rope in (config.rope, config.local_rope)):
+        return None
+    if segments is None:
+        last = positions if valid is None else jnp.where(valid, positions, 0)
+        return jnp.max(last, axis=1, keepdims=True) + 1
+    count = segments.shape[1]
+    ends = jnp.concatenate([segments[:, 1:] != segments[:, :-1], jnp.ones_like(segments[:, :1], bool)], axis=1)
+    slots = jnp.where(ends, jnp.arange(count, dtype=jnp.int32)[None], count)
+    return jnp.take_along_axis(positions, jax.lax.cummin(slots, axis=1, reverse=True), axis=1) + 1
+
+
+def _extend(cache: KVCache, positions: jax.Array, valid, batch: int, text_lengths) -> KVCache:
     """Adds the positions of new tokens; the layers add keys and values."""
     shape = (batch, positions.shape[1])
     start = (jnp.int32(0), cache.length)
@@ -224,10 +282,11 @@ def _extend(cache: KVCache, positions: jax.Array, valid: jax.Array | None, batch
         ),
         valid=jax.lax.dynamic_update_slice(cache.valid, new, start),
         length=cache.length + shape[1],
+        text_lengths=cache.text_lengths if text_lengths is None else text_lengths,
     )
 
 
-def _check(config, tokens, valid, positions, segments, cache) -> None:
+def _check(config, tokens, valid, positions, segments, cache, text_lengths) -> None:
     if tokens.ndim != 2:
         raise ValueError(f"tokens: expected [batch, length], got shape {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -237,6 +296,8 @@ def _check(config, tokens, valid, positions, segments, cache) -> None:
     for name, value in (("attention_mask", valid), ("positions", positions), ("segment_ids", segments)):
         if value is not None and value.shape != tokens.shape:
             raise ValueError(f"{name}: expected the shape {tokens.shape} of tokens, got {value.shape}")
+    if text_lengths is not None and text_lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"text_lengths: expected shape {tokens.shape[:1]}, got {text_lengths.shape}")
     if cache is None:
         return
     if segments is not None:

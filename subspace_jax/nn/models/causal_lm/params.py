@@ -19,10 +19,13 @@ def causal_lm_specs(config: CausalLMConfig) -> PyTree:
         layers/attn_norm/{scale, bias}      [L, d]               bias with norm="layer"
         layers/attn/{q, k, v}/{kernel, bias} [L, d, H h] or [L, d, K h]
         layers/attn/qkv/{kernel, bias}      [L, d, (H + 2 K) h]  with fused_qkv, instead of q, k, v
+        layers/attn/{q_norm, k_norm}/{scale, bias} [L, h]        with qk_norm
         layers/attn/out/{kernel, bias}      [L, H h, d]
+        layers/attn_post_norm/{scale, bias} [L, d]               with post_norms
         layers/mlp_norm/{scale, bias}       [L, d]
         layers/mlp/{gate, up}/{kernel, bias} [L, d, f]           gate with gated_mlp
         layers/mlp/down/{kernel, bias}      [L, f, d]
+        layers/mlp_post_norm/{scale, bias}  [L, d]               with post_norms
         norm/{scale, bias}                  [d]
         head/kernel                         [d, V]               without tied
 
@@ -38,9 +41,9 @@ def causal_lm_specs(config: CausalLMConfig) -> PyTree:
         spec = {"kernel": ParamSpec((n, m, k), ("layers", *axes), stddev)}
         return {**spec, "bias": ParamSpec((n, k), ("layers", axes[1]))} if bias else spec
 
-    def norm(*lead: tuple[int, str]) -> dict[str, ParamSpec]:
-        shape, axes = (*(size for size, _ in lead), d), (*(name for _, name in lead), None)
-        spec = {"scale": ParamSpec(shape, axes, value=1.0)}
+    def norm(*lead: tuple[int, str], width: int = d) -> dict[str, ParamSpec]:
+        shape, axes = (*(size for size, _ in lead), width), (*(name for _, name in lead), None)
+        spec = {"scale": ParamSpec(shape, axes, value=0.0 if config.norm == "rms_offset" else 1.0)}
         return {**spec, "bias": ParamSpec(shape, axes)} if config.norm == "layer" else spec
 
     into, out = ("embed", "heads"), ("heads", "embed")
@@ -56,9 +59,14 @@ def causal_lm_specs(config: CausalLMConfig) -> PyTree:
     mlp["down"] = dense(f, d, ("mlp", "embed"), config.mlp_bias, added)
 
     layer = (n, "layers")
+    if config.qk_norm:
+        attn |= {name: norm(layer, width=config.head_dim) for name in ("q_norm", "k_norm")}
+    layers = {"attn_norm": norm(layer), "attn": attn, "mlp_norm": norm(layer), "mlp": mlp}
+    if config.post_norms:
+        layers |= {"attn_post_norm": norm(layer), "mlp_post_norm": norm(layer)}
     specs = {
         "embed": {"embedding": ParamSpec((v, d), ("vocab", "embed"), usual)},
-        "layers": {"attn_norm": norm(layer), "attn": attn, "mlp_norm": norm(layer), "mlp": mlp},
+        "layers": layers,
         "norm": norm(),
     }
     if config.rope is None:
