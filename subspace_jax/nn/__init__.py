@@ -1,7 +1,11 @@
 """Neural network layers and models: pure functions of parameters, and Flax NNX modules over them.
 
-Parameters have logical axis names; :mod:`subspace_jax.train` maps them to mesh axes.
+Parameters have logical axis names; :mod:`subspace_jax.train` maps them to mesh axes.  The functions need no Flax: it is
+imported with the first module.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from subspace_jax.nn.families import (
     ModelFamily,
@@ -19,16 +23,8 @@ from subspace_jax.nn.layers.batch_norm import batch_norm
 from subspace_jax.nn.layers.conv import StructuredConv, conv
 from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.layers.embedding import StructuredTable, check_tokens, embed, unembed
-from subspace_jax.nn.layers.heads import (
-    CosineHead,
-    GrassmannHead,
-    SoftmaxHead,
-    cosine_logits,
-    grassmann_logits,
-    normalize,
-    safe_norm,
-)
-from subspace_jax.nn.layers.linear import Linear, StructuredKernel, linear
+from subspace_jax.nn.layers.heads import cosine_logits, grassmann_logits, normalize, safe_norm
+from subspace_jax.nn.layers.linear import StructuredKernel, linear
 from subspace_jax.nn.layers.norms import group_norm, layer_norm, rms_norm
 from subspace_jax.nn.layers.pooling import halve, max_pool, mean_pool
 from subspace_jax.nn.layers.position_resampling import resample_positions
@@ -54,7 +50,6 @@ from subspace_jax.nn.models.clip.dual_tower import (
 from subspace_jax.nn.models.clip.text_tower import TextOutput, TextTowerConfig, text_tower_apply, text_tower_specs
 from subspace_jax.nn.models.resnet.config import ResNetConfig
 from subspace_jax.nn.models.resnet.model import resnet_apply, resnet_specs
-from subspace_jax.nn.models.small import MLP, ConvNet
 from subspace_jax.nn.models.static_embedding.model import (
     StaticEmbeddingConfig,
     static_embedding_apply,
@@ -67,8 +62,12 @@ from subspace_jax.nn.models.vgg.model import vgg_apply, vgg_specs
 from subspace_jax.nn.models.vision import VisionOutput
 from subspace_jax.nn.models.vit.config import VisionTransformerConfig
 from subspace_jax.nn.models.vit.model import vision_transformer_apply, vision_transformer_specs, with_image_size
-from subspace_jax.nn.module import Model
 from subspace_jax.nn.params import ParamSpec
+
+if TYPE_CHECKING:
+    from subspace_jax.nn.layers.modules import CosineHead, GrassmannHead, Linear, SoftmaxHead
+    from subspace_jax.nn.models.small import MLP, ConvNet
+    from subspace_jax.nn.module import Model
 
 __all__ = [
     "MLP",
@@ -164,3 +163,23 @@ __all__ = [
     "vision_transformer_specs",
     "with_image_size",
 ]
+
+_MODULES = {
+    "CosineHead": "layers.modules",
+    "GrassmannHead": "layers.modules",
+    "Linear": "layers.modules",
+    "SoftmaxHead": "layers.modules",
+    "ConvNet": "models.small",
+    "MLP": "models.small",
+    "Model": "module",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 
@@ -60,34 +59,3 @@ def linear(
     if bias is None:
         return y
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-
-
-class Linear(nnx.Module):
-    """A linear layer whose parameters have logical axis names.
-
-    Args:
-      in_features: Width of the input.
-      out_features: Width of the output.
-      axes: Logical names of the kernel's two axes; the bias takes the second.
-      use_bias: Whether there is a bias.
-      param_dtype: Dtype of the parameters.
-      rngs: Random number generators; the ``params`` stream is used.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        axes: tuple[str | None, str | None] = ("embed", "mlp"),
-        use_bias: bool = True,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = jax.nn.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
-        return linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from subspace_jax.nn.layers.conv import conv
-from subspace_jax.nn.layers.linear import Linear
+from subspace_jax.nn.layers.modules import Linear
 from subspace_jax.nn.layers.norms import group_norm
 
 
