@@ -1,4 +1,4 @@
-"""The commands that read a language model from a Hugging Face folder and train nothing."""
+"""The commands that measure a language model, and what is common to all that read one and train nothing."""
 
 import argparse
 import logging
@@ -7,11 +7,6 @@ from subspace_jax.cli import shared
 
 log = logging.getLogger(__name__)
 
-_GENERATE = """
-    subspace-jax generate --model work/tiny/model --prompt "Return the" --max-new-tokens 64
-    subspace-jax generate --model DIR --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
-    subspace-jax generate --model work/tiny/model --adapter work/dora/adapter --prompt "Return the"
-    """
 _PERPLEXITY = """
     subspace-jax perplexity --model work/tiny/model --data docstrings
     subspace-jax perplexity --model DIR --data some.jsonl --length 512
@@ -23,36 +18,27 @@ _ACCURACY = """
 
 
 def add_commands(commands) -> None:
-    """Adds ``generate``, ``perplexity`` and ``accuracy``."""
-    generate = shared.add_command(commands, "generate", "continue a prompt", _generate, _GENERATE)
-    _add_model(generate)
-    generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=64,
-        help="upper limit; the model's end-of-sequence tokens stop earlier (default: 64)",
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy decoding (default); else at least 1e-6"
-    )
-    generate.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default: 1)")
-    generate.add_argument("--seed", type=int, default=0)
-
+    """Adds ``perplexity`` and ``accuracy``."""
     perplexity = shared.add_command(commands, "perplexity", "measure a model on text", _perplexity, _PERPLEXITY)
-    _add_model(perplexity)
+    add_model(perplexity)
     perplexity.add_argument(
         "--data", required=True, help="docstrings, a .jsonl, .parquet or text file, or a TFDS set (its split below)"
     )
     perplexity.add_argument("--split", default="validation")
     perplexity.add_argument("--prompt-field", default="", help="field of the prompt, which is not measured")
-    perplexity.add_argument("--text-field", default="text", help="field of the text")
+    perplexity.add_argument(
+        "--text-field",
+        default="",
+        help="field of the text (default: rows are recognised by messages, of which replies are measured, by prompt "
+        "and completion, or by text)",
+    )
+    add_chat_template(perplexity)
     _add_batch(perplexity, "tokens of an example")
 
     accuracy = shared.add_command(
         commands, "accuracy", "answer questions by the likeliest of their options", _accuracy, _ACCURACY
     )
-    _add_model(accuracy)
+    add_model(accuracy)
     accuracy.add_argument("--data", required=True, help="TFDS set with options, such as ai2_arc/ARC-Easy or glue/sst2")
     accuracy.add_argument("--data-dir", default=None, help="folder of prepared sets (default: the usual place)")
     accuracy.add_argument("--split", default="validation")
@@ -60,7 +46,8 @@ def add_commands(commands) -> None:
     accuracy.add_argument("--by-token", action="store_true", help="compare the mean over the tokens of an option")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, its tokenizer and its adapter."""
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or GGUF file")
     parser.add_argument(
         "--tokenizer", default="", help="file, folder or 'bytes' (default: that of the model, or bytes)"
@@ -68,12 +55,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", default=None, metavar="DIR", help="PEFT folder, LoRA or DoRA (default: none)")
 
 
+def add_chat_template(parser: argparse.ArgumentParser) -> None:
+    """Adds the template of conversations."""
+    parser.add_argument(
+        "--chat-template", default="", metavar="FILE", help="Jinja template of conversations (default: the tokenizer's)"
+    )
+
+
 def _add_batch(parser: argparse.ArgumentParser, length: str) -> None:
     parser.add_argument("--length", type=int, default=256, help=f"{length} (default: 256)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples of a batch (default: 8)")
 
 
-def _open(args: argparse.Namespace):
+def open_model(args: argparse.Namespace):
+    """Returns the config of a run on the model, the model's own, and the tokenizer."""
     from subspace_jax import language
 
     config = language.default_config().unlock()
@@ -84,55 +79,16 @@ def _open(args: argparse.Namespace):
     return config, model, tokenizer
 
 
-def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    from subspace_jax import language, nn
-    from subspace_jax.data import text
-
-    if args.temperature != 0 and not 1e-6 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature: expected 0, or a finite number of at least 1e-6, got {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p: expected a number in (0, 1], got {args.top_p}")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed: expected a number in [0, 2^32), got {args.seed}")
-    _, model, tokenizer = _open(args)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt = start + tokenizer.encode(args.prompt)
-    if not prompt:
-        raise ValueError("--prompt: expected some text, got none")
-    if len(prompt) + args.max_new_tokens > model.max_length:
-        raise ValueError(
-            f"--prompt and --max-new-tokens: {len(prompt)} tokens and max_new_tokens = {args.max_new_tokens} exceed "
-            f"the model's {model.max_length} positions"
-        )
-    if beyond := [token for token in model.eos_tokens if token >= model.vocab_size]:
-        log.warning("no text ends with the tokens %s, of which the model has no row", beyond)
-    model, params = language.load_adapted(args.model, args.adapter)
-    new = nn.generate(
-        model,
-        params,
-        jnp.array([prompt], jnp.int32),
-        max_new_tokens=args.max_new_tokens,
-        key=jax.random.key(args.seed),
-        temperature=args.temperature,
-        top_p=args.top_p,
-    )
-    print(args.prompt + text.decode_continuation(tokenizer, prompt, new.tokens[0, : int(new.lengths[0])]))
-
-
 def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import data, language, metrics
     from subspace_jax.data import text
 
-    config, model, tokenizer = _open(args)
+    config, model, tokenizer = open_model(args)
     config.data.source, config.data.eval_split = args.data, args.split
     config.data.evaluation = "" if args.data == "docstrings" else args.data
     config.data.prompt, config.data.completion = args.prompt_field, args.text_field
-    rows = text.pack_rows(language.texts_of(config, "eval"), tokenizer, min(args.length, model.max_length))
+    config.data.chat_template = args.chat_template
+    rows = text.pack_rows(language.texts_of(config, "eval", tokenizer), tokenizer, min(args.length, model.max_length))
     task, params, mesh = _place(args)
     total, count = language.score_rows(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
     print(f"perplexity {float(metrics.perplexity(total, count)):.3f} over {count:.0f} tokens")
@@ -142,7 +98,7 @@ def _accuracy(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import data, language, metrics
     from subspace_jax.data import text
 
-    _, model, tokenizer = _open(args)
+    _, model, tokenizer = open_model(args)
     questions = text.tfds_texts(args.data, args.split, args.data_dir)
     if not isinstance(questions[0], text.Choice):
         raise ValueError(f"--data: expected a set of questions with options, got {args.data}, which has none")

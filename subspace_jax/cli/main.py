@@ -11,6 +11,7 @@ from subspace_jax.cli import (
     info,
     interpret,
     language,
+    language_generate,
     language_runs,
     methods,
     output,
@@ -78,7 +79,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (methods, train, language_runs, language, vision, interpret, plan, info):
+    for module in (methods, train, language_runs, language_generate, language, vision, interpret, plan, info):
         module.add_commands(subparsers)
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]

@@ -68,6 +68,16 @@ def test_texts_of_names_the_field_that_can_not_serve(config, settings, message):
         language.texts_of(train.override(config, settings), "eval", TOKENIZER)
 
 
+def test_build_packs_conversations_with_the_loss_of_their_replies(config):
+    run = language.build(train.override(config, ["data.length=64", "data.batch_size=4"]))
+    batch = next(run.phases[0].data.train(0))
+    learnt = TOKENIZER.decode(batch["labels"][batch["weights"] > 0])
+    assert len(learnt.splitlines()) >= 4
+    assert all(line.endswith(".") and line[:-1].isdigit() for line in learnt.splitlines())
+    assert np.all(np.max(batch["segment_ids"], axis=1) >= 1)
+
+
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
 def test_a_run_learns_replies_and_writes_the_chat_template_beside_the_weights(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)

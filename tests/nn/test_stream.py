@@ -20,6 +20,7 @@ def test_stream_yields_the_tokens_of_generate_and_ends_where_all_texts_have_ende
     np.testing.assert_array_equal(streamed, made.tokens[:, : streamed.shape[1]])
 
 
+@pytest.mark.slow
 def test_stream_samples_by_the_key_as_generate_does():
     config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 2, 6)
     options = {"max_new_tokens": 4, "key": jax.random.key(3), "temperature": 0.9, "top_p": 0.9}
