@@ -10,12 +10,12 @@ DOCS_TESTS := tests/docs tests/colabs
 
 .PHONY: demo tiny-lm figures figure-names figures-table test test-docs test-all test-peers lint docs bench clean
 
-demo: $(VENV)/.base  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
+demo: $(VENV)/.train  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
 
 tiny-lm: work/tiny/model/model.safetensors  ## the small language model that experiments without downloads start from
 
-work/tiny/model/model.safetensors: $(VENV)/.base
+work/tiny/model/model.safetensors: $(VENV)/.train
 	$(VENV)/bin/subspace-jax pretrain --config lm/tiny --workdir work/tiny
 
 figures: figure-names $(VENV)/.test  ## run the commands of the index, compare with what they must reach; ONLY="gcr svfit" for some
@@ -25,7 +25,7 @@ figures: figure-names $(VENV)/.test  ## run the commands of the index, compare w
 figure-names:
 	@PYTHONPATH=. $(PYTHON) scripts/figures.py --list $(if $(ONLY),--only $(ONLY)) > /dev/null
 
-figures-table: $(VENV)/.base  ## the tables of README.md and docs/methods, from docs/figures
+figures-table: $(VENV)/.train  ## the tables of README.md and docs/methods, from docs/figures
 	$(PY) scripts/figures.py --tables
 
 # Nearly all of a quick run is compiling, which takes half as long without optimising machine code; the slow run tests
@@ -69,10 +69,6 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per extra: an install runs again only when what it reads has changed.
-$(VENV)/.base: $(PY) pyproject.toml constraints.txt
-	$(PY) -m pip install -q -e .
-	touch $@
-
 $(VENV)/.%: $(PY) pyproject.toml constraints.txt
 	$(PY) -m pip install -q -e ".[$*]"
 	touch $@

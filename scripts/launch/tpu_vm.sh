@@ -37,7 +37,7 @@ case $action in
     git -C "$(dirname "$0")/../.." archive --format=tar.gz --output="$archive" HEAD
     call gcloud compute tpus tpu-vm scp "$archive" "$slice:subspace_jax.tar.gz" --zone="$zone" --worker=all
     on_all "mkdir -p subspace_jax && tar -xzf subspace_jax.tar.gz -C subspace_jax && cd subspace_jax \
-      && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt '.[tpu,text]'"
+      && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt '.[train,tpu,text]'"
     ;;
   run)
     [[ $# -ge 1 ]] || usage

@@ -1,5 +1,6 @@
 """Datasets and input pipelines: TensorFlow Datasets, image folders, synthetic sets, Grain batches."""
 
+import subspace_jax._train_extra  # noqa: F401
 from subspace_jax.data.images.augment import (
     color_jitter,
     rand_augment,

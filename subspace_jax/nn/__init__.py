@@ -178,6 +178,8 @@ _MODULES = {
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import subspace_jax._train_extra  # noqa: F401
+
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

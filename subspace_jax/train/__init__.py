@@ -1,5 +1,6 @@
 """Training: tasks, meshes and sharding rules, the one train step, the loop, checkpoints, configs, metrics."""
 
+import subspace_jax._train_extra  # noqa: F401
 from subspace_jax.train.adapter_config import adapter_recipe, adapter_settings, default_adapter
 from subspace_jax.train.checkpoints import CheckpointMismatchError, Checkpoints, Record
 from subspace_jax.train.config import (

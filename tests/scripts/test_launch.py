@@ -55,7 +55,7 @@ def test_a_tpu_slice_gets_the_committed_files_and_its_own_environment():
     assert copied[6] == "slice:subspace_jax.tar.gz"
     assert "--worker=all" in copied
     assert "--worker=all" in installed
-    assert "pip install -q -c constraints.txt '.[tpu,text]'" in installed[-1]
+    assert "pip install -q -c constraints.txt '.[train,tpu,text]'" in installed[-1]
 
 
 @pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (76, False), (77, True)])
