@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from examples import fake_digits, rotated_digits, rotated_images, transfer
 from subspace_jax import interop, train
 
-SHORT = ["pretrain.epochs=1", "train.steps=4", "train.checkpoint_every=2", "train.eval_every=4"]
+SHORT = ["pretrain.epochs=1", "train.steps=4", "train.checkpoint_every=20", "train.eval_every=4"]
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -139,7 +139,8 @@ def config(tmp_path):
 
 @pytest.mark.parametrize(("length", "steps", "rate"), rest_slow([(32, 15, 1e-2), (64, 30, 3e-3)]))
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
-def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path, length, steps, rate):
+def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path, monkeypatch, length, steps, rate):
+    monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
     settings = [f"data.length={length}", f"train.steps={steps}", f"optim.learning_rate={rate}"]
     after = train.run(train.override(config, settings), tmp_path / "b", progress=False)
     assert after.metrics["loss"] < 0.7 * np.log(259)  # that of equal probabilities

@@ -89,6 +89,7 @@ def test_projector_distance_can_be_differentiated_at_distinct_angles(x64):
     direction = jnp.asarray(gaussian(5, 7, 2))
     direction = direction - b @ (b.T @ direction)
 
+    @jax.jit
     def along(t):
         return linalg.projector_distance(a, linalg.positive_qr(b + t * direction)[0])
 

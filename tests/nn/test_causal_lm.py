@@ -101,7 +101,8 @@ def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass(name, cut):
 loss_and_grads = jax.jit(jax.value_and_grad(next_token_loss, 1), static_argnums=0, static_argnames="options")
 
 
-@pytest.mark.parametrize(("name", "remat"), rest_slow([("gpt2", "full"), ("qwen2", "full"), ("qwen2", "dots")]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "remat"), [("gpt2", "full"), ("qwen2", "full"), ("qwen2", "dots")])
 def test_remat_of_causal_lm_apply_keeps_gradients(name, remat):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 12)
     plain = loss_and_grads(config, params, tokens)[1]
