@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from subspace_jax.cli import (
+    fetch,
     info,
     interpret,
     language,
@@ -79,7 +80,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (methods, train, language_runs, language_generate, language, vision, interpret, plan, info):
+    for module in (methods, fetch, train, language_runs, language_generate, language, vision, interpret, plan, info):
         module.add_commands(subparsers)
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]

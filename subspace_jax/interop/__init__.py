@@ -10,6 +10,7 @@ from subspace_jax.interop.hf.side_files import side_files
 from subspace_jax.interop.hf.text_encoder import TextEncoder, load_text_encoder
 from subspace_jax.interop.language import from_pretrained, load_causal_lm, read_config
 from subspace_jax.interop.onnx import OnnxGraph, OnnxNode, load_onnx_dinov2, read_onnx
+from subspace_jax.interop.packages import PACKAGES, Package, fetch_package, package_of
 from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
 from subspace_jax.interop.peft.models import vision_adapter_names
 from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
@@ -19,8 +20,10 @@ from subspace_jax.interop.vision import load_dino_params, load_vision, save_visi
 from subspace_jax.interop.writing import write_side_files
 
 __all__ = [
+    "PACKAGES",
     "OnnxGraph",
     "OnnxNode",
+    "Package",
     "PeftAdapter",
     "Place",
     "StoredTensor",
@@ -31,6 +34,7 @@ __all__ = [
     "bert_config_to_hf",
     "config_from_hf",
     "config_to_hf",
+    "fetch_package",
     "from_pretrained",
     "gguf",
     "load_bert",
@@ -45,6 +49,7 @@ __all__ = [
     "module_names",
     "module_places",
     "open_folder",
+    "package_of",
     "peft_fields",
     "rank_and_alpha",
     "read_config",
