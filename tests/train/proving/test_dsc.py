@@ -62,11 +62,15 @@ def test_dsc_interrupted_between_rounds_of_labels_ends_with_the_same_bits(run, w
 
 
 @pytest.mark.eight_devices
-def test_dsc_on_eight_devices_shards_the_coefficients_and_resumes(run, tmp_path):
-    sharded = fit(run, tmp_path / "whole", checkpoint_every=60)
-    assert sharded.metrics["clusters/accuracy"] == 1.0
-    assert sharded.state.params["coef"].sharding.spec[0] is not None
-    assert_resumes(run, tmp_path, (75,), sharded, checkpoint_every=60)
+def test_dsc_on_eight_devices_shards_the_coefficients(whole):
+    assert whole.metrics["clusters/accuracy"] == 1.0
+    assert whole.state.params["coef"].sharding.spec[0] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_dsc_interrupted_on_eight_devices_ends_with_the_same_bits(run, whole, tmp_path):
+    assert_resumes(run, tmp_path, (75,), whole, checkpoint_every=60)
 
 
 @pytest.mark.slow
