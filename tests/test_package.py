@@ -1,9 +1,11 @@
 import importlib
+import importlib.metadata
 import inspect
 import json
 import os
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 import sysconfig
@@ -52,6 +54,77 @@ def test_every_public_name_exists_and_is_documented():
             thing = getattr(module, name)
             if inspect.isfunction(thing) or inspect.isclass(thing):
                 assert thing.__doc__, f"{folder}.{name}"
+
+
+def distributions(names):
+    """Returns the distributions of these names with all that they require, without extras."""
+    found, todo = {}, list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = importlib.metadata.distribution(name)
+            required = [text for text in found[name].requires or () if "extra ==" not in text]
+            todo += [re.match(r"[\w.-]+", text)[0] for text in required if "python_version" not in text]
+    return found.values()
+
+
+def test_dir_of_a_subpackage_shows_its_public_names_alone():
+    for folder in subspace_jax._SUBPACKAGES:
+        module = importlib.import_module(f"subspace_jax.{folder}")
+        if hasattr(module, "__all__"):
+            assert dir(module) == sorted(module.__all__)
+
+
+@pytest.fixture(scope="module")
+def core_python(tmp_path_factory):
+    """The Python of an environment that has JAX, Optax, NumPy, what they require, and the library."""
+    folder = tmp_path_factory.mktemp("core")
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for distribution in distributions(["jax", "optax", "numpy"]):
+        for top in {
+            file.parts[0] for file in distribution.files if not file.parts[0].startswith(("..", "__pycache__"))
+        }:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    (packages / "subspace_jax").symlink_to(pathlib.Path(subspace_jax.__file__).parent)
+    return folder / "bin" / "python"
+
+
+def call_core(core_python, code):
+    environment = {**os.environ, "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([core_python, "-c", code], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_optimizers_manifolds_kernels_and_adapters_need_jax_optax_and_numpy_alone(core_python):
+    code = (
+        "import jax, jax.numpy as jnp, optax, importlib.util\n"
+        "assert importlib.util.find_spec('flax') is None\n"
+        "from subspace_jax import adapters, kernels, linalg, losses, manifolds, metrics, nn, optim\n"
+        "params = {'w': jnp.ones((4, 3))}\n"
+        "optim.galore(1e-2), optim.riemannian_sgd(0.1)\n"
+        "adapters.LoRA(2, 4.0)\n"
+        "print(nn.linear(jnp.ones((2, 4)), params['w']).shape)"
+    )
+    ended = call_core(core_python, code)
+    assert ended.stdout == "(2, 3)\n", ended.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import subspace_jax.train", "from subspace_jax.nn import Model", "from subspace_jax import data"],
+)
+def test_what_needs_the_extra_train_names_it(code, core_python):
+    ended = call_core(core_python, code)
+    assert "pip install 'subspace-jax[train]'" in ended.stderr.splitlines()[-1]
+
+
+def test_the_command_searches_the_index_without_an_extra_and_names_the_extra_for_runs(core_python):
+    run = "import sys; from subspace_jax.cli.main import main; sys.exit(main({}))"
+    assert "gcr" in call_core(core_python, run.format(["methods", "grassmann"])).stdout
+    ended = call_core(core_python, run.format(["train", "--config", "gcr/digits:k8", "--workdir", "x"]))
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert "pip install 'subspace-jax[train]'" in ended.stderr
 
 
 @pytest.mark.slow

@@ -83,3 +83,7 @@ __all__ = [
     "unmerge",
     "with_adapter_indices",
 ]
+
+
+def __dir__():
+    return __all__

@@ -63,3 +63,7 @@ __all__ = [
     "train_batches",
     "union_of_subspaces",
 ]
+
+
+def __dir__():
+    return __all__

@@ -26,3 +26,7 @@ __all__ = [
     "subspace_residual",
     "weight_grad_energy",
 ]
+
+
+def __dir__():
+    return __all__

@@ -29,3 +29,7 @@ __all__ = [
     "texts_of",
     "token_nll",
 ]
+
+
+def __dir__():
+    return __all__

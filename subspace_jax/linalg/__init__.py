@@ -67,3 +67,7 @@ __all__ = [
     "versine_sqrt",
     "working_dtype",
 ]
+
+
+def __dir__():
+    return __all__

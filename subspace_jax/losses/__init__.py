@@ -4,3 +4,7 @@ from subspace_jax.losses.classification import binary_cross_entropy, cross_entro
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
 
 __all__ = ["binary_cross_entropy", "clip_loss", "cross_entropy", "siglip_loss"]
+
+
+def __dir__():
+    return __all__

@@ -3,3 +3,7 @@
 from subspace_jax.manifolds import grassmann, stiefel
 
 __all__ = ["grassmann", "stiefel"]
+
+
+def __dir__():
+    return __all__

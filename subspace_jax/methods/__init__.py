@@ -8,3 +8,7 @@ from subspace_jax.methods.records import Figure, Method
 from subspace_jax.methods.search import find_methods, near_methods, nearest_names
 
 __all__ = ["METHODS", "Figure", "Method", "find_methods", "near_methods", "nearest_names"]
+
+
+def __dir__():
+    return __all__

@@ -18,3 +18,7 @@ __all__ = [
     "rouge_l",
     "search_d_int",
 ]
+
+
+def __dir__():
+    return __all__

@@ -91,3 +91,7 @@ __all__ = [
     "scaled_gd_lora",
     "with_geometry",
 ]
+
+
+def __dir__():
+    return __all__

@@ -35,3 +35,7 @@ __all__ = [
     "tpu_devices",
     "usual_meshes",
 ]
+
+
+def __dir__():
+    return __all__

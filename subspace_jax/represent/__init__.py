@@ -61,3 +61,7 @@ __all__ = [
     "save_features",
     "scores_of",
 ]
+
+
+def __dir__():
+    return __all__

@@ -21,12 +21,13 @@ from subspace_jax.train.context import (
     mesh_axes,
     use_mesh,
 )
+from subspace_jax.train.curves import plot_curves
 from subspace_jax.train.evaluators import Evaluations, Evaluator, TaskEvaluator, evaluate
 from subspace_jax.train.experiment import Restored, build, evaluate_run, restore, run
-from subspace_jax.train.hooks import Hook
+from subspace_jax.train.hook import Hook
 from subspace_jax.train.interruptions import NotFiniteError, Preempted
 from subspace_jax.train.loop import FitResult, fit
-from subspace_jax.train.metrics_log import MetricsLog, plot_curves, read_metrics
+from subspace_jax.train.metrics_log import MetricsLog, read_metrics
 from subspace_jax.train.optimizer import make_optimizer, make_schedule
 from subspace_jax.train.phases import At, DataSpec, Phase, Run, array_data, batch_shapes, outlined, whole_set_data
 from subspace_jax.train.processes import Cluster, find_cluster, initialize
@@ -133,3 +134,7 @@ __all__ = [
     "whole_set_data",
     "writable_folder",
 ]
+
+
+def __dir__():
+    return __all__
