@@ -97,7 +97,7 @@ def _ending(error: BaseException, trains: bool) -> tuple[int | None, str]:
         return None, ""
     if isinstance(error, shared.NothingFoundError):
         return 1, str(error)
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, ValueError | OSError) or (isinstance(error, ImportError) and "pip install" in str(error)):
         # Of a line each; JAX adds longer ones for those who read a traceback.
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
         return 2, f"{error} ({', '.join(notes)})" if notes else str(error)

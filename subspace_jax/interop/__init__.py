@@ -1,5 +1,6 @@
 """Checkpoints of other libraries, read and written: folders of language and vision models, and adapters of PEFT."""
 
+import subspace_jax._train_extra  # noqa: F401
 from subspace_jax.interop import gguf
 from subspace_jax.interop.hf.bert import bert_config_from_hf, bert_config_to_hf, load_bert, save_bert
 from subspace_jax.interop.hf.causal_lm import save_causal_lm, save_pretrained
@@ -67,3 +68,7 @@ __all__ = [
     "write_safetensors",
     "write_side_files",
 ]
+
+
+def __dir__():
+    return __all__
