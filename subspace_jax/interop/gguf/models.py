@@ -176,8 +176,9 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_scaling(own: Mapping[str, Any], tensors: Mapping[str, BlockTensor]) -> dict[str, Any] | None:
     if _ROPE in tensors:
-        # Only the divisors are in the file: the largest is the factor, the others have the values of all known models.
-        settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        # Only divisors of frequencies are in the file: the largest is the factor, the bounds those of all known models.
+        length = own.get("rope.scaling.original_context_length", 8192)
+        settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": length}
         return {"rope_type": "llama3", "factor": float(np.max(tensors[_ROPE].read())), **settings}
     kind = word(own, "rope.scaling.type", "none", ("none", "linear", "yarn"))
     if kind == "none":
@@ -205,6 +206,6 @@ def _check_rope(header: Header, config: CausalLMConfig) -> None:
         plain / factors, rope_frequencies(config.rope, config.head_dim), rtol=1e-4
     ):
         raise ValueError(
-            f"{_ROPE}: expected the {plain.size} factors of Llama 3.1 for an original length of 8192, got "
-            f"{factors.shape} with a largest one of {config.rope.factor:.6g}"
+            f"{_ROPE}: expected the {plain.size} factors of Llama 3.1 for an original length of "
+            f"{config.rope.original_length}, got {factors.shape} with a largest one of {config.rope.factor:.6g}"
         )
