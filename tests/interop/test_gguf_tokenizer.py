@@ -142,14 +142,3 @@ def test_tokenizer_files_are_read_by_file_tokenizer(tmp_path, tiny):
         (tmp_path / name).write_text(text)
     read = FileTokenizer(tmp_path)
     assert read.encode("Hello <tool>") == tiny["llama"].encode("Hello <tool>")
-
-
-def test_transformers_gives_the_same_tokens(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    for name, kind in KINDS.items():
-        folder = tmp_path / name
-        gguf.to_folder(gguf_files.GOLDEN / f"tiny_{name}.gguf", folder)
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        for text, tokens in zip(TOKENS["samples"], TOKENS[kind], strict=True):
-            start = [1] if name == "llama" else []
-            assert theirs(text).input_ids == start + tokens
