@@ -347,7 +347,7 @@ def test_nesterov_is_refused():
 )
 def test_init_refuses_what_is_no_basis(make, bad, error, message):
     with pytest.raises(error, match=message):
-        make(RATE).init({"head": {"bases": jnp.asarray(bad)}})
+        make(RATE).init({"head": {"bases": bad}})
 
 
 @both

@@ -48,6 +48,7 @@ def check_bases(params: PyTree) -> None:
             raise TypeError(f"{name}: expected floating-point bases, got {dtype}")
         if len(shape) < 2 or not 1 <= shape[-1] <= shape[-2]:
             raise ValueError(f"{name}: expected bases [..., n, k] with 1 <= k <= n, got {shape}")
+        s = jnp.asarray(s) if isinstance(s, np.ndarray) else s
         if isinstance(s, jax.Array) and not isinstance(s, jax.core.Tracer) and s.is_fully_addressable:
             worst = _largest_error(s)
             # Entries of bfloat16 bases are rounded to 2^-9, which alone gives an error of a few percent.
