@@ -35,6 +35,9 @@ SIZES = {
     "llama3-70b": functools.partial(nn.CausalLMConfig.llama3, "70b"),
     "mistral-7b": functools.partial(nn.CausalLMConfig.mistral, "7b"),
     "qwen2-7b": functools.partial(nn.CausalLMConfig.qwen2, "7b"),
+    "qwen3-8b": functools.partial(nn.CausalLMConfig.qwen3, "8b"),
+    "gemma2-9b": functools.partial(nn.CausalLMConfig.gemma2, "9b"),
+    "gemma3-1b": functools.partial(nn.CausalLMConfig.gemma3, "1b"),
 }
 
 

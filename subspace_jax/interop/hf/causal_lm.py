@@ -23,7 +23,7 @@ _HEAD = "lm_head.weight"
 def load_causal_lm(
     folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
 ) -> tuple[CausalLMConfig, PyTree]:
-    """Reads a checkpoint folder of GPT-2, Llama, Mistral or Qwen2 directly onto devices.
+    """Reads a checkpoint folder of a language model directly onto devices.
 
     Files are memory-mapped, and each process reads the slices of its own devices only.  Beside the arrays it holds one
     shard of one table at a time, or of layers of a kernel of 32 MiB.
