@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import nn
+from subspace_jax import nn, train
 
 from ..variants import rest_slow
 from .lm import CONFIGS, next_token_loss, padded, params_of, read_again, run, tokens_of
@@ -38,6 +38,18 @@ def test_attention_by_cudnn_refuses_a_softcap():
     x = np.zeros((1, 2, 1, 8), np.float32)
     with pytest.raises(ValueError, match="'cudnn' does not support softcap"):
         nn.attention(x, x, x, softcap=1.0, implementation="cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_sequence_attention_bounds_scores_as_attention_does():
+    query, key, value = (2 * jax.random.normal(jax.random.key(i), (2, 16, 2, 4)) for i in range(3))
+    attend = jax.jit(
+        functools.partial(nn.sequence_attention(train.make_mesh(1, sequence=8), ("sequence",)), softcap=1.5)
+    )
+    mixed = nn.attention(query, key, value, softcap=1.5)
+    np.testing.assert_allclose(attend(query, key, value), mixed, atol=1e-5)
+    assert jnp.max(jnp.abs(mixed - nn.attention(query, key, value))) > 1e-2
 
 
 def test_causal_lm_logits_are_bounded_by_their_softcap():
