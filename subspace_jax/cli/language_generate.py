@@ -221,6 +221,8 @@ def _talk(speaker: _Speaker) -> None:
     """Answers lines of the standard input, each with the conversation so far, to its end."""
     messages, number = [], 0
     asks = sys.stdin.isatty()
+    if asks:
+        print("A conversation; Ctrl-D ends it.")
     while True:
         try:
             said = input("> " if asks else "")

@@ -178,3 +178,12 @@ def test_generate_needs_a_chat_template_to_chat(model, tmp_path, capsys):
     (tmp_path / "model" / "chat_template.jinja").unlink()
     assert generate(tmp_path / "model", "--chat") == 2
     assert "has no chat template; expected --chat-template FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_perplexity_measures_the_replies_of_conversations(model, tmp_path, capsys):
+    rows = [{"messages": [user("Hi" * i), {"role": "assistant", "content": "Hello"}]} for i in range(1, 4)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["perplexity", "--model", str(model), "--data", str(tmp_path / "chat.jsonl")]) == 0
+    replies = len(TOKENIZER.encode("Hello<|im_end|>\n")) * 3
+    assert capsys.readouterr().out.endswith(f"over {replies} tokens\n")
