@@ -7,7 +7,7 @@ import jax
 
 from subspace_jax.train.evaluators import Evaluator
 from subspace_jax.train.fields import check_choice
-from subspace_jax.train.hooks import Hook
+from subspace_jax.train.hook import Hook
 from subspace_jax.train.overrides import check_overrides, form, pair
 from subspace_jax.train.phases import Phase, Run
 from subspace_jax.train.task import Task

@@ -29,8 +29,9 @@ def default_config() -> ConfigDict:
     number of steps of its own takes at most ``train.steps``, and ignores ``train.epochs``.  ``eval_every`` and
     ``checkpoint_every`` count steps, 0 meaning those of an epoch; a kill costs no more than ``checkpoint_every`` of
     them, for a checkpoint is begun twice as often.  A batch may take ``data_timeout`` seconds, and a run stops after
-    ``max_skipped`` steps in a row that were not finite; 0 means never, for both.  See :func:`subspace_jax.train.fit`
-    for the others.
+    ``max_skipped`` steps in a row that were not finite; 0 means never, for both.  A phase ends after ``patience``
+    evaluations without a better ``best`` metric; 0 means at its last step.  See :class:`subspace_jax.train.Run` for the
+    others.
     """
     return ConfigDict(
         {
@@ -45,12 +46,14 @@ def default_config() -> ConfigDict:
                 "checkpoint_every": 0,
                 "keep": 2,
                 "best": "min:loss",
+                "patience": 0,
                 "accumulate": 1,
                 "remat": "none",
                 "finite_check": "state",
                 "profile_at": 0,
                 "data_timeout": 900.0,
                 "max_skipped": 100,
+                "wandb": "",
             },
             "optim": optimizer.default_config(),
         }

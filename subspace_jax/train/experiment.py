@@ -19,6 +19,7 @@ from subspace_jax.train.config import default_config, differing_fields, override
 from subspace_jax.train.context import REMAT_POLICIES
 from subspace_jax.train.evaluators import Evaluations, scalars
 from subspace_jax.train.fields import LARGEST_INT, check_run_fields, complete_config, nearest, shown
+from subspace_jax.train.host_schedule import host_schedule
 from subspace_jax.train.loop import FitResult, fit
 from subspace_jax.train.optimizer import make_optimizer
 from subspace_jax.train.overrides import form
@@ -85,6 +86,8 @@ def complete_run(run: Run, config: ConfigDict) -> Run:
             if key not in made:
                 made[key] = make_optimizer(config.optim, num_steps, phase.task.roles())
             tx = made[key]
+            if phase.enter is None:  # which may hand on an optimizer's state, with its count
+                phase = phase._replace(learning_rate=host_schedule(config.optim, num_steps))
         phases.append(phase._replace(num_steps=num_steps, tx=tx))
     return dataclasses.replace(
         run,
@@ -99,6 +102,8 @@ def complete_run(run: Run, config: ConfigDict) -> Run:
         checkpoint_every=settings.checkpoint_every or None,
         keep=settings.keep,
         best=settings.best,
+        patience=settings.patience,
+        wandb=settings.wandb,
         profile_at=settings.profile_at,
         data_timeout=settings.data_timeout,
         max_skipped=settings.max_skipped,
@@ -201,7 +206,7 @@ def run(
       config: The config; it is saved as ``config.json`` once the run begins, not where it is refused.  Where it
         differs from the one of the earlier run, the differences are logged as a warning.
       workdir: Folder of the run.
-      progress: Whether to show a progress bar.
+      progress: Whether to show the run, see :attr:`subspace_jax.train.Run.progress`.
       restart: Begin at step 0 where there is a run, which is kept; see :func:`subspace_jax.train.fit`.
       change_seed: Go on with another seed than that of the run; see there.
 

@@ -154,5 +154,5 @@ def check_run_fields(config: ConfigDict) -> None:
     for name in ("eval_every", "checkpoint_every", "profile_at"):
         if fields[name] < 0:
             raise ValueError(f"train.{name}: expected 0 or a number of steps, got {fields[name]}")
-    for name in ("data_timeout", "max_skipped"):
+    for name in ("data_timeout", "max_skipped", "patience"):
         check_at_least(f"train.{name}", fields[name], 0)

@@ -1,61 +1,27 @@
-"""Hooks observe a run: what logs, shows, profiles and watches it, and a user's own."""
+"""The hooks of every run: what logs, shows, profiles and watches it."""
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from subspace_jax.train.host import noted
+from subspace_jax.train.hook import Hook, row_values, split_name
 from subspace_jax.train.interruptions import NotFiniteError
-from subspace_jax.train.metrics_log import MetricsLog, progress_bar, read_metrics
-from subspace_jax.train.phases import Row, Run
-from subspace_jax.train.task import Metrics
+from subspace_jax.train.metrics_log import MetricsLog, read_metrics
+from subspace_jax.train.phases import Run
+from subspace_jax.train.progress import Progress, amount_of
+from subspace_jax.train.summary import run_summary
+from subspace_jax.train.wandb_log import WandbLog
 from subspace_jax.train.workdir import replacing
-
-if TYPE_CHECKING:
-    from subspace_jax.train.loop import FitResult
 
 log = logging.getLogger(__name__)
 
-_NOT_SCALARS = ("phase", "step", "split")
-
-
-class Hook:
-    """Observes a run; subclass it and override what is wanted.  It changes neither state nor order.
-
-    Steps are those of the run.  What a hook raises ends the run, which can be resumed.
-    """
-
-    def on_start(self, run: Run, step: int, skipped: int) -> None:
-        """Called when nothing is left that could refuse the run: where it begins, and how many steps were skipped."""
-
-    def on_step(self, step: int, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
-        """Called after each step is handed to the devices, with its metrics there and this process's examples."""
-
-    def on_row(self, row: Row) -> None:
-        """Called with each row: training metrics, and what an evaluator gives; see :class:`subspace_jax.train.At`."""
-
-    def on_end(self, result: "FitResult") -> None:
-        """Called when the run has ended as it should."""
-
-    def on_close(self) -> None:
-        """Called last, however the run ends."""
-
-
-def tell(hooks: Sequence[Hook], event: str, *arguments: Any) -> None:
-    """Calls a method of each hook; what one raises has a note of which it was."""
-    for hook in hooks:
-        with noted(f"in {type(hook).__name__}.{event}"):
-            getattr(hook, event)(*arguments)
-
 
 class RowLog(Hook):
-    """Writes rows to ``metrics.jsonl`` and TensorBoard, and shows progress.
+    """Writes rows to ``metrics.jsonl`` and TensorBoard, and shows the run.
 
     Rows of a run of several phases go by the names of phase and split.
     """
@@ -64,30 +30,35 @@ class RowLog(Hook):
         self._open = contextlib.ExitStack()
 
     def on_start(self, run, step, skipped):
-        """Opens the files, without the rows of later steps."""
+        """Opens the files, without the rows of later steps, and shows what the run is."""
         self._skipped, self._phases = skipped, len(run.phases)
         self._log = self._open.enter_context(contextlib.closing(MetricsLog(run.workdir, start_step=step)))
-        self._open.enter_context(logging_redirect_tqdm())
         rows = read_metrics(self._log.path) if step and jax.process_index() == 0 else []
         self._there = {(row["step"], row["split"]) for row in rows if row["step"] == step}
-        total = sum(phase.num_steps for phase in run.phases)
-        self._bar = self._open.enter_context(progress_bar(total, step, show=run.progress))
+        self._progress = Progress(sum(phase.num_steps for phase in run.phases), step, show=run.progress)
+        self._open.enter_context(self._progress.open())
+        if run.progress and jax.process_index() == 0:
+            self._progress.say(run_summary(run, step))
 
     def on_step(self, step, metrics, batch):
-        """Moves the progress bar."""
-        self._bar.update()
+        """Counts the step."""
+        amount, unit = amount_of(batch)
+        self._progress.step(step, (amount * jax.process_count(), unit))
+
+    def on_evaluate(self, name, step):
+        """Shows that an evaluator runs."""
+        self._progress.evaluating(name)
 
     def on_row(self, row):
         """Writes the row; one that was written before the run was resumed is left out."""
-        split = row["split"] if self._phases == 1 else f"{row['phase']}/{row['split']}"
-        values = {name: value for name, value in row.items() if name not in _NOT_SCALARS}
+        split, values = split_name(row, self._phases), row_values(row)
         if (row["step"], split) in self._there:
             return
         self._log.write(row["step"], split, values)
         if row["split"] != "train":
-            log.info("Step %d: %s", row["step"], ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            self._progress.evaluated(row["step"], split, values)
             return
-        self._bar.set_postfix(loss=f"{values['loss']:.4g}")
+        self._progress.trained(row["step"], values)
         if values["skipped"] > self._skipped:
             text = "Up to step %d, %d steps were skipped: a result of theirs was not finite."
             log.warning(text, row["step"], values["skipped"])
@@ -185,4 +156,6 @@ def own_hooks(run: Run) -> list[Hook]:
         hooks.append(Profile(run.profile_at))
     if run.max_skipped:
         hooks.append(FiniteWatch(run.max_skipped))
+    if run.wandb:
+        hooks.append(WandbLog(run.wandb))
     return hooks

@@ -13,19 +13,23 @@ import numpy as np
 from subspace_jax.train.checkpoints import Checkpoints, Record
 from subspace_jax.train.checks import check_hooks, check_tasks
 from subspace_jax.train.context import jit_on_mesh, use_mesh
+from subspace_jax.train.curves import plot_curves
+from subspace_jax.train.early_stopping import stopped_early
 from subspace_jax.train.evaluators import figures, scalars
-from subspace_jax.train.hooks import Hook, own_hooks, tell
+from subspace_jax.train.hook import Hook, tell
+from subspace_jax.train.hooks import own_hooks
 from subspace_jax.train.host import noted, on_first_process, run_on_host
+from subspace_jax.train.host_schedule import last_rate, skipped_before
 from subspace_jax.train.interruptions import Preempted, Preemption, Timed
 from subspace_jax.train.lock import locked
-from subspace_jax.train.metrics_log import plot_curves
 from subspace_jax.train.periods import Periods, due
 from subspace_jax.train.phases import At, DataSpec, Phase, Row, Run
 from subspace_jax.train.placement import placed, without_aliases
 from subspace_jax.train.programs import Programs, check_data, check_run
 from subspace_jax.train.reading import together
+from subspace_jax.train.seeds import with_seed
 from subspace_jax.train.sharding import batch_sharding, make_mesh, to_device
-from subspace_jax.train.state import TrainState, complete_state, init_optimizer, init_state, run_key, saved_part
+from subspace_jax.train.state import TrainState, complete_state, init_optimizer, init_state, saved_part
 from subspace_jax.train.workdir import check_never_saved, mark_saved, set_aside, warn_of_lost, writable_folder
 
 log = logging.getLogger(__name__)
@@ -169,7 +173,7 @@ class _Loop:
         state, record = restored
         phase = run.phases[record.phase]
         shardings = self.programs.states(phase)[1]
-        state = _with_seed(state, run, shardings)
+        state = with_seed(state, run, shardings)
         state = complete_state(phase.task, state, shardings, run.rules)
         self.rows = list(record.rows)
         self.begun = int(state.step)
@@ -198,27 +202,33 @@ class _Loop:
         taken = int(state.step) - int(state.phase_start)
         round_steps = phase.round_steps or phase.num_steps
         while taken < phase.num_steps:
+            stopped = stopped_early(self.run, phase, self.rows)
+            if stopped or (taken and taken % round_steps == 0 and self.stops(phase)):
+                if stopped:
+                    log.info("%s", stopped)
+                if self.begun != int(state.step):
+                    self.save(index, state, self.metrics)
+                if not self.metrics:  # a run that had ended before
+                    self.evaluate(index, state, (False,), log_rows=False)
+                self.evaluate(index, state, (True,))
+                break
             if taken % round_steps == 0:
-                if taken and self.stops(phase):
-                    if self.begun != int(state.step):
-                        self.save(index, state, self.metrics)
-                    self.evaluate(index, state, (True,))
-                    break
                 state = self.refresh(index, state, taken // round_steps)
             self.open(index, state, renew=taken % round_steps == 0)
             until = min(phase.num_steps, (taken // round_steps + 1) * round_steps)
             state = self.carry_out_round(index, state, range(taken + 1, until + 1), preemption)
-            taken = until
+            taken = int(state.step) - int(state.phase_start)
         self.data = self.batches = self.position = None
         return state
 
     def carry_out_round(self, index: int, state: TrainState, steps: range, preemption: Preemption) -> TrainState:
-        """Takes these steps, counted within the phase; the last of them ends the round."""
+        """Takes these steps, counted within the phase, or stops early; the last of them ends the round."""
         run, phase, start = self.run, self.run.phases[index], int(state.phase_start)
         every = Periods.of(run, phase, self.data)
         train_step, place = self.programs.step(phase), batch_sharding(run.mesh, run.rules)
         waiting: deque[jax.Array] = deque()
-        is_last_phase = index + 1 == len(run.phases)
+        is_last_phase, stops = index + 1 == len(run.phases), False
+        skipped = skipped_before(phase, self.rows)
         with contextlib.closing(Timed(self.batches, run.data_timeout, "training data")) as batches:
             for taken in steps:
                 batch = next(batches)
@@ -231,11 +241,14 @@ class _Loop:
                 ends = taken == phase.num_steps
                 ends_round = ends or (phase.round_steps > 0 and taken == steps[-1])
                 if ends_round or taken % every.log == 0:
-                    self.add_row(index, step, "train", {k: float(v) for k, v in jax.device_get(metrics).items()})
+                    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    rate = last_rate(phase, taken, int(values["skipped"]) - skipped)
+                    self.add_row(index, step, "train", {**rate, **values})
                 fresh = None
                 if ends_round or due(every.evaluate, taken):
                     fresh = self.evaluate(index, state, (False, ends))
-                if ends or every.due_to_save(taken) or (phase.best and fresh):
+                    stops = not ends and stopped_early(run, phase, self.rows) is not None
+                if ends or stops or every.due_to_save(taken) or (phase.best and fresh):
                     self.save(index, state, fresh)
                     if every.checkpoint == 1:  # there is no middle in which to write it
                         self.checkpoints.wait()
@@ -244,6 +257,8 @@ class _Loop:
                     self.checkpoints.wait()
                     self.mark_saved(step)
                     raise Preempted(step, run.workdir)
+                if stops:
+                    break
         return state
 
     def save(self, index: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
@@ -272,6 +287,7 @@ class _Loop:
         found = {}
         for name, evaluator in evaluations.evaluators.items():
             if evaluator.last in last:
+                tell(self.hooks, "on_evaluate", name, int(state.step))
                 values = scalars(name, evaluations.run(name, state, data.evaluate))
                 found |= values
                 if log_rows:
@@ -376,17 +392,3 @@ class _Loop:
         parts = {"params": params, "variables": variables, "opt_state": opt_state}
         self.data = self.batches = self.position = None
         return dataclasses.replace(state, phase_start=jax.numpy.copy(state.step), **without_aliases(parts))
-
-
-def _with_seed(state: TrainState, run: Run, shardings: TrainState) -> TrainState:
-    """Compares the key of a restored state with that of the seed; raises ValueError for another one."""
-    key = run_key(run.seed)
-    if np.array_equal(np.asarray(key), np.asarray(state.key)):
-        return state
-    if not run.change_seed:
-        raise ValueError(
-            f"seed: the run in {run.workdir} began with another seed than {run.seed}; give that one, or go on with "
-            "this one by --change-seed (change_seed=True), or start anew by --restart (restart=True)"
-        )
-    log.warning("Going on with another seed than that of the run before: %d.", run.seed)
-    return dataclasses.replace(state, key=jax.device_put(np.asarray(key), shardings.key))

@@ -1,18 +1,15 @@
-"""Metrics of a run: a JSONL file, TensorBoard, a progress bar, and curves as a PNG."""
+"""Metrics of a run: a JSONL file and TensorBoard."""
 
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm.auto import tqdm
 
-from subspace_jax.train.interruptions import Lasting
 from subspace_jax.train.workdir import naming, replacing
 
 log = logging.getLogger(__name__)
@@ -145,43 +142,3 @@ def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
         return False
     return all(value is None or type(value) in (int, float) for name, value in row.items() if name != "split")
-
-
-def progress_bar(total: int, start: int, *, show: bool) -> tqdm:
-    """Returns a progress bar with steps, rate and time left; only process 0 shows it."""
-    shown = show and jax.process_index() == 0
-    return tqdm(total=total, initial=start, disable=not shown, unit="step", miniters=1, file=Lasting(sys.stderr))
-
-
-def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
-    """Plots the metrics of one or more runs over the steps, one panel for each metric.
-
-    Args:
-      runs: Label to ``metrics.jsonl``.
-      output: The PNG to write.
-    """
-    from matplotlib.figure import Figure
-
-    rows = {label: read_metrics(path) for label, path in runs.items()}
-    panels = sorted(
-        {(row["split"], name) for run in rows.values() for row in run for name in row.keys() - {"step", "split"}}
-    )
-    if not panels:
-        return
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3.2 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis, (split, name) in zip(axes, panels, strict=False):
-        for label, run in rows.items():
-            points = [row for row in run if row["split"] == split and name in row]
-            values = [math.nan if row[name] is None else row[name] for row in points]
-            axis.plot([row["step"] for row in points], values, label=label)
-        axis.set(title=f"{split} {name}", xlabel="step")
-        axis.grid(alpha=0.3)
-        if len(rows) > 1:
-            axis.legend(fontsize="small")
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    with replacing(output) as partial:
-        figure.savefig(partial, dpi=120)

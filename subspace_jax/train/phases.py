@@ -83,6 +83,8 @@ class Phase(NamedTuple):
         process 0.
       best: "max:METRIC" or "min:METRIC" hands the best evaluated state of this phase on to the next one, see
         :attr:`Run.best`.
+      learning_rate: The learning rate of ``tx`` as a function of its count, in Python numbers, for rows; a config's
+        optimizer has that of the config.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Phase(NamedTuple):
     refresh: "Callable[[TrainState, At], TrainState] | None" = None
     stop: Callable[[Sequence[Row]], bool] | None = None
     best: str | None = None
+    learning_rate: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,17 @@ class Run:
       keep: How many of the latest checkpoints stay; the best one stays besides.
       best: Metric by which the best checkpoint of a phase is found: ``"max:METRIC"`` or ``"min:METRIC"`` of the
         evaluator "eval", ``"max:NAME/METRIC"`` of another one; empty ranks none.
+      patience: Evaluations without a better value of that metric after which a phase ends, its last state saved; 0
+        never does.
       profile_at: Step from which five steps are traced for the profiler; 0 traces none, and so does a run that resumes
         from that step or a later one.
       data_timeout: Seconds that the data may let the run wait for a batch; 0 waits for ever.
       max_skipped: Skipped steps in a row (see :func:`subspace_jax.train.make_train_step`) after which the run stops,
         with the last batch saved; looked at every so many steps.  0 never stops.
-      progress: Whether to show a progress bar.
+      progress: Whether to show the run: what it is at the start, a progress bar on a terminal, elsewhere a line every
+        half a minute.
+      wandb: Project of Weights & Biases that the rows also go to, with ``wandb`` installed; empty for none.
+      about: Text about the run that is shown at its start.
       restart: Begin at step 0 where ``workdir`` holds a run, which is kept below it in a folder ``earlier.1`` (or the
         next number that is free).
       change_seed: Resume with another seed than that of the run, in its randomness and in the order of its data from
@@ -151,10 +159,13 @@ class Run:
     checkpoint_every: int | None = 0
     keep: int = 2
     best: str = "min:loss"
+    patience: int = 0
     profile_at: int = 0
     data_timeout: float = 0.0
     max_skipped: int = 0
     progress: bool = True
+    wandb: str = ""
+    about: str = ""
     restart: bool = False
     change_seed: bool = False
 

@@ -1,5 +1,6 @@
 """What a run compiles, and what is checked of it on shapes alone."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def check_run(run: Run) -> None:
     for name in ("eval_every", "checkpoint_every", "profile_at"):
         if (getattr(run, name) or 0) < 0:
             raise ValueError(f"{name}: expected 0 or a number of steps, got {getattr(run, name)}")
-    for name in ("data_timeout", "max_skipped"):
+    for name in ("data_timeout", "max_skipped", "patience"):
         if getattr(run, name) < 0:
             raise ValueError(f"{name}: expected at least 0, got {getattr(run, name)}")
     if not isinstance(run.phases, tuple) or not all(isinstance(phase, Phase) for phase in run.phases):
@@ -95,6 +96,10 @@ def check_run(run: Run) -> None:
         if not callable(phase.data):
             check_data(phase, phase.data, run)
     _check_best(run)
+    if run.patience and not any(run.best if phase.best is None else phase.best for phase in run.phases):
+        raise ValueError("patience: expected a metric best, such as 'min:loss', by which evaluations get better")
+    if run.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: expected the package wandb where a project is named; pip install wandb")
 
 
 def _check_phase(phase: Phase) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _MARK = "newest_checkpoint.json"
-_OF_A_RUN = ("checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "config.json", "profile", _MARK)
+WANDB_ID = "wandb_id.txt"
+_OF_A_RUN = ("checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "config.json", "profile", _MARK, WANDB_ID)
 
 
 def writable_folder(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from subspace_jax import train
 from subspace_jax.cli import processes as cli_processes
 from subspace_jax.cli.main import main
-from subspace_jax.train import interruptions, metrics_log, processes
+from subspace_jax.train import interruptions, processes, progress
 
 from .common import Breaking, assert_same_bits, regression
 
@@ -183,7 +183,7 @@ def test_messages_of_the_command_come_once_and_make_way_for_its_progress_bar():
     with (
         contextlib.redirect_stderr(interruptions.Lasting(stream)),
         logging_redirect_tqdm([logger]),
-        metrics_log.progress_bar(2, 0, show=True) as bar,
+        progress.progress_bar(2, 0, show=True) as bar,
     ):
         logger.warning("one line")
         bar.update()

@@ -5,12 +5,14 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
 from subspace_jax import train
@@ -157,13 +159,51 @@ def test_curves_are_a_picture_also_of_numbers_that_are_not_finite(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def drawn(monkeypatch, *rows):
+    """Draws the curves of rows (step, split, values), and returns the visible panels of the figure."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    with tempfile.TemporaryDirectory() as folder:
+        log = train.MetricsLog(folder)
+        for row in rows:
+            log.write(*row)
+        log.close()
+        train.plot_curves({"run": log.path}, f"{folder}/curves.png")
+    return [axis for axis in figures[0].axes if axis.get_visible()]
+
+
+def test_plot_curves_has_training_and_evaluation_in_one_panel_and_no_flat_ones(monkeypatch):
+    values = {"grad_norm": 1.0, "skipped": 0.0, "loss": 1.0, "accuracy": 0.5}
+    panels = drawn(
+        monkeypatch,
+        *((step, "train", {**values, "loss": 1 / step, "grad_norm": step}) for step in range(1, 101)),
+        (100, "eval", {"loss": 0.5, "accuracy": 0.75}),
+        (100, "eval", {"loss": 0.5, "top_5": 1.0}),
+    )
+    labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in panels]
+    assert labels == [("step", name) for name in ("loss", "accuracy", "top 5", "grad norm")]
+    train_line, eval_line = panels[0].get_lines()
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["train", "eval"]
+    assert (train_line.get_marker(), eval_line.get_marker()) == ("", "o")  # a single evaluation is a point
+    assert len(panels[2].get_lines()) == 1
+
+
+def test_plot_curves_has_a_panel_for_each_phase_and_metric(monkeypatch):
+    panels = drawn(
+        monkeypatch,
+        *((step, f"{phase}/train", {"loss": step}) for phase in ("first", "second") for step in (1, 2)),
+        (2, "first/eval", {"loss": 0.5}),
+    )
+    assert [axis.get_title() for axis in panels] == ["first", "second"]
+    assert [len(axis.get_lines()) for axis in panels] == [2, 1]
+
+
 def test_a_run_draws_its_curves_and_shows_its_progress(tmp_path, capsys):
     task, data = regression()
     train.fit(run_of(task, optax.sgd(0.05), data, num_steps=4, workdir=tmp_path, progress=True))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().err
-    assert "4/4" in shown
-    assert "loss=" in shown
+    assert "step 4/4  loss " in shown
 
 
 def test_skipped_steps_are_reported_once_and_training_goes_on(fit, tmp_path, caplog):
