@@ -54,14 +54,15 @@ def padded(data, alignment=32):
 
 def write(path, metadata, tensors):
     """Writes tensors: arrays of float32 or float16, or ``(shape, type, bytes)``."""
-    places, body = [], b""
+    places, body, end = [], [], 0
     for name, tensor in tensors.items():
         shape, kind, data = (
             tensor if isinstance(tensor, tuple) else (tensor.shape, PLAIN[tensor.dtype], tensor.tobytes())
         )
-        places.append(place(name, shape, kind, len(body)))
-        body += padded(data)
-    path.write_bytes(padded(header(metadata, places)) + body)
+        places.append(place(name, shape, kind, end))
+        body.append(padded(data))
+        end += len(body[-1])
+    path.write_bytes(b"".join([padded(header(metadata, places)), *body]))
     return path
 
 
@@ -72,6 +73,8 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
@@ -98,7 +101,7 @@ def rotary_order(rows, heads):
 
 def model_of(config, tensors):
     """Metadata and tensors of a model: a config, and its tensors by their names at Hugging Face."""
-    arch = "qwen2" if config.family == "qwen2" else "llama"
+    arch = config.family if config.family in ("qwen2", "qwen3") else "llama"
     own = {
         "block_count": config.num_layers,
         "context_length": config.max_length,

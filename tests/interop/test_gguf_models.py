@@ -55,7 +55,9 @@ def test_load_causal_lm_gives_the_logits_of_transformers_for_a_gguf_file(name):
     np.testing.assert_allclose(logits_of(config, params, tokens), wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama31", pytest.param("mistral", marks=pytest.mark.slow), "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama31", pytest.param("mistral", marks=pytest.mark.slow), "qwen2", "qwen3"]
+)
 def test_load_causal_lm_reads_from_gguf_what_the_folder_holds(name, checkpoint, tmp_path):
     def scaled(metadata, tensors):
         if name == "llama31":
