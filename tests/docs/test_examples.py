@@ -1,5 +1,6 @@
 """The pages under docs/ and the README: their Python runs, and their commands name existing configs and fields."""
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -25,11 +26,22 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+# Libraries that pages show and the tests' environment need not have.
+PEERS = ("equinox", "tunix")
+
+
+def peers_of(block):
+    return [name for name in PEERS if re.search(rf"^(?:import|from) {name}\b", block.text, re.MULTILINE)]
+
+
 def run_page(page, folder):
-    """Executes the Python of a page in one namespace; blocks with a title are written to a file of that name."""
+    """Executes the Python of a page in one namespace; blocks with a title are written to a file of that name.
+
+    Blocks that import a peer which is not installed are left out.
+    """
     namespace = {"__name__": "__main__"}
     for block in fenced_blocks(page):
-        if block.language != "python":
+        if block.language != "python" or any(importlib.util.find_spec(name) is None for name in peers_of(block)):
             continue
         title = re.search(r'title="([^"]+)"', block.options)
         if title:
@@ -48,6 +60,12 @@ def test_python_of_a_page_runs(page, folder):
     # JAX's default settings, as users have: the strict ones of the tests reject the dtypes of Optax's Adam.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert run_page(page, folder)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_optimizers_page_has_a_recipe_for_a_peer(name):
+    page = next(page for page in PAGES if page.name == "optimizers.md")
+    assert any(name in peers_of(block) for block in fenced_blocks(page))
 
 
 TRAIN = {"train", "pretrain", "finetune", "plan"}
