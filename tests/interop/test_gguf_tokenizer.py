@@ -142,3 +142,8 @@ def test_tokenizer_files_are_read_by_file_tokenizer(tmp_path, tiny):
         (tmp_path / name).write_text(text)
     read = FileTokenizer(tmp_path)
     assert read.encode("Hello <tool>") == tiny["llama"].encode("Hello <tool>")
+
+
+def test_tokenizer_names_its_file_in_errors(tiny):
+    with pytest.raises(ValueError, match=r"tiny_qwen2.gguf can't decode"):
+        tiny["qwen2"].decode([-1])

@@ -87,19 +87,20 @@ class FileTokenizer:
 
     Args:
       path: ``tokenizer.json``, or its folder.
+      name: What errors name instead of the file, where that is a temporary one.
 
     Raises:
       FileNotFoundError: There is no such file.
       ValueError: A file is damaged, or names an unknown token.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, name: str | os.PathLike | None = None):
         import tokenizers
 
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer: no file {file}")
-        self._file = file
+        self._file = file if name is None else name
         with _naming(f"tokenizer: {file} is no tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         known = lambda token: self._tokenizer.token_to_id(token) is not None  # noqa: E731

@@ -19,6 +19,7 @@ from subspace_jax.interop.gguf.blocks import BLOCK_TYPES, BlockType
 from subspace_jax.interop.gguf.tensors import BlockTensor
 
 _MAGIC = b"GGUF"
+_LENGTH = struct.Struct("<Q")
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q", 12: "d"}
 # Of the format, or beyond any file: names are short, and no tensor has more axes.
@@ -104,12 +105,16 @@ class _Cursor:
         return value
 
     def string(self, what: str, most: int | None = None) -> str:
-        length = self.scalar("Q", what)
+        # In few calls: a vocabulary has hundreds of thousands of strings.
+        self.check(1, _LENGTH.size, what)
+        (length,) = _LENGTH.unpack_from(self._mapped, self.at)
         if most is not None and length > most:
             raise ValueError(f"{what}: at byte {self.at} its length is {length}; expected at most {most}")
-        start = self.at
+        self.at += _LENGTH.size
+        self.check(length, 1, what)
+        start, self.at = self.at, self.at + length
         try:
-            return self.take(length, what).decode()
+            return self._mapped[start : self.at].decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{what}: at byte {start}: expected UTF-8 ({error.reason})") from error
 
@@ -154,7 +159,7 @@ def _value(cursor: _Cursor, kind: int, name: str) -> Any:
 def _array(cursor: _Cursor, name: str) -> list[str] | np.ndarray:
     kind, count = cursor.scalar("I", name), cursor.scalar("Q", name)
     if kind == _STRING:
-        cursor.check(count, 8, name)
+        cursor.check(count, _LENGTH.size, name)
         return [cursor.string(name) for _ in range(count)]
     if kind not in _SCALARS:
         raise ValueError(f"{name}: expected an array of numbers or strings, got elements of type {kind}")

@@ -65,7 +65,7 @@ def tokenizer(path: str | os.PathLike) -> FileTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         for name, text in tokenizer_files(path).items():
             pathlib.Path(folder, name).write_text(text, encoding="utf-8")
-        return FileTokenizer(folder)
+        return FileTokenizer(folder, name=path)
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, str]:
