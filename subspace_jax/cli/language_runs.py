@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from subspace_jax.cli import processes, shared
+from subspace_jax.cli import runs, shared
 
 _PRETRAIN = """
     subspace-jax pretrain --config lm/tiny --workdir work/tiny     # ends with work/tiny/model
@@ -13,6 +13,7 @@ _FINETUNE = """
         --config.data.source=my.jsonl --config.data.evaluation=other.jsonl
     subspace-jax finetune --config lm/tiny --model work/tiny/model --workdir work/dora \\
         --config.adapter.method=dora --config.adapter.rank=16     # ends with work/dora/adapter, for PEFT
+    subspace-jax fetch smollm2 && subspace-jax finetune --config lm/smollm2:lora --workdir work/smollm2
     """
 _MERGE = """
     subspace-jax merge --model work/tiny/model --adapter work/dora/adapter --out work/merged
@@ -30,13 +31,10 @@ def add_commands(commands) -> None:
     summary = "fine-tune a language model, all parameters or adapters, and write it as a Hugging Face or PEFT folder"
     finetune = shared.add_command(commands, "finetune", summary, _finetune, _FINETUNE, fields=True, trains=True)
     finetune.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face folder or GGUF file to start from"
+        "--model", metavar="DIR", help="Hugging Face folder or GGUF file to start from (default: that of the config)"
     )
     for parser in (pretrain, finetune):
-        shared.add_config(parser)
-        shared.add_workdir(parser)
-        shared.add_restart(parser)
-        processes.add_arguments(parser)
+        runs.add_arguments(parser)
 
     summary = "merge a PEFT adapter into a model, and write it as a Hugging Face folder"
     merge = shared.add_command(commands, "merge", summary, _merge, _MERGE)
@@ -59,8 +57,10 @@ def add_commands(commands) -> None:
 
 
 def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
-    tokenizer = shared.tokenizer_of(args.model)
-    folder = [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else [])]
+    folder = []
+    if args.model is not None:
+        tokenizer = shared.tokenizer_of(args.model)
+        folder = [f"model.folder={args.model}", *([f"model.tokenizer={tokenizer}"] if tokenizer else [])]
     _run(args, [*folder, *shared.recipe_of(overrides), *overrides])
 
 
@@ -74,18 +74,25 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(
             f"--config {args.config}: expected a config of a language model (it has no field model.folder)"
         )
-    config = train.override(config, overrides)
+    config = train.override(config, runs.settings(args, overrides))
+    if args.command == "finetune":
+        shared.check_model_folder(config.model.folder)
+    if runs.shown_only(args, config):
+        return
     is_peft = language.is_peft(config)
     metrics = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     ).metrics
     folder = os.path.join(os.path.abspath(args.workdir), "adapter" if is_peft else "model")
+    what = "adapter" if is_peft else "merged model" if config.adapter.method else "model"
+    runs.say(args, f"Export: writing the {what} …")
     # The task is that of the config that was given, which has run.
     language.export(args.workdir, folder, merged=not is_peft, trust_remote_code=True)
     shared.write_result(args.workdir, metrics)
     print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
-    what = "adapter" if is_peft else "merged model" if config.adapter.method else "model"
     print(f"Wrote the {what} to {folder}, checkpoints, metrics.jsonl, result.json and curves.png beside it")
+    model = [config.model.folder, "--adapter", folder] if is_peft else [folder]
+    runs.next_command("subspace-jax", "generate", "--model", *model, "--prompt", "Once upon a time")
 
 
 def _merge(args: argparse.Namespace, overrides: list[str]) -> None:

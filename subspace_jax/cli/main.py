@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,12 +22,23 @@ from subspace_jax.cli import (
     vision,
 )
 
-_EXAMPLES = """
-    subspace-jax methods grassmann                       # which methods there are, and their commands
-    subspace-jax configs digits                          # what --config takes
-    subspace-jax train --config gcr/digits:k8 --workdir work/digits
-    subspace-jax train --help                            # each command's help shows examples of its own
-    """
+_GROUPS = {
+    "find": ("methods", "configs", "info", "fetch"),
+    "train": ("train", "eval", "plan"),
+    "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
+    "images and features": ("accuracy", "features", "probe", "transfer"),
+    "study": ("intrinsic-dimension",),
+}
+_EXIT_STATUSES = (
+    (0, "done"),
+    (1, "a search finds nothing"),
+    (2, "bad input, a full disk, or data or processes that time out"),
+    (75, "stopped by SIGTERM, with the state saved; the same command resumes"),
+    (76, "too many steps in a row were not finite"),
+    (77, "another process of the run was lost"),
+    (130, "interrupted from the keyboard"),
+    (141, "the reader of the output has gone, such as head; it ends no run"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 1 where a search finds nothing; 2 for bad input, a full disk, or data or processes that time
-      out; 75 after SIGTERM, with the state saved; 76 after too many steps that were not finite; 77 where another
-      process was lost; 130 after an interrupt from the keyboard; 141 where the reader of the output has gone, such as
-      ``head``, which ends no run.
+      The exit status, one of those that ``subspace-jax --help`` lists.
     """
     return output.quietly(lambda: _main(argv))
 
@@ -53,8 +60,7 @@ def _main(argv: Sequence[str] | None) -> int:
         # orders, and wait for each other for ever.
         flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
         os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("subspace_jax").setLevel(logging.INFO)
+    output.log_to_stderr()
     output.silence_threads()
     try:
         shared.check_paths(args)
@@ -73,13 +79,11 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Returns arguments, and the texts ``FIELD=VALUE`` of ``--config.FIELD=VALUE``."""
-    parser = argparse.ArgumentParser(
-        prog="subspace-jax",
-        description="Subspace methods in JAX.",
-        epilog=shared.example_text(_EXAMPLES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _Parser(prog="subspace-jax", description="Subspace methods in JAX.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.commands = subparsers = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (methods, fetch, train, language_runs, language_generate, language, vision, interpret, plan, info):
         module.add_commands(subparsers)
     args, extra = parser.parse_known_args(argv)
@@ -89,6 +93,43 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         hint = " (fields of the config are set by --config.FIELD=VALUE)" if args.takes_fields else ""
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     return args, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its help shows the commands in groups, with an example of each, and the exit statuses."""
+
+    commands: argparse._SubParsersAction
+
+    def format_help(self):
+        """Returns the help."""
+        summaries = {action.dest: action.help for action in self.commands._get_subactions()}
+        grouped = {name for names in _GROUPS.values() for name in names}
+        groups = {**_GROUPS, "others": tuple(sorted(summaries.keys() - grouped))}
+        lines = [self.format_usage().strip(), "", self.description, "", "commands, with examples:"]
+        for group, names in groups.items():
+            there = [name for name in names if name in summaries]
+            lines += ["", f"  {group}"] if there else []
+            for name in there:
+                lines += [f"    {name:<20} {summaries[name]}", f"    {'':<20} {self._example(name)}"]
+        lines += ["", "exit statuses:", *(f"  {status:>4}  {meaning}" for status, meaning in _EXIT_STATUSES)]
+        lines += ["", "subspace-jax COMMAND --help shows the arguments of a command and more examples;"]
+        return "\n".join([*lines, "subspace-jax --version prints the version.", ""])
+
+    def _example(self, name):
+        """The first example of a command, on one line and without its comment."""
+        text = self.commands.choices[name].epilog.partition("examples:")[2].replace("\\\n", " ")
+        first = next(line for line in text.splitlines() if line.strip())
+        return " ".join(first.partition("  #")[0].split())
+
+
+class _Version(argparse.Action):
+    """Prints the versions of this package and of JAX; no backend is started."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+
+        print(f"subspace-jax {version('subspace-jax')} (jax {version('jax')})")
+        parser.exit()
 
 
 def _ending(error: BaseException, trains: bool) -> tuple[int | None, str]:

@@ -47,6 +47,20 @@ def lasting() -> Iterator[None]:
         _drop_the_rest()
 
 
+def log_to_stderr() -> None:
+    """Shows messages of this library as they are, and warnings and errors as such."""
+
+    class Format(logging.Formatter):
+        def format(self, record):
+            text = super().format(record)
+            return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Format())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("subspace_jax").setLevel(logging.INFO)
+
+
 def silence_threads() -> None:
     """Silences tracebacks of Orbax's threads, whose errors are raised in the main thread too."""
     for name in ("absl", "asyncio"):

@@ -61,8 +61,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
     """Adds the folder of a run, and ``--quiet``."""
-    parser.add_argument("--workdir", required=True, help="folder for checkpoints, metrics and curves")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--workdir", metavar="DIR", help="folder for checkpoints, metrics and curves")
+    parser.add_argument("--quiet", action="store_true", help="no progress: only evaluations, warnings and the result")
 
 
 def add_restart(parser: argparse.ArgumentParser) -> None:
@@ -98,14 +98,30 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raises ValueError for an empty path, and for a workdir that is the current folder."""
+    """Raises ValueError for an empty path, and for a workdir that is missing or the current folder."""
     for name in ("workdir", "model", "adapter", "out"):
         if getattr(args, name, None) == "":  # an unset variable of the shell
             raise ValueError(f"--{name}: expected a folder{' or file' * (name == 'out')}, got an empty path")
     if getattr(args, "config", None) == "":
         raise ValueError("--config: expected a Python file, got an empty path")
+    if args.trains and args.workdir is None:
+        if getattr(args, "dry_run", False) or getattr(args, "print_config", False):
+            return
+        raise ValueError("--workdir: expected a folder for the run's files, such as --workdir work/run")
     if args.trains and os.path.normpath(args.workdir) == os.curdir:
         raise ValueError(f"--workdir: expected a folder of the run's own, got {args.workdir!r}, the current one")
+
+
+def check_model_folder(folder: str) -> None:
+    """Raises a FileNotFoundError for a model that is not there; it names the command that writes a known one."""
+    from subspace_jax import interop
+
+    if not folder:
+        raise ValueError("--model: expected a folder or GGUF file, as the config names none")
+    if not os.path.exists(folder):
+        known = [name for name, package in interop.PACKAGES.items() if package.folder == os.path.normpath(folder)]
+        hint = f"; `subspace-jax fetch {known[0]}` writes it" if known else ""
+        raise FileNotFoundError(f"--model: there is no {folder}{hint}")
 
 
 def tokenizer_of(folder: str) -> str:

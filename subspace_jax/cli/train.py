@@ -3,11 +3,12 @@
 import argparse
 import os
 
-from subspace_jax.cli import processes, shared
+from subspace_jax.cli import runs, shared
 
 _TRAIN = """
     subspace-jax train --config gcr/digits:k8 --workdir work/digits
     subspace-jax train --config gcr/digits:k8 --workdir work/other --config.optim.learning_rate=0.1
+    subspace-jax train --config gcr/digits:k8 --dry-run     # the run and its memory; trains nothing
     JAX_NUM_CPU_DEVICES=4 subspace-jax train --config gcr/digits:k8 --workdir work/sharded \\
         --config.mesh.data=2 --config.mesh.tensor=2
 
@@ -25,10 +26,7 @@ def add_commands(commands) -> None:
     train = shared.add_command(
         commands, "train", "train what a config describes", _train, _TRAIN, fields=True, trains=True
     )
-    shared.add_config(train)
-    shared.add_workdir(train)
-    shared.add_restart(train)
-    processes.add_arguments(train)
+    runs.add_arguments(train)
 
     evaluate = shared.add_command(commands, "eval", "evaluate a checkpoint of a run", _evaluate, _EVAL, fields=True)
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
@@ -39,7 +37,9 @@ def add_commands(commands) -> None:
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
-    config = train.override(train.load_config(args.config), overrides)
+    config = train.override(train.load_config(args.config), runs.settings(args, overrides))
+    if runs.shown_only(args, config):
+        return
     result = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     )
@@ -49,6 +49,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"Wrote checkpoints, metrics.jsonl, result.json, tensorboard/ and curves.png to {os.path.abspath(args.workdir)}"
     )
+    runs.next_command("subspace-jax", "eval", "--workdir", args.workdir, "--best")
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -116,7 +116,11 @@ def build(config: ConfigDict) -> train.Run:
         evaluate={"eval": data.eval_passes(rows[1], sizes.eval_batch_size)},
         steps_per_epoch=data.steps_per_epoch(len(rows[0]["inputs"]), sizes.batch_size),
     )
-    return train.Run((train.Phase("train", task, examples),))
+    about = ""
+    if isinstance(task, AdaptedLMTask):
+        shapes = adapters.drop_gradient_probes(task.shapes)
+        about = f"  adapters\n{adapters.describe(nn.param_shapes(model), shapes, task.settings)}"
+    return train.Run((train.Phase("train", task, examples),), about=about)
 
 
 def outline(config: ConfigDict) -> train.Run:
@@ -168,10 +172,7 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, folder: str | None) -> C
         )
     options |= {"base_dtype": config.adapter.base_dtype, "seed": config.seed}
     options["probes"] = uses_probes(config.optim)
-    task = AdaptedLMTask(model, settings, **options)
-    shapes = adapters.drop_gradient_probes(task.shapes)
-    log.info("Adapters:\n%s", adapters.describe(nn.param_shapes(model), shapes, settings))
-    return task
+    return AdaptedLMTask(model, settings, **options)
 
 
 def _settings(config: ConfigDict, model: nn.CausalLMConfig) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def memory_text(plan: Plan) -> str:
+    """Returns the memory of a plan as text."""
+    return "\n".join(_memory_lines(plan)).strip()
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     parts = [
         ("parameters", plan.params),

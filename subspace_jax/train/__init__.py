@@ -53,6 +53,7 @@ from subspace_jax.train.state import (
     state_shardings,
 )
 from subspace_jax.train.step import jit_train_step, make_train_step
+from subspace_jax.train.summary import run_summary
 from subspace_jax.train.task import Batch, Metrics, Task, module_arrays, split_module
 from subspace_jax.train.workdir import replacing, writable_folder
 
@@ -124,6 +125,7 @@ __all__ = [
     "replacing",
     "restore",
     "run",
+    "run_summary",
     "save_config",
     "saved_part",
     "split_module",

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import jax
 import pytest
@@ -36,12 +37,73 @@ def test_train_says_where_everything_is(train, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "accuracy 0." in printed
     assert str(tmp_path / "run") in printed
+    assert printed.splitlines()[-1] == f"Next: subspace-jax eval --workdir {tmp_path}/run --best"
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "result.json", "tensorboard"} <= names
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "eval"] == [3, 6]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result == {name: rows[-1][name] for name in ("accuracy", "loss")}
+
+
+def test_train_off_a_terminal_shows_the_run_in_lines(configs, tmp_path, caplog):
+    assert (
+        main(["train", "--config", f"{configs}/gcr/synthetic.py:k2", "--workdir", str(tmp_path / "run"), *SHORT]) == 0
+    )
+    block, *rows = [record.message for record in caplog.records if record.name == "subspace_jax.train.progress"]
+    assert re.search(r"Run\n  task        represent\.gcr\n  parameters  [\d,]+ trainable of", block)
+    assert block.endswith(f"output      {tmp_path}/run")
+    heads = [re.match(r"step (\d)/6  (eval: |loss )", line).groups() for line in rows]
+    assert heads == [("3", "loss "), ("3", "eval: "), ("6", "loss "), ("6", "eval: ")]
+
+
+def test_train_prints_the_config_and_writes_nothing(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--print-config", "--seed", "5") == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["seed"], config["train"]["steps"], config["task"]) == (5, 6, classify.__name__)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_dry_run_shows_config_run_and_memory_and_writes_nothing(configs, tmp_path, capsys, monkeypatch):
+    command = ["train", "--config", f"{configs}/gcr/synthetic.py:k2", *SHORT, "--dry-run"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*command, "--workdir", str(tmp_path / "run"), "--seed", "7"]) == 0
+    shown = capsys.readouterr().out
+    config, rest = shown.removeprefix("Config\n").split("\n\nRun\n")
+    assert json.loads(config)["seed"] == 7
+    for text in (
+        " trainable of ",
+        f"output      {tmp_path}/run",
+        "Memory per chip",
+        "temporaries",
+        "compiled for the CPU",
+    ):
+        assert text in rest
+    assert "libtpu, which is not installed" in rest
+    assert not (tmp_path / "run").exists()
+    assert main([*command, "--config.optim.name=adagrad"]) == 2
+
+
+def test_train_names_a_missing_workdir(configs, capsys):
+    assert main(["train", "--config", f"{configs}/gcr/synthetic.py:k2"]) == 2
+    assert "--workdir: expected a folder for the run's files" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_in_a_group_and_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "\n  others\n" not in shown
+    for command in (*COMMANDS.split(), "intrinsic-dimension", "plan", "info", "fetch"):
+        assert re.search(rf"\n    {command} +\w.*\n +subspace-jax {command}", shown)
+    assert re.search(r"\n +75  stopped by SIGTERM", shown)
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"subspace-jax {version('subspace-jax')} (jax {version('jax')})\n"
 
 
 def test_train_resumes_where_it_stopped(train, tmp_path, caplog):

@@ -17,7 +17,7 @@ def test_demo_trains_compares_draws_and_resumes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mesh.data=2 mesh.tensor=2" in done.stdout
     assert "Going on from step 1080" in done.stderr
-    assert "Step 1098: accuracy" in done.stderr
+    assert "step 1098/1098  eval: " in done.stderr
     rows = {row["head"]: row for row in json.loads((tmp_path / "demo" / "table.json").read_text())}
     assert rows["k8"]["accuracy"] >= 0.97
     assert rows["k8"]["orthonormality_error"] <= 1e-5
