@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the peers come with the extra bench"),
 ]
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
 # Of each family: the table, two modules of every layer, and one that has them under another parent.
 _LLAMA = {
@@ -94,7 +94,7 @@ LAYERS = {
 
 
 def in_turn(cases):
-    return [(what, FAMILIES[i % 4]) for i, what in enumerate(cases)]
+    return [(what, FAMILIES[i % len(FAMILIES)]) for i, what in enumerate(cases)]
 
 
 def renamed(value, family):
@@ -123,12 +123,15 @@ def base(tmp_path_factory):
                 "llama": transformers.LlamaConfig,
                 "mistral": transformers.MistralConfig,
                 "qwen2": transformers.Qwen2Config,
+                "qwen3": transformers.Qwen3Config,
+                "gemma3_text": transformers.Gemma3TextConfig,
             }
             config = kinds[family](
                 hidden_size=16,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
+                head_dim=8,
                 intermediate_size=24,
                 max_position_embeddings=32,
                 **sizes,
