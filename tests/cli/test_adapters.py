@@ -261,3 +261,14 @@ def test_merge_and_generate_refuse_an_adapter_of_another_model(tuned, tmp_path, 
     assert main(["generate", *arguments[:3], str(tmp_path / "none"), "--prompt", "a", "--max-new-tokens", "2"]) == 2
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("lm/smollm2:lora", "no work/models/smollm2; `subspace-jax fetch smollm2` writes it"), ("lm/tiny", "names none")],
+)
+def test_finetune_names_the_command_that_writes_a_missing_model(config, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", "--config", config, "--workdir", "run"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
