@@ -3,7 +3,7 @@
     subspace-jax pretrain --config optim/tiny_gpt:galore --workdir work/galore
 
 Variants: ``adamw``, ``galore`` (arXiv 2403.03507), ``fira`` (2410.01623), ``apollo`` and ``apollo_mini`` (2412.05270),
-``online_subspace_descent`` (2408.12857) and ``coso`` (2505.11816).
+``online_subspace_descent`` (2408.12857) and ``coso`` (2505.11816); and ``muon`` of Optax, whose state has full rank.
 
 Kernels at a quarter of their rank (1 for ``apollo_mini``), all other parameters by Adam.  Figure to reach: at most 5 %
 above the validation loss of ``adamw``.
@@ -11,7 +11,7 @@ above the validation loss of ``adamw``.
 
 from subspace_jax.language import finetune
 
-VARIANTS = ("adamw", "galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
+VARIANTS = ("adamw", "muon", "galore", "fira", "apollo", "apollo_mini", "online_subspace_descent", "coso")
 
 
 def get_config(variant="galore"):
@@ -28,7 +28,7 @@ def get_config(variant="galore"):
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0
     kwargs = {"weight_decay": 0.1}
-    if variant != "adamw":
+    if variant not in ("adamw", "muon"):
         kwargs["refresh_every"] = 50
     if variant == "galore":
         # As with coso directions of inputs are kept; and moments rotate with them at a refresh.  5 % over adamw

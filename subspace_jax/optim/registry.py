@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from jax.typing import ArrayLike
 
@@ -158,6 +159,44 @@ def lamb(
     return optax.lamb(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
 
 
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: ArrayLike = 0.95,
+    ns_steps: int = 5,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    consistent_rms: float = 0.2,
+) -> optax.GradientTransformation:
+    """``optax.contrib.muon`` for kernels, stacks of layers included; all other parameters by AdamW.
+
+    With ``consistent_rms`` 0.2 a step has the size of Adam's, so that learning rates of Adam serve.
+    """
+    _checks.check_number("beta", beta, 0, 1)
+    _checks.check_number("eps", eps, 0)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    _checks.check_number("consistent_rms", consistent_rms, 0)
+    _checks.check_number("ns_steps", ns_steps, 1)
+    is_kernel = kernel_rank(1)
+
+    def dimension_numbers(params):
+        def of_leaf(path, x):
+            kernel = is_kernel(_checks.path_name(path), x.shape) is not None
+            return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if kernel else None
+
+        return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        ns_steps=ns_steps,
+        beta=beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        consistent_rms=consistent_rms,
+        muon_weight_dimension_numbers=dimension_numbers,
+    )
+
+
 _QUARTER = {"rank": 0.25, "scale": 1.0}
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
@@ -165,6 +204,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "adam": Optimizer(adam),
     "adamw": Optimizer(adamw),
     "lamb": Optimizer(lamb),
+    "muon": Optimizer(muon),
     "galore": Optimizer(galore, _QUARTER),
     "fira": Optimizer(fira, _QUARTER),
     "apollo": Optimizer(apollo, _QUARTER),

@@ -249,6 +249,27 @@ def test_optimizers_of_factors_of_a_config_move_both(name):
     assert all(jnp.any(u != 0) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.usefixtures("third_party")
+def test_muon_of_a_config_orthogonalizes_each_kernel_of_a_stack_and_leaves_the_rest_to_adam():
+    params = kernels()
+    rate, beta = 1e-2, 0.95
+    tx = make_tx(name="muon", learning_rate=rate, schedule="constant", kwargs={"beta": beta})
+    grads = jax.tree.map(lambda x: jnp.sin(3 * x), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    with jax.numpy_rank_promotion("allow"):
+        alone = optax.contrib.muon(rate, beta=beta, consistent_rms=0.2)
+        for i in range(2):
+            kernel, grad = params["layers"]["q"]["kernel"][i], grads["layers"]["q"]["kernel"][i]
+            expected, _ = alone.update(grad, alone.init(kernel), kernel)
+            np.testing.assert_allclose(updates["layers"]["q"]["kernel"][i], expected, rtol=1e-4, atol=1e-6)
+    rest = [tree["layers"]["q"]["bias"] for tree in (grads, params)]
+    adam = optax.adamw(rate, weight_decay=0.0, nesterov=True)
+    expected, _ = adam.update(rest[0], adam.init(rest[1]), rest[1])
+    np.testing.assert_allclose(updates["layers"]["q"]["bias"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"optim.kwargs.ns_steps: expected"):
+        make_tx(name="muon", kwargs={"ns_steps": 0})
+
+
 @pytest.mark.parametrize("name", registry.OPTIMIZERS)
 def test_every_default_of_a_registered_optimizer_may_be_given(name):
     """And what is neither a number nor a name may not."""
