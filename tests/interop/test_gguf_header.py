@@ -140,6 +140,12 @@ def test_read_header_refuses_an_empty_file_and_a_folder(tmp_path):
         gguf.read_header(tmp_path / "absent.gguf")
 
 
+def test_read_header_bounds_the_size_of_a_header(tmp_path, monkeypatch):
+    monkeypatch.setattr("subspace_jax.interop.gguf.format._MAX_HEADER", 1000)
+    refused(tmp_path, made({"a": ["x"] * 200}), r"'a': .* left of the 1000 of a header; it is damaged")
+    assert gguf.read_header(written(tmp_path, {}, {"w": np.zeros((8, 64), np.float32)})).tensors["w"].shape == (8, 64)
+
+
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=6))
 def test_read_header_reads_or_refuses_damaged_bytes(tmp_path_factory, changes):

@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("<Q")
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q", 12: "d"}
 # Of the format, or beyond any file: names are short, and no tensor has more axes.
-_MAX_KEY, _MAX_NAME, _MAX_AXES, _MAX_ALIGNMENT = 65_535, 512, 4, 2**20
+_MAX_KEY, _MAX_NAME, _MAX_AXES, _MAX_ALIGNMENT, _MAX_HEADER = 65_535, 512, 4, 2**20, 2**28
 # Least bytes of a metadata entry (name, type, a byte) and of a tensor's (name, axes, one size, type, offset).
 _LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
@@ -54,9 +54,9 @@ def is_gguf(path: str | os.PathLike) -> bool:
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """Reads the header of a GGUF file, of version 2 or 3 and little-endian.
+    """Reads the header of a GGUF file, of version 2 or 3, little-endian and of at most 256 MiB.
 
-    The file is memory-mapped; memory is needed for the metadata alone, which is never larger than the file says it is.
+    The file is memory-mapped; memory is needed for the metadata alone, in proportion to their bytes in the file.
 
     Args:
       path: The file.
@@ -79,10 +79,10 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 class _Cursor:
-    """Reads a header from its start to its end; raises ValueError beyond the end of the file."""
+    """Reads a header from its start on; raises ValueError beyond the end of the file, or of the largest header."""
 
     def __init__(self, mapped: mmap.mmap):
-        self._mapped, self.at, self.size = mapped, 0, len(mapped)
+        self._mapped, self.at, self.size = mapped, 0, min(len(mapped), _MAX_HEADER)
 
     def take(self, nbytes: int, what: str) -> bytes:
         self.check(nbytes, 1, what)
@@ -92,9 +92,10 @@ class _Cursor:
     def check(self, count: int, nbytes: int, what: str) -> None:
         """Raises unless ``count`` entries of at least ``nbytes`` bytes each can follow."""
         if count * nbytes > self.size - self.at:
+            of = f" of the {_MAX_HEADER} of a header" if self.size == _MAX_HEADER else ""
             raise ValueError(
                 f"{what}: at byte {self.at} the header says {count} of at least {nbytes} bytes each, the file has "
-                f"{self.size - self.at} left; it is damaged or cut off"
+                f"{self.size - self.at} left{of}; it is damaged or cut off"
             )
 
     def scalar(self, code: str, what: str) -> Any:
@@ -139,7 +140,7 @@ def _read(path: pathlib.Path, cursor: _Cursor) -> Header:
     places = [_place(cursor, number) for number in range(num_tensors)]
     alignment = _alignment(metadata)
     start = -(-cursor.at // alignment) * alignment
-    return Header(version, metadata, _tensors(path, places, start, cursor.size, alignment))
+    return Header(version, metadata, _tensors(path, places, start, path.stat().st_size, alignment))
 
 
 def _value(cursor: _Cursor, kind: int, name: str) -> Any:
