@@ -88,7 +88,7 @@ def public_names():
                 yield {f"{module.__name__}.{name}", f"{value.__module__}.{value.__qualname__}"}
 
 
-def test_site_builds_strictly_and_documents_every_public_name(tmp_path):
+def test_site_builds_strictly_and_documents_every_public_name_functions_before_states(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -97,6 +97,11 @@ def test_site_builds_strictly_and_documents_every_public_name(tmp_path):
     missing = [names for names in public_names() if not names & shown]
     assert not missing
     assert not re.search(r":(?:func|class|mod|meth|attr):", html)
+    optim = (tmp_path / "site" / "reference" / "optim" / "index.html").read_text()
+    groups = [optim.index(f'id="subspace_jax.optim-{kind}"') for kind in ("functions", "classes", "states")]
+    assert groups[0] < optim.index('id="subspace_jax.optim.galore"') < groups[1] < groups[2]
+    assert groups[2] < optim.index('id="subspace_jax.optim.LoRAPlusState"')
+    assert not re.search(r"See <code>", optim), "a reference in the description of an argument is no link"
     for source in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', html):
         raise AssertionError(f"the site loads {source}")
 
@@ -104,4 +109,5 @@ def test_site_builds_strictly_and_documents_every_public_name(tmp_path):
 def test_docs_folder_has_no_stray_files():
     files = {path.relative_to(DOCS) for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     known = {path for path in files if path.suffix in {".md", ".png", ".svg"} or path.match("figures/*.json")}
-    assert {path.as_posix() for path in files - known} == {"_tools/griffe_extensions.py"}
+    tools = {"_tools/griffe_extensions.py", "_tools/templates/python/material/children.html.jinja"}
+    assert {path.as_posix() for path in files - known} == tools
