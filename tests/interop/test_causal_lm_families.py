@@ -6,8 +6,11 @@ tokens, and logits where the last five tokens of the second row are padding.  We
 deviation 0.25, around 1 for the norms of Qwen3, rounded to bfloat16.
 """
 
+import copy
 import functools
 import json
+import math
+import operator
 
 import chex
 import jax
@@ -164,6 +167,41 @@ def test_config_from_hf_extends_the_longest_sequence_of_scaled_positions():
 def test_config_from_hf_refuses_variants_that_are_not_supported(fields, message):
     with pytest.raises(ValueError, match=message):
         interop.config_from_hf(fields)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}
+SHARES = {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0, "truncate": True, "rope_theta": 1e4}
+ANY = ("", "abc", [], [1, "a"], {}, {"a": 1}, None, True, False, math.nan, math.inf, -1, 0, 1e300, 2**70, 1.5, 10**12)
+
+
+def places(fields, path=()):
+    """Every field, those of nested objects included."""
+    for name, value in fields.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in FAMILIES),
+        ("qwen3", {"rope_parameters": {**YARN, **SHARES}}),
+        ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("gemma3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": {**YARN, "rope_theta": 100.0}}}),
+    ],
+)
+def test_config_from_hf_refuses_any_value_of_a_field_or_reads_what_config_to_hf_writes(name, changes, checkpoint):
+    base = {**json.loads((checkpoint(name) / "config.json").read_text()), **changes}
+    for path in places(base):
+        for value in ANY:
+            fields = copy.deepcopy(base)
+            functools.reduce(operator.getitem, path[:-1], fields)[path[-1]] = value
+            try:
+                config = interop.config_from_hf(fields)
+            except ValueError:
+                continue
+            assert interop.config_from_hf(interop.config_to_hf(config)) == config, (path, value)
 
 
 @pytest.mark.parametrize(
