@@ -29,7 +29,7 @@ def test_find_config_prefers_a_file_of_the_current_folder(tmp_path, monkeypatch)
     [
         ("gcr/digts", "no config gcr/digts; there is gcr/digits"),
         ("digits", "no config digits; there is gcr/digits"),
-        ("lm", "no config lm; there is lm/gpt2_medium_e2e, lm/large, lm/tiny"),
+        ("lm", "no config lm; there is lm/gpt2_medium_e2e, lm/large, lm/smollm2, lm/tiny"),
         ("configs/gcr/digts.py", "no file configs/gcr/digts.py; there is gcr/digits"),
         ("xyzzy", "no config xyzzy$"),
     ],

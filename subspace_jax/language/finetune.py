@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,8 @@ def build(config: ConfigDict) -> train.Run:
     about = ""
     if isinstance(task, AdaptedLMTask):
         shapes = adapters.drop_gradient_probes(task.shapes)
-        about = f"  adapters\n{adapters.describe(nn.param_shapes(model), shapes, task.settings)}"
+        table = adapters.describe(nn.param_shapes(model), shapes, task.settings)
+        about = f"  adapters\n{textwrap.indent(table, '    ')}"
     return train.Run((train.Phase("train", task, examples),), about=about)
 
 

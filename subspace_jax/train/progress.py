@@ -52,8 +52,8 @@ class Progress:
         self._pace = _Pace(total)
         self._bar = progress_bar(total, start, show=self._shown and is_live())
         self._lines = self._shown and not is_live()
-        self._rows_said = -LINE_EVERY  # when the last row was, and when the last of anything that could be a line
-        self._heard = time.monotonic()
+        self._rows_said = -LINE_EVERY  # when a row was a line
+        self._heard = time.monotonic()  # when there was a line, or a row that could be one
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -73,7 +73,8 @@ class Progress:
 
     def step(self, step: int, amount: tuple[int, str]) -> None:
         """Counts a step of so many examples, tokens or images."""
-        if not self._step:
+        if not self._step:  # it has compiled
+            self._heard = time.monotonic()
             self._describe("")
         self._step = step
         self._pace.step(step, amount)
