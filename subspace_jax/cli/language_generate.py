@@ -143,8 +143,8 @@ class _Speaker:
             raise ValueError(f"{where}: expected some text, got none")
         if len(tokens) > self.room:
             raise _TooLongError(
-                f"{where} and --max-new-tokens: {len(tokens)} tokens and max_new_tokens = {self._args.max_new_tokens} exceed the model's "
-                f"{self.model.max_length} positions"
+                f"{where} and --max-new-tokens: {len(tokens)} tokens and max_new_tokens = "
+                f"{self._args.max_new_tokens} exceed the model's {self.model.max_length} positions"
             )
         return _Encoded(row, tokens)
 
