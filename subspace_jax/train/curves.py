@@ -36,6 +36,7 @@ def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
     for axis, ((phase, name), series) in zip(axes, panels.items(), strict=False):
         _draw(axis, series, labels)
         axis.set(title=phase, xlabel="step", ylabel=name.replace("_", " "))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(series) > 1:
             axis.legend(fontsize="small")
