@@ -1,19 +1,18 @@
-"""Every notebook runs from top to bottom, with the assertions of its last cell."""
+"""Every notebook runs from top to bottom, with the assertions of its last cell, and is stored with outputs."""
 
+import importlib.util
 import os
 import pathlib
 import sys
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-COLABS = pathlib.Path(__file__).parents[2] / "colabs"
-NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
+from scripts import notebooks
+from tests.docs.pages import REPOSITORY
 
-
-def read(path):
-    return nbformat.read(path, as_version=4)
+NOTEBOOKS = sorted(notebooks.COLABS.glob("*.ipynb"))
+LARGEST = 400_000  # bytes
 
 
 def execute(path, tmp_path, monkeypatch, **env):
@@ -22,8 +21,6 @@ def execute(path, tmp_path, monkeypatch, **env):
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     environment = {
-        **os.environ,
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "TFDS_DATA_DIR": str(tmp_path / "tfds"),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get(
             "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "subspace_jax" / "xla")
@@ -31,12 +28,9 @@ def execute(path, tmp_path, monkeypatch, **env):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **env,
     }
-    notebook = read(path)
+    notebook = notebooks.read(path)
     notebook.cells.append(nbformat.v4.new_code_cell("import sys\nprint(sys.prefix)"))
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    )
-    client.execute(env=environment)
+    notebooks.execute(notebook, path.parent, environment)
     return notebook
 
 
@@ -45,22 +39,50 @@ def outputs(notebook):
 
 
 def check(notebook):
-    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    check_outputs(notebook)
     assert notebook.cells[-1].outputs[0].text.strip() == sys.prefix
-    shows = [cell for cell in notebook.cells if "plt.show()" in cell.source]
-    for cell in shows:
-        assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.id
+
+
+def check_outputs(notebook):
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    for cell in notebook.cells:
+        if "plt.show()" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.id
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_clean(path):
-    notebook = read(path)
+def test_notebook_is_stored_with_outputs_of_one_run_and_opens_alone(path):
+    notebook = notebooks.read(path)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert not cell.outputs
-            assert cell.execution_count is None
-    assert "assert" in notebook.cells[-1].source
+    assert path.stat().st_size < LARGEST
+    check_outputs(notebook)
+    assert notebook.cells[-1].outputs[0].text == "All checks pass.\n"
+    assert not [o for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert notebook.cells[0].source.startswith(notebooks.badge(path))
+    assert code[0].source == notebooks.INSTALL
+    for cell in code:
+        assert "from examples" not in cell.source, "what no wheel holds"
+
+
+def test_install_cell_takes_the_wheel_beside_a_notebook_or_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    source = notebooks.INSTALL.replace('%pip install -q "{source}"', "found.append(source)")
+    found = []
+    exec(source, {"found": found})
+    (tmp_path / "subspace_jax-0.1.0-py3-none-any.whl").touch()
+    exec(source, {"found": found})
+    assert found == [
+        f"subspace-jax[train] @ git+https://github.com/{notebooks.REPOSITORY}",
+        "./subspace_jax-0.1.0-py3-none-any.whl[train]",
+    ]
+
+
+def test_notebooks_are_listed_on_the_home_page():
+    home = (REPOSITORY / "docs" / "index.md").read_text()
+    assert [path.name for path in NOTEBOOKS if f"colabs/{path.name}" not in home] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
