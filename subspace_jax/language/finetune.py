@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -52,7 +53,8 @@ def default_config() -> ConfigDict:
     ``data.source`` is "docstrings" or "summaries" (what is installed here, see
     :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
     ``.parquet`` or text file, or a TFDS set; see :func:`subspace_jax.language.texts_of` for the other fields of
-    ``data`` that say what its texts are.
+    ``data`` that say what its texts are.  ``data.eval_rows`` of the packed rows for evaluation are taken, evenly
+    spaced; 0 takes all.
     ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
     ``optim.name`` "adaprelora" and ``optim.kwargs.stats`` "full" a step also finds the energies of the whole weights'
     gradients, see :func:`subspace_jax.adapters.add_gradient_probes`; over micro-batches they are averaged.
@@ -76,6 +78,7 @@ def default_config() -> ConfigDict:
             "truncation": "split",
             "batch_size": 16,
             "eval_batch_size": 16,
+            "eval_rows": 0,
         }
     )
     config.model = ConfigDict(
@@ -108,6 +111,7 @@ def build(config: ConfigDict) -> train.Run:
         text.pack_rows(texts_of(config, split, tokenizer), tokenizer, sizes.length, truncation=sizes.truncation)
         for split in ("train", "eval")
     ]
+    rows[1] = _evenly_spaced(rows[1], sizes.eval_rows)
     task = _task(config, model, config.model.folder or None)
     batches = functools.partial(data.train_batches, rows[0], batch_size=sizes.batch_size)
     batches(seed=config.seed)  # what is wrong with batch size or seed shows now
@@ -123,6 +127,15 @@ def build(config: ConfigDict) -> train.Run:
         table = adapters.describe(nn.param_shapes(model), shapes, task.settings)
         about = f"  adapters\n{textwrap.indent(table, '    ')}"
     return train.Run((train.Phase("train", task, examples),), about=about)
+
+
+def _evenly_spaced(rows: dict[str, np.ndarray], wanted: int) -> dict[str, np.ndarray]:
+    if wanted < 0:
+        raise ValueError(f"data.eval_rows: expected at least 0, got {wanted}")
+    count = len(rows["inputs"])
+    if wanted in range(1, count):
+        return {name: column[np.arange(wanted) * count // wanted] for name, column in rows.items()}
+    return rows
 
 
 def outline(config: ConfigDict) -> train.Run:

@@ -156,6 +156,7 @@ def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path, monkeypatch, 
         (["model.size=huge"], ValueError, "model.size: expected one of"),
         (["data.length=512"], ValueError, "data.length: 512 positions in a sequence, the model has 256"),
         (["data.evaluation="], ValueError, "data.evaluation: expected a second file"),
+        (["data.eval_rows=-1"], ValueError, "data.eval_rows: expected at least 0, got -1"),
         (["data.source=none.jsonl"], FileNotFoundError, r"no file none\.jsonl"),
         (["data.source=no_such_set"], ValueError, "no mapping for 'no_such_set'"),
         (["data.batch_size=100000"], ValueError, "batch_size: expected at most"),
@@ -167,6 +168,19 @@ def test_what_can_t_serve_is_refused_before_anything_is_written(config, tmp_path
     with pytest.raises(error, match=message):
         train.run(train.override(config, settings), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_build_evaluates_evenly_spaced_rows_of_a_set(config):
+    def rows_of(wanted):
+        (phase,) = train.build(train.override(config, [f"data.eval_rows={wanted}"])).phases
+        batches = list(phase.data.evaluate["eval"]())
+        return np.concatenate([batch["inputs"][batch["mask"] > 0] for batch in batches])
+
+    every = rows_of(0)
+    count = len(every)
+    assert count > 5
+    np.testing.assert_array_equal(rows_of(5), every[[count * i // 5 for i in range(5)]])
+    np.testing.assert_array_equal(rows_of(count + 1), every)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config, tmp_path):
