@@ -46,7 +46,7 @@ def refusal(tmp_path_factory):
         (["mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 needs a multiple of 3 devices, there are 1 (cpu)"),
         (["mesh.fsdp=-1"], "mesh: sizes are positive, at most one of them -1"),
         (["mesh.data=0"], "mesh: sizes are positive"),
-        (["optim.name=sdg"], "optim.name: expected one of ('sgd', 'adam', 'adamw', 'lamb', 'galore', "),
+        (["optim.name=sdg"], "optim.name: expected one of ('sgd', 'adam', 'adamw', 'lamb', 'muon', "),
         (
             ["optim.manifold.name=adam"],
             "optim.manifold.name: expected one of ('riemannian_sgd', 'riemannian_adam'), got 'adam'",
