@@ -40,6 +40,8 @@ def _entries(entries, quick):
 every_method = _entries(ENTRIES, METHODS)
 # Tests that trace.
 every_kind = _entries(ENTRIES, KINDS)
+# Of these, tests of what depends little on the kind.
+one_kind = _entries(ENTRIES, [e for e in KINDS if e.id == "adaprelora"])
 # Tests that compile anew.
 every_code = _entries([e for e in ENTRIES if not e.same_code], KINDS)
 # Tests of a wrapper, which compile anew; the quick run spreads them over the kinds.
@@ -159,7 +161,7 @@ def test_float64_params_have_a_float64_state(entry, x64):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
 
 
-@every_kind
+@one_kind
 def test_can_be_vmapped(entry):
     tx, _ = compiled(entry)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), entry.params())
@@ -347,7 +349,7 @@ def test_arguments_go_by_the_names_of_optax(entry):
     assert avals(jax.eval_shape(step, params, state, params)[1]) == avals(state)
 
 
-@every_kind
+@one_kind
 def test_other_dtypes_keep_theirs(entry, x64):
     """Updates have the dtype of the parameters, in trees of several too, and states theirs from the first step on."""
     tx = entry.make()
@@ -360,7 +362,7 @@ def test_other_dtypes_keep_theirs(entry, x64):
         assert avals(after) == avals(state)
 
 
-@every_kind
+@one_kind
 def test_gradients_may_be_coarser_than_parameters(entry, x64):
     """As where a loss is computed in another type than its parameters have; a state keeps its dtypes."""
     tx = entry.make()
