@@ -34,14 +34,15 @@ figure-names:
 figures-table: $(VENV)/.train  ## the tables of README.md and docs/methods, from docs/figures
 	$(PY) scripts/figures.py --tables
 
-# Nearly all of a quick run is compiling, which takes half as long without optimising machine code; the slow run tests
-# the code that users get.
-test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
+# Nearly all of a quick run is compiling, which takes half as long without optimising machine code, in one piece; the slow
+# run tests the code that users get.
+QUICK_XLA := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+test: export XLA_FLAGS := $(QUICK_XLA) $(XLA_FLAGS)
 test: $(VENV)/.test  ## everything that is quick, but for the docs
 	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%)
 	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
 
-test-docs: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
+test-docs: export XLA_FLAGS := $(QUICK_XLA) $(XLA_FLAGS)
 test-docs: $(VENV)/.test  ## the code on pages and in docstrings, notebooks in fast mode, and the site
 	$(PYTEST) -m "not slow" --durations 25 $(DOCS_TESTS)
 
@@ -49,7 +50,7 @@ test-all: $(VENV)/.test  ## the slow rest too
 	$(PYTEST)
 	$(PYTEST) --cpu-devices 8
 
-test-peers: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $(XLA_FLAGS)
+test-peers: export XLA_FLAGS := $(QUICK_XLA) $(XLA_FLAGS)
 test-peers: $(VENV)/.test $(VENV)/.bench  ## round trips with the PEFT and transformers of the benchmarks' environment
 	$(PYTEST) tests/peers
 
