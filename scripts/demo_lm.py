@@ -1,6 +1,6 @@
 """Fine-tunes SmolLM2-135M-Instruct by LoRA and DoRA on the docstrings of the standard library, and merges an adapter.
 
-    python scripts/demo_lm.py --workdir work/demo_lm     # about ten minutes on two cores; `make demo-lm` calls this
+    python scripts/demo_lm.py --workdir work/demo_lm     # `make demo-lm` calls this
 
 Every step is a command of its own, which is printed before it runs.  At the end a table compares the perplexity on
 held-out docstrings before and after, the size of the adapters and the peak memory of the runs.  A demo that was stopped

@@ -4,7 +4,7 @@
 
 The base model of experiments that need no download: tokens are bytes, rows have 256 of them, about 1.4 M characters in
 all.  At this size the number of steps counts more than the number of bytes in each: hence batches of 4 rows.  On two
-CPU cores it takes about six minutes, and must reach 1.55 nats a byte on the validation split (counts of four bytes in a
+CPU cores it takes some minutes, and must reach 1.55 nats a byte on the validation split (counts of four bytes in a
 row give 1.84).
 """
 

@@ -18,6 +18,7 @@ from subspace_jax import interop, nn, train
 from subspace_jax.interop import writing
 
 from .conftest import MODELS, rewrite, tensors_of
+from .memory import MEASURE
 
 
 def test_write_read_write_keeps_every_byte(model, checkpoint, tmp_path):
@@ -185,22 +186,6 @@ def test_load_causal_lm_reads_large_shards_a_few_layers_at_a_time(checkpoint, mo
     chex.assert_trees_all_equal(jax.device_get(sharded), jax.device_get(params), strict=True)
     kernel = sharded["layers"]["attn"]["q"]["kernel"]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "fsdp", "tensor")), 3)
-
-
-MEASURE = """
-import resource, sys
-import jax, jax.numpy as jnp
-jax.config.update("jax_num_cpu_devices", 8)
-from subspace_jax import interop, train
-mesh = train.make_mesh(1, 4, 2)
-shardings = (lambda shapes, axes: train.param_shardings(shapes, axes, mesh)) if sys.argv[2] == "mesh" else None
-jnp.zeros(3).block_until_ready()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-params = interop.load_causal_lm(sys.argv[1], shardings=shardings)[1]
-total = sum(x.nbytes for x in jax.tree.leaves(params))
-print(peak() - before - total, total)
-"""
 
 
 def peak_beside_the_arrays(folder, where):

@@ -23,6 +23,7 @@ from subspace_jax.interop.tensors import stored_shape
 
 from . import gguf_files
 from .conftest import tensors_of
+from .memory import MEASURE
 
 TINY = {name: gguf_files.GOLDEN / f"tiny_{name}.gguf" for name in ("llama", "qwen2")}
 
@@ -109,22 +110,6 @@ def test_load_causal_lm_shards_a_gguf_file_over_a_mesh(name):
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), sharded, wanted))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(sharded))
     chex.assert_trees_all_equal(jax.device_get(sharded), jax.device_get(params), strict=True)
-
-
-MEASURE = """
-import resource, sys
-import jax, jax.numpy as jnp
-jax.config.update("jax_num_cpu_devices", 8)
-from subspace_jax import interop, train
-mesh = train.make_mesh(1, 4, 2)
-shardings = (lambda shapes, axes: train.param_shardings(shapes, axes, mesh)) if sys.argv[2] == "mesh" else None
-jnp.zeros(3).block_until_ready()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-params = interop.load_causal_lm(sys.argv[1], shardings=shardings)[1]
-total = sum(x.nbytes for x in jax.tree.leaves(params))
-print(peak() - before - total, total)
-"""
 
 
 @pytest.mark.slow

@@ -23,25 +23,7 @@ _HEAD = "lm_head.weight"
 def load_causal_lm(
     folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
 ) -> tuple[CausalLMConfig, PyTree]:
-    """Reads a checkpoint folder of a language model directly onto devices.
-
-    Files are memory-mapped, and each process reads the slices of its own devices only.  Beside the arrays it holds one
-    shard of one table at a time, or of layers of a kernel of 32 MiB.
-
-    Args:
-      folder: Folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-      shardings: Tree of shardings with the structure of the parameters, or a function ``(shapes, axes) -> shardings``
-        such as ``lambda shapes, axes: train.param_shardings(shapes, axes, mesh)``; all on one device by default.
-      dtype: Dtype of the parameters; the one in the files by default.
-
-    Returns:
-      The config, see :func:`read_config`, and the parameters, see :func:`subspace_jax.nn.causal_lm_specs`.
-
-    Raises:
-      ValueError: The architecture is not supported, weights are pickled, tensors are missing, unexpected or of
-        the wrong shape, or a file is damaged or truncated.
-      FileNotFoundError: The folder or a file does not exist.
-    """
+    """Reads a checkpoint folder; see :func:`subspace_jax.interop.load_causal_lm`."""
     config, stored = _open(folder, _config_of_fields(folder))
     return config, read_params(_layout(config), stored, shardings=shardings, dtype=dtype)
 
@@ -90,21 +72,7 @@ def save_pretrained(model: Model, folder: str | os.PathLike, **options) -> None:
 
 
 def read_config(folder: str | os.PathLike) -> CausalLMConfig:
-    """Reads the config of a checkpoint folder of a language model.
-
-    A config with a tied head is untied if the weights have a head that differs from the embedding table, as in
-    transformers 5; the two are compared slice by slice.
-
-    The BOS, EOS and padding tokens of ``generation_config.json`` take precedence, if it exists and names them.
-
-    Args:
-      folder: Folder with ``config.json``, with or without weights.
-
-    Raises:
-      ValueError: A field can't be read (see :func:`config_from_hf`), the folder is a run or an adapter, or the
-        weights are not those of the config.
-      FileNotFoundError: There is no ``config.json``.
-    """
+    """Reads the config of a checkpoint folder; see :func:`subspace_jax.interop.read_config`."""
     config = _config_of_fields(folder)
     return _open(folder, config)[0] if has_weights(folder) else config
 
