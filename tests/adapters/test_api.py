@@ -15,7 +15,7 @@ from subspace_jax import adapters, nn, train
 from . import cases
 
 # The battery has every method on single and stacked weights.
-QUICK = ("tables", "svfit")
+QUICK = ("tables",)
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in cases.RULES]
 )
@@ -191,6 +191,7 @@ def test_roles_name_magnitudes_and_probes():
     }
 
 
+@pytest.mark.slow
 def test_layers_of_rank_zero_and_padding_of_the_rank_stay_zero():
     trainable = prepared("layers differ")[1]
     a = trainable["layers"]["mlp"]["up"]["kernel"]["a"]

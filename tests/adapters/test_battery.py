@@ -22,7 +22,7 @@ KINDS = {
     "embedding": ((16, 24), ("vocab", "embed"), (4, 3)),
 }
 every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "linear" else []) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind == "stacked" else pytest.mark.slow) for kind in KINDS]
 )
 GROUPS = 2  # of the convolution
 
@@ -150,6 +150,7 @@ def test_new_adapters_give_the_outputs_of_the_weight(kind):
         np.testing.assert_array_equal(get(bound, name).gain, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "conv" else pytest.mark.slow) for kind in KINDS]

@@ -84,6 +84,7 @@ def test_effort_penalty_has_no_gradient_at_the_start():
         adapters.effort_penalty({"w": w}, start, rules)
 
 
+@pytest.mark.slow
 def test_a_projected_residual_leaves_the_principal_directions_to_the_weight(x64):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)))
     rules = {"w": adapters.Effort(2, project=True)}

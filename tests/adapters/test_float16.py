@@ -70,13 +70,9 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "coarse"),
-    [
-        ("effort_projected", jnp.bfloat16),
-        *(pytest.param(name, jnp.float16, marks=pytest.mark.slow) for name in SETTINGS),
-        *(pytest.param(name, jnp.bfloat16, marks=pytest.mark.slow) for name in SETTINGS if name != "effort_projected"),
-    ],
+    ("name", "coarse"), [(name, dtype) for dtype in (jnp.float16, jnp.bfloat16) for name in SETTINGS]
 )
 def test_bind_merge_and_unmerge_take_trained_arrays_of_16_bits(name, coarse):
     rules, draw = {"w": SETTINGS[name]}, np.random.default_rng(0).normal

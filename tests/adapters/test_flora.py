@@ -90,6 +90,7 @@ def start_of(params, rules):
     return jax.jit(lambda p: adapters.init(jax.random.key(1), p, rules))(params)
 
 
+@pytest.mark.slow
 def test_a_convolution_without_the_update_equals_one_with_it(x64):
     groups = 2
     params, trainable, rules = drawn((3, 2, 4, 6), (3, 4, 2, 2), 2.0)
@@ -106,13 +107,8 @@ def test_a_convolution_without_the_update_equals_one_with_it(x64):
     np.testing.assert_allclose(back["w"], params["w"], atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("shape", "ranks"),
-    [
-        ((3, 2, 4, 5), (2, 3, 2, 1)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (((4, 5), (2, 3)), ((5,), (3,)))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "ranks"), [((3, 2, 4, 5), (2, 3, 2, 1)), ((4, 5), (2, 3)), ((5,), (3,))])
 def test_the_update_is_the_sum_it_is_defined_by_and_has_its_ranks(shape, ranks, x64):
     params, trainable, rules = drawn(shape, ranks, 0.5)
     own, order = trainable["w"], len(ranks)
@@ -128,6 +124,7 @@ def test_the_update_is_the_sum_it_is_defined_by_and_has_its_ranks(shape, ranks, 
         assert np.linalg.matrix_rank(unfolded, tol=1e-10) <= rank
 
 
+@pytest.mark.slow
 def test_flora_with_an_identity_core_is_lora_and_its_factors_may_be_rotated(x64):
     params, trainable, rules = drawn((6, 5), (3, 3), 2.0)
     own = {**trainable["w"], "core": jnp.eye(3)}

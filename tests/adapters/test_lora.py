@@ -125,6 +125,7 @@ def both(w, a, b, m, x):
         return [nn.linear(x, bound[name]) for name in own], bound["dora"].dense()
 
 
+@pytest.mark.slow
 @BOTH
 def test_bfloat16_outputs_are_within_one_unit_in_the_last_place(method):
     """Of the output's scale: a sum that cancels has the errors of what it was made from."""

@@ -106,6 +106,7 @@ def test_singular_values_are_those_trained_and_those_left(x64):
     del base
 
 
+@pytest.mark.slow
 def test_svfit_of_all_singular_values_learns_a_spectrum(x64):
     """The loss is quadratic in the values, and its minimum is the teacher's spectrum."""
     w = jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)
@@ -126,6 +127,7 @@ def test_svfit_of_all_singular_values_learns_a_spectrum(x64):
     np.testing.assert_allclose(sigma, target, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_changes_are_kept_in_bfloat16():
     """A shift of 0.01 beside a singular value of 50 would be lost if the weight were formed in bfloat16."""
     w = (50 * jnp.eye(4)).astype(jnp.bfloat16)

@@ -179,6 +179,7 @@ def test_finetune_adapts_a_tied_embedding_table_by_its_rule_and_writes_merged_we
     assert after < before
 
 
+@pytest.mark.slow
 def test_commands_untie_a_model_whose_adapter_has_the_head_alone(folder, tmp_path, capsys):
     untied, params = nn.untie_causal_lm(MODEL, interop.load_causal_lm(folder / "model")[1])
     settings = {"attn/qkv": adapters.LoRA(2, 4.0), "head/kernel": adapters.Full()}

@@ -103,6 +103,7 @@ def test_generate_answers_messages_by_the_chat_template(model, expected, monkeyp
     assert found[0]["messages"] == rows[0]["messages"]
 
 
+@pytest.mark.slow
 def test_generate_talks_with_the_conversation_so_far(model, expected, monkeypatch, capsys):
     given(monkeypatch, "Hi\n\nAnd?\n")
     assert generate(model, "--chat") == 0
@@ -111,6 +112,7 @@ def test_generate_talks_with_the_conversation_so_far(model, expected, monkeypatc
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
+@pytest.mark.slow
 def test_generate_leaves_out_the_oldest_turn_of_a_long_conversation(model, monkeypatch, capsys, caplog):
     given(monkeypatch, "\n".join([*["again " * 9] * 3, "again " * 99, "Hi"]))
     assert generate(model, "--chat") == 0
@@ -120,6 +122,7 @@ def test_generate_leaves_out_the_oldest_turn_of_a_long_conversation(model, monke
     assert "exceed the model's 128 positions" in printed.err
 
 
+@pytest.mark.slow
 def test_generate_ends_where_the_template_ends_a_turn(model, tmp_path, monkeypatch, capsys):
     config, params = interop.load_causal_lm(model)
     table = params["embed"]["embedding"]

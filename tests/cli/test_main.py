@@ -113,6 +113,7 @@ def test_train_resumes_where_it_stopped(train, tmp_path, caplog):
     assert "train.steps: 6 -> 9" in caplog.text
 
 
+@pytest.mark.slow
 def test_eval_reads_the_latest_a_named_and_the_best_checkpoint(train, tmp_path, capsys):
     assert train(tmp_path, "--config.train.keep=3") == 0
     capsys.readouterr()
@@ -136,6 +137,7 @@ def test_train_on_a_mesh_reaches_the_same_numbers(train, tmp_path):
     assert losses["single"] == pytest.approx(losses["sharded"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_eval_takes_another_mesh_than_the_run_had(train, tmp_path, capsys):
     assert train(tmp_path, "--config.mesh.data=2", "--config.mesh.tensor=2") == 0
@@ -231,6 +233,7 @@ def test_train_names_an_unwritable_workdir(train, tmp_path, capsys):
     assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_says_which_function_of_which_phase_failed(train, tmp_path, monkeypatch, capsys):
     def stop(rows):
         raise ValueError("no such metric")

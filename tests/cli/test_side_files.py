@@ -74,6 +74,7 @@ def generation_config(model):
     file.write_text(before)
 
 
+@pytest.mark.slow
 def test_generate_ends_where_the_generation_config_says(model, capsys, generation_config):
     free = generated(model, capsys, "--max-new-tokens", "8")
     end = next(t for t in free[2:] if t not in free[:2])
@@ -143,6 +144,7 @@ def test_export_copies_tokenizer_and_generation_files(model, start, tmp_path):
     assert weights | {*BESIDE} <= names(tmp_path / "adapter") <= weights | {*BESIDE, "README.md"}
 
 
+@pytest.mark.slow
 def test_export_of_a_model_from_scratch_copies_the_files_of_its_tokenizer(model, start, tmp_path):
     start(f"model.tokenizer={model}", "model.size=tiny")
     (tmp_path / "model").mkdir()

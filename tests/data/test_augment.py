@@ -148,6 +148,7 @@ def batch():
     return np.ascontiguousarray(images)
 
 
+@pytest.mark.slow
 def test_half_the_batches_are_mixed_by_either_kind_and_the_weight_is_the_share_of_own_pixels(batch):
     kinds = {"mixup": 0, "cutmix": 0, "none": 0}
     for seed in range(60):
@@ -172,6 +173,7 @@ def test_nothing_is_done_where_both_kinds_are_off(batch):
     assert data.mix_images(jax.random.key(0), batch, mixup=0.0, cutmix=0.0)[0] is batch
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_mix_images_of_a_sharded_batch_equals_that_of_one_device(batch):
     rows = NamedSharding(train.make_mesh(2, 4, 1), P(("data", "fsdp")))

@@ -32,6 +32,7 @@ def build(spec, *settings):
     return train.build(train.override(train.load_config(spec), settings))
 
 
+@pytest.mark.slow
 def test_transfer_adapts_the_network_that_the_first_phase_trained_and_is_restored_with_its_singular_vectors(
     tmp_path, configs
 ):
@@ -66,6 +67,7 @@ def test_transfer_enters_with_the_numbers_of_the_pretrained_network(configs):
         build(f"{configs}/adapters/rotated_digits.py:lora", "pretrain.epochs=0")
 
 
+@pytest.mark.slow
 def test_pretraining_reads_upright_digits_and_not_rotated_ones(configs, tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)
     made = build(f"{configs}/adapters/rotated_digits.py:lora", "pretrain.epochs=15")

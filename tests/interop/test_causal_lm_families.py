@@ -228,6 +228,7 @@ def adapted(folder):
     return config, params, settings, jax.tree.map(lambda x: x + 0.1, trainable)
 
 
+@pytest.mark.slow
 def test_save_peft_adapter_names_every_projection_of_gemma(checkpoint, tmp_path):
     config, _, settings, trainable = adapted(checkpoint("gemma3"))
     interop.save_peft_adapter(tmp_path / "adapter", config, trainable, settings)

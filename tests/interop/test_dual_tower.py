@@ -15,7 +15,7 @@ from .conftest import rewrite, tensors_of
 from .vision_goldens import CLOSE, DUAL, GOLDEN, copy, gradients_are, jit, pixels, stored
 
 every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "clip_legacy" else []) for name in DUAL]
+    "name", [pytest.param(name, marks=[] if name == "siglip" else pytest.mark.slow) for name in DUAL]
 )
 
 
@@ -63,6 +63,7 @@ def test_embeddings_similarities_and_loss_are_those_of_the_reference(name):
     chex.assert_trees_all_close(loss, golden["loss"], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_gradients_are_those_of_the_reference(name):
     golden, (_, grads) = stored(name), found(name)
@@ -70,9 +71,8 @@ def test_gradients_are_those_of_the_reference(name):
     assert count == sum(key.startswith("grad:") for key in golden)
 
 
-@pytest.mark.parametrize(
-    "name", ["siglip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("clip", "clip_legacy"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["siglip", "clip", "clip_legacy"])
 def test_encode_text_with_a_mask_ignores_padding(name):
     golden, (config, params) = stored(name), loaded(name)
     ids, mask = (jnp.asarray(golden[key], jnp.int32) for key in ("input_ids", "attention_mask"))

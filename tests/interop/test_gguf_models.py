@@ -77,6 +77,7 @@ def test_load_causal_lm_reads_from_gguf_what_the_folder_holds(name, checkpoint, 
     assert interop.read_config(path) == config
 
 
+@pytest.mark.slow
 def test_load_causal_lm_reads_the_biases_of_a_llama(tmp_path):
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_size": 24}
     config = nn.CausalLMConfig.tiny(40, **sizes, qkv_bias=True, out_bias=True, mlp_bias=True)

@@ -41,9 +41,10 @@ def test_causal_lm_apply_ignores_left_padding(model, checkpoint, expected):
     assert np.all(np.isfinite(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "gpt2")],
+    MODELS,
     indirect=True,
 )
 def test_generate_with_a_cache_gives_the_tokens_of_the_full_forward_pass(model, checkpoint, expected):

@@ -19,7 +19,7 @@ PEFT = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 ADAPTERS = sorted("/".join(p.parent.parts[-2:]) for p in PEFT.glob("*/*/adapter_config.json"))
 
 # One of each kind and family in the quick tests, as each takes seconds to compile.
-QUICK = ("gpt2/rslora", "llama/dora", "llama/lora_embed", "llama/lora_head", "qwen2/lora_alllinear")
+QUICK = ("gpt2/rslora", "llama/dora", "llama/lora_embed")
 every_adapter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ADAPTERS]
 )

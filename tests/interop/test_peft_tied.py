@@ -112,6 +112,7 @@ def test_load_adapted_unties_a_model_whose_tables_an_adapter_changes_apart(famil
         assert again.settings == interop.load_peft_adapter(folder, CONFIGS[family], untie=True).settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
 def test_load_adapted_refuses_a_stored_base_that_is_not_the_model_s(name, tmp_path):
     table, a, b = model("qwen2", tmp_path / "model"), drawn(5, 2, 8), drawn(6, 20, 2)
@@ -163,6 +164,7 @@ def test_merge_adapter_writes_an_untied_model(tmp_path):
     np.testing.assert_array_equal(params["head"]["kernel"], new.T)
 
 
+@pytest.mark.slow
 def test_load_adapted_keeps_the_type_of_a_table_that_an_adapter_holds_in_another(tmp_path):
     params = nn.init_params(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16)
     interop.save_causal_lm(tmp_path / "model", CONFIGS["llama"], params)
@@ -233,6 +235,7 @@ def test_save_peft_adapter_refuses_low_rank_updates_of_a_tied_table(method, tmp_
         interop.save_peft_adapter(tmp_path / "out", CONFIGS["llama"], trainable, settings)
 
 
+@pytest.mark.slow
 def test_untie_causal_lm_changes_no_logits():
     config, tokens = CONFIGS["gpt2"], jnp.array([[1, 5, 9]])
     params = nn.init_params(jax.random.key(0), config)

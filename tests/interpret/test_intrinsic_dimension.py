@@ -43,6 +43,7 @@ def measure(problem, workdir, dims=(5,), **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_a_task_in_a_subspace_takes_the_same_steps_on_every_mesh():
     task, own = regression()
@@ -76,6 +77,7 @@ def test_a_subspace_task_starts_from_what_its_task_loads():
     )
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on(problem, tmp_path):
     task, own = problem
     with pytest.raises(Interrupted):

@@ -118,6 +118,7 @@ def test_every_gradient_is_that_of_the_plain_formula(x64, detach):
     chex.assert_trees_all_close(got, want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_first_step_starts_from_the_layer_as_it_was():
     for dtype in (jnp.float32, jnp.bfloat16):
         x, w, a, b, _ = layer_args(dtype=dtype)
@@ -147,6 +148,7 @@ def test_dropout_reaches_the_adapter_and_the_correction_only(x64):
     chex.assert_trees_all_close(layer(x, w, a, b, m, 0.7, dropped=x), layer(x, w, a, b, m, 0.7), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     x, w, a, b, m = layer_args((64,), 96, 80, 4, jnp.bfloat16)
     got = layer(x, w, a, b, m, 0.5)

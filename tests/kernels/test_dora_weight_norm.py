@@ -73,7 +73,8 @@ def test_chunks_are_those_of_the_authors_code(golden):
 
 
 # The form for TPUs, and the sweep in chunks, give what the default does here.
-@pytest.mark.parametrize("dtype", rest_slow([jnp.bfloat16, jnp.float32]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_every_form_is_near_float64(dtype):
     w, a, b = factors(70, 33, 5, dtype)
     want = reference(w, a, b, 0.7)
@@ -89,7 +90,7 @@ def test_every_form_is_near_float64(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunks", [(32,), pytest.param((1, 7, 64, 70), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("chunks", [(32,), (1, 7, 64, 70)], ids=str)
 def test_chunks_of_rows_change_nothing(x64, monkeypatch, chunks):
     w, a, b = factors(70, 33, 5, jnp.float64)
     for chunk in chunks:
@@ -99,6 +100,7 @@ def test_chunks_of_rows_change_nothing(x64, monkeypatch, chunks):
             chex.assert_trees_all_close(jnp.sqrt(got), reference(w, a, b, 0.7), rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 100), st.floats(-4, 4), st.sampled_from([(1, 1, 1), (9, 6, 12), (17, 3, 2)]))
 def test_leading_axes_are_single_weights(seed, scale, shape):
@@ -106,6 +108,7 @@ def test_leading_axes_are_single_weights(seed, scale, shape):
     chex.assert_trees_all_close(norm(w, a, b, scale), reference(w, a, b, scale), rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_columns_that_cancel_are_computed_as_they_stand():
     w, a, b = factors(64, 40, 4)
     # Half of the columns all but vanish: there a sum of three float32 numbers would be off by ten percent and more.
@@ -140,6 +143,7 @@ def test_derivatives_are_those_of_the_plain_formula(x64):
     chex.assert_trees_all_close(tuple(mapped), tuple(want), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_column_of_zeros_has_a_gradient_of_zeros():
     w, a, b = (jnp.zeros_like(x) for x in factors(6, 4, 2))
     for g in jax.grad(lambda *args: jnp.sum(norm(*args, 1.0)), (0, 1, 2))(w, a, b):
@@ -246,7 +250,8 @@ def test_bad_input_is_named(change, error, message):
         functools.partial(norm, **args)()
 
 
-@pytest.mark.parametrize("with_energy", rest_slow([True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("with_energy", [True, False])
 def test_norms_and_gradients_of_any_size_are_those_of_float64(x64, with_energy):
     # Columns of each size side by side, and a column of zeros.
     size = np.array([1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 0.0])

@@ -78,6 +78,7 @@ def test_loss_and_gradients_match_the_authors_code(x64, golden, block):
     chex.assert_trees_all_close(rows, g["grad_W"], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_classes_of_each_dimension_match_the_oracle(x64, golden):
     g = golden("gcr/oracle_logits_mixed")
     x = jnp.asarray(g["X"])
@@ -111,7 +112,8 @@ def test_values_and_gradients_are_those_of_the_formula_for_any_shape_and_block(s
             assert error(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("block", rest_slow([24, None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [24, None])
 def test_float32_is_within_1e_5_of_float64(block):
     with jax.enable_x64(True):
         x, bases, weights = problem(0, 64, 256, 100, 8, dtype=jnp.float64)
@@ -124,8 +126,9 @@ def test_float32_is_within_1e_5_of_float64(block):
         assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("bases_dtype", rest_slow([jnp.float32, jnp.bfloat16]))
-@pytest.mark.parametrize("block", rest_slow([24, None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("bases_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("block", [24, None])
 def test_bfloat16_features_round_factors_to_bfloat16_and_sum_in_float32(bases_dtype, block):
     x, bases, weights = problem(0, 64, 256, 100, 8)
     x, bases = x.astype(jnp.bfloat16), bases.astype(bases_dtype)
@@ -213,6 +216,7 @@ def test_cross_entropy_is_that_of_the_logits(x64, smoothing):
         assert error(a, b) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_label_out_of_range_gives_nan_there():
     x, bases, _ = problem(0, 3, 5, 4, 2)
     loss = grassmann_cross_entropy(x, bases, jnp.array([-1, 0, 4]))
@@ -430,6 +434,7 @@ def test_bad_arguments_of_the_loss_are_refused(change, kind, message):
         grassmann_cross_entropy(**arguments)
 
 
+@pytest.mark.slow
 def test_lengths_and_gradients_of_features_of_any_size_are_those_of_float64(x64):
     size = np.array([1e-25, 1e-20, 1.0, 1e20, 1e25])[:, None]
     rng = np.random.default_rng(0)

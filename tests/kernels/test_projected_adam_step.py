@@ -138,6 +138,7 @@ def test_first_step_of_optax_galore_is_had_with_corrected_eps():
     assert jnp.max(jnp.abs(got - w - updates)) <= 1e-4 * jnp.max(jnp.abs(updates))
 
 
+@pytest.mark.slow
 def test_sides_are_transposes_of_each_other():
     w, grad, basis, mu, nu = _inputs(20, 33, 5, "right")
     right = _step(w, grad, basis, mu, nu, side="right")
@@ -146,6 +147,7 @@ def test_sides_are_transposes_of_each_other():
         assert jnp.max(jnp.abs(a - b.T)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_update_lies_in_the_span_of_the_basis(x64):
     del x64
     args = [x.astype(jnp.float64) for x in _inputs(30, 20, 4)]
@@ -154,6 +156,7 @@ def test_update_lies_in_the_span_of_the_basis(x64):
     assert jnp.max(jnp.abs(update - basis @ (basis.T @ update))) <= 1e-14
 
 
+@pytest.mark.slow
 def test_float64_weights_keep_float64_moments_and_gradients_are_exact(x64):
     del x64
     args = [x.astype(jnp.float64) for x in _inputs(9, 14, 3)]

@@ -104,6 +104,7 @@ def test_a_bfloat16_basis_leaks_what_it_rounds(form, p):
     assert np.max(np.abs(np.sqrt(got) - np.sqrt(_reference(x, mean, basis))) / length) <= 2.0**-7
 
 
+@pytest.mark.slow
 def test_forms_agree_and_energies_add_up(x64):
     del x64
     x, mean, basis = (y.astype(float) for y in _inputs((30,), 12, 5))
@@ -125,7 +126,7 @@ def test_the_whole_space_leaves_only_rounding(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16]))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_complement_basis_completes_an_orthonormal_basis(dtype):
     basis = _inputs((1,), 200, 77)[2].astype(dtype)
     rest = complement_basis(jnp.stack([basis, basis]))[1]
@@ -185,8 +186,8 @@ def test_gradients_are_those_of_the_plain_formula(complement, p, block, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complement", rest_slow([False, True]))
-@pytest.mark.parametrize(("dtype", "bound"), rest_slow([(jnp.bfloat16, 2e-2), (jnp.float32, 1e-5)]))
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.bfloat16, 2e-2), (jnp.float32, 1e-5)])
 def test_gradients_keep_dtypes_and_digits(complement, dtype, bound):
     x, mean, basis = _inputs((40,), 24, 7, dtype, share=1.0)
     columns = basis.astype(dtype)
@@ -201,7 +202,7 @@ def test_gradients_keep_dtypes_and_digits(complement, dtype, bound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complement", rest_slow([False, True]))
+@pytest.mark.parametrize("complement", [False, True])
 def test_op_composes_with_jit_vmap_grad_and_scan(complement):
     x, mean, basis = _inputs((4, 12), 10, 3)
     bases = jnp.stack([basis] * 4)

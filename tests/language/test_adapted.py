@@ -72,13 +72,11 @@ def test_a_step_of_adapted_lm_task_on_a_mesh_is_that_of_one_device(batch):
     chex.assert_trees_all_close(split, one, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
     "settings",
-    [
-        pytest.param(LINEAR, marks=pytest.mark.slow),
-        {"attn/q": adapters.LoRA(2, 4.0, init="pissa"), "mlp/up": adapters.DoRA(2, 4.0)},
-    ],
+    [LINEAR, {"attn/q": adapters.LoRA(2, 4.0, init="pissa"), "mlp/up": adapters.DoRA(2, 4.0)}],
 )
 def test_one_step_delivers_the_energies_of_gradients_on_any_mesh(batch, settings):
     many = {name: np.tile(x, (4, 1)) for name, x in batch.items()}

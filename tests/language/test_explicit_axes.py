@@ -60,6 +60,7 @@ def test_fine_tuning_on_explicit_axes_gives_the_bits_of_auto_axes(rows, settings
     assert {x.sharding.mesh.axis_types for x in jax.tree.leaves(explicit[:2])} == {(AxisType.Explicit,) * 3}
 
 
+@pytest.mark.slow
 def test_rows_are_scored_on_explicit_axes_as_on_auto_axes(rows):
     def scores(mesh):
         task = language.CausalLMTask(interop.read_config(LLAMA), folder=LLAMA, loss_chunk=4)

@@ -10,8 +10,6 @@ import pytest
 from subspace_jax import data, interop, language, nn, train
 from subspace_jax.data import text
 
-from ..variants import rest_slow
-
 CONFIG = nn.CausalLMConfig.gpt2(259, 32, 2, 2, max_length=64)
 TOKENIZER = text.ByteTokenizer()
 
@@ -54,13 +52,8 @@ def test_evaluate_counts_no_padding(batch):
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"remat": "dots", "loss_chunk": 16},
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"loss_chunk": 8}, {"remat": "full"})),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"remat": "dots", "loss_chunk": 16}, {"loss_chunk": 8}, {"remat": "full"}])
 def test_chunks_and_remat_change_no_gradient(batch, options):
     params, _ = task().init(jax.random.key(0))
     grads = [
@@ -137,7 +130,8 @@ def config(tmp_path):
     return config.lock()
 
 
-@pytest.mark.parametrize(("length", "steps", "rate"), rest_slow([(32, 15, 1e-2), (64, 30, 3e-3)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "steps", "rate"), [(32, 15, 1e-2), (64, 30, 3e-3)])
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
 def test_a_run_learns_and_is_written_as_a_folder(config, tmp_path, monkeypatch, length, steps, rate):
     monkeypatch.setattr(train.loop, "plot_curves", lambda *arguments: None)

@@ -66,6 +66,7 @@ def test_exponential_can_be_differentiated_twice(x64):
     check_grads(expm, (jnp.asarray(2 * gaussian(0, 3, 3)),), order=2, modes=["rev"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_would_take_too_many_squarings_is_nan():
     assert np.isnan(linalg.expm(jnp.eye(2) * 2e3)).all()
     assert not np.isnan(linalg.expm(-jnp.eye(2) * 1.5e3)).any()
@@ -87,6 +88,7 @@ def test_action_is_the_exponential_times_the_argument(x64, seed, size):
         )
 
 
+@pytest.mark.slow
 def test_action_can_be_differentiated_and_batched(x64):
     m, x = jnp.asarray(gaussian(0, 2, 3, 3)), jnp.asarray(gaussian(1, 2, 3, 1))
 

@@ -209,6 +209,7 @@ def test_a_zero_vector_moves_nothing_and_its_derivatives_are_finite(x64, manifol
     chex.assert_trees_all_close(moved, d, rtol=1e-7, atol=1e-14)
 
 
+@pytest.mark.slow
 @every_manifold
 @pytest.mark.parametrize("shape", [SHAPES[0]])
 def test_distance_of_a_point_from_itself_has_gradient_zero(x64, manifold, shape):
@@ -412,6 +413,7 @@ def test_long_steps_are_those_of_the_formula_and_so_are_their_derivatives(x64, m
     chex.assert_trees_all_close(got, stencil(lambda e: step(s, h + e * d)), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_transport_along_long_geodesics_is_an_isometry_in_single_precision():
     s = jnp.asarray(point(0, ((), 12, 3)), jnp.float32)
     d = tangent(grassmann, s, 5).astype(jnp.float32)

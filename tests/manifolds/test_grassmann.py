@@ -93,6 +93,7 @@ def test_qr_and_polar_retractions_reach_the_span_of_the_sum(x64, seed):
         chex.assert_trees_all_close(projector(grassmann.retract(s, h, method)), want, rtol=1e-7, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_whole_space_has_no_tangent_vectors(x64):
     s, x = point(0, ((), 4, 4)), point(1, ((), 4, 4))
     chex.assert_trees_all_close(grassmann.tangent_project(s, x), 0, rtol=1e-7, atol=1e-14)
@@ -118,6 +119,7 @@ def test_distance_stays_accurate_when_tiny(x64):
     chex.assert_trees_all_close(grassmann.dist(s, grassmann.exp(s, h)), 1e-9, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_align_finds_the_rotation_of_the_basis(x64):
     s, q = point(0, ((3,), 7, 3)), point(1, ((3,), 3, 3))
     h = tangent(grassmann, s, 2, 1.0)
@@ -166,6 +168,7 @@ def test_log_and_dist_in_single_precision_are_those_in_double_between_random_poi
     chex.assert_trees_all_close(slope, -back, rtol=1e-7, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_of_tiny_angles_loses_no_more_than_the_rounding_of_bases():
     s = grassmann.random_point(jax.random.key(0), 64, 4)
     for size in (0.0, 1e-6, 1e-4):

@@ -80,7 +80,8 @@ def test_attention_computes_softmax_in_float32():
     np.testing.assert_allclose(rounded.astype(jnp.float32), run(query, key, value), atol=3e-2)
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_blocks_has_the_same_result_and_gradient(monkeypatch, masked):
     query, key, value = arrays(length=12)
     valid = jnp.arange(12)[None] >= jnp.array([[0], [3]])

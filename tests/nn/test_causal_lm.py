@@ -118,7 +118,8 @@ def _wrap(kernel, key, kind=LowRank):
     return kind(kernel, a, b), kernel + a @ b
 
 
-@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
 def test_causal_lm_apply_takes_structured_kernels_everywhere(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 2, 12)
 
@@ -187,6 +188,7 @@ def test_layer_options_apply_hooks_to_each_layer_and_the_stream():
     assert jnp.max(jnp.abs(expected.logits - run(config, params, tokens).logits)) > 1e-2
 
 
+@pytest.mark.slow
 def test_causal_lm_apply_scales_scores_by_layer():
     config, params, tokens = CONFIGS["gpt2"], params_of("gpt2"), tokens_of("gpt2", 1, 20)
     by_layer = run(config.replace(scale_by_layer=True), params, tokens).logits
@@ -313,8 +315,9 @@ def test_check_tokens_refuses_tokens_outside_the_vocabulary():
         nn.init_cache(CONFIGS["llama"], 0, 3)
 
 
-@pytest.mark.parametrize("cut", rest_slow([6, 7]))
-@pytest.mark.parametrize("name", rest_slow(["gpt2", "qwen2"], "qwen2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [6, 7])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_causal_lm_apply_computes_float64_in_float64(x64, name, cut):
     config, tokens = CONFIGS[name], tokens_of(name, 2, 12)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params_of(name))

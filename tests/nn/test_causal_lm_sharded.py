@@ -55,8 +55,9 @@ def fully_sharded(config, mesh, dtype, loss):
     return sharded_loss, shardings, rows
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("name", ["qwen2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama"))])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama"])
 def test_causal_lm_apply_on_a_mesh_has_loss_and_gradients_of_one_device(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 8, 12)
     expected, grads = jax.jit(jax.value_and_grad(functools.partial(next_token_loss, config)))(params, tokens)

@@ -81,6 +81,7 @@ def test_causal_lm_apply_in_parts_with_a_cache_equals_one_pass_of_gemma(name):
     np.testing.assert_allclose(hidden, whole.hidden, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_causal_lm_apply_separates_packed_texts_and_ignores_padding_of_gemma(name):
     config, params, tokens = CONFIGS[name], params_of(name), tokens_of(name, 1, 20)

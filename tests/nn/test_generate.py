@@ -28,6 +28,7 @@ def test_generate_equals_generation_without_a_cache(name):
         np.testing.assert_array_equal(made.lengths, 12)
 
 
+@pytest.mark.slow
 def test_generate_pads_after_the_end_token():
     config, params, tokens = CONFIGS["llama"], params_of("llama"), tokens_of("llama", 4, 6)
     free = np.asarray(nn.generate(config, params, tokens, max_new_tokens=10).tokens)

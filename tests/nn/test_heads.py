@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg, losses, nn
 
+from ..variants import rest_slow
+
 
 def bases_of(rows, dims):
     """Stored rows (sum k, n) to one [1, n, k] basis per class."""
@@ -109,7 +111,7 @@ def test_grassmann_logits_of_bfloat16_are_float32_within_rounding():
     np.testing.assert_allclose(rounded, exact, rtol=2e-2)
 
 
-@pytest.mark.parametrize("dims", [pytest.param(3, marks=pytest.mark.slow), [1, 3, 1, 2, 3]])
+@pytest.mark.parametrize("dims", rest_slow([3, [1, 3, 1, 2, 3]]))
 def test_grassmann_head_returns_logits_in_class_order(dims):
     head = nn.GrassmannHead(8, 5, dims=dims, gamma=2.0, rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(1), (6, 8))
@@ -178,6 +180,7 @@ def test_heads_refuse_integer_features():
             logits()
 
 
+@pytest.mark.slow
 def test_grassmann_head_takes_numpy_integers_as_dims():
     assert nn.GrassmannHead(8, 3, dims=np.int64(2), rngs=nnx.Rngs(params=0)).bases.get_value().shape == (3, 8, 2)
 
@@ -199,7 +202,7 @@ def test_grassmann_logits_of_bfloat16_have_float32_gradients_within_rounding():
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("dims", "axis_type"),
-    [(2, AxisType.Explicit), pytest.param(2, AxisType.Auto, marks=pytest.mark.slow), ([1, 2] * 8, AxisType.Auto)],
+    rest_slow([(2, AxisType.Explicit), (2, AxisType.Auto), ([1, 2] * 8, AxisType.Auto)]),
 )
 def test_grassmann_head_with_sharded_classes_returns_the_same_logits(dims, axis_type):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)

@@ -21,6 +21,7 @@ VIT = nn.VisionTransformerConfig(
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stack_layers_inverts_unstack_layers():
     params = {"tower": params_of("llama"), "scale": jnp.ones(3)}
     rules = {"attn/q": adapters.LoRA(rank=2, alpha=4.0)}

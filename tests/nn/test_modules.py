@@ -26,6 +26,7 @@ def test_linear_computes_in_the_dtype_of_the_activations():
     np.testing.assert_array_equal(y, 4.0)
 
 
+@pytest.mark.slow
 def test_mlp_runs_with_a_structured_kernel():
     model = nn.MLP(5, (4, 3), rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(1), (2, 5))
@@ -50,6 +51,7 @@ def test_mlp_has_a_linear_last_layer():
     assert jnp.min(model(jax.random.normal(jax.random.key(0), (32, 4)))) < 0
 
 
+@pytest.mark.slow
 def test_convnet_halves_the_resolution_at_each_stage():
     model = nn.ConvNet(3, (8, 16), rngs=nnx.Rngs(params=0))
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
@@ -58,6 +60,7 @@ def test_convnet_halves_the_resolution_at_each_stage():
     assert jax.eval_shape(model, x).shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_convnet_in_bfloat16_is_close_to_float32():
     exact = nn.ConvNet(3, (8,), rngs=nnx.Rngs(params=0))
     rounded = nn.ConvNet(3, (8,), dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0))

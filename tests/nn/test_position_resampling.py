@@ -13,6 +13,7 @@ def table():
     return jnp.asarray(np.random.default_rng(0).standard_normal((2 + 5 * 4, 3), np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [(9, 7), (3, 2), (4, 5)])
 def test_resample_positions_with_antialias_equals_jax_image_resize(table, new):
     grid = table[2:].reshape(5, 4, 3)

@@ -204,6 +204,7 @@ def test_model_needs_params_or_rngs():
         nn.Model("resnet50")
 
 
+@pytest.mark.slow
 def test_model_of_vgg_applies_dropout_in_training():
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: nn.init_params(jax.random.key(0), VGG))

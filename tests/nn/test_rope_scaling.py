@@ -81,7 +81,8 @@ def test_texts_of_a_row_are_scaled_by_their_own_lengths():
         np.testing.assert_allclose(packed[:, part], run(config, params, tokens[:, part]).logits, atol=2e-5)
 
 
-@pytest.mark.parametrize("rope", [DYNAMIC, pytest.param(YARN, marks=pytest.mark.slow)], ids=lambda rope: rope.kind)
+@pytest.mark.slow
+@pytest.mark.parametrize("rope", [DYNAMIC, YARN], ids=lambda rope: rope.kind)
 def test_generate_with_scaled_positions_continues_as_without_a_cache(rope):
     config, params, count = CONFIGS["llama"].replace(rope=rope, eos_tokens=()), params_of("llama"), 9
     prompts = [[5, 9, 11, 3, 7, 20, 31], [40, 2, 8]]

@@ -84,6 +84,7 @@ def plain_blocks(params, x):
     return x
 
 
+@pytest.mark.slow
 def test_swin_apply_drops_branches_by_key_and_rematerializes_blocks(tiny):
     config = TINY.replace(drop_path=0.5, depths=(2, 1))
     run = jax.jit(functools.partial(nn.swin_apply, config, train=True))

@@ -95,6 +95,7 @@ def test_load_dino_params_reads_the_names_of_meta(golden):
         interop.load_dino_params(changed, config)
 
 
+@pytest.mark.slow
 def test_save_vision_and_load_vision_round_trip_dinov2(golden, tmp_path):
     for name in ("dinov2_swiglu_reg", "dinov2_mlp_plain"):
         config, flat, _ = dino(golden, name)
@@ -128,6 +129,7 @@ def test_vision_transformer_apply_on_a_mesh_equals_one_device(model):
     chex.assert_trees_all_close(split_grads, grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vision_transformer_apply_drops_paths_in_training_only(model):
     config, params, pixels = model
     dropping = config.replace(drop_path=(0.0, 0.0, 0.5))
@@ -148,6 +150,7 @@ def test_vision_transformer_apply_drops_paths_in_training_only(model):
         config.replace(drop_path=(0.1,))
 
 
+@pytest.mark.slow
 def test_vision_transformer_apply_with_zero_gains_is_the_identity(model):
     _, params, pixels = model
     none = {name: {"scale": jnp.zeros((3, 16))} for name in ("attn_gain", "mlp_gain")}

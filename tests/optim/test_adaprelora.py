@@ -91,6 +91,7 @@ def test_a_change_of_basis_changes_the_steps_alike(x64):
     close(other[1], db @ jnp.linalg.inv(turn).T, 1e-9)
 
 
+@pytest.mark.slow
 def test_without_a_preconditioner_the_weight_moves_as_with_lora_pro(x64):
     f, g = problem(4)
     step = change(f, *factor_step(f, jnp.ones(ROWS), jnp.ones(COLUMNS), 0.0, 0.0))
@@ -99,6 +100,7 @@ def test_without_a_preconditioner_the_weight_moves_as_with_lora_pro(x64):
     close(step, change(f, *adjusted(f, 0.0)))
 
 
+@pytest.mark.slow
 def test_factors_of_full_rank_follow_the_ideal_step_itself(x64):
     f, g = problem(5, rank=COLUMNS)
     rows, columns = weights(f)
@@ -117,7 +119,8 @@ def one_step(tx, f):
     return jax.jit(tx.update)({"a": f.grad_a, "b": f.grad_b.T}, tx.init(tree), tree, energies={"": f.energies})
 
 
-@pytest.mark.parametrize("stats", rest_slow(["full", "sum", "projected"], "projected"))
+@pytest.mark.slow
+@pytest.mark.parametrize("stats", ["full", "sum", "projected"])
 def test_the_size_of_the_loss_does_not_matter(x64, stats):
     f, g = problem(7)
     tx = optim.scale_by_adaprelora(scale=1.7, stats=stats)
@@ -149,6 +152,7 @@ def test_energies_of_surrogates_are_those_of_the_dense_matrix(x64, stats):
         close(got, jnp.mean(dense**2, axis=axis), rtol)
 
 
+@pytest.mark.slow
 def test_rows_and_columns_without_gradient_stay(x64):
     f, g = problem(10)
     f = factors(f.a, jnp.eye(COLUMNS, RANK), g.at[:, 4].set(0), 1.7)
@@ -157,12 +161,14 @@ def test_rows_and_columns_without_gradient_stay(x64):
     np.testing.assert_array_equal(updates["b"][:, 4], 0)
 
 
+@pytest.mark.slow
 def test_no_gradient_at_all_is_no_step():
     f, g = problem(11)
     updates, state = one_step(optim.scale_by_adaprelora(), factors(f.a, f.b, 0 * g, 1.0))
     assert all(not np.any(x) for x in jax.tree.leaves((updates, state.momentum, state.energy)))
 
 
+@pytest.mark.slow
 def test_a_cap_on_the_change_of_the_weight_is_kept(x64):
     f, _ = problem(12)
     size = lambda updates: jnp.sqrt(jnp.mean(change(f, updates["a"], updates["b"].T) ** 2))  # noqa: E731

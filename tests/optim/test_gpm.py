@@ -25,6 +25,7 @@ def test_outputs_for_remembered_inputs_do_not_move():
     np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_stays_orthonormal_and_never_overflows():
     memory, update = None, jax.jit(optim.gpm_update, static_argnums=2)
     for i in range(4):

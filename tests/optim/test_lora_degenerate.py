@@ -11,8 +11,6 @@ import pytest
 
 from subspace_jax import optim
 
-from ..variants import rest_slow
-
 MAKERS = {
     "adaprelora": functools.partial(optim.adaprelora, 0.1, transport=True, stats="projected"),
     "adaprelora, undamped": functools.partial(
@@ -43,7 +41,8 @@ def degenerate():
     return {"stack": {"a": a, "b": b}, "wide": wide, "one": one}
 
 
-@pytest.mark.parametrize("name", rest_slow(MAKERS, "scaled_gd_lora, undamped"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_factors_of_any_rank_are_stepped(name):
     params = degenerate()
     if name == "lora_rite":
@@ -67,7 +66,8 @@ def test_factors_of_any_rank_are_stepped(name):
             assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("reg", rest_slow([0.0, 1e-6], 0.0))
+@pytest.mark.slow
+@pytest.mark.parametrize("reg", [0.0, 1e-6])
 def test_scaled_gd_of_more_rank_than_outputs_follows_the_gradient(reg):
     """``b`` of rank above ``out`` reaches all of the weight: ``da b`` is the gradient itself, up to the ridge."""
     params, g = degenerate()["wide"], gaussian((3, 2), 6)
@@ -78,6 +78,7 @@ def test_scaled_gd_of_more_rank_than_outputs_follows_the_gradient(reg):
     np.testing.assert_allclose(updates["a"] @ params["b"], -g, atol=0.06)
 
 
+@pytest.mark.slow
 def test_lora_pro_of_more_rank_than_sides_follows_the_gradient():
     params, g = degenerate()["wide"], gaussian((3, 2), 6)
     grads = {"a": g @ params["b"].T, "b": params["a"].T @ g}
@@ -104,6 +105,7 @@ def test_adaprelora_goes_on_where_a_step_is_skipped_and_shows_it_where_not():
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_lora_rite_moves_on_a_loss_that_is_summed():
     """Gradients of a sum over 10^6 examples: the same steps as of the mean, for nothing is skipped by its size."""
     params = {"q": {"a": gaussian((6, 2)), "b": gaussian((2, 5), 1)}}

@@ -52,6 +52,7 @@ def tall(data, prefix, scale):
     return Factors(*map(jnp.asarray, (a, b, scale * g.T @ b, scale * g @ a)), jnp.asarray(scale), None)
 
 
+@pytest.mark.slow
 def test_the_factor_solve_is_that_of_the_oracle(x64, golden):
     data = golden("adaprelora/adaprelora")
     f = tall(data, "solve", float(data["solve_scale"]))

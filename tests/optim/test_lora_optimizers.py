@@ -104,6 +104,7 @@ def test_layers_of_a_stack_are_stepped_as_if_they_were_alone():
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], got), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_lora_plus_is_adam_with_more_for_b_and_next_to_nothing_for_tables():
     tree = {"q": pair(), "embedding": pair(), "bias": jnp.ones(3)}
     tx, plain = optim.lora_plus(1e-2, ratio=20.0), optim.lora_plus(1e-2, ratio=1.0, embedding_rate=None)

@@ -97,9 +97,10 @@ def test_leaves_take_turns():
     assert changed == [[0, 1, 2], [], [1], [], [2], [], [0], [], [1], [], [2], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refresh_every", "method"),
-    rest_slow([(3, "random"), *((period, "subspace_iteration") for period in (1, 2, 3, 7))], (3, "random")),
+    [(3, "random"), *((period, "subspace_iteration") for period in (1, 2, 3, 7))],
 )
 def test_slices_of_a_stack_take_turns_each_once_in_a_period(refresh_every, method):
     """Also where there are more of them than steps; a second axis of experts goes along with the first."""
@@ -145,9 +146,10 @@ def test_a_stack_is_what_its_slices_are_as_leaves_of_their_own(maker, options):
         np.testing.assert_allclose(stacked[0].bases.right, bases, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moments", "method"),
-    rest_slow([("keep", "random"), *((moments, "subspace_iteration") for moments in MOMENTS)], ("keep", "random")),
+    [("keep", "random"), *((moments, "subspace_iteration") for moments in MOMENTS)],
 )
 def test_leafwise_steps_are_those_of_all_leaves_at_once(moments, method):
     """Decay inside reads parameters; the stack has two batch axes, and one leaf is none."""
@@ -363,6 +365,7 @@ def test_apollo_by_tensors_steps_along_the_gradient():
     assert state[0].norm.shape == (2,)
 
 
+@pytest.mark.slow
 def test_apollo_keeps_a_projection_for_a_period_and_leaves_take_turns():
     """Projections are not stored: two moments of rank r are all the state, and a number for the limiter."""
     params = [jnp.zeros((8, 6)), jnp.zeros((8, 6))]
@@ -378,6 +381,7 @@ def test_apollo_keeps_a_projection_for_a_period_and_leaves_take_turns():
     assert changed == [[], [1], [], [0], [], [1], []]
 
 
+@pytest.mark.slow
 def test_online_pca_turns_the_basis_towards_the_gradients_of_now():
     """No step is a refresh, and the state of the tracker is counted."""
     first, later = low_rank(12, 20, 3), low_rank(12, 20, 3, seed=5)

@@ -10,8 +10,6 @@ import pytest
 from subspace_jax import optim
 from subspace_jax.optim import quantized_state as quantized
 
-from ..variants import rest_slow
-
 
 def gaussian(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
@@ -33,7 +31,8 @@ def test_bytes_are_those_of_the_formula():
         assert bytes_of(state) == basis + absent + moments + marks + counters, dtype
 
 
-@pytest.mark.parametrize("dtype", rest_slow(quantized.DTYPES, "int8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", quantized.DTYPES)
 def test_rounding_is_right_on_average(dtype):
     """Over 4000 draws the mean is within 5 standard errors of a number that both neighbours are known of."""
     x = jnp.concatenate([jnp.ones((1, 1)), jnp.full((1, 15), 0.3001)], axis=-1)
@@ -106,6 +105,7 @@ def test_a_network_trains_as_with_a_wide_state(dtype):
     assert got < 1.1 * expected
 
 
+@pytest.mark.slow
 def test_rotated_moments_stay_possible():
     tx = optim.quantize_state(optim.galore(0.1, rank=4, refresh_every=1, moments="rotate"), "int8")
     g = gaussian((32, 8))

@@ -144,8 +144,9 @@ def test_the_first_step_spans_the_geodesic(x64, transport):
     assert worst(linalg.orthonormality_error(new)) < 1e-13
 
 
+@pytest.mark.slow
 @adam_slow
-@pytest.mark.parametrize("reorth_every", rest_slow([1, 5, None], 5))
+@pytest.mark.parametrize("reorth_every", [1, 5, None])
 def test_float32_bases_stay_orthonormal_after_each_of_1000_steps(make, reorth_every):
     s = points(n=64, k=8)
     tx = make(RATE, reorth_every=reorth_every)
@@ -154,6 +155,7 @@ def test_float32_bases_stay_orthonormal_after_each_of_1000_steps(make, reorth_ev
     assert np.max(defects(path)) < 6e-7
 
 
+@pytest.mark.slow
 def test_a_step_from_bases_with_drift_removes_it_where_due():
     s = points(n=64, k=8)
     s += 1e-4 * gaussian(s.shape) / 8
@@ -163,6 +165,7 @@ def test_a_step_from_bases_with_drift_removes_it_where_due():
         assert low <= np.max(defects(s + updates)) < high
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_all_but_normal_costs_precision_in_proportion():
     s = points(n=64, k=8)
     for normal in (1.0, 100.0):

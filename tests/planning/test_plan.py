@@ -71,6 +71,7 @@ def test_a_task_without_an_outline_is_planned_by_its_first_batch(configs):
     assert plan.flops > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_plans_each_slice_and_leaves_out_what_can_not_be(configs, tmp_path, capsys):
     arguments = ["--topology", "h100:4", "--sweep", "--min-chips", "4", "--max-chips", "8", "--examples-per-shard", "4"]
     files = ["--json", str(tmp_path / "plans.json"), "--plot", str(tmp_path / "plans.png")]
@@ -92,6 +93,7 @@ def lm_plan(configs):
     return plan
 
 
+@pytest.mark.slow
 def test_plan_run_on_a_host_with_one_device_shards_all_matmuls(configs):
     assert jax.device_count() == 1
     plan = lm_plan(configs)

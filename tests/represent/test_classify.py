@@ -8,6 +8,8 @@ from subspace_jax import losses, represent, train
 from subspace_jax.manifolds import grassmann
 from subspace_jax.represent.gcr import task as classify
 
+from ..variants import rest_slow
+
 SHAPE = {"input_shape": (4, 4, 1), "num_classes": 5}
 KEY = jax.random.key(1)
 
@@ -28,7 +30,7 @@ def small_config(**model):
 
 
 @pytest.mark.parametrize("head", ["softmax", "cosine", "grassmann"])
-@pytest.mark.parametrize("backbone", ["mlp", "convnet"])
+@pytest.mark.parametrize("backbone", rest_slow(["mlp", "convnet"]))
 def test_make_classifier_combines_every_backbone_and_head(backbone, head):
     model = represent.make_classifier(jax.random.key(0), backbone=backbone, head=head, features=(8, 8), dims=2, **SHAPE)
     assert model(jnp.ones((3, 4, 4, 1))).shape == (3, 5)
@@ -40,6 +42,7 @@ def test_make_classifier_refuses_unknown_names(field):
         represent.make_classifier(jax.random.key(0), **{field: "nonsense"}, **SHAPE)
 
 
+@pytest.mark.slow
 def test_classifier_with_bfloat16_activations_gives_float32_logits():
     model = represent.make_classifier(jax.random.key(0), dtype="bfloat16", features=(8,), dims=2, **SHAPE)
     assert model.backbone(jnp.ones((3, 4, 4, 1))).dtype == jnp.bfloat16
@@ -64,6 +67,7 @@ def test_evaluate_ignores_masked_examples():
         np.testing.assert_allclose(value, sums[name], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_label_smoothing_changes_loss_and_not_evaluate():
     plain, data = built(small_config())
     smooth, _ = built(small_config(label_smoothing=0.1))
@@ -80,6 +84,7 @@ def test_label_smoothing_changes_loss_and_not_evaluate():
     )
 
 
+@pytest.mark.slow
 def test_sigmoid_loss_is_binary_cross_entropy_and_evaluate_takes_softmax():
     softmax, data = built(small_config(head="softmax"))
     sigmoid, _ = built(small_config(head="softmax", loss="sigmoid"))
@@ -100,6 +105,7 @@ def test_build_refuses_an_unknown_loss():
         classify.build(small_config(loss="hinge"))
 
 
+@pytest.mark.slow
 def test_dims_of_each_class_give_one_group_of_bases_per_dimension_on_the_manifold():
     dims = (1, 2, 2, 3, 3, 3, 1, 2, 4, 4)
     task, _ = built(small_config(dims=dims))
@@ -153,6 +159,7 @@ def test_build_refuses_invalid_values(group, field, value, message, tmp_path):
         classify.build(config)
 
 
+@pytest.mark.slow
 def test_augment_changes_inputs_and_keeps_labels(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path)
@@ -164,6 +171,7 @@ def test_augment_changes_inputs_and_keeps_labels(tmp_path):
     assert np.mean(plain["inputs"] != changed["inputs"]) > 0.1
 
 
+@pytest.mark.slow
 def test_build_gives_the_same_batches_for_a_set_read_by_index(tmp_path, monkeypatch):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path)

@@ -132,6 +132,7 @@ def test_open_labelled_images_suggests_near_names(folder, tmp_path, monkeypatch)
         represent.open_labelled_images("photos", "")
 
 
+@pytest.mark.slow
 def test_features_of_a_run_are_the_inputs_of_its_head(tmp_path):
     config = classify.default_config()
     config.data.data_dir = str(tmp_path / "sets")

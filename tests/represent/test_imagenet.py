@@ -18,14 +18,16 @@ from subspace_jax import data, nn, represent, train
 from subspace_jax.represent.gcr import task as classify
 from subspace_jax.train.optimizer import make_optimizer
 
+from ..variants import rest_slow
+
 CONFIGS = [
     ("imagenet_resnet", "resnet50d_k8", 23_500_000, 1000 * 2048 * 8),
-    pytest.param("imagenet_resnet", "resnext50_softmax", 22_980_000, 1000 * 2049, marks=pytest.mark.slow),
+    ("imagenet_resnet", "resnext50_softmax", 22_980_000, 1000 * 2049),
     ("imagenet_vgg", "k8", 128_950_000, 1000 * 4096 * 8),
     ("imagenet_swin", "k8", 27_500_000, 1000 * 768 * 8),
     ("imagenet_deit3", "k4", 21_670_000, 1000 * 384 * 4),
     ("imagenet_rsb", "a1_k8", 23_500_000, 1000 * 2048 * 8),
-    pytest.param("imagenet_rsb", "a3_softmax", 23_500_000, 1000 * 2049, marks=pytest.mark.slow),
+    ("imagenet_rsb", "a3_softmax", 23_500_000, 1000 * 2049),
 ]
 
 
@@ -48,7 +50,7 @@ def task_of(config, num_classes=1000):
     return represent.ClassifierTask(make, loss=loss, label_smoothing=smoothing, mixing=mixing)
 
 
-@pytest.mark.parametrize(("name", "variant", "body", "head"), CONFIGS)
+@pytest.mark.parametrize(("name", "variant", "body", "head"), rest_slow(CONFIGS, CONFIGS[0], CONFIGS[4]))
 def test_a_recipe_has_the_published_number_of_parameters_and_its_loss_can_be_traced(configs, name, variant, body, head):
     config = config_of(configs, name, variant)
     task, side = task_of(config), config.data.image.size
@@ -137,6 +139,7 @@ def test_build_resizes_the_images_of_a_folder(small_config):
         classify.build(small_config)
 
 
+@pytest.mark.slow
 def test_loss_of_mixed_images_is_that_of_mixed_targets():
     def make(key):
         return represent.make_classifier(key, input_shape=(4, 4, 1), num_classes=5, features=(8,), head="softmax")

@@ -56,6 +56,7 @@ def test_sharded_linear_probe_equals_that_on_one_device(iris, one):
     np.testing.assert_allclose(single.kernel, sharded.kernel, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_linear_probe_takes_the_penalty_that_is_best_on_held_out_examples_at_any_scale(iris, one):
     x, y = iris
     grid = (1e-4, 1e-2, 100.0)
@@ -96,6 +97,7 @@ def test_nearest_classes_weights_votes_by_cosine():
     assert represent.nearest_classes(x, y, query, k=3, temperature=None).tolist() == [1]
 
 
+@pytest.mark.slow
 def test_few_shot_gives_mean_and_interval_and_more_shots_are_more_accurate(iris, one):
     flowers = represent.Features(*iris, ("setosa", "versicolor", "virginica"))
     few, more = (represent.few_shot(flowers, flowers, shots=n, seeds=4, l2=1e-3, mesh=one) for n in (1, 20))

@@ -13,6 +13,7 @@ import pytest
 from subspace_jax import train
 from subspace_jax.train import digests, reading
 
+from ..variants import rest_slow
 from .common import Interrupted, Regression, assert_same_bits, breaking, regression, run_of
 
 # The reader of Orbax leaves tasks behind when a file turns out to be damaged.
@@ -160,9 +161,7 @@ def whole(tmp_path_factory):
     return result, (folder / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    "damage", [truncate_arrays, lose_the_position, *(pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES[1:4])]
-)
+@pytest.mark.parametrize("damage", rest_slow(DAMAGES))
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(damage, fit, whole, tmp_path, caplog):
     task, data = regression()
     options = {"num_steps": 12, "workdir": tmp_path, "eval_every": 0}

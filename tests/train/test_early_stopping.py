@@ -70,6 +70,7 @@ def test_a_run_stops_early_saves_and_is_over_when_it_is_started_again(fit, whole
     assert (workdir / "metrics.jsonl").read_text() == written
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_early_at_the_same_step_with_the_same_bits(fit, whole, tmp_path):
     workdir, expected = whole
     task, data = regression()

@@ -27,17 +27,13 @@ def assert_typed_by_their_sharding(state, shardings):
         assert x.sharding.is_equivalent_to(wanted, x.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "tx", "options"),
     [
         ("grassmann", make_tx(grassmann="riemannian_sgd"), {}),
-        pytest.param(
-            "grassmann",
-            make_tx(grassmann="riemannian_adam"),
-            {"accumulate": 2, "remat": "full"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("softmax", optim.galore(1e-2, 4, refresh_every=2), {}, marks=pytest.mark.slow),
+        ("grassmann", make_tx(grassmann="riemannian_adam"), {"accumulate": 2, "remat": "full"}),
+        ("softmax", optim.galore(1e-2, 4, refresh_every=2), {}),
     ],
     ids=["riemannian_sgd", "riemannian_adam-accumulated", "galore"],
 )

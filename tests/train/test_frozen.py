@@ -66,6 +66,7 @@ def fit(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_frozen_variables_stay_and_are_read_again_when_fit_resumes(fit, tmp_path):
     _, whole = fit("whole", 4)
     fit("halves", 2)
@@ -80,6 +81,7 @@ def test_frozen_variables_stay_and_are_read_again_when_fit_resumes(fit, tmp_path
     assert "base" not in saved
 
 
+@pytest.mark.slow
 def test_frozen_variables_stay_in_accumulated_steps(fit):
     # Every micro-batch takes rows from every device, and means of equal parts are the mean of all.
     (_, one), (_, two) = (

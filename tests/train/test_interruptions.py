@@ -65,7 +65,8 @@ def test_sigterm_ends_the_step_saves_and_goes_on_to_the_same_bits(run, fit, tmp_
     assert (tmp_path / "run/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("interval", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", [3, 1, 2, 8])
 def test_a_kill_while_a_slow_checkpoint_is_written_costs_one_interval_at_most(interval, run, monkeypatch, tmp_path):
     go, data = run
     given, lost = [], []
@@ -105,6 +106,7 @@ def test_the_command_tells_by_its_exit_code_why_it_ended(monkeypatch, configs, t
     assert cli_processes.ending(RuntimeError("a fault")) == (None, "")
 
 
+@pytest.mark.slow
 def test_data_that_hangs_ends_the_run_and_is_named(run):
     go, data = run
     never = threading.Event()
@@ -254,6 +256,7 @@ def test_half_a_description_of_the_processes_is_refused(arguments, message):
         train.find_cluster(**arguments)
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_named_after_the_timeout():
     with socket.socket() as taken:
         taken.bind(("localhost", 0))  # bound and not listening: nobody answers, and nobody else takes it

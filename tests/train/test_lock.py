@@ -87,6 +87,7 @@ def test_locked_refuses_a_live_process_also_where_the_disk_knows_no_locks(tmp_pa
     assert take(tmp_path)["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_locked_waits_for_a_sign_of_a_process_on_another_machine(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock, "_SILENT", 0.1)
     monkeypatch.setattr(lock, "_ENDING", 0.0)

@@ -17,7 +17,6 @@ from tensorboardX.proto import event_pb2
 
 from subspace_jax import train
 
-from ..variants import rest_slow
 from .common import Regression, arrays, data_of, regression, run_of
 
 
@@ -206,6 +205,7 @@ def test_a_run_draws_its_curves_and_shows_its_progress(tmp_path, capsys):
     assert "step 4/4  loss " in shown
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_reported_once_and_training_goes_on(fit, tmp_path, caplog):
     rows = arrays(64)
     rows["inputs"][5] = np.nan
@@ -221,7 +221,8 @@ def test_skipped_steps_are_reported_once_and_training_goes_on(fit, tmp_path, cap
     assert rows[-1]["skipped"] == 1
 
 
-@pytest.mark.parametrize("name", rest_slow(["a_run_is_traced", "an_interrupted_trace"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a_run_is_traced", "an_interrupted_trace"])
 def test_the_profiler_traces_where_it_is_asked_to(name):
     # In a process of its own: a profiler session brings down one in which libtpu has compiled a program.
     file = Path(__file__).parent / "profiling.py"

@@ -114,6 +114,7 @@ def test_a_decay_that_an_optimizer_does_not_have_is_refused(settings, message):
         make_tx(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("third_party")
 def test_decay_coupled_with_adam_moves_weights_without_gradient_by_one_step():
     tx = make_tx(name="adam", learning_rate=0.1, kwargs={"weight_decay": 0.5}, schedule="constant")
@@ -174,6 +175,7 @@ def test_roles_say_which_parameters_are_subspaces(params):
         make_tx(roles={"q": "stiefel"})
 
 
+@pytest.mark.slow
 def test_clipping_scales_the_whole_gradient_to_the_norm(params):
     grads = jax.tree.map(lambda x: 10 * jnp.ones_like(x), params)
     small = jax.tree.map(lambda g: g / optax.tree.norm(grads), grads)
@@ -187,6 +189,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(params):
     chex.assert_trees_all_equal(step(small, clip_norm=2.0), plain)
 
 
+@pytest.mark.slow
 def test_clipping_leaves_out_probes():
     tx = make_tx(name="sgd", schedule="constant", clip_norm=1.0, roles={"probe": "probe"}, kwargs={"momentum": 0.0})
     params = {"w": jnp.zeros(1), "probe": jnp.zeros(1)}
@@ -249,6 +252,7 @@ def test_optimizers_of_factors_of_a_config_move_both(name):
     assert all(jnp.any(u != 0) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("third_party")
 def test_muon_of_a_config_orthogonalizes_each_kernel_of_a_stack_and_leaves_the_rest_to_adam():
     params = kernels()

@@ -131,6 +131,7 @@ def test_a_run_interrupted_in_any_phase_resumes_to_the_same_bits_and_rows(at, un
     assert len(train.read_metrics(tmp_path / "metrics.jsonl")) == len(expected.rows)
 
 
+@pytest.mark.slow
 def test_a_phase_hands_on_its_best_evaluated_state(tmp_path):
     task, data = regression()
     found = {}

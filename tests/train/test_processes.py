@@ -93,6 +93,7 @@ def test_processes_that_would_hold_the_same_rows_are_refused(two_processes):
         assert "refused mesh: data=1, fsdp=1, tensor=8 gives the processes {0: 1, 1: 1} of 1 shards" in text
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(two_processes, one_process, caplog):
     with caplog.at_level("INFO", "subspace_jax"):
         moved = worker.fit(two_processes[0], num_steps=10)

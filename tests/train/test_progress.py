@@ -134,6 +134,7 @@ def test_host_schedule_is_the_schedule_of_the_optimizer(schedule):
     np.testing.assert_allclose([found(step) for step in range(60)], expected, rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_rows_have_the_learning_rate_of_the_last_update(fit, tmp_path):
     task, rows = Regression(), arrays(64)
     rows["inputs"][5] = np.nan  # one of four steps is skipped, which the optimizer does not count
@@ -170,6 +171,7 @@ class FakeWandb:
         self.calls.append(("finish", exit_code))
 
 
+@pytest.mark.slow
 def test_rows_go_to_weights_and_biases_where_a_project_is_named(fit, tmp_path, monkeypatch):
     task, data = regression()
     fields = {"num_steps": 4, "workdir": tmp_path, "wandb": "mine"}

@@ -99,6 +99,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(fit, uninterr
     assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted(1)[1]
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_only_evaluates(fit, uninterrupted, tmp_path, caplog):
     task, data = regression()
     fit(task, a_tx(), data, num_steps=NUM_STEPS, workdir=tmp_path)
@@ -120,6 +121,7 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(fit, tmp_path):
     assert_same_bits(parts.state, whole.state)
 
 
+@pytest.mark.slow
 def test_another_seed_is_refused_unless_it_is_asked_for(fit, tmp_path):
     task, data = regression()
     begun = fit(task, a_tx(), data, num_steps=5, workdir=tmp_path, seed=3)
@@ -135,7 +137,8 @@ def test_another_seed_is_refused_unless_it_is_asked_for(fit, tmp_path):
     assert int(fit(task, a_tx(), data, num_steps=10, workdir=tmp_path, seed=4).state.step) == 10
 
 
-@pytest.mark.parametrize("lose", [pytest.param("the folder", marks=pytest.mark.slow), "what is in it"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lose", ["the folder", "what is in it"])
 def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_where_it_is_asked_to(lose, fit, tmp_path):
     task, data = regression()
     fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
@@ -151,6 +154,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_restarts_where_it_is_as
     assert (tmp_path / "earlier.1" / "metrics.jsonl").read_text() == rows
 
 
+@pytest.mark.slow
 def test_a_newest_checkpoint_that_is_gone_is_missed_and_the_one_before_taken(fit, tmp_path, caplog):
     task, data = regression()
     fit(task, a_tx(), data, num_steps=5, workdir=tmp_path)
@@ -164,6 +168,7 @@ def test_a_newest_checkpoint_that_is_gone_is_missed_and_the_one_before_taken(fit
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(fit, tmp_path):
     task, data = regression()
     with pytest.raises(Interrupted):
@@ -172,6 +177,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(fit, tmp_path):
     assert int(fit(task, a_tx(), data, num_steps=5, workdir=tmp_path).state.step) == 5
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fit, tmp_path):
     task, data = regression()
     refused = []
@@ -224,6 +230,7 @@ def test_what_is_restored_on_another_mesh_is_what_was_saved(tmp_path):
     assert_same_bits(restored, saved)
 
 
+@pytest.mark.slow
 def test_a_user_iterator_of_grain_resumes_in_the_middle_of_an_epoch(fit, tmp_path):
     rows = arrays(48)
     made = data_of(rows, rows)

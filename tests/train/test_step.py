@@ -175,6 +175,7 @@ def test_variables_that_are_no_longer_finite_are_not_kept():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.variables, state.opt_state)))
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_leaves_out_parameters_with_the_role_probe():
     class Probed(Regression):
         def init(self, key):

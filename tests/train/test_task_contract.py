@@ -16,14 +16,6 @@ from .proving import coso, dsc, polysae
 from .task_battery import TaskContract
 
 
-class SlowToResume(TaskContract):
-    """The contract, whose interrupted run is for the slow run."""
-
-    @pytest.mark.slow
-    def test_a_run_that_is_interrupted_ends_with_the_same_bits(self, problem, tmp_path, monkeypatch):
-        super().test_a_run_that_is_interrupted_ends_with_the_same_bits(problem, tmp_path, monkeypatch)
-
-
 @pytest.mark.slow
 class TestRegression(TaskContract):
     deterministic = False
@@ -46,7 +38,8 @@ def packed_rows():
     return text.pack_rows(texts, text.ByteTokenizer(), 32)
 
 
-class TestCausalLM(SlowToResume):
+@pytest.mark.slow
+class TestCausalLM(TaskContract):
     def make(self):
         config = nn.CausalLMConfig.gpt2(259, 32, 2, 2, max_length=64)
         rows = packed_rows()
@@ -99,7 +92,8 @@ class TestDetector(TaskContract):
         return fake_digits.DetectorTask({"q": adapters.LoRA(2, 4.0), "head": adapters.Full()}, 1), data_of(rows, rows)
 
 
-class TestLowRankRegression(SlowToResume):
+@pytest.mark.slow
+class TestLowRankRegression(TaskContract):
     def make(self):
         rows = low_rank_regression.axis_scaled_regression(0)
         return low_rank_regression.LowRankRegressionTask(8, True, 1.0), data_of(rows, rows, 128)

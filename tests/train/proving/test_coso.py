@@ -32,6 +32,7 @@ def whole(run, traced, tmp_path_factory):
         return fit(run, tmp_path_factory.mktemp("whole"), checkpoint_every=90)
 
 
+@pytest.mark.slow
 def test_coso_keeps_earlier_tasks_and_learns_later_ones(whole):
     assert whole.summary["forgetting"] <= 0.02
     assert whole.summary["final"] >= 0.8
@@ -54,6 +55,7 @@ def test_coso_reaches_the_accuracy_of_the_reference(seed, tmp_path):
     assert result.summary["forgetting"] <= 0.02
 
 
+@pytest.mark.slow
 def test_coso_adds_directions_to_the_history_at_the_end_of_each_task_but_the_last(whole):
     state = whole.state.opt_state.inner_states["kernels"].inner_state
     assert state.count == 90  # the counter starts anew in every task
@@ -63,6 +65,7 @@ def test_coso_adds_directions_to_the_history_at_the_end_of_each_task_but_the_las
         chex.assert_trees_all_close(history[:, :dim].T @ history[:, :dim], np.eye(dim, dtype=np.float32), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_coso_compiles_one_step_for_all_tasks_of_the_stream(whole, traced):
     assert len(traced) == 1
 

@@ -32,6 +32,7 @@ def steps_of(result):
     return np.diff([0, *last.values()])
 
 
+@pytest.mark.slow
 def test_dsc_finds_orthogonal_subspaces_and_stops_before_its_caps(whole):
     assert whole.metrics["clusters/accuracy"] == 1.0
     _, expression, structured = steps_of(whole)
@@ -43,6 +44,7 @@ def test_dsc_finds_orthogonal_subspaces_and_stops_before_its_caps(whole):
     assert [row["phase"] for row in whole.rows if row["split"] == "clusters"] == ["expression", "structured"]
 
 
+@pytest.mark.slow
 def test_dsc_rests_the_encoder_in_the_last_phase(whole):
     assert set(whole.state.opt_state) == {"coef"}
     # The moments of C went on from the phase before: one count for both.
@@ -61,6 +63,7 @@ def test_dsc_interrupted_between_rounds_of_labels_ends_with_the_same_bits(run, w
     assert_resumes(run, tmp_path, (last - 5, last - 2), whole, checkpoint_every=2)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_dsc_on_eight_devices_shards_the_coefficients(whole):
     assert whole.metrics["clusters/accuracy"] == 1.0

@@ -32,6 +32,7 @@ def last_row(result, split):
     return [row for row in result.rows if row["split"] == split][-1]
 
 
+@pytest.mark.slow
 def test_polysae_retracts_after_every_update(whole):
     assert linalg.orthonormality_error(whole.state.params["U"]) < 1e-5
 
@@ -50,6 +51,7 @@ def test_polysae_warms_up_the_loss_of_dead_features_by_the_step_of_the_phase(run
     np.testing.assert_allclose(np.divide(aux, aux[-1]), [0.05, 0.5, 1, 1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_polysae_metrics_of_a_set_are_those_of_all_its_examples(run, whole):
     task = run.phases[1].task
     test = {name: x[5000:] for name, x in polysae.planted().items()}
