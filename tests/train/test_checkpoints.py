@@ -229,14 +229,7 @@ def test_restore_notices_a_flipped_bit_in_any_file_of_a_checkpoint(states, two, 
 @pytest.mark.parametrize("name", ["state/_METADATA", "metrics/metrics", "run/metadata", "digests.json"])
 @pytest.mark.parametrize(
     "content",
-    [
-        "null",
-        "[" * 5000,
-        *(
-            pytest.param(text, marks=pytest.mark.slow)
-            for text in ("", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}')
-        ),
-    ],
+    rest_slow(["null", "[" * 5000, "", "[]", '{"loss": null}', '{"loss": "a"}', '{"next_index": 1}']),
 )
 def test_restore_passes_over_a_checkpoint_with_other_json(name, content, two, states, caplog):
     _, data = regression()
@@ -258,7 +251,7 @@ def test_restore_tells_whole_checkpoints_that_changed_places(two):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
-@pytest.mark.parametrize("where", ["arrays", "digests"])
+@pytest.mark.parametrize("where", rest_slow(["arrays", "digests"]))
 def test_restore_tries_a_read_that_failed_again_and_then_stops(where, number, two, states, monkeypatch):
     owner, name = (ocp.StandardCheckpointHandler, "restore") if where == "arrays" else (digests.hashlib, "file_digest")
     read, failures = getattr(owner, name), []

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
 
+from ..variants import rest_slow
 from .common import (
     Regression,
     arrays,
@@ -33,12 +36,9 @@ def plain():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"accumulate": 4},
-        {"remat": "dots"},
-        {"finite_check": "gradients"},
-        *(pytest.param(options, marks=pytest.mark.slow) for options in ({"accumulate": 2}, {"remat": "full"})),
-    ],
+    rest_slow(
+        [{"accumulate": 4}, {"remat": "dots"}, {"finite_check": "gradients"}, {"accumulate": 2}, {"remat": "full"}]
+    ),
     ids=str,
 )
 def test_options_of_make_train_step_change_no_step(options, plain):
@@ -76,15 +76,11 @@ def place(batch, mesh):
 
 @pytest.mark.parametrize(
     ("value", "accumulate", "finite_check"),
-    [
-        (np.nan, 1, "state"),
+    rest_slow(
+        itertools.product((np.nan, np.inf), (1, 2), ("state", "gradients")),
         (np.inf, 2, "state"),
         (np.nan, 1, "gradients"),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in ((np.inf, 1, "state"), (np.nan, 2, "state"), (np.inf, 2, "gradients"))
-        ),
-    ],
+    ),
 )
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts(value, accumulate, finite_check):
     step, state, data, mesh = step_and_state(accumulate=accumulate, finite_check=finite_check)
