@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from subspace_jax import nn
 
-from ..variants import rest_slow
 from .lm import CONFIGS, FAMILIES, padded, params_of, read_again, tokens_of
 
 
@@ -17,7 +16,7 @@ def prompts_of(name):
     return [rows[0], rows[1, :2], rows[2, :6]]
 
 
-@pytest.mark.parametrize("name", rest_slow(FAMILIES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_generate_equals_generation_without_a_cache(name):
     config, params, prompts = CONFIGS[name], params_of(name), prompts_of(name)
     expected = read_again(config, params, prompts, 12)
