@@ -1,3 +1,4 @@
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import venv
 
+import numpy as np
 import pytest
 
 import subspace_jax
@@ -127,27 +129,49 @@ def test_the_command_searches_the_index_without_an_extra_and_names_the_extra_for
     assert "pip install 'subspace-jax[train]'" in ended.stderr
 
 
-@pytest.mark.slow
-def test_a_wheel_away_from_the_clone_trains_a_shipped_config(tmp_path):
+@pytest.fixture(scope="module")
+def installed_command(tmp_path_factory):
+    """Calls the command of a wheel in an environment of its own, in a folder away from the clone."""
+    folder = tmp_path_factory.mktemp("wheel")
+
     def call(*command):
-        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}}
+        options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}}
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
 
     root = pathlib.Path(__file__).parents[1]
-    built = call(sys.executable, "-m", "pip", "wheel", root, "--no-deps", "-w", tmp_path)
+    built = call(sys.executable, "-m", "pip", "wheel", root, "--no-deps", "-w", folder)
     assert built.returncode == 0, built.stderr
-    venv.create(tmp_path / "venv", with_pip=False)
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # With pip, by which fetch downloads.
+    venv.create(folder / "venv", with_pip=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    python, command = (tmp_path / "venv" / "bin" / name for name in ("python", "subspace-jax"))
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps")
-    installed = call(*pip, *tmp_path.glob("*.whl"))
+    python, command = (folder / "venv" / "bin" / name for name in ("python", "subspace-jax"))
+    installed = call(python, "-m", "pip", "install", "--no-deps", *folder.glob("*.whl"))
     assert installed.returncode == 0, installed.stderr
+    return folder, functools.partial(call, command)
 
-    run = ("train", "--quiet", "--workdir", tmp_path / "run", "--config.train.epochs=1")
-    trained = call(command, *run, "--config", "gcr/digits:k8")
+
+@pytest.mark.slow
+def test_a_wheel_away_from_the_clone_trains_a_shipped_config(installed_command):
+    folder, call = installed_command
+    run = ("train", "--quiet", "--workdir", "run", "--config.train.epochs=1")
+    trained = call(*run, "--config", "gcr/digits:k8")
     assert trained.returncode == 0, trained.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] > 0.3
-    refused = call(command, *run, "--config", "adapters/rotated_digits:dora")
+    assert json.loads((folder / "run" / "result.json").read_text())["accuracy"] > 0.3
+    refused = call(*run, "--config", "adapters/rotated_digits:dora")
     assert refused.returncode == 2
     assert "comes with a clone of the repository" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_away_from_the_clone_fetches_and_fine_tunes_smollm2(installed_command):
+    folder, call = installed_command
+    fetched = call("fetch", "smollm2")
+    if "can't download" in fetched.stderr:
+        pytest.skip(fetched.stderr)
+    assert fetched.returncode == 0, fetched.stderr
+    sizes = ("--config.train.steps=2", "--config.optim.warmup_steps=0", "--config.data.eval_rows=8")
+    tuned = call("finetune", "--config", "lm/smollm2:lora", "--workdir", "w", *sizes)
+    assert tuned.returncode == 0, tuned.stderr
+    assert np.isfinite(json.loads((folder / "w" / "result.json").read_text())["loss"])
+    assert (folder / "w" / "adapter" / "adapter_model.safetensors").is_file()
