@@ -43,6 +43,11 @@ def add_commands(commands) -> None:
         default=0,
         help="examples for each shard of data x fsdp, instead of data.batch_size: the batch grows with the slice",
     )
+    plan.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="plan anew, and replace the plan in the cache, which is of the same config, slice, versions and sources",
+    )
     plan.add_argument("--json", metavar="FILE", help="write the plans as a JSON list")
     plan.add_argument("--plot", metavar="FILE", help="plot of --sweep (default: plan.png)")
 
@@ -50,6 +55,7 @@ def add_commands(commands) -> None:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     # Planning needs no accelerator, and uses none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    _silence_libtpu()
     from subspace_jax import planning, train
 
     planning.find_topology(args.topology)
@@ -70,7 +76,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.sweep or len(meshes) > 1:
         plans = _sweep(args, config, meshes)
     else:
-        plans = _plans(args, config, args.topology, meshes[0] if meshes else None, evaluations=True)
+        plans, cached = _plans(args, config, args.topology, meshes[0] if meshes else None, evaluations=True)
+        if cached:
+            print("From the cache; --no-cache plans anew.\n")
         print("\n\n".join(map(planning.plan_text, plans)))
     if args.json:
         with train.replacing(args.json) as partial:
@@ -78,7 +86,18 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"Wrote the plan to {os.path.abspath(args.json)}")
 
 
-def _plans(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None, *, evaluations: bool) -> list:
+def _silence_libtpu() -> None:
+    """Answers what libtpu looks for on a TPU host, where it is only a compiler; otherwise it prints errors.
+
+    The topology that is planned for does not depend on these variables.
+    """
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def _plans(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None, *, evaluations: bool):
+    """Returns the plans of a config on a slice, and whether they are from the cache."""
     from subspace_jax import planning, train
 
     if args.examples_per_shard:
@@ -86,7 +105,19 @@ def _plans(args: argparse.Namespace, config, topology: str, mesh: dict[str, int]
         sizes = planning.mesh_sizes(config.mesh if mesh is None else mesh, topology, num_chips)
         rows = args.examples_per_shard * sizes["data"] * sizes["fsdp"]
         config = train.override(config, [f"data.batch_size={rows}"])
-    return planning.plan_run(config, topology, mesh, evaluations=evaluations)
+    key = planning.plan_key(config, topology, mesh, evaluations=evaluations)
+    plans = None if args.no_cache else planning.read_plans(key)
+    if plans is not None:
+        return plans, True
+    where = topology if mesh is None else f"{topology} {_shown(mesh)}"
+    with planning.waiting(f"{where}: reading the config"):
+        programs = planning.plan_programs(config, topology, mesh, evaluations=evaluations)
+    verb, plans = "compiling" if planning.find_topology(topology)[0].platform == "tpu" else "lowering", []
+    for number, program in enumerate(programs, 1):
+        with planning.waiting(f"{where}: {verb} {program.name} ({number} of {len(programs)})"):
+            plans.append(program.plan())
+    planning.write_plans(key, plans)
+    return plans, False
 
 
 def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> list:
@@ -94,25 +125,30 @@ def _sweep(args: argparse.Namespace, config, meshes: list[dict[str, int]]) -> li
 
     chip, _ = planning.find_topology(args.topology)
     topologies = planning.topologies_of(chip, args.min_chips, args.max_chips) if args.sweep else [args.topology]
-    plans, left_out = [], []
+    plans, left_out, num_cached = [], [], 0
     for topology in topologies:
         for mesh in meshes or planning.usual_meshes(topology):
-            shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
-            print(f"{topology} {shown} …", flush=True)
             try:
-                steps = _plans(args, config, topology, mesh, evaluations=False)
+                steps, cached = _plans(args, config, topology, mesh, evaluations=False)
                 plans.append(max(steps, key=lambda plan: plan.total))  # of several phases, the largest step
+                num_cached += cached
             except ValueError as error:
-                left_out.append(f"{topology} {shown}: {error}")
+                left_out.append(f"{topology} {_shown(mesh)}: {error}")
     for text in left_out:
         print(f"skipped: {text}")
     if not plans:
         raise ValueError("--sweep: no slice and mesh fits this config; the reasons are above")
     print(planning.sweep_text(plans))
+    if num_cached:
+        print(f"{num_cached} of {len(plans)} plans are from the cache; --no-cache plans anew")
     output = args.plot or "plan.png"
     planning.plot_sweep(plans, output)
     print(f"Wrote the plot to {os.path.abspath(output)}")
     return plans
+
+
+def _shown(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh.items())
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from subspace_jax.planning.convolution import convolution_flops
-from subspace_jax.planning.hlo import Module, Op, axis_of, parse_module, replica_groups, trip_count
+from subspace_jax.planning.hlo import FREE, Module, Op, axis_of, parse_module, replica_groups, trip_count
+from subspace_jax.planning.temporaries import Temporary, largest_temporaries
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# Instructions without memory traffic of their own: views, or the second half of an asynchronous pair.
-_FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
-    *("partition-id", "replica-id", "iota", "copy-done", "opt-barrier", "domain", "get-dimension-size"),
-}
 
 
 class CollectiveKey(NamedTuple):
@@ -47,15 +43,6 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Temporary:
-    """A large array that is neither argument nor result: type, bytes with padding, and source."""
-
-    type: str
-    nbytes: int
-    source: str
-
-
-@dataclass(frozen=True)
 class Cost:
     """The cost of one execution on one device.
 
@@ -82,7 +69,7 @@ class _Sum(NamedTuple):
     open_loops: int
 
 
-def module_cost(text: str, mesh: Mapping[str, int], num_temporaries: int = 10) -> Cost:
+def module_cost(text: str, mesh: Mapping[str, int], num_temporaries: int = 5) -> Cost:
     """Counts the cost of a compiled module; the body of a loop counts once per iteration.
 
     Of a conditional, the branch with the larger memory traffic counts.  ``flops`` excludes elementwise operations.
@@ -196,7 +183,7 @@ class _Counting:
 
     def _traffic(self, op: Op, ops: Mapping[str, Op]) -> int:
         """Returns the bytes that an instruction reads from and writes to main memory."""
-        if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")) or op.opcode == "async-start":
+        if op.opcode in FREE or op.opcode.endswith(("-done", "-update")) or op.opcode == "async-start":
             return 0
         if "AllocateBuffer" in op.rest:
             return 0
@@ -284,25 +271,3 @@ def _memory_bytes(op: Op | None, *, force: bool = False) -> int:
 
 def _read(op: Op, ops: Mapping[str, Op]) -> int:
     return sum(_memory_bytes(ops.get(name)) for name in op.operands)
-
-
-def largest_temporaries(module: Module, number: int) -> tuple[Temporary, ...]:
-    """Returns the largest results of instructions in main memory, one per type and source.
-
-    Temporaries with disjoint live ranges share memory, so that these do not add up to the total.
-    """
-    found: dict[tuple[str, str], int] = {}
-    inner = {name for c in module.computations.values() for op in c.values() if op.opcode in ("fusion", "custom-call")
-             for names in op.called().values() for name in names}  # fmt: skip
-    for name, ops in module.computations.items():
-        if name in inner:
-            continue
-        for op in ops.values():
-            if op.opcode in _FREE or (name == module.entry and op.is_root):
-                continue
-            for array in op.results:
-                if array.in_memory and array.padded_bytes:
-                    shown = f"{array.dtype}[{','.join(map(str, array.shape))}]"
-                    found[shown, op.source] = array.padded_bytes
-    ranked = sorted(found.items(), key=lambda item: -item[1])[:number]
-    return tuple(Temporary(shown, nbytes, source) for (shown, source), nbytes in ranked)

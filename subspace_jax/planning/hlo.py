@@ -12,6 +12,11 @@ _BITS = {
     **{"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64},
     **{"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0},
 }
+# Instructions without memory traffic of their own: views, or the second half of an asynchronous pair.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "iota", "copy-done", "opt-barrier", "domain", "get-dimension-size"),
+}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
@@ -80,10 +85,17 @@ class Op:
 
 @dataclass(frozen=True)
 class Module:
-    """The computations of a module, each a dict of instructions by name, and the name of the entry."""
+    """A module.
+
+    Attributes:
+      computations: Each a dict of instructions by name.
+      entry: Name of the entry computation.
+      lines: Number of a stack frame to its line of Python, ``file:line``.
+    """
 
     computations: Mapping[str, Mapping[str, Op]] = field(default_factory=dict)
     entry: str = ""
+    lines: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_module(text: str) -> Module:
@@ -100,7 +112,8 @@ def parse_module(text: str) -> Module:
     """
     computations: dict[str, dict[str, Op]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line in lines:
         if not line.startswith(" "):
             if line.endswith("{") and " -> " in line:
                 name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
@@ -112,7 +125,43 @@ def parse_module(text: str) -> Module:
             current[op.name] = op
     if not entry:
         raise ValueError("text: expected the text of a compiled module, found no entry computation in it")
-    return Module(computations, entry)
+    return Module(computations, entry, _frame_lines(lines))
+
+
+def _frame_lines(text: Sequence[str]) -> dict[str, str]:
+    """Returns the line of Python of each stack frame, from the tables before the first computation."""
+    tables: dict[str, dict[str, str]] = {"FileNames": {}, "FileLocations": {}, "StackFrames": {}}
+    current: dict[str, str] = {}
+    for line in text:
+        if line.startswith(("%", "ENTRY ")):
+            break
+        number, _, value = line.partition(" ")
+        if number.isdecimal():
+            current[number] = value
+        elif line:
+            current = tables.get(line, {})
+    lines = {}
+    for frame, value in tables["StackFrames"].items():
+        location = tables["FileLocations"].get(_field(value, "file_location_id"), "")
+        file = tables["FileNames"].get(_field(location, "file_name_id"), "").strip('"')
+        if file:
+            lines[frame] = f"{_short(file)}:{_field(location, 'line')}"
+    return lines
+
+
+def _field(text: str, name: str) -> str:
+    found = re.search(rf"\b{name}=(\d+)", text)
+    return found[1] if found else ""
+
+
+def _short(path: str) -> str:
+    """Returns a path of a Python file without what differs between machines: from its package, or its folder, on."""
+    _, installed, module = path.rpartition("site-packages/")
+    if installed:
+        return module
+    parts = path.split("/")
+    begin = max((i for i, part in enumerate(parts[:-1]) if part == "subspace_jax"), default=len(parts) - 2)
+    return "/".join(parts[max(begin, 0) :])
 
 
 def _parse_op(line: str) -> Op | None:

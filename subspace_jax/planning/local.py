@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from subspace_jax.planning.plan import Plan
+from subspace_jax.planning.record import Plan
 from subspace_jax.train.phases import DataSpec, Phase, Run
 from subspace_jax.train.programs import Programs, num_examples
 from subspace_jax.train.sharding import batch_sharding, shard_bytes

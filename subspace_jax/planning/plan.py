@@ -1,15 +1,15 @@
 """Plans of a run: its programs compiled for a topology without the devices, and their cost."""
 
 import dataclasses
+import functools
 import math
 import re
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from subspace_jax.planning.chips import Chip, find_topology, tpu_devices
-from subspace_jax.planning.cost import Collective, Temporary, module_cost
+from subspace_jax.planning.cost import module_cost
 from subspace_jax.planning.flops import MatmulFlops, count_matmul_flops
 from subspace_jax.planning.meshes import mesh_sizes
-from subspace_jax.planning.roofline import Roofline, roofline
+from subspace_jax.planning.record import Plan
+from subspace_jax.planning.roofline import roofline
 from subspace_jax.train.evaluators import Evaluations
 from subspace_jax.train.experiment import complete_run, task_module
-from subspace_jax.train.phases import DataSpec, Optimizer, Run
+from subspace_jax.train.phases import DataSpec, Optimizer, Phase, Run
 from subspace_jax.train.programs import evaluation_shapes, num_examples
+from subspace_jax.train.progress import amount_of
 from subspace_jax.train.sharding import batch_sharding, check_batch_size, make_mesh, shard_bytes
 from subspace_jax.train.state import TrainState, state_shardings
 from subspace_jax.train.step import jit_train_step
@@ -34,83 +36,11 @@ PyTree = Any
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The cost of one program; all bytes, FLOPs and seconds are per chip.
+class Program(NamedTuple):
+    """A program of a run: its name, and a function that compiles and counts it."""
 
-    Attributes:
-      program: "step", "step of PHASE" if a run has several phases, or "evaluation NAME".
-      topology: The slice, such as "v5e:4x4".
-      mesh: Axis to size.
-      examples: Examples in a batch, over all chips.
-      params: Bytes of the trained parameters: the sum of their shards, as are the next four.
-      optimizer: Bytes of the optimizer state.
-      variables: Bytes of the rest of the state: frozen weights, running statistics, counters.
-      batch: Bytes of the batch.
-      limit: Bytes available to a program.
-      needed_flops: Matmul FLOPs of the traced program divided by the number of chips, for any sharding.
-      model: Bytes of the arrays that an evaluator prepares beside the state.
-      padding: Bytes of the arguments beyond this sum: the compiler pads arrays to tiles.
-      temporaries: Bytes of activations, gradients and other temporaries; None if the program is not compiled.
-      code: Bytes of the program, and of results that are not in place of arguments.
-      total: Sum of all above; of a program that the compiler refuses, the bytes that it needs.
-      flops: Matmul FLOPs of the compiled program.
-      memory_bytes: Bytes read from and written to main memory; for GPUs, by matmuls and the optimizer only.
-      collectives: Collectives by kind and axis; None if the program is not compiled.
-      largest: The largest temporaries.
-      open_loops: Loops of unknown length, counted once.
-      time: Roofline estimate; None if the program was refused.
-      compile_seconds: Compile time.
-      refusal: Message of the compiler that refused the program, or empty.
-    """
-
-    program: str
-    topology: str
-    mesh: Mapping[str, int]
-    examples: int
-    params: int
-    optimizer: int
-    variables: int
-    batch: int
-    limit: int
-    needed_flops: int
-    model: int = 0
-    padding: int = 0
-    temporaries: int | None = None
-    code: int = 0
-    total: int = 0
-    flops: int = 0
-    memory_bytes: int = 0
-    collectives: tuple[Collective, ...] | None = None
-    largest: tuple[Temporary, ...] = ()
-    open_loops: int = 0
-    time: Roofline | None = None
-    compile_seconds: float = 0.0
-    refusal: str = ""
-
-    @property
-    def chips(self) -> int:
-        """Number of chips."""
-        return math.prod(self.mesh.values())
-
-    @property
-    def arguments(self) -> int:
-        """Bytes of state, batch and prepared arrays, without padding."""
-        return self.params + self.optimizer + self.variables + self.model + self.batch
-
-    @property
-    def fits(self) -> bool:
-        """Whether the program fits into the memory of a chip; for GPUs, whether state and batch do."""
-        return not self.refusal and self.total <= self.limit
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns all fields as JSON values."""
-        times = None
-        if self.time is not None:
-            times = {
-                name: getattr(self.time, name) for name in ("compute", "memory", "network", "best", "worst", "bound")
-            }
-        return {**dataclasses.asdict(self), "mesh": dict(self.mesh), "time": times, "fits": self.fits}
+    name: str
+    plan: Callable[[], Plan]
 
 
 def plan_run(
@@ -138,6 +68,13 @@ def plan_run(
       ValueError: The topology is unknown, mesh or batch do not match it, libtpu is not installed, or the data of a
         phase depend on its state.
     """
+    return [program.plan() for program in plan_programs(config, topology, mesh, evaluations=evaluations)]
+
+
+def plan_programs(
+    config: ConfigDict, topology: str, mesh: Mapping[str, int] | None = None, *, evaluations: bool = True
+) -> list[Program]:
+    """Returns the programs of :func:`plan_run`, checked and not yet compiled; see there for arguments and errors."""
     chip, count = find_topology(topology)
     module, config = task_module(config)
     sizes = mesh_sizes(config.mesh if mesh is None else mesh, topology, count)
@@ -147,7 +84,7 @@ def plan_run(
         placed = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     config.mesh.update({"sequence": 1, **sizes})
     run = _with_optimizers(getattr(module, "outline", module.build)(config), config)
-    return _plan_steps(run, placed, topology) + (_plan_evaluations(run, placed, topology) if evaluations else [])
+    return _steps(run, placed, topology) + (_evaluations(run, placed, topology) if evaluations else [])
 
 
 def _with_optimizers(run: Run, config: ConfigDict) -> Run:
@@ -160,23 +97,27 @@ def _with_optimizers(run: Run, config: ConfigDict) -> Run:
     return complete_run(dataclasses.replace(run, phases=phases), config)
 
 
-def _plan_steps(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Plan]:
-    plans, seen = [], set()
+def _steps(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Program]:
+    programs, seen = [], set()
     for phase in run.phases:
         batch = phase.data.batch
         key = (id(phase.task), id(phase.tx), _signature(batch))
         if key not in seen:
             seen.add(key)
             check_batch_size(num_examples(batch), mesh, accumulate=run.accumulate)
-            options = {"accumulate": run.accumulate, "remat": run.remat, "finite_check": run.finite_check}
-            plan = plan_step(phase.task, phase.tx, batch, mesh, topology, **options)
             name = "step" if len(run.phases) == 1 else f"step of {phase.name}"
-            plans.append(dataclasses.replace(plan, program=name))
-    return plans
+            programs.append(Program(name, functools.partial(_plan_phase, run, phase, name, mesh, topology)))
+    return programs
 
 
-def _plan_evaluations(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Plan]:
-    plans, seen = [], set()
+def _plan_phase(run: Run, phase: Phase, name: str, mesh: Mesh | AbstractMesh, topology: str) -> Plan:
+    options = {"accumulate": run.accumulate, "remat": run.remat, "finite_check": run.finite_check}
+    plan = plan_step(phase.task, phase.tx, phase.data.batch, mesh, topology, **options)
+    return dataclasses.replace(plan, program=name)
+
+
+def _evaluations(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> list[Program]:
+    programs, seen = [], set()
     for phase in run.phases:
         for name, evaluator in phase.task.evaluators().items():
             for batch in [evaluation_shapes(phase.data, s) for s in evaluator.sets] or [None]:
@@ -185,8 +126,9 @@ def _plan_evaluations(run: Run, mesh: Mesh | AbstractMesh, topology: str) -> lis
                     seen.add(key)
                     if batch is not None:
                         check_batch_size(num_examples(batch), mesh, name="eval_batch_size")
-                    plans.append(plan_evaluation(phase.task, phase.tx, name, batch, mesh, topology))
-    return plans
+                    plan = functools.partial(plan_evaluation, phase.task, phase.tx, name, batch, mesh, topology)
+                    programs.append(Program(f"evaluation {name}", plan))
+    return programs
 
 
 def _signature(batch: Shapes) -> tuple:
@@ -287,6 +229,7 @@ def _unplanned(
     params = shard_bytes(abstract.params, shardings.params)
     optimizer = shard_bytes(abstract.opt_state, shardings.opt_state)
     rows = batch_sharding(mesh)
+    amount, unit = amount_of(batch) if batch else (0, "examples")
     return Plan(
         program=program,
         topology=topology,
@@ -298,6 +241,8 @@ def _unplanned(
         batch=shard_bytes(dict(batch), dict.fromkeys(batch, rows)),
         limit=find_topology(topology)[0].memory,
         needed_flops=0,
+        amount=amount,
+        unit=unit,
     )
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subspace_jax.planning.chips import Chip, find_topology
-from subspace_jax.planning.plan import Plan
+from subspace_jax.planning.record import Plan
 from subspace_jax.planning.roofline import ASSUMPTIONS, Roofline
+from subspace_jax.planning.temporaries import Temporary
 from subspace_jax.train.workdir import replacing
 
 
@@ -30,9 +31,11 @@ def plan_text(plan: Plan) -> str:
         ]
     if plan.time is not None:
         lines += _time_lines(plan.time, chip)
+    if plan.speeds:
+        lines += _speed_lines(plan, chip)
     if plan.largest:
         lines += ["", "Largest temporaries"]
-        lines += [f"  {_bytes(t.nbytes):>14}  {t.type:<28} {t.source}" for t in plan.largest]
+        lines += [f"  {_bytes(t.nbytes):>14}  {t.type:<28} {_source(t)}".rstrip() for t in plan.largest]
     return "\n".join(lines)
 
 
@@ -80,6 +83,24 @@ def _time_lines(time: Roofline, chip: Chip) -> list[str]:
         *(f"  - {text}" for text in ASSUMPTIONS),
         f"  - {chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, memory {chip.memory_rate / 1e9:.0f} GB/s, "
         f"a link {chip.link_rate / 1e9:.0f} GB/s each way",
+    ]
+
+
+def _speed_lines(plan: Plan, chip: Chip) -> list[str]:
+    steps = "steps/s" if plan.program.startswith("step") else "batches/s"
+    best, worst = plan.speeds["best"], plan.speeds["worst"]
+    rows = [
+        (steps, _rate(best.steps), _rate(worst.steps)),
+        (f"{plan.unit}/s", _rate(best.amount), _rate(worst.amount)),
+        ("MFU", f"{100 * best.mfu:.1f} %", f"{100 * worst.mfu:.1f} %"),
+    ]
+    missing = "" if plan.collectives is not None else " or collectives"
+    return [
+        "",
+        f"{'Estimated speed':<26}{'full overlap':>14}{'no overlap':>14}",
+        *(f"  {name:<24}{full:>14}{none:>14}" for name, full, none in rows),
+        f"  - by the roofline times, so upper bounds: no input, evaluations, checkpoints or latency{missing}",
+        f"  - MFU: ideal matmul FLOPs, rematerialized ones included, over time x {chip.flops / 1e12:.0f} TFLOP/s",
     ]
 
 
@@ -209,4 +230,14 @@ def _bytes(nbytes: int | None) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.3f} ms"
+    if seconds >= 1:
+        return f"{seconds:.3f} s"
+    return f"{1e3 * seconds:.3f} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3f} us"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _source(temporary: Temporary) -> str:
+    return f"{temporary.source} ({temporary.line})" if temporary.line else temporary.source

@@ -25,9 +25,11 @@ PLAN = planning.Plan(
     flops=197 * 10**12,
     memory_bytes=819 * 10**8,
     collectives=(planning.Collective("all-gather", "fsdp", 4, 3, 4 * 10**10),),
-    largest=(planning.Temporary("f32[8,8]", 4096, "here"),),
+    largest=(planning.Temporary("f32[8,8]", 4096, "jit(step)/dot", "subspace_jax/nn/linear.py:3"),),
     time=planning.Roofline(1.0, 0.1, 0.6),
     compile_seconds=1.0,
+    amount=2048,
+    unit="tokens",
 )
 
 
@@ -42,6 +44,38 @@ def test_a_plan_is_told_in_words_and_numbers():
         assert words in text
     assert planning.advice(PLAN) == []
     assert json.loads(json.dumps(PLAN.as_dict()))["time"]["bound"] == "compute"
+
+
+def test_plan_speeds_are_of_all_chips_and_mfu_is_of_the_ideal_flops():
+    best, worst = PLAN.speeds["best"], PLAN.speeds["worst"]
+    assert best == (1.0, 2048.0, 1.0)
+    assert worst == pytest.approx((1 / 1.7, 2048 / 1.7, 1 / 1.7))
+    twice = dataclasses.replace(PLAN, flops=2 * PLAN.flops)
+    assert twice.speeds == PLAN.speeds  # what chips compute more than once is no use
+    assert dataclasses.replace(PLAN, time=None).speeds == {}
+    assert PLAN.as_dict()["speeds"]["best"] == {"steps": 1.0, "amount": 2048.0, "mfu": 1.0}
+
+
+def test_plan_text_has_the_estimated_speed_and_what_it_assumes():
+    lines = planning.plan_text(PLAN).splitlines()
+    at = lines.index("Estimated speed             full overlap    no overlap")
+    assert [line.split() for line in lines[at + 1 : at + 4]] == [
+        ["steps/s", "1", "0.588"],
+        ["tokens/s", "2,048", "1,205"],
+        ["MFU", "100.0", "%", "58.8", "%"],
+    ]
+    assert "upper bounds: no input, evaluations, checkpoints or latency" in lines[at + 4]
+    assert "MFU: ideal matmul FLOPs, rematerialized ones included, over time x 197 TFLOP/s" in lines[at + 5]
+    uncompiled = dataclasses.replace(PLAN, collectives=None, program="evaluation eval")
+    text = planning.plan_text(uncompiled)
+    assert "latency or collectives" in text
+    assert "batches/s" in text
+
+
+def test_plan_text_has_temporaries_with_operation_and_line():
+    line = planning.plan_text(PLAN).splitlines()[-1]
+    assert line.split() == ["4.00", "KiB", "f32[8,8]", "jit(step)/dot", "(subspace_jax/nn/linear.py:3)"]
+    assert planning.plan_text(dataclasses.replace(PLAN, largest=())).find("temporaries\n  ") < 0
 
 
 def test_what_does_not_fit_is_told_with_what_to_change():
