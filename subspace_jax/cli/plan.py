@@ -96,7 +96,9 @@ def _silence_libtpu() -> None:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def _plans(args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None, *, evaluations: bool):
+def _plans(
+    args: argparse.Namespace, config, topology: str, mesh: dict[str, int] | None, *, evaluations: bool
+) -> tuple[list, bool]:
     """Returns the plans of a config on a slice, and whether they are from the cache."""
     from subspace_jax import planning, train
 

@@ -68,7 +68,7 @@ def read_plans(key: Mapping[str, Any]) -> list[Plan] | None:
 
 
 def write_plans(key: Mapping[str, Any], plans: Iterable[Plan]) -> None:
-    """Writes plans to the cache; where that fails a warning is logged, as they are only slower without it."""
+    """Writes plans to the cache; a failure is logged as a warning, since planning works without it."""
     values = [plan.as_dict() for plan in plans]
     file = _file(key)
     try:
@@ -112,7 +112,7 @@ def _source_files(task: str) -> list[Path]:
 
 def _digest(files: Iterable[Path]) -> str:
     total = hashlib.sha256()
-    for file in files:
+    for file in filter(Path.is_file, files):  # editors leave links to nowhere
         total.update(f"{file} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 

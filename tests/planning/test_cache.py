@@ -77,6 +77,8 @@ def test_plan_key_depends_on_the_source_files_of_the_library_and_of_an_own_task(
     source = tmp_path / "task.py"
     source.write_text("a = 1")
     before = cache._digest([source])
+    (tmp_path / ".#task.py").symlink_to(tmp_path / "nowhere")
+    assert cache._digest([source, tmp_path / ".#task.py"]) == before
     source.write_text("a = 2")
     assert cache._digest([source]) != before
 
