@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     args, overrides = _parse(argv)
-    # With XLA's default scheduler for CPUs, factorizations of stacked matrices that run at the same time may each wait for
-    # the threads that the others hold, and two devices may run their collectives in different orders: both wait for ever.
+    # With XLA's default scheduler for CPUs, factorizations of stacks that run at the same time may each wait for the
+    # threads that the others hold, and two devices may run their collectives in different orders: both wait for ever.
     flag, flags = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flag}=false {flags}".strip()
