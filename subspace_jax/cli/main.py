@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     args, overrides = _parse(argv)
-    # With XLA's default scheduler for CPUs, factorizations of stacks that run at the same time may each wait for the
-    # threads that the others hold, and two devices may run their collectives in different orders: both wait for ever.
-    flag, flags = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
-    if flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flag}=false {flags}".strip()
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        # With XLA's default scheduler two devices may run a loop's collectives and those outside it in different
+        # orders, and wait for each other for ever.
+        flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
     output.log_to_stderr()
     output.silence_threads()
     try:

@@ -22,6 +22,7 @@ from subspace_jax.linalg.products import (
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
+from subspace_jax.linalg.stacks import of_each
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
 from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
@@ -46,6 +47,7 @@ __all__ = [
     "hadamard_matrix",
     "hosvd",
     "nan_for_infinite",
+    "of_each",
     "orthonormal_columns",
     "orthonormality_error",
     "polar",

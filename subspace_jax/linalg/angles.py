@@ -1,10 +1,16 @@
 """Angles and distances between subspaces."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_same_space
 from subspace_jax.linalg.products import broadcast_leading, gram, nan_for_infinite, times, working_dtype
+from subspace_jax.linalg.stacks import of_each
+
+_triangular = functools.partial(jnp.linalg.qr, mode="r")
+_singular_values = functools.partial(jnp.linalg.svd, compute_uv=False)
 
 
 def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -33,8 +39,8 @@ def principal_angles(a: jax.Array, b: jax.Array) -> jax.Array:
     overlap = gram(a, b)
     residual = b - times(a, overlap)
     residual = residual - times(a, gram(a, residual))
-    cosines = jnp.linalg.svd(nan_for_infinite(overlap), compute_uv=False)
-    sines = jnp.linalg.svd(jnp.linalg.qr(residual, mode="r"), compute_uv=False)[..., ::-1]
+    cosines = of_each(_singular_values, nan_for_infinite(overlap))
+    sines = of_each(_singular_values, of_each(_triangular, residual))[..., ::-1]
     return jnp.arctan2(sines, cosines)
 
 

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax.linalg._checks import check_matrix
 from subspace_jax.linalg.products import times
+from subspace_jax.linalg.stacks import of_each
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd
 
 SVD_METHODS = ("svd", "gram_eigh")
@@ -119,7 +120,7 @@ def left_singular(x: jax.Array, method: str) -> tuple[jax.Array, jax.Array]:
     size = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     size = jnp.where(size > 0, size, 1)
     x = x / size
-    values, u = jnp.linalg.eigh(times(x, x.mT))
+    values, u = of_each(jnp.linalg.eigh, times(x, x.mT))
     u = u[..., ::-1][..., :kept]
     s = jnp.sqrt(jnp.maximum(values[..., ::-1][..., :kept], 0)) * size[..., 0]
     return u * canonical_signs(u)[..., None, :], s

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_tall
 from subspace_jax.linalg.products import eye_like, gram, times
+from subspace_jax.linalg.stacks import of_each
 
 # A first pass that leaves more than this makes a second one lose digits, and is no longer to be trusted.
 _FIRST_PASS_LIMIT = 0.9
@@ -24,7 +25,7 @@ def positive_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       TypeError: ``x`` is neither float32 nor float64.
     """
     check_tall("x", x)
-    q, r = jnp.linalg.qr(x)
+    q, r = of_each(jnp.linalg.qr, x)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     signs = jnp.where(diagonal < 0, -1.0, 1.0).astype(x.dtype)
     return q * signs[..., None, :], signs[..., :, None] * r

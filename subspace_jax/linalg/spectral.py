@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from subspace_jax.linalg._checks import check_square
 from subspace_jax.linalg.polar import polar_step
 from subspace_jax.linalg.products import nan_for_infinite, times
+from subspace_jax.linalg.stacks import of_each
 
 _SERIES_BELOW = 0.01
 
@@ -41,7 +42,7 @@ def spectral(f: Callable[[jax.Array], tuple[jax.Array, ...]], m: jax.Array) -> t
 
 
 def _eigh(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values, vectors = jnp.linalg.eigh(m)
+    values, vectors = of_each(jnp.linalg.eigh, m)
     # Eigenvectors are orthonormal to tens of roundings only, which geodesics would pass on to the bases.
     return values, polar_step(vectors)
 
@@ -89,7 +90,7 @@ def singular(f: Callable[[jax.Array], jax.Array], m: jax.Array) -> jax.Array:
 
 
 def _svd(m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, values, vt = jnp.linalg.svd(nan_for_infinite(m))
+    u, values, vt = of_each(jnp.linalg.svd, nan_for_infinite(m))
     return polar_step(u), values, polar_step(vt.mT)
 
 

@@ -1,11 +1,16 @@
 """Exact and randomized singular value decompositions with canonical signs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_matrix
 from subspace_jax.linalg.products import broadcast_leading, gram, nan_for_infinite, times
 from subspace_jax.linalg.qr import positive_qr
+from subspace_jax.linalg.stacks import of_each
+
+_thin_svd = functools.partial(jnp.linalg.svd, full_matrices=False)
 
 
 def canonical_signs(u: jax.Array) -> jax.Array:
@@ -41,7 +46,7 @@ def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       TypeError: ``x`` is neither float32 nor float64.
     """
     check_matrix("x", x)
-    u, s, vt = jnp.linalg.svd(nan_for_infinite(x), full_matrices=False)
+    u, s, vt = of_each(_thin_svd, nan_for_infinite(x))
     signs = canonical_signs(u)
     return u * signs[..., None, :], s, vt * signs[..., :, None]
 
@@ -128,7 +133,7 @@ def _iterate(x: jax.Array, right: jax.Array, steps: int) -> jax.Array:
 
 
 def _from_range(x: jax.Array, q: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, vt = jnp.linalg.svd(nan_for_infinite(gram(q, x)), full_matrices=False)
+    u, s, vt = of_each(_thin_svd, nan_for_infinite(gram(q, x)))
     u = times(q, u[..., :rank])
     signs = canonical_signs(u)
     return u * signs[..., None, :], s[..., :rank], vt[..., :rank, :] * signs[..., :, None]

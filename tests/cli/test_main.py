@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -98,20 +97,6 @@ def test_help_lists_every_command_in_a_group_and_the_exit_statuses(capsys):
     for command in (*COMMANDS.split(), "intrinsic-dimension", "plan", "info", "fetch"):
         assert re.search(rf"\n    {command} +\w.*\n +subspace-jax {command}", shown)
     assert re.search(r"\n +75  stopped by SIGTERM", shown)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("", "--xla_cpu_enable_concurrency_optimized_scheduler=false"),
-        ("--xla_a=1", "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_a=1"),
-        (given := "--xla_cpu_enable_concurrency_optimized_scheduler=true", given),
-    ],
-)
-def test_main_sets_the_scheduler_under_which_factorizations_end_unless_it_is_set(flags, expected, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    assert main(["methods", "gcr"]) == 0
-    assert os.environ["XLA_FLAGS"] == expected
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -318,27 +303,3 @@ def test_pretrain_and_finetune_refuse_a_config_of_another_task(command, tmp_path
     config = pathlib.Path(__file__).parents[2] / "configs" / "gcr" / "digits.py"
     assert main([*command, "--config", f"{config}:k8", "--workdir", str(tmp_path / "run")]) == 2
     assert f"--config {config}:k8: expected a config of a language model" in capsys.readouterr().err
-
-
-_MANY_FACTORIZATIONS = """
-import jax
-from subspace_jax.cli.main import main
-
-main(["methods", "gcr"])
-stacks = [jax.random.normal(jax.random.key(i), (30, 64 + i, 16)) for i in range(20)]
-
-def factorize(x):
-    q, r = jax.numpy.linalg.qr(x)
-    again, _ = jax.numpy.linalg.qr(jax.numpy.sin(q @ r) + x)
-    return (q * again).sum() + jax.numpy.linalg.eigvalsh(r @ jax.numpy.swapaxes(r, -1, -2)).sum()
-
-jax.block_until_ready(jax.jit(lambda stacks: [factorize(x) for x in stacks])(stacks))
-"""
-
-
-@pytest.mark.slow
-def test_main_sets_what_lets_many_factorizations_of_stacks_end():
-    # With XLA's default scheduler this waits for ever on a machine of two cores.
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", _MANY_FACTORIZATIONS]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)

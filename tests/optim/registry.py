@@ -389,7 +389,16 @@ ENTRIES = (
 )
 
 # Methods whose steps other tests of the quick run compile: those of their own files, and of galore and apollo.
-_STEPPED_ELSEWHERE = ("low_rank_projection", "apollo_mini", "fira", "coso", "riemannian_adam", "quantize_state")
+_STEPPED_ELSEWHERE = (
+    "low_rank_projection",
+    "apollo",
+    "apollo_mini",
+    "fira",
+    "coso",
+    "online_subspace_descent",
+    "riemannian_adam",
+    "quantize_state",
+)
 # The first entry of each other method, ``scale_by_...`` belonging to the alias.
 _FIRST = {entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}
 METHODS = tuple(entry for name, entry in _FIRST.items() if name not in _STEPPED_ELSEWHERE)

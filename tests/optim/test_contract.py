@@ -45,9 +45,8 @@ every_kind = _entries(ENTRIES, KINDS)
 one_kind = _entries(ENTRIES, [e for e in KINDS if e.id == "adaprelora"])
 # Tests that compile anew.
 every_code = _entries([e for e in ENTRIES if not e.same_code], KINDS)
-# Tests of a wrapper, which compile anew; the quick run spreads them over the kinds.
-wrapped_bases = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "riemannian-sgd"])
-wrapped_pairs = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "adaprelora"])
+# Tests of a wrapper, which compile anew.
+wrapped = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "adaprelora"])
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
@@ -116,7 +115,7 @@ def test_steps_move_every_parameter_and_keep_the_invariant(entry):
     assert all(jax.tree.leaves(moved))
 
 
-@wrapped_bases
+@wrapped
 def test_eager_equals_jit(entry):
     params, state = plain_run(entry)[1]
     step = stepper(entry, compiled(entry)[0])
@@ -141,7 +140,7 @@ def test_types_are_stable_from_step_0_and_nothing_is_retraced(entry):
     assert compiled(entry)[1]._cache_size() <= 1  # 0 where conftest.py has dropped compiled functions since
 
 
-@wrapped_pairs
+@wrapped
 def test_bfloat16_params_have_a_float32_state(entry):
     tx, _ = compiled(entry)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), entry.params())
@@ -171,7 +170,7 @@ def test_can_be_vmapped(entry):
     assert avals(after) == avals((stacked, states))
 
 
-@wrapped_bases
+@wrapped
 def test_masked(entry):
     params, grads = with_a_stranger(entry)
     tx = optax.masked(entry.make(), {"ours": True, "other": False})
@@ -189,7 +188,7 @@ def test_masked_away_altogether(entry):
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-@wrapped_bases
+@wrapped
 def test_partition(entry):
     params, grads = with_a_stranger(entry)
     tx = optax.partition({"a": entry.make(), "b": optax.sgd(0.5)}, {"ours": "a", "other": "b"})
@@ -197,7 +196,7 @@ def test_partition(entry):
     close(params, {"ours": plain_run(entry)[1][0], "other": jnp.full(2, -0.5)})
 
 
-@wrapped_bases
+@wrapped
 def test_chain_with_clipping_in_front(entry):
     params, state = plain_run(entry)[1]
     clip, tx = optax.clip_by_global_norm(0.5), compiled(entry)[0]
@@ -208,7 +207,7 @@ def test_chain_with_clipping_in_front(entry):
     close(got, expected)
 
 
-@wrapped_bases
+@wrapped
 def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
     tx = optax.inject_hyperparams(entry.factory, static_args=entry.static)(**{entry.rate: 0.1}, **entry.kwargs)
     step = jax.jit(stepper(entry, tx))
@@ -225,7 +224,7 @@ def test_inject_hyperparams_changes_the_rate_without_recompiling(entry):
     assert step._cache_size() == 1
 
 
-@wrapped_pairs
+@wrapped
 def test_a_schedule_is_followed(entry):
     rates = jnp.asarray([0.1, 0.03, 0.2])
     scheduled = entry.make(lambda count: rates[count])
@@ -238,7 +237,7 @@ def test_a_schedule_is_followed(entry):
         close(got, expected)
 
 
-@wrapped_pairs
+@wrapped
 def test_multi_steps_averages_gradients(entry):
     tx = optax.MultiSteps(compiled(entry)[0], every_k_schedule=2)
     step, params = quick_jit(stepper(entry, tx)), entry.params()
@@ -278,7 +277,7 @@ def inner_state(optimizer):
     return nnx.pure(nnx.state(optimizer.opt_state)).get("inner_state", {})
 
 
-@wrapped_pairs
+@wrapped
 def test_flax_steps_it_and_apply_if_finite_skips_what_is_not(entry):
     """In one program: ``flax.nnx.Optimizer`` asks for states whose trees are like its own."""
     tx, params = optax.apply_if_finite(compiled(entry)[0], max_consecutive_errors=3), entry.params()

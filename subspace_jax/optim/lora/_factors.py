@@ -274,6 +274,10 @@ def inverse(m: jax.Array) -> jax.Array:
 
     Of r columns, so that what is long is only multiplied: triangular solves of wide matrices are slow on accelerators.
     """
+    return linalg.of_each(_inverse, m)
+
+
+def _inverse(m):
     factor = jnp.linalg.cholesky(m)
     half = jax.lax.linalg.triangular_solve(factor, linalg.eye_like(m), left_side=True, lower=True)
     return linalg.gram(half, half)

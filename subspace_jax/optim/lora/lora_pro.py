@@ -199,7 +199,9 @@ def adjusted(f: Factors, delta: ArrayLike) -> tuple[jax.Array, jax.Array]:
 
 def gauge(f: Factors, da: jax.Array) -> jax.Array:
     """X of ``(b^T b) X + X (a^T a) = -da^T a`` for tall factors, by two symmetric eigenvalue decompositions."""
-    (values_b, vectors_b), (values_a, vectors_a) = (jnp.linalg.eigh(linalg.gram(x, x)) for x in (f.b, f.a))
+    (values_b, vectors_b), (values_a, vectors_a) = (
+        linalg.of_each(jnp.linalg.eigh, linalg.gram(x, x)) for x in (f.b, f.a)
+    )
     inside = linalg.times(linalg.gram(vectors_b, -linalg.gram(da, f.a)), vectors_a)
     sums = jnp.maximum(values_b, 0)[..., :, None] + jnp.maximum(values_a, 0)[..., None, :]
     # Of dependent columns there are pairs of eigenvalues that are zero but for rounding.

@@ -203,7 +203,7 @@ class _Side(NamedTuple):
 
 def _side(grad, q, r, momentum, second, lost, old):
     # A factor that begins at zero has R = 0, whose pseudo-inverse is zero: its partner waits for it.
-    return _Side(grad, q, old, jnp.linalg.pinv(r), momentum, second, lost)
+    return _Side(grad, q, old, linalg.of_each(jnp.linalg.pinv, r), momentum, second, lost)
 
 
 def _limited(free, clip_norm, skip_rms):
@@ -236,12 +236,12 @@ def _moved(t, u, s, options):
     rotated = linalg.times(linalg.times(rotation, s.second), rotation.mT)
     lost = s.lost
     if options.escape:
-        before, after = jnp.linalg.eigvalsh(s.second), jnp.linalg.eigvalsh(rotated)
+        before, after = (linalg.of_each(jnp.linalg.eigvalsh, x) for x in (s.second, rotated))
         most = jnp.maximum(jnp.max(before - after, axis=-1), 0)
         trace = jnp.maximum(jnp.sum(before - after, axis=-1), 0)
         lost = keep2 * (lost + jnp.minimum(most, trace))
     second = (1 - keep2) * linalg.gram(u, u) / u.shape[-2] + keep2 * rotated
-    values, vectors = jnp.linalg.eigh(second)
+    values, vectors = linalg.of_each(jnp.linalg.eigh, second)
     values = jnp.maximum(values, 0) + (lost[..., None] if options.escape else 0)
     root = linalg.times(vectors / (jnp.sqrt(values) + eps)[..., None, :], vectors.mT)
     momentum = (1 - keep1) * linalg.times(u, root) + keep1 * linalg.times(s.momentum, rotation.mT)
