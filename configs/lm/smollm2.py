@@ -12,12 +12,12 @@ token, must end below that of the model as it is.
 
 from subspace_jax.language import finetune
 
-LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "lora_rite": 3e-3, "adaprelora": 1e-3, "base": 0.0}
+VARIANTS = ("lora", "dora", "lora_rite", "adaprelora", "base")
 
 
 def get_config(variant="lora"):
-    if variant not in LEARNING_RATES:
-        raise ValueError(f"variant: expected one of {tuple(LEARNING_RATES)}, got {variant!r}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
     config = finetune.default_config()
     config.model.folder = "work/models/smollm2"
     config.data.length = 128
@@ -31,7 +31,7 @@ def get_config(variant="lora"):
     config.train.eval_every = config.train.steps
     config.train.checkpoint_every = 60
     config.train.log_every = 5
-    config.optim.learning_rate = LEARNING_RATES[variant]
+    config.optim.learning_rate = 0.0 if variant == "base" else 1e-3
     if variant in ("lora_rite", "adaprelora"):
         config.optim.name = variant
     if variant == "adaprelora":
