@@ -96,9 +96,10 @@ def _raise_unmatched(rule, pattern, paths, chosen, name) -> None:
     wanted = text.removeprefix("re:")
     ends = {end: path for path in paths for end in _names(path)}
     near = dict.fromkeys(ends[end] for end in difflib.get_close_matches(wanted, ends, n=5, cutoff=0.4))
-    shown = list(near) or paths[:5]
+    shown = list(near) or paths[:12]
+    more = "" if near or len(paths) <= 12 else f" and {len(paths) - 12} more"
     raise ValueError(
-        f"{name}: {text[:200]!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}"
+        f"{name}: {text[:200]!r} matches none of {len(paths)} weights; {'near' if near else 'there are'}: {shown}{more}"
     )
 
 

@@ -70,6 +70,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         _answer_file(args, speaker)
     elif args.prompt is not None:
         encoded = speaker.encode(_row_of(args.prompt), "--prompt")
+        speaker.load()
         if not args.chat:
             print(args.prompt, end="", flush=True)
         speaker.say(encoded, 0)
@@ -148,6 +149,13 @@ class _Speaker:
             )
         return _Encoded(row, tokens)
 
+    def load(self) -> None:
+        """Reads the weights, unless they have been."""
+        from subspace_jax import language as models
+
+        if self._params is None:
+            self.model, self._params = models.load_adapted(self._args.model, self._args.adapter)
+
     def _rendered(self, row: Mapping[str, Any], where: str) -> str:
         from subspace_jax.data import text
 
@@ -196,10 +204,7 @@ class _Speaker:
         import jax
         import numpy as np
 
-        from subspace_jax import language as models
-
-        if self._params is None:
-            self.model, self._params = models.load_adapted(self._args.model, self._args.adapter)
+        self.load()
         longest = max(len(prompt) for prompt in prompts)
         length = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.room)
         tokens = np.full((rows, length), self.tokenizer.pad_id, np.int32)

@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = train.override(config, runs.settings(args, overrides))
     if args.command == "finetune":
         shared.check_model_folder(config.model.folder)
-    if runs.shown_only(args, config):
+    if runs.shown_only(args, overrides, config):
         return
     is_peft = language.is_peft(config)
     metrics = train.run(

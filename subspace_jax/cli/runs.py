@@ -32,18 +32,18 @@ def settings(args: argparse.Namespace, overrides: list[str]) -> list[str]:
     return overrides if args.seed is None else [*overrides, f"seed={args.seed}"]
 
 
-def shown_only(args: argparse.Namespace, config: Any) -> bool:
+def shown_only(args: argparse.Namespace, overrides: list[str], config: Any) -> bool:
     """Prints the config or a dry run where asked to, and returns whether it was; writes nothing to the workdir."""
     if args.print_config:
         from subspace_jax.train.experiment import task_module
 
         print(json.dumps(task_module(config)[1].to_dict(), indent=2))
     elif args.dry_run:
-        _show(args, config)
+        _show(args, settings(args, overrides), config)
     return args.print_config or args.dry_run
 
 
-def _show(args: argparse.Namespace, config: Any) -> None:
+def _show(args: argparse.Namespace, overrides: list[str], config: Any) -> None:
     import dataclasses
 
     from subspace_jax import planning, train
@@ -56,18 +56,24 @@ def _show(args: argparse.Namespace, config: Any) -> None:
         print(f"\n{plan.program}: {planning.memory_text(plan)}")
     if len(plans) < len({id(phase.task) for phase in run.phases}):
         print("\nPhases whose data depend on their state are not planned.")
-    print(f"\n{_of_which_device(args, run.mesh.devices.flat[0].platform)}")
+    print(f"\n{_of_which_device(run.mesh.devices.flat[0].platform)}")
+    fields = [f"--config.{field}" for field in overrides]
+    size = config.data.get("batch_size", 1)
+    plan = ["plan", "--config", args.config, "--topology", "v5e:2x4", "--examples-per-shard", str(size), *fields]
+    print(f"Of a slice: subspace-jax {shlex.join(plan)}{_without_libtpu()}")
     print("Nothing was trained, and nothing written to the workdir.")
 
 
-def _of_which_device(args: argparse.Namespace, platform: str) -> str:
-    """Returns what the estimate of memory is of, and how to get that of a slice."""
+def _of_which_device(platform: str) -> str:
+    """Returns what the estimate of memory is of."""
     what = "for the CPU of this host, whose temporaries differ from those of a TPU or GPU" if platform == "cpu" else ""
-    text = f"The step was compiled {what or 'for the devices of this machine'}, and not run."
-    missing = ""
-    if importlib.util.find_spec("libtpu") is None:
-        missing = " (for TPUs it needs libtpu, which is not installed: pip install libtpu)"
-    return f"{text}\nOf a slice: subspace-jax plan --config {args.config} --topology v5e:2x4{missing}"
+    return f"The step was compiled {what or 'for the devices of this machine'}, and not run."
+
+
+def _without_libtpu() -> str:
+    if importlib.util.find_spec("libtpu") is not None:
+        return ""
+    return " (for TPUs it needs libtpu, which is not installed: pip install libtpu)"
 
 
 def say(args: argparse.Namespace, text: str) -> None:

@@ -38,7 +38,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
 
     config = train.override(train.load_config(args.config), runs.settings(args, overrides))
-    if runs.shown_only(args, config):
+    if runs.shown_only(args, overrides, config):
         return
     result = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed

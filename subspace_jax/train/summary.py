@@ -59,9 +59,9 @@ def _data(phase: Phase) -> list[str]:
     data = phase.data
     examples = next(iter(data.batch.values())).shape[0]
     (amount, unit), epoch = amount_of(data.batch), data.steps_per_epoch
-    sizes = f"{epoch * examples:,} {'examples' if unit == 'tokens' else unit}"
-    tokens = f", {epoch * amount:,} tokens" if unit == "tokens" else ""
-    return [f"{sizes}{tokens} an epoch: {epoch:,} batches of {examples:,}"]
+    # A row holds several texts where they are packed, and padding.
+    kind = f"rows of {amount // examples:,} tokens" if unit == "tokens" else unit
+    return [f"{epoch * examples:,} {kind} an epoch: {epoch:,} batches of {examples:,}"]
 
 
 def _steps(phase: Phase, accumulate: int) -> str:

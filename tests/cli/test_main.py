@@ -99,6 +99,12 @@ def test_help_lists_every_command_in_a_group_and_the_exit_statuses(capsys):
     assert re.search(r"\n +75  stopped by SIGTERM", shown)
 
 
+def test_a_misspelled_command_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fintune", "--config", "lm/smollm2:lora"])
+    assert "no command 'fintune'; did you mean finetune?" in capsys.readouterr().err
+
+
 def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

@@ -120,7 +120,7 @@ def test_run_summary_counts_frozen_weights_tokens_and_phases(tmp_path):
     run = train.Run(phases, workdir=tmp_path, mesh=train.make_mesh(), accumulate=2)
     text = summary.run_summary(run)
     assert "8 trainable of 16 (50 %)" in text
-    assert "64 examples, 2,048 tokens an epoch: 4 batches of 16" in text
+    assert "64 rows of 32 tokens an epoch: 4 batches of 16" in text
     assert text.index("phase first") < text.index("phase second") < text.index("made from the state")
     assert "4, 1 epochs, 2 micro-batches each" in text
 

@@ -46,9 +46,12 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{where}: expected an object with 'role' and 'content', got {_form(message)}")
+    given = message
     message = {name: value for name, value in message.items() if value is not None}
     needed = ("role",) if message.get("tool_calls") else ("role", "content")
     for name in needed:
+        if name not in message and name in given:
+            raise ValueError(f"{where}: field {name!r}: expected text, got null")
         if name not in message:
             raise ValueError(f"{where}: no field {name!r}; there are {sorted(message)}")
     for name in ("role", "content"):

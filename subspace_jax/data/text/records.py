@@ -86,7 +86,7 @@ def _examples(
             prompt = fields[0] if len(fields) > 1 else ""
         if fields == ("messages",):
             if "messages" not in row:
-                raise ValueError(f"{where}: no field 'messages'; there are {_shown(row)}")
+                raise ValueError(f"{where}: no field 'messages', which every row must have; there are {_shown(row)}")
             given = json.dumps([row["messages"], row.get("tools")], ensure_ascii=False, default=str)
             _check_unicode(given, f"{where}: expected Unicode text")
             yield conversation_of(row, where)
@@ -101,7 +101,7 @@ def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
             return fields
     raise ValueError(
         f"{where}: no field 'text'; there are {_shown(names)}; expected 'messages', or 'prompt' and 'completion', or "
-        "'text', or the names of fields"
+        "'text', or their names in data.prompt and data.completion"
     )
 
 

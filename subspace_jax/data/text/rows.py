@@ -10,12 +10,15 @@ Rows are dicts of arrays ``[rows, length]`` for :func:`subspace_jax.data.train_b
 """
 
 import bisect
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from subspace_jax.data.text.records import Choice, Completion, Passage
 from subspace_jax.data.text.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Rows = dict[str, np.ndarray]
 
@@ -158,19 +161,30 @@ def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, n
         raise ValueError(f"length: expected at least 1 token, got {length}")
     if truncation not in ("split", "cut", "refuse"):
         raise ValueError(f"truncation: expected 'split', 'cut' or 'refuse', got {truncation!r}")
-    pieces = []
+    pieces, split, left_out = [], 0, 0
     for number, example in enumerate(examples):
         tokens, in_loss = encode(example, tokenizer)
         if len(tokens) > length + 1 and truncation == "refuse":
             raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
         starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
+        split += len(starts) > 1
         for start in starts:
             part = slice(start, start + length + 1)
-            # Pieces without a loss are dropped.
             if in_loss[part][1:].any():
                 pieces.append((tokens[part], in_loss[part]))
+            else:
+                left_out += len(starts) > 1
     if not pieces:
         raise ValueError("examples: no token has a loss")
+    if left_out:
+        log.warning(
+            "%d of %d examples are longer than a row of %d tokens and were split; %d of their pieces have no loss, "
+            "such as prompts apart from their replies, and are left out",
+            split,
+            number + 1,
+            length,
+            left_out,
+        )
     return pieces
 
 

@@ -44,12 +44,12 @@ def test_parquet_files_hold_conversations_without_the_fields_that_are_null(tmp_p
         ({"messages": ["Hi"]}, r"messages\[0\]: expected an object with 'role' and 'content', got str"),
         ({"messages": [*HELLO, {"from": "gpt"}]}, r"messages\[2\]: no field 'role'; there are \['from'\]"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: no field 'content'; there are \['role'\]"),
-        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: no field 'content'"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: field 'content': expected text, got null"),
         ({"messages": [{"role": "user", "content": [{}]}]}, r"messages\[0\]: field 'content': expected text, got list"),
         ({"messages": [{"role": 1, "content": "a"}]}, r"messages\[0\]: field 'role': expected text, got int"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "expected Unicode text, got '.ud800'"),
         ({"messages": HELLO, "tools": "none"}, "field 'tools': expected a list of objects, got str"),
-        ({"text": "Hi"}, r"no field 'messages'; there are \['text'\]"),
+        ({"text": "Hi"}, r"no field 'messages', which every row must have; there are \['text'\]"),
     ],
 )
 def test_malformed_messages_are_named_with_file_and_line(tmp_path, row, message):

@@ -83,6 +83,19 @@ def test_longer_texts_are_split_cut_or_refused():
         text.pad_rows(sample, TOKENIZER, 4)
 
 
+def test_replies_that_a_split_parts_from_their_prompts_are_reported(caplog):
+    sample = [text.Completion("a prompt", "ab"), text.Completion("", "abcdefgh")]
+    rows = text.pack_rows(sample, TOKENIZER, 4)
+    assert len(rows["inputs"]) == 4
+    assert (
+        "2 of 2 examples are longer than a row of 4 tokens and were split; 2 of their pieces have no loss"
+        in caplog.text
+    )
+    caplog.clear()
+    text.pack_rows(sample[1:], TOKENIZER, 4)
+    assert not caplog.text
+
+
 def test_options_have_a_row_each():
     rows = text.choice_rows([text.Choice("p", ("a", "b"), 1), text.Choice("q", ("c",), 0)], TOKENIZER, 8)
     assert rows["question"].tolist() == [0, 0, 1]
