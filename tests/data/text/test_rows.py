@@ -85,8 +85,7 @@ def test_longer_texts_are_split_cut_or_refused():
 
 def test_replies_that_a_split_parts_from_their_prompts_are_reported(caplog):
     sample = [text.Completion("a prompt", "ab"), text.Completion("", "abcdefgh")]
-    rows = text.pack_rows(sample, TOKENIZER, 4)
-    assert len(rows["inputs"]) == 4
+    text.pack_rows(sample, TOKENIZER, 4)
     assert (
         "2 of 2 examples are longer than a row of 4 tokens and were split; 2 of their pieces have no loss"
         in caplog.text
