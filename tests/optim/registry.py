@@ -396,11 +396,13 @@ _STEPPED_ELSEWHERE = (
     "fira",
     "coso",
     "online_subspace_descent",
+    "riemannian_sgd",
     "riemannian_adam",
     "quantize_state",
+    "with_geometry",
 )
 # The first entry of each other method, ``scale_by_...`` belonging to the alias.
 _FIRST = {entry.public.removeprefix("scale_by_"): entry for entry in reversed(ENTRIES)}
 METHODS = tuple(entry for name, entry in _FIRST.items() if name not in _STEPPED_ELSEWHERE)
-# One method of each kind of parameters and of state.
-KINDS = tuple(e for e in ENTRIES if e.id in ("riemannian-sgd", "galore", "adaprelora"))
+# One method of each kind of parameters and of state; bases have tests of their own.
+KINDS = tuple(e for e in ENTRIES if e.id in ("galore", "adaprelora"))

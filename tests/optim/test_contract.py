@@ -46,7 +46,7 @@ one_kind = _entries(ENTRIES, [e for e in KINDS if e.id == "adaprelora"])
 # Tests that compile anew.
 every_code = _entries([e for e in ENTRIES if not e.same_code], KINDS)
 # Tests of a wrapper, which compile anew.
-wrapped = _entries([e for e in ENTRIES if not e.same_code], [e for e in KINDS if e.id == "adaprelora"])
+wrapped = _entries([e for e in ENTRIES if not e.same_code], [e for e in METHODS if e.id == "lora-plus"])
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
@@ -115,6 +115,7 @@ def test_steps_move_every_parameter_and_keep_the_invariant(entry):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 @wrapped
 def test_eager_equals_jit(entry):
     params, state = plain_run(entry)[1]
