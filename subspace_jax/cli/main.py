@@ -88,7 +88,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for module in (methods, fetch, train, language_runs, language_generate, language, vision, interpret, plan, info):
         module.add_commands(subparsers)
     command = next((text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("-")), "")
-    if near := command not in subparsers.choices and difflib.get_close_matches(command, subparsers.choices, n=1):
+    near = difflib.get_close_matches(command, subparsers.choices, n=1)
+    if near and command not in near:
         parser.error(f"no command {command!r}; did you mean {near[0]}?")
     args, extra = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in extra if text.startswith("--config.")]
