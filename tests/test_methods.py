@@ -80,6 +80,16 @@ def test_find_methods_searches_name_area_title_paper_and_summary(query, first):
     assert methods.find_methods(query)[0].name == first
 
 
+def test_index_leads_to_every_config():
+    listed = {name for method in methods.METHODS for name in method.configs}
+    assert listed == set(config_files.config_names())
+
+
+@pytest.mark.parametrize("name", ["dora", "adaprelora", "smollm2"])
+def test_a_method_lists_the_config_that_runs_it_on_a_real_model(name):
+    assert "lm/smollm2" in next(method for method in methods.METHODS if method.name == name).configs
+
+
 def test_near_methods_finds_misspelled_names():
     assert not methods.find_methods("grasmann")
     assert methods.near_methods("grasmann")[0].name == "gcr"

@@ -26,7 +26,14 @@ METHODS = (
             "Both are read and written in the format of Hugging Face PEFT."
         ),
         module="subspace_jax.adapters",
-        configs=("adapters/rotated_digits", "adapters/rotated_images", "lm/tiny", "lm/gpt2_medium_e2e", "lm/large"),
+        configs=(
+            "lm/smollm2",
+            "adapters/rotated_digits",
+            "adapters/rotated_images",
+            "lm/tiny",
+            "lm/gpt2_medium_e2e",
+            "lm/large",
+        ),
         command="subspace-jax train --config adapters/rotated_digits:dora --workdir work/dora",
         figures=(
             Figure(

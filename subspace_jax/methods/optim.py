@@ -29,7 +29,7 @@ METHODS = (
             "(Riemannian preconditioned LoRA)."
         ),
         module="subspace_jax.optim",
-        configs=("optim/low_rank_regression", "optim/tiny_e2e"),
+        configs=("optim/low_rank_regression", "optim/tiny_e2e", "lm/smollm2"),
         command="subspace-jax train --config optim/low_rank_regression:adaprelora --workdir work/adaprelora",
         figures=(
             Figure(
