@@ -3,11 +3,12 @@
 from subspace_jax.data.text.chat_template import ChatTemplate, load_chat_template
 from subspace_jax.data.text.conversations import Conversation, conversation_of
 from subspace_jax.data.text.corpus import docstrings, function_summaries
-from subspace_jax.data.text.holdout import hold_out
+from subspace_jax.data.text.holdout import count_different, hold_out
 from subspace_jax.data.text.records import (
     Choice,
     Completion,
     Passage,
+    holds_conversations,
     json_rows,
     mapping_of,
     read_texts,
@@ -36,11 +37,13 @@ __all__ = [
     "check_vocabulary",
     "choice_rows",
     "conversation_of",
+    "count_different",
     "decode_continuation",
     "docstrings",
     "encode",
     "function_summaries",
     "hold_out",
+    "holds_conversations",
     "json_rows",
     "load_chat_template",
     "load_tokenizer",

@@ -81,7 +81,7 @@ class ChatTemplate:
             raise ValueError(f"{self._name} raises {kind}{' '.join(str(error).split())[:500]}") from error
 
     def passages(self, conversation: Conversation) -> list[Passage]:
-        """Returns the text of a conversation, in which the loss covers what the assistant says.
+        """Returns the text of a conversation, in which the loss covers what the assistant says after the prompt.
 
         Where the template has ``{% generation %}`` blocks, these are the parts.  Elsewhere a part begins where the text
         of the earlier messages, with the generation prompt, ends, and ends where that of the messages up to it does.
@@ -89,22 +89,27 @@ class ChatTemplate:
         text of its own, as the model sees it when it speaks.
 
         Raises:
-          ValueError: No message is of the assistant, the template raises, or its texts don't tell where the assistant
-            speaks; the message has file and line.
+          ValueError: No message after the prompt is of the assistant, the template raises, or its texts don't tell
+            where the assistant speaks; the message has file and line.
         """
-        messages, tools, where = conversation
+        messages, tools, where, start = conversation
         try:
-            turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+            turns = [i for i in range(start, len(messages)) if messages[i]["role"] == ASSISTANT]
             if not turns:
-                roles = sorted({message["role"] for message in messages})
-                raise ValueError(f"messages: expected one of the role {ASSISTANT!r}, got only {roles}")
+                roles = sorted({message["role"] for message in messages[start:]})
+                name = "messages of the completion" if start else "messages"
+                raise ValueError(f"{name}: expected one of the role {ASSISTANT!r}, got only {roles}")
             if _GENERATION.search(self._source):
-                return [self._marked(messages, tools)]
+                replied = any(message["role"] == ASSISTANT for message in messages[:start])
+                given = len(self._marked(messages[:start], tools)[1]) if replied else 0
+                text, spans = self._marked(messages, tools)
+                return [Passage(text, tuple(span for span in spans[given:] if span[0] < span[1]))]
             return self._by_prefixes(messages, tools, turns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
-    def _marked(self, messages, tools) -> Passage:
+    def _marked(self, messages, tools) -> tuple[str, list[tuple[int, int]]]:
+        """Returns the text of messages, and first character and end of each generation block."""
         given = self._source + json.dumps([messages, tools, self._special_tokens], ensure_ascii=False, default=str)
         repeats = next(n for n in range(1, len(given) + 2) if not any(mark * n in given for mark in _MARKS))
         opening, closing = (mark * repeats for mark in _MARKS)
@@ -116,12 +121,12 @@ class ChatTemplate:
             self._marks[:] = "", ""
         text, spans = "", []
         for number, part in enumerate(re.split(f"{opening}(.*?){closing}", marked, flags=re.DOTALL)):
-            if number % 2 and part:
+            if number % 2:
                 spans.append((len(text), len(text) + len(part)))
             text += part
         if text != plain:
             raise ValueError(f"{self._name}: expected generation blocks whose text is printed as it is")
-        return Passage(text, tuple(spans))
+        return text, spans
 
     def _by_prefixes(self, messages, tools, turns) -> list[Passage]:
         whole = self.render(messages, tools=tools)

@@ -34,12 +34,21 @@ def hold_out(examples: Sequence[Example], share: float, *, seed: int = 0) -> tup
     different = sorted(set(keys))
     count = max(1, round(share * len(different)))
     if count >= len(different):
-        raise ValueError(f"holdout: a share of {share} of {len(different)} different examples leaves none to train on")
+        repeats = len(keys) - len(different)
+        raise ValueError(
+            f"holdout: a share of {share} of {len(different)} different examples leaves none to train on"
+            + (f"; {repeats} more repeat them, and equal examples are on the same side" if repeats else "")
+        )
     held = set(different[:count])
     parts = [], []
     for example, key in zip(examples, keys, strict=True):
         parts[key in held].append(example)
     return parts
+
+
+def count_different(examples: Sequence[Example]) -> int:
+    """Returns the number of examples without those that repeat another one."""
+    return len({_key(example, 0) for example in examples})
 
 
 def _key(example: Example, seed: int) -> bytes:

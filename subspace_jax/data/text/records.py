@@ -1,5 +1,6 @@
 """Text examples from files and from TensorFlow Datasets."""
 
+import contextlib
 import difflib
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from subspace_jax.data.sources.tfds import default_data_dir, open_records
-from subspace_jax.data.text.conversations import Conversation, conversation_of
+from subspace_jax.data.text.conversations import CONVERTED, Conversation, conversation_of
 
 
 class Completion(NamedTuple):
@@ -40,6 +41,7 @@ def read_texts(
 
     Rows with the field ``messages`` are conversations, those with ``prompt`` and ``completion`` pairs, and those with
     ``text`` plain texts.  Where several are there, the first of these counts; it is the same in all rows of a file.
+    Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.
 
     Args:
       path: The file.  Documents in plain text are separated by empty lines.
@@ -56,7 +58,22 @@ def read_texts(
       OSError: It can't be read.
       ImportError: A Parquet file needs the extra ``text``.
     """
-    file = Path(path)
+    examples = list(_read(Path(path), prompt, completion))
+    if not examples:
+        raise ValueError(f"{path}: there is no text in it")
+    return examples
+
+
+def holds_conversations(path: str | os.PathLike, *, prompt: str = "", completion: str = "") -> bool:
+    """Returns whether the rows of a file are conversations, by the first of them.
+
+    Arguments and errors: see :func:`read_texts`.
+    """
+    with contextlib.closing(_read(Path(path), prompt, completion)) as examples:
+        return isinstance(next(examples, None), Conversation)
+
+
+def _read(file: Path, prompt: str, completion: str) -> Iterator[Completion | Conversation]:
     if not file.is_file():
         raise FileNotFoundError(f"{_no_file(file)}{near_names(file)}")
     suffix = file.suffix.lower()
@@ -64,34 +81,32 @@ def read_texts(
         raise ValueError(f"{file}: expected a .jsonl, .parquet or plain-text file, got {suffix!r}")
     if suffix not in (".jsonl", ".parquet"):
         documents = [part.strip() for part in _plain_text(file).split("\n\n")]
-        examples = [Completion("", text) for text in documents if text]
+        yield from (Completion("", text) for text in documents if text)
+        return
+    wanted = tuple(name for name in (prompt, completion or "text") if name) if prompt or completion else ()
+    if suffix == ".jsonl":
+        with file.open("rb") as lines:
+            yield from _examples(json_rows(lines, str(file)), wanted)
     else:
-        wanted = tuple(name for name in (prompt, completion or "text") if name) if prompt or completion else ()
-        if suffix == ".jsonl":
-            with file.open("rb") as lines:
-                examples = list(_examples(json_rows(lines, str(file)), wanted, prompt))
-        else:
-            examples = list(_examples(_parquet(file, wanted), wanted, prompt))
-    if not examples:
-        raise ValueError(f"{file}: there is no text in it")
-    return examples
+        yield from _examples(_parquet(file, wanted), wanted)
 
 
 def _examples(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], fields: tuple[str, ...], prompt: str
+    rows: Iterable[tuple[str, Mapping[str, Any]]], fields: tuple[str, ...]
 ) -> Iterator[Completion | Conversation]:
+    chats = None
     for where, row in rows:
-        if not fields:
-            fields = _recognised(row, where)
-            prompt = fields[0] if len(fields) > 1 else ""
-        if fields == ("messages",):
-            if "messages" not in row:
-                raise ValueError(f"{where}: no field 'messages', which every row must have; there are {_shown(row)}")
-            given = json.dumps([row["messages"], row.get("tools")], ensure_ascii=False, default=str)
+        fields = fields or _recognised(row, where)
+        if chats is None:
+            chats = fields == ("messages",) or any(isinstance(row.get(name), list) for name in fields)
+        if chats:
+            if absent := [name for name in fields if name not in row]:
+                raise ValueError(f"{where}: no field {absent[0]!r}, which every row must have; there are {_shown(row)}")
+            given = json.dumps([[row[name] for name in fields], row.get("tools")], ensure_ascii=False, default=str)
             _check_unicode(given, f"{where}: expected Unicode text")
-            yield conversation_of(row, where)
+            yield conversation_of(row, where, fields)
         else:
-            yield Completion(_field(row, prompt, where) if prompt else "", _field(row, fields[-1], where))
+            yield Completion(_field(row, fields[0], where) if len(fields) > 1 else "", _field(row, fields[-1], where))
 
 
 def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -99,9 +114,10 @@ def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
     for fields in (("messages",), ("prompt", "completion"), ("text",)):
         if all(name in names for name in fields):
             return fields
+    foreign = any(all(name in names for name in fields) for fields in (("conversations",), ("instruction", "output")))
     raise ValueError(
         f"{where}: no field 'text'; there are {_shown(names)}; expected 'messages', or 'prompt' and 'completion', or "
-        "'text', or their names in data.prompt and data.completion"
+        f"'text', or their names in data.prompt and data.completion{CONVERTED if foreign else ''}"
     )
 
 
@@ -171,7 +187,7 @@ def _parquet(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Mapping[
             names = names or _recognised(there, str(file))
             if absent := [name for name in names if name not in there]:
                 raise ValueError(f"{file}: no field {absent[0]!r}; there are {_shown(there)}")
-            columns = [*names, *(["tools"] if "messages" in names and "tools" in there else [])]
+            columns = list(dict.fromkeys([*names, *(["tools"] if "tools" in there else [])]))
             number = 0
             for batch in table.iter_batches(columns=columns):
                 for row in batch.to_pylist():
@@ -217,7 +233,7 @@ def tfds_texts(name: str, split: str, data_dir: str | None = None) -> list[Compl
       The examples.
 
     Raises:
-      ValueError: There is no mapping for the set, its split is empty, or a record has an unexpected format.
+      ValueError: It is none of these sets, its split is empty, or a record has an unexpected format.
       FileNotFoundError: It is not prepared.
     """
     mapping = mapping_of(name)
@@ -253,8 +269,8 @@ def mapping_of(name: str) -> Callable[[Mapping[str, Any], Any], Completion | Cho
         if name == known or name.startswith((f"{known}/", f"{known}:")):
             return mapping
     near = difflib.get_close_matches(name, _MAPPINGS, n=2)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are mappings for {sorted(_MAPPINGS)}"
-    raise ValueError(f"name: no mapping for {name!r}; {hint}")
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"name: expected one of the sets {', '.join(sorted(_MAPPINGS))}, got {name!r}{hint}")
 
 
 def _text(value: Any) -> str:

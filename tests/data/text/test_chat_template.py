@@ -110,6 +110,18 @@ def test_what_a_template_can_not_do_is_an_error_of_the_row(source, message):
         text.ChatTemplate(source).passages(conversation("a", "b"))
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_loss_leaves_out_replies_of_the_prompt(name):
+    chat = conversation("2 + 2?", "Four", "3 + 3?", "Six", "4 + 4?", "Eight")
+    replies = [part for passage in TEMPLATES[name].passages(chat) for part in parts(passage)]
+    assert len(replies) == 3
+    for length, kept in ((1, 3), (3, 2), (5, 1)):
+        passages = TEMPLATES[name].passages(chat._replace(prompt_length=length))
+        assert [part for passage in passages for part in parts(passage)] == replies[-kept:]
+    with pytest.raises(ValueError, match="line 3: messages of the completion: expected one of the role 'assistant'"):
+        TEMPLATES[name].passages(conversation("a", "b", "c")._replace(prompt_length=2))
+
+
 def test_a_conversation_without_a_reply_is_refused():
     with pytest.raises(ValueError, match=r"line 3: messages: expected one of the role 'assistant', got only"):
         TEMPLATES["chatml"].passages(conversation("a"))

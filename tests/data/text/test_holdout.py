@@ -42,6 +42,15 @@ def test_hold_out_compares_conversations_without_their_places():
     assert len(train) == 8
 
 
+def test_hold_out_tells_of_repeats_where_none_is_left():
+    few = [text.Completion("", "a")] * 30 + [text.Completion("", "b")]
+    assert text.count_different(few) == 2
+    with pytest.raises(ValueError, match="of 2 different examples leaves none to train on; 29 more repeat them, and"):
+        text.hold_out(few, 0.9)
+    with pytest.raises(ValueError, match=r"of 2 different examples leaves none to train on$"):
+        text.hold_out(few[-2:], 0.9)
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.5, float("nan")])
 def test_hold_out_refuses_shares_out_of_range(share):
     with pytest.raises(ValueError, match="holdout: expected a share above 0 and below 1"):
