@@ -11,7 +11,7 @@ from subspace_jax.language.finetune import (
     merge_adapter,
     model_of,
 )
-from subspace_jax.language.texts import texts_of
+from subspace_jax.language.texts import texts_of, trains_on_conversations
 
 __all__ = [
     "AdaptedLMTask",
@@ -28,6 +28,7 @@ __all__ = [
     "score_rows",
     "texts_of",
     "token_nll",
+    "trains_on_conversations",
 ]
 
 

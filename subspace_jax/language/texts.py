@@ -2,12 +2,18 @@
 
 import datetime
 import difflib
+import logging
 import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from subspace_jax.data import text
+from subspace_jax.data.text.conversations import ASSISTANT
+
+log = logging.getLogger(__name__)
+
+_INSTALLED = ("docstrings", "summaries")  # what needs no file
 
 
 def texts_of(
@@ -25,6 +31,9 @@ def texts_of(
     prints the date it is ``data.date`` (year-month-day), so that a resumed run has the same texts.  See
     :meth:`subspace_jax.data.text.ChatTemplate.passages` for the loss.
 
+    Empty completions and replies are kept, and a warning has their number; so has another one for repeated rows of a
+    file of which a share is held out.
+
     Args:
       config: Config of a run.
       split: "train" or "eval".
@@ -37,7 +46,7 @@ def texts_of(
     """
     fields = config.data
     name = {"train": fields.train_split, "eval": fields.eval_split}[split]
-    if fields.holdout and (fields.evaluation or fields.source in ("summaries", "docstrings")):
+    if fields.holdout and (fields.evaluation or fields.source in _INSTALLED):
         other = f"data.evaluation={fields.evaluation}" if fields.evaluation else f"the split of {fields.source!r}"
         raise ValueError(f"data.holdout: a share of {fields.holdout} is held out beside no other set, got {other}")
     if fields.source == "summaries":
@@ -55,6 +64,18 @@ def texts_of(
     return examples
 
 
+def trains_on_conversations(config: ConfigDict) -> bool:
+    """Whether a run trains on conversations, as the first row of its file tells.
+
+    Raises:
+      ValueError: That row is malformed.
+    """
+    fields = config.data
+    if fields.source in _INSTALLED or not Path(fields.source).is_file():
+        return False
+    return text.holds_conversations(fields.source, prompt=fields.prompt, completion=fields.completion)
+
+
 def _of_file(fields: ConfigDict, source: str, split: str) -> list[text.Completion] | list[text.Conversation]:
     if split == "eval" and not fields.evaluation and not fields.holdout:
         raise ValueError(
@@ -62,13 +83,53 @@ def _of_file(fields: ConfigDict, source: str, split: str) -> list[text.Completio
             "twentieth of its examples"
         )
     examples = text.read_texts(source, prompt=fields.prompt, completion=fields.completion)
+    if split == "train" or not fields.holdout:  # the file is read for either split
+        _warn_of_empty(examples, source)
     if not fields.holdout:
         return examples
     try:
         train, held = text.hold_out(examples, fields.holdout, seed=fields.holdout_seed)
     except ValueError as error:
         raise ValueError(f"data.{error}") from error
+    if split == "train":
+        _warn_of_repeats(examples, len(held), source)
     return train if split == "train" else held
+
+
+def _warn_of_empty(examples: list[text.Completion] | list[text.Conversation], source: str) -> None:
+    where = [place for example in examples for said, place in _learnt(example, source) if not said.strip()]
+    if where:
+        count = sum(len(_learnt(example, source)) for example in examples)
+        what = "replies" if isinstance(examples[0], text.Conversation) else "completions"
+        log.warning(
+            "%d of %d %s are empty, the first in %s; from these the model learns to say nothing",
+            len(where),
+            count,
+            what,
+            where[0],
+        )
+
+
+def _learnt(example: text.Completion | text.Conversation, source: str) -> list[tuple[str, str]]:
+    """Returns the texts that the loss covers, and the place of each for a message."""
+    if isinstance(example, text.Completion):
+        return [(example.completion, source)]
+    replies = [message for message in example.messages[example.prompt_length :] if message["role"] == ASSISTANT]
+    return [(message.get("content", ""), example.where) for message in replies if not message.get("tool_calls")]
+
+
+def _warn_of_repeats(examples: list[text.Completion] | list[text.Conversation], held: int, source: str) -> None:
+    different = text.count_different(examples)
+    if different < len(examples):
+        log.warning(
+            "data.holdout: %d of the %d examples of %s repeat others; equal ones stay together, so that %d examples "
+            "(%.1f %%) are held out",
+            len(examples) - different,
+            len(examples),
+            source,
+            held,
+            100 * held / len(examples),
+        )
 
 
 def _rendered(examples, source: str, config: ConfigDict, tokenizer: text.Tokenizer | None):
@@ -100,7 +161,8 @@ def _is_path(source: str) -> bool:
         if Path(source).is_dir() or suffix.isalpha() or source.startswith((".", "~", os.sep)):
             return True
         files = [path.name for path in Path().iterdir() if path.is_file()]
-        near = difflib.get_close_matches(source, ["docstrings", "summaries", *files], n=2)
+        near = difflib.get_close_matches(source, [*_INSTALLED, *files], n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"data: there is no file {source!r}, and no set with that name ({error}){hint}") from error
+        expected = str(error).removeprefix("name: ")
+        raise ValueError(f"data: there is no file {source!r}, and no set with that name ({expected}){hint}") from error
     return False

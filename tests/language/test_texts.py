@@ -44,6 +44,50 @@ def test_texts_of_a_file_of_conversations_are_rendered_and_a_share_is_held_out(c
     assert language.texts_of(again, "eval", TOKENIZER) == parts[1]
 
 
+def messages_of(caplog):
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_repeated_rows_are_told_once_where_a_share_is_held_out(config, caplog):
+    file = pathlib.Path(config.data.source)
+    for split in ("train", "eval"):
+        language.texts_of(config, split, TOKENIZER)
+    assert messages_of(caplog) == []
+    file.write_text("\n".join(map(json.dumps, [*chats(10), *chats(4) * 5])))
+    parts = [language.texts_of(config, split, TOKENIZER) for split in ("train", "eval")]
+    held = len(parts[1])
+    assert messages_of(caplog) == [
+        f"data.holdout: 20 of the 30 examples of {file} repeat others; equal ones stay together, so that {held} "
+        f"examples ({held / 0.3:.1f} %) are held out"
+    ]
+
+
+def test_empty_replies_and_completions_are_kept_and_told_once(config, caplog):
+    file = pathlib.Path(config.data.source)
+    rows = chats(10)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows[1]["messages"][1:1] = [call]
+    for i in (3, 5):
+        rows[i]["messages"][1]["content"] = " "
+    file.write_text("\n".join(map(json.dumps, rows)))
+    parts = [language.texts_of(config, split, TOKENIZER) for split in ("train", "eval")]
+    assert sum(map(len, parts)) == 10
+    learns = "from these the model learns to say nothing"
+    assert messages_of(caplog) == [f"2 of 10 replies are empty, the first in {file}, line 4; {learns}"]
+    caplog.clear()
+    file.write_text('{"prompt": "", "completion": "a"}\n{"prompt": "a", "completion": ""}')
+    assert len(language.texts_of(train.override(config, ["data.holdout=0"]), "train", TOKENIZER)) == 2
+    assert messages_of(caplog) == [f"1 of 2 completions are empty, the first in {file}; {learns}"]
+
+
+def test_a_run_trains_on_conversations_if_its_file_holds_them(config):
+    assert language.trains_on_conversations(config)
+    pathlib.Path(config.data.source).write_text('{"text": "a"}')
+    assert not language.trains_on_conversations(config)
+    for source in ("docstrings", "gsm8k"):
+        assert not language.trains_on_conversations(train.override(config, [f"data.source={source}"]))
+
+
 def test_a_template_gets_the_date_of_the_config(config):
     dated = train.override(config, [f"data.chat_template={GOLDEN / 'headers.jinja'}", "data.date=2024-07-26"])
     assert all("Today: 26 Jul 2024\n" in passage.text for passage in language.texts_of(dated, "eval", TOKENIZER))
