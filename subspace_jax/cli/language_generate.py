@@ -159,8 +159,10 @@ class _Speaker:
     def _rendered(self, row: Mapping[str, Any], where: str) -> str:
         from subspace_jax.data import text
 
-        given = row if "messages" in row else {"messages": [{"role": "user", "content": row["prompt"]}]}
-        messages, tools, _ = text.conversation_of(given, where)
+        if "messages" in row or isinstance(row["prompt"], list):
+            messages, tools, *_ = text.conversation_of(row, where, ["messages" if "messages" in row else "prompt"])
+        else:
+            messages, tools = ({"role": "user", "content": row["prompt"]},), None
         if self._args.system and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": self._args.system}, *messages)
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
@@ -311,7 +313,7 @@ def _check_row(row: Mapping[str, Any], where: str, chat: bool) -> None:
     if "messages" in row:
         if not chat:
             raise ValueError(f"{where}: 'messages' need --chat")
-    elif not isinstance(row.get("prompt"), str):
+    elif not isinstance(row.get("prompt"), (str, list) if chat else str):
         found = type(row["prompt"]).__name__ if "prompt" in row else f"the fields {sorted(row)}"
         raise ValueError(f"{where}: expected 'prompt' with a text{', or messages' * chat}, got {found}")
 

@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         shared.check_model_folder(config.model.folder)
     if runs.shown_only(args, overrides, config):
         return
-    is_peft = language.is_peft(config)
+    is_peft, chats = language.is_peft(config), language.trains_on_conversations(config)
     metrics = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     ).metrics
@@ -92,7 +92,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"loss {metrics['loss']:.4f}; perplexity {math.exp(metrics['loss']):.2f}; accuracy {metrics['accuracy']:.4f}")
     print(f"Wrote the {what} to {folder}, checkpoints, metrics.jsonl, result.json and curves.png beside it")
     model = [config.model.folder, "--adapter", folder] if is_peft else [folder]
-    runs.next_command("subspace-jax", "generate", "--model", *model, "--prompt", "Once upon a time")
+    asked = ["--chat"] if chats else ["--prompt", "Once upon a time"]
+    if chats and is_peft and config.data.chat_template:  # an exported model has it in its folder
+        asked += ["--chat-template", config.data.chat_template]
+    runs.next_command("subspace-jax", "generate", "--model", *model, *asked)
 
 
 def _merge(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,7 +1,10 @@
+import json
+from types import SimpleNamespace
+
 import jax
 import pytest
 
-from subspace_jax import interop, nn
+from subspace_jax import interop, language, nn, train
 from subspace_jax.cli.main import main
 from subspace_jax.data import text
 
@@ -61,6 +64,28 @@ def test_finetune_lowers_the_perplexity_of_a_pretrained_model(pretrained, folder
     sampling = ["--temperature", "0.9", "--top-p", "0.9", "--seed", "3"]
     assert main(["generate", "--model", str(tuned), "--prompt", "the sum", "--max-new-tokens", "5", *sampling]) == 0
     assert capsys.readouterr().out.startswith("the sum")
+
+
+def test_finetune_ends_with_a_chat_where_its_data_are_chats(model, folder, tmp_path, monkeypatch, capsys):
+    metrics = {"loss": 1.0, "accuracy": 0.5}
+    monkeypatch.setattr(train, "run", lambda *arguments, **options: SimpleNamespace(metrics=metrics))
+    monkeypatch.setattr(language, "export", lambda *arguments, **options: None)
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row))
+    (tmp_path / "run").mkdir()
+    lora = ["--config.adapter.method=lora", "--config.adapter.rank=2", f"--config.model.folder={model}"]
+    template = "--config.data.chat_template=a.jinja"
+    adapted = f"{model} --adapter {tmp_path}/run/adapter"
+    for data, settings, wanted in (
+        (tmp_path / "chat.jsonl", [], f"{tmp_path}/run/model --chat"),
+        (tmp_path / "chat.jsonl", [template], f"{tmp_path}/run/model --chat"),
+        (tmp_path / "chat.jsonl", lora, f"{adapted} --chat"),
+        (tmp_path / "chat.jsonl", [*lora, template], f"{adapted} --chat --chat-template a.jinja"),
+        (folder / "some.txt", lora, f"{adapted} --prompt 'Once upon a time'"),
+    ):
+        arguments = ["--config", "lm/tiny", "--workdir", str(tmp_path / "run"), "--model", str(model), "--quiet"]
+        assert main(["finetune", *arguments, f"--config.data.source={data}", *settings]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"Next: subspace-jax generate --model {wanted}"
 
 
 def test_accuracy_answers_questions_by_the_likeliest_option(model, capsys, monkeypatch):

@@ -93,13 +93,14 @@ def test_generate_reads_prompts_from_the_standard_input(model, expected, monkeyp
 def test_generate_answers_messages_by_the_chat_template(model, expected, monkeypatch, capsys):
     reply = {"role": "assistant", "content": "Hello"}
     rows = [{"messages": [user("Hi"), reply]}, {"prompt": "Hi"}, {"messages": [user("a"), reply, user("b")]}]
+    rows += [{"prompt": [user("Hi")], "completion": [reply]}]
     given(monkeypatch, "\n".join(map(json.dumps, rows)))
-    assert generate(model, "--chat", "--prompts", "-", "--system", "Be brief", "--batch-size", "3") == 0
+    assert generate(model, "--chat", "--prompts", "-", "--system", "Be brief", "--batch-size", "4") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     system, ends = {"role": "system", "content": "Be brief"}, (1, TURN)
     alone = expected(rendered(system, user("Hi")), ends)
     whole = expected(rendered(system, user("a"), reply, user("b")), ends)
-    assert [row["generated"] for row in found] == [alone, alone, whole]
+    assert [row["generated"] for row in found] == [alone, alone, whole, alone]
     assert found[0]["messages"] == rows[0]["messages"]
 
 
