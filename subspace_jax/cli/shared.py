@@ -1,6 +1,7 @@
 """What commands share: how one is added, arguments of several, and the file with a run's result."""
 
 import argparse
+import difflib
 import json
 import os
 import textwrap
@@ -98,12 +99,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raises ValueError for an empty path, and for a workdir that is missing or the current folder."""
+    """Raises an error for an empty path, a model that is not there, and no workdir or the current folder as one."""
     for name in ("workdir", "model", "adapter", "out"):
         if getattr(args, name, None) == "":  # an unset variable of the shell
             raise ValueError(f"--{name}: expected a folder{' or file' * (name == 'out')}, got an empty path")
     if getattr(args, "config", None) == "":
         raise ValueError("--config: expected a Python file, got an empty path")
+    if not args.trains and getattr(args, "model", None):
+        check_model_folder(args.model)
     if args.trains and args.workdir is None:
         if getattr(args, "dry_run", False) or getattr(args, "print_config", False):
             return
@@ -113,15 +116,40 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def check_model_folder(folder: str) -> None:
-    """Raises a FileNotFoundError for a model that is not there; it names the command that writes a known one."""
-    from subspace_jax import interop
-
+    """Raises a FileNotFoundError for a model that is not there; it names the nearest one, or the command for it."""
     if not folder:
         raise ValueError("--model: expected a folder or GGUF file, as the config names none")
-    if not os.path.exists(folder):
-        known = [name for name, package in interop.PACKAGES.items() if package.folder == os.path.normpath(folder)]
-        hint = f"; `subspace-jax fetch {known[0]}` writes it" if known else ""
-        raise FileNotFoundError(f"--model: there is no {folder}{hint}")
+    if not os.path.exists(os.path.expanduser(folder)):
+        raise FileNotFoundError(f"--model: there is no {folder}{_model_hint(folder)}")
+
+
+def _model_hint(folder: str) -> str:
+    """Returns a hint at the model that a missing folder may mean: one on disk, or one that `fetch` writes."""
+    from subspace_jax import interop
+
+    where, name = os.path.normpath(folder), os.path.basename(os.path.normpath(folder)).lower()
+    models = {n: p.folder for n, p in interop.PACKAGES.items() if p.folder.startswith("work/models/")}
+    known = [n for n, there in models.items() if there == where or n in name]
+    near = _nearest_path(Path(where).expanduser())
+    known = known or ([] if near else difflib.get_close_matches(name, models, n=1))
+    if known and not os.path.exists(models[known[0]]):
+        there = models[known[0]]
+        return f"; `subspace-jax fetch {known[0]}` writes {'it' if there == where else there}"
+    there = models[known[0]] if known else near
+    return f"; did you mean {there}?" if there else ""
+
+
+def _nearest_path(path: Path) -> Path | None:
+    """Returns the existing path whose parts are nearest to those of a path; None where a part has no near one."""
+    parent = path.parent if path.parent.is_dir() else _nearest_path(path.parent)
+    if parent is None or (parent / path.name).exists():
+        return parent and parent / path.name
+    try:
+        names = {name.lower(): name for name in sorted(os.listdir(parent))}
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name.lower(), names, n=1)
+    return parent / names[near[0]] if near else None
 
 
 def tokenizer_of(folder: str) -> str:

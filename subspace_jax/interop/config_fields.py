@@ -36,7 +36,8 @@ def read_fields(folder: str | os.PathLike) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"{folder}: this is a PEFT adapter; expected the folder of the model that it adapts")
         if not (folder / "checkpoints").is_dir():
-            raise FileNotFoundError(f"{file}: no such file; expected the folder of a Hugging Face or timm checkpoint")
+            expected = "expected the folder of a Hugging Face or timm checkpoint"
+            raise FileNotFoundError(f"{file}: no such file; {expected}{_models_in(folder)}")
         raise ValueError(_what_a_run_has(folder))
     fields = read_json_object(file)
     named = fields.keys() & {"model_type", "architecture"}
@@ -48,6 +49,19 @@ def read_fields(folder: str | os.PathLike) -> dict[str, Any]:
             f"{shown(fields['transformers_weights'])}"
         )
     return fields
+
+
+def _models_in(folder: pathlib.Path) -> str:
+    """Returns a hint at the models in a folder that is none itself, or at what it holds instead."""
+    if not folder.is_dir():
+        return ""
+    # As in the cache of Hugging Face's hub.
+    inner = (file.parent for pattern in ("*", "snapshots/*") for file in folder.glob(f"{pattern}/config.json"))
+    if found := sorted(map(str, [*inner, *folder.glob("*.gguf")]))[:3]:
+        return f"; did you mean {' or '.join(found)}?"
+    names = sorted(os.listdir(folder))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; it holds {', '.join(names[:3])}{more}" if names else "; it is empty"
 
 
 def _what_a_run_has(folder: pathlib.Path) -> str:
