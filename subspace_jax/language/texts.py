@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import functools
 import logging
 import os
 from pathlib import Path
@@ -101,12 +102,9 @@ def _warn_of_empty(examples: list[text.Completion] | list[text.Conversation], so
     if where:
         count = sum(len(_learnt(example, source)) for example in examples)
         what = "replies" if isinstance(examples[0], text.Conversation) else "completions"
-        log.warning(
-            "%d of %d %s are empty, the first in %s; from these the model learns to say nothing",
-            len(where),
-            count,
-            what,
-            where[0],
+        _warn_once(
+            f"{len(where)} of {count} {what} are empty, the first in {where[0]}; from these the model learns to say "
+            "nothing"
         )
 
 
@@ -121,15 +119,16 @@ def _learnt(example: text.Completion | text.Conversation, source: str) -> list[t
 def _warn_of_repeats(examples: list[text.Completion] | list[text.Conversation], held: int, source: str) -> None:
     different = text.count_different(examples)
     if different < len(examples):
-        log.warning(
-            "data.holdout: %d of the %d examples of %s repeat others; equal ones stay together, so that %d examples "
-            "(%.1f %%) are held out",
-            len(examples) - different,
-            len(examples),
-            source,
-            held,
-            100 * held / len(examples),
+        _warn_once(
+            f"data.holdout: {len(examples) - different} of the {len(examples)} examples of {source} repeat others; equal "
+            f"ones stay together, so that {held} examples ({100 * held / len(examples):.1f} %) are held out"
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warns unless it has already: the texts of a run are read again for its export."""
+    log.warning("%s", message)
 
 
 def _rendered(examples, source: str, config: ConfigDict, tokenizer: text.Tokenizer | None):

@@ -54,7 +54,7 @@ def test_repeated_rows_are_told_once_where_a_share_is_held_out(config, caplog):
         language.texts_of(config, split, TOKENIZER)
     assert messages_of(caplog) == []
     file.write_text("\n".join(map(json.dumps, [*chats(10), *chats(4) * 5])))
-    parts = [language.texts_of(config, split, TOKENIZER) for split in ("train", "eval")]
+    parts = [language.texts_of(config, split, TOKENIZER) for split in ("train", "eval", "train")]
     held = len(parts[1])
     assert messages_of(caplog) == [
         f"data.holdout: 20 of the 30 examples of {file} repeat others; equal ones stay together, so that {held} "
