@@ -120,8 +120,8 @@ def _warn_of_repeats(examples: list[text.Completion] | list[text.Conversation], 
     different = text.count_different(examples)
     if different < len(examples):
         _warn_once(
-            f"data.holdout: {len(examples) - different} of the {len(examples)} examples of {source} repeat others; equal "
-            f"ones stay together, so that {held} examples ({100 * held / len(examples):.1f} %) are held out"
+            f"data.holdout: {len(examples) - different} of the {len(examples)} examples of {source} repeat others; "
+            f"equal ones stay together, so that {held} examples ({100 * held / len(examples):.1f} %) are held out"
         )
 
 
