@@ -289,10 +289,15 @@ def _replace(
         raise ValueError(f"params: have no weights for the adapters {lost}")
     for path, arrays in found.items():
         try:
-            made[path] = make(path, chosen[path], at[path], arrays)
+            made[path] = make(path, chosen[path], _frozen(at[path]), arrays)
         except KeyError as error:
             raise ValueError(f"trainable: {path} lacks {error} for {chosen[path]}") from error
     return replace_at(params, made)
+
+
+def _frozen(base):
+    # Within a scan over layers stop_gradient would make each weight a new array, which the backward pass keeps.
+    return base if axes_of(base) is not None else jax.lax.stop_gradient(base)
 
 
 def _key_at(key: jax.Array, path: str) -> jax.Array:

@@ -40,7 +40,7 @@ class ConvLoRAWeight(StructuredWeight):
         """Returns :func:`subspace_jax.nn.conv` of ``x`` with the adapted kernel."""
         _check_groups(self, groups)
         update = _update(drop_features(x, self.key, self.dropout), self.a, self.b, groups, how)
-        base = nn.conv(x, jax.lax.stop_gradient(self.base), groups=groups, **how)
+        base = nn.conv(x, self.base, groups=groups, **how)
         return base + jnp.asarray(self.scale, x.dtype) * update
 
     def dense(self) -> jax.Array:
@@ -80,7 +80,7 @@ class ConvDoRAWeight(StructuredWeight):
     @property
     def norm(self) -> jax.Array:
         """Norms of the adapted kernel over window and inputs, ``[..., out]``."""
-        return conv_norm(jax.lax.stop_gradient(self.base), self.a, self.b, self.scale, self.window, self.groups)
+        return conv_norm(self.base, self.a, self.b, self.scale, self.window, self.groups)
 
     @property
     def gain(self) -> jax.Array:
@@ -90,11 +90,10 @@ class ConvDoRAWeight(StructuredWeight):
     def conv(self, x: jax.Array, *, groups: int, **how) -> jax.Array:
         """Returns :func:`subspace_jax.nn.conv` of ``x`` with the adapted kernel."""
         _check_groups(self, groups)
-        base = jax.lax.stop_gradient(self.base)
-        y = nn.conv(x, base, groups=groups, **how)
+        y = nn.conv(x, self.base, groups=groups, **how)
         seen = drop_features(x, self.key, self.dropout)
         # As in PEFT, dropout is applied to the correction of the frozen branch too.
-        own = y if self.key is None else nn.conv(seen, base, groups=groups, **how)
+        own = y if self.key is None else nn.conv(seen, self.base, groups=groups, **how)
         return y + kernels.dora_compose(own, _update(seen, self.a, self.b, groups, how), self.gain, self.scale)
 
     def dense(self) -> jax.Array:

@@ -65,7 +65,7 @@ class DoRAWeight(StructuredWeight):
     @property
     def norm(self) -> jax.Array:
         """Norms of the adapted columns, ``[..., out]``."""
-        return column_norm(jax.lax.stop_gradient(self.base), self.a, self.b, self.factor)
+        return column_norm(self.base, self.a, self.b, self.factor)
 
     @property
     def gain(self) -> jax.Array:
@@ -74,8 +74,7 @@ class DoRAWeight(StructuredWeight):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        base = jax.lax.stop_gradient(self.base)
-        y = self._dora(x, base)
+        y = self._dora(x, self.base)
         if self.row_energy is None:
             return y
         # The gradients of the factors are those at the weight before its columns are scaled.
@@ -93,7 +92,7 @@ class DoRAWeight(StructuredWeight):
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
-        base = nn.embed(tokens, jax.lax.stop_gradient(self.base), dtype)
+        base = nn.embed(tokens, self.base, dtype)
         update = jnp.matmul(nn.embed(tokens, self.a, dtype), self.b.astype(dtype))
         return kernels.dora_compose(base, update, self.gain, self.factor) + base
 
@@ -101,7 +100,7 @@ class DoRAWeight(StructuredWeight):
         """Returns ``x @ W.T``, ``[..., in]``."""
         x = (x.astype(self.gain.dtype) * jnp.broadcast_to(self.gain, x.shape)).astype(x.dtype)
         update = nn.unembed(jnp.matmul(x, jnp.swapaxes(self.b, -1, -2).astype(x.dtype)), self.a)
-        base = nn.unembed(x, jax.lax.stop_gradient(self.base))
+        base = nn.unembed(x, self.base)
         return base + jnp.asarray(self.factor, x.dtype) * update
 
     def dense(self) -> jax.Array:
@@ -171,7 +170,6 @@ class DoRA(LoRA):
         magnitude = arrays["magnitude"]
         if not isinstance(self.rank, tuple) or 0 not in self.rank or axes_of(base) is not None:
             return magnitude
-        base = jax.lax.stop_gradient(base)
         own = column_norm(base, *(jnp.zeros_like(arrays[name]) for name in "ab"), 0.0)
         return jnp.where(jnp.asarray(self.rank)[:, None] > 0, magnitude, own.astype(magnitude.dtype))
 

@@ -72,22 +72,22 @@ class EffortWeight(StructuredWeight):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        return nn.linear(x, jax.lax.stop_gradient(self.base)) + scaled_matmuls(x, self.u, self.s, self.vt)
+        return nn.linear(x, self.base) + scaled_matmuls(x, self.u, self.s, self.vt)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
         rows = nn.embed(tokens, self.u, dtype)
         rows = rows * jnp.broadcast_to(self.s.astype(dtype), rows.shape)
-        return nn.embed(tokens, jax.lax.stop_gradient(self.base), dtype) + jnp.matmul(rows, self.vt.astype(dtype))
+        return nn.embed(tokens, self.base, dtype) + jnp.matmul(rows, self.vt.astype(dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W.T``, ``[..., in]``."""
         v, ut = (jnp.swapaxes(y, -1, -2) for y in (self.vt, self.u))
-        return nn.unembed(x, jax.lax.stop_gradient(self.base)) + scaled_matmuls(x, v, self.s, ut)
+        return nn.unembed(x, self.base) + scaled_matmuls(x, v, self.s, ut)
 
     def dense(self) -> jax.Array:
         """Returns the weight, in the dtype of ``base``."""
-        return shifted(jax.lax.stop_gradient(self.base), SpectralBases(self.u, self.vt, self.s), self.s)
+        return shifted(self.base, SpectralBases(self.u, self.vt, self.s), self.s)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Effort(AdapterConfig):
     def _projected(self, base, arrays):
         if not isinstance(base, EffortBase):
             raise ValueError("params: a projected Effort needs the tree that prepare returned, with singular vectors")
-        u, vt = (jax.lax.stop_gradient(x) for x in (base.bases.u, base.bases.vt))
+        u, vt = base.bases.u, base.bases.vt
         # In 16 bits rounding would undo the projection.
         dtype = linalg.working_dtype(u, arrays["u"])
         u, vt, own_u, own_vt = (x.astype(dtype) for x in (u, vt, arrays["u"], arrays["vt"]))

@@ -14,12 +14,12 @@ from subspace_jax.adapters.structured import StructuredWeight, as_dense, axes_of
 
 
 def adapted(w: jax.Array | StructuredWeight, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Returns ``w + scale * a @ b`` in float32, or in float64 if any argument is; w gets no gradient."""
+    """Returns ``w + scale * a @ b`` in float32, or in float64 if any argument is."""
     w = as_dense(w)
     dtype = linalg.working_dtype(w, a, b)
     update = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     scale = jnp.asarray(scale, dtype)
-    return jax.lax.stop_gradient(w).astype(dtype) + scale.reshape(*scale.shape, *(1,) * (w.ndim - scale.ndim)) * update
+    return w.astype(dtype) + scale.reshape(*scale.shape, *(1,) * (w.ndim - scale.ndim)) * update
 
 
 def remove(w: jax.Array, a: jax.Array, b: jax.Array, scale: float | tuple[float, ...]) -> jax.Array:

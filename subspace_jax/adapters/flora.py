@@ -81,7 +81,7 @@ class FLoRAWeight(StructuredWeight):
         seen = drop_features(x, self.key, self.dropout)
         inner = jnp.matmul(seen.reshape(*x.shape[:-1], groups, -1), p0.astype(x.dtype))
         inner = nn.conv(inner.reshape(*x.shape[:-1], -1), small, groups=groups, **how)
-        base = nn.conv(x, jax.lax.stop_gradient(self.base), groups=groups, **how)
+        base = nn.conv(x, self.base, groups=groups, **how)
         return base + jnp.asarray(self.scale, x.dtype) * grouped_matmul(inner, p1.T, groups)
 
     def update(self) -> jax.Array:
@@ -93,8 +93,7 @@ class FLoRAWeight(StructuredWeight):
 
     def dense(self) -> jax.Array:
         """Returns the weight, in the dtype of ``base``."""
-        update = self.update()
-        base = jax.lax.stop_gradient(as_dense(self.base))
+        base, update = as_dense(self.base), self.update()
         dtype = linalg.working_dtype(base, update)
         return (base.astype(dtype) + update.astype(dtype)).astype(self.base.dtype)
 

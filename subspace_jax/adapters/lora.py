@@ -64,7 +64,7 @@ class LoRAWeight(StructuredWeight):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        y = self._lora(x, jax.lax.stop_gradient(self.base))
+        y = self._lora(x, self.base)
         if self.row_energy is None:
             return y
         return kernels.energy_probes(x, y, self.row_energy, self.column_energy)
@@ -78,13 +78,13 @@ class LoRAWeight(StructuredWeight):
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
-        rows = nn.embed(tokens, jax.lax.stop_gradient(self.base), dtype)
+        rows = nn.embed(tokens, self.base, dtype)
         return rows + self._scaled(jnp.matmul(nn.embed(tokens, self.a, dtype), self.b.astype(dtype)))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W.T``, ``[..., in]``."""
         update = nn.unembed(jnp.matmul(x, jnp.swapaxes(self.b, -1, -2).astype(x.dtype)), self.a)
-        return nn.unembed(x, jax.lax.stop_gradient(self.base)) + self._scaled(update)
+        return nn.unembed(x, self.base) + self._scaled(update)
 
     def dense(self) -> jax.Array:
         """Returns the weight, in the dtype of ``base``."""

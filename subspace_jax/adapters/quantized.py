@@ -1,5 +1,6 @@
 """Frozen weights in int8, with a scale for each output."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -61,7 +62,13 @@ class Int8Weight(StructuredWeight):
         if self.window or x.shape[-1] != self.shape[0]:
             raise ValueError(f"linear: x of shape {x.shape} does not fit a quantized weight {self.shape}")
         wide = linalg.working_dtype(x)
-        return self._scaled(jnp.matmul(x, self.values.astype(x.dtype), preferred_element_type=wide), x.dtype)
+
+        # The backward pass of a scan over layers keeps the integers, not what they are cast to.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def product(x, values):
+            return jnp.matmul(x, values.astype(x.dtype), preferred_element_type=wide)
+
+        return self._scaled(product(x, self.values), x.dtype)
 
     def conv(self, x: jax.Array, **how) -> jax.Array:
         """Returns :func:`subspace_jax.nn.conv` of ``x`` with the weight."""

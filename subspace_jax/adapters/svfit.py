@@ -76,7 +76,7 @@ class SVFitWeight(StructuredWeight):
     @property
     def shift(self) -> jax.Array:
         """Change of each singular value, ``[..., r]``."""
-        sigma = jax.lax.stop_gradient(self.base.bases.sigma)
+        sigma = self.base.bases.sigma
         if self.param == "linear":
             return self.delta
         if self.param == "relu":
@@ -90,25 +90,25 @@ class SVFitWeight(StructuredWeight):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W``, ``[..., out]``."""
-        base = jax.lax.stop_gradient(self.base)
+        base = self.base
         return nn.linear(x, base.weight) + scaled_matmuls(x, base.bases.u, self.shift, base.bases.vt)
 
     def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns the rows of tokens, ``[..., out]``."""
-        base = jax.lax.stop_gradient(self.base)
+        base = self.base
         rows = nn.embed(tokens, base.bases.u, dtype)
         rows = rows * jnp.broadcast_to(self.shift.astype(dtype), rows.shape)
         return nn.embed(tokens, base.weight, dtype) + jnp.matmul(rows, base.bases.vt.astype(dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ W.T``, ``[..., in]``."""
-        base = jax.lax.stop_gradient(self.base)
+        base = self.base
         v, ut = (jnp.swapaxes(y, -1, -2) for y in (base.bases.vt, base.bases.u))
         return nn.unembed(x, base.weight) + scaled_matmuls(x, v, self.shift, ut)
 
     def dense(self) -> jax.Array:
         """Returns the weight, in the dtype of ``base``."""
-        base = jax.lax.stop_gradient(self.base)
+        base = self.base
         return shifted(base.weight, base.bases, self.shift)
 
 

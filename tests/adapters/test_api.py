@@ -12,6 +12,7 @@ import pytest
 
 from subspace_jax import adapters, nn, train
 
+from ..variants import rest_slow
 from . import cases
 
 # The battery has every method on single and stacked weights.
@@ -82,6 +83,28 @@ def test_gradients_of_bind_and_materialize_agree_and_reach_adapters_only(name):
         assert float(jnp.abs(got).max()) > 0
         # Four layers forwards and backwards in float32, through weights that were rounded as they were formed.
         chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    "name", rest_slow(["lora", *(name for name in cases.RULES if name not in ("lora", "svfit relu"))])
+)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_backward_pass_of_bind_keeps_no_copy_of_frozen_weights(name, dtype):
+    rules, tokens = cases.RULES[name], cases.tokens(2, 8)
+    base, trainable = jax.eval_shape(
+        functools.partial(adapters.prepare, settings=rules), jax.random.key(0), cases.params()
+    )
+    if dtype == "int8":
+        base = jax.eval_shape(lambda base: adapters.quantize(base, ["re:layers/attn/[a-z]*/kernel(/weight)?"]), base)
+
+    def residuals(base, trainable):
+        return jax.vjp(lambda own: cases.logits(adapters.bind(base, own, rules), tokens), trainable)[1]
+
+    jaxpr = jax.make_jaxpr(residuals)(base, trainable).jaxpr
+    frozen = [x for eqn in jaxpr.eqns if eqn.primitive.name == "stop_gradient" for x in eqn.outvars]
+    kept = [x.aval.shape for x in jaxpr.outvars if x not in (*jaxpr.invars, *frozen)]
+    weights = [x.shape for x in jax.tree.leaves(base["layers"]) if x.ndim > 2]
+    assert not set(kept) & set(weights)
 
 
 def _paths(trainable):
