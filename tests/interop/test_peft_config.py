@@ -3,10 +3,11 @@
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 
-from subspace_jax import interop, nn
+from subspace_jax import adapters, interop, nn
 from subspace_jax.interop.peft import rules as peft_rules
 
 CONFIG = nn.CausalLMConfig.gpt2(20, 8, 3, 2, max_length=16)
@@ -258,3 +259,52 @@ def test_modules_that_are_saved_are_named_by_any_end_of_their_path():
     assert peft_rules.saved_modules({"modules_to_save": ["head"]}, names) == ["model.lm_head"]
     assert peft_rules.saved_modules({"modules_to_save": ["classifier", "score"]}, names) == ["classifier.1"]
     assert peft_rules.saved_modules({}, names) == []
+
+
+GPT2_MODULES = [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (lambda name: "c_attn" in name, ["c_attn"]),
+        (lambda name: "c_proj" in name, ["c_proj"]),
+        (lambda name: "mlp" in name, ["mlp.c_proj"]),
+        (lambda name: "attn" in name, ["c_attn", "attn.c_proj"]),
+        (lambda name: ".1.attn.c_attn" in name, ["transformer.h.1.attn.c_attn"]),
+        (lambda name: "lm_head" in name, ["lm_head"]),
+    ],
+)
+def test_shortest_names_mean_the_chosen_modules_and_no_other(chosen, expected):
+    modules = [*GPT2_MODULES, "lm_head"]
+    found = peft_rules.shortest_names(filter(chosen, modules), modules)
+    assert found == expected
+    assert interop.match_modules({"target_modules": found}, modules) == list(filter(chosen, modules))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"attn/qkv": adapters.LoRA(2, 4.0)}, {"target_modules": ["c_attn"], "rank_pattern": {}}),
+        (
+            {"mlp/down": adapters.LoRA(4, 4.0), "**": adapters.LoRA(2, 4.0)},
+            {
+                "target_modules": ["wte", "wpe", "c_attn", "c_proj", "c_fc", "lm_head"],
+                "rank_pattern": {r"mlp\.c_proj": 4},
+                "alpha_pattern": {},
+            },
+        ),
+        (
+            {"attn/qkv": adapters.LoRA((2, 0, 2), 4.0), "attn/out": adapters.LoRA((2, 2, 1), 4.0)},
+            {
+                "target_modules": ["transformer.h.0.attn.c_attn", "attn.c_proj", "transformer.h.2.attn.c_attn"],
+                "rank_pattern": {r"transformer\.h\.2\.attn\.c_proj": 1},
+            },
+        ),
+    ],
+)
+def test_fields_name_the_modules_of_a_language_model_by_their_ends(settings, fields):
+    config = CONFIG.replace(tied=False)
+    shapes = jax.eval_shape(lambda params: adapters.init(jax.random.key(0), params, settings), nn.param_shapes(config))
+    made = interop.peft_fields(config, shapes, settings)
+    assert {name: made[name] for name in fields} == fields

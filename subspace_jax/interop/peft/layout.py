@@ -1,11 +1,18 @@
 """The tensors of a PEFT adapter as arrays of adapters, and the fields that describe adapters."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from subspace_jax.adapters import AdapterConfig, DoRA, Full, LoRA
-from subspace_jax.interop.peft.models import Config, PeftModel, peft_model
-from subspace_jax.interop.peft.rules import match_modules, ranks_and_alphas, saved_modules, tied_fields
+from subspace_jax.interop.peft.models import Config, PeftModel, linear_modules, peft_model
+from subspace_jax.interop.peft.rules import (
+    match_modules,
+    ranks_and_alphas,
+    saved_modules,
+    shortest_names,
+    tied_fields,
+)
 from subspace_jax.interop.tensors import Place, at
 
 Configs = Mapping[str, AdapterConfig]
@@ -88,10 +95,7 @@ def layout(
             names[_TABLE] |= names.pop(_HEAD_KERNEL)
         return settings, names
     places = {m: p for m, p in model.places.items() if model.weight_of(p) is not None}
-    # What "all-linear" means.
-    others = ("embed", "position", "conv", *(("head",) if model.language else ()))
-    linear = [m for m, p in places.items() if p.path[-1] not in others]
-    targets = match_modules(fields, places, linear=linear)
+    targets = match_modules(fields, places, linear=linear_modules(model))
     settings, names = _adapted(fields, model, {m: places[m] for m in targets})
     for module in saved_modules(fields, places):
         place = places[module]
@@ -195,7 +199,10 @@ def full_shape(config: AdapterConfig, shape: tuple[int, ...], name: str) -> tupl
 
 
 def make_fields(config: Config, chosen: Configs, base_model: str, version: str = "v5") -> dict[str, Any]:
-    """Returns the fields for adapters: modules by their full paths, ranks and alphas of their own as patterns.
+    """Returns the fields for adapters, ranks and alphas of their own as patterns.
+
+    Modules of language models have the shortest names that mean no other one, those of vision models their full paths:
+    patch embeddings and others that are no target here may have the same ends.
 
     Raises:
       ValueError: PEFT has no counterpart of the adapters.
@@ -217,22 +224,30 @@ def make_fields(config: Config, chosen: Configs, base_model: str, version: str =
     # The table of a tied model is saved as both modules, and stays tied where PEFT trains it.
     both = {"ensure_weight_tying": True} if model.tied and _TABLE in chosen else {}
     saved += [_HEAD] if both else []
-    escaped = {m: m.replace(".", r"\.") for m in targets}
     made = {
         **_DEFAULTS,
         **next(iter(adapted.values())).peft_fields(),
-        "alpha_pattern": {escaped[m]: v for m, v in alphas.items() if v != alpha},
+        "alpha_pattern": _patterns(alphas, alpha),
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": model.fan_in_fan_out,
         "lora_alpha": alpha,
         "modules_to_save": saved or None,
         "r": rank,
-        "rank_pattern": {escaped[m]: v for m, v in ranks.items() if v != rank},
-        "target_modules": targets,
+        "rank_pattern": _patterns(ranks, rank),
+        "target_modules": shortest_names(targets, model.places) if model.language else targets,
         "task_type": "CAUSAL_LM" if model.language else None,
         **both,
     }
     return made | {"bias": _bias_of(made, config, chosen, version)}
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns the values of modules that differ from a default, by regular expressions of their names."""
+    patterns = {}
+    for value in set(values.values()) - {default}:
+        for name in shortest_names([m for m, own in values.items() if own == value], values):
+            patterns[re.escape(name)] = value
+    return patterns
 
 
 def _check_configs(model: PeftModel, adapted: Configs) -> None:

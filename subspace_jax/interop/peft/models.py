@@ -70,6 +70,12 @@ def peft_model(config: Config, version: str = "v5") -> PeftModel:
     return PeftModel(layout.specs, _vision_places(config, layout, patterns))
 
 
+def linear_modules(model: PeftModel) -> list[str]:
+    """Returns the modules of "all-linear": linear layers, without the head of a language model."""
+    others = ("embed", "position", "conv", *(("head",) if model.language else ()))
+    return [m for m, p in model.places.items() if model.weight_of(p) is not None and p.path[-1] not in others]
+
+
 def vision_adapter_names(config: VisionConfig, names: str = "v5") -> dict[str, Place]:
     """Maps the path of every module that PEFT adapts in a vision model or in dual towers to its place; one to one.
 

@@ -1,5 +1,6 @@
 """The rules of PEFT: which modules an ``adapter_config.json`` selects, and with which rank and alpha."""
 
+import collections
 import math
 import re
 import time
@@ -63,6 +64,22 @@ def match_modules(fields: Mapping[str, Any], modules: Iterable[str], *, linear: 
     if not found:
         raise ValueError(f"target_modules: {fields['target_modules']!r} matches none of the modules {modules[:5]}...")
     return found
+
+
+def shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Returns the shortest entries of ``target_modules`` that mean exactly some modules.
+
+    A module of which a layer is left out, and one whose end names others too, is named in full.
+
+    Args:
+      chosen: The modules, by their full paths.
+      modules: All modules of the model.
+    """
+    chosen = list(chosen)
+    everywhere = collections.Counter(end for module in modules for end in _plain_ends(module))
+    here = collections.Counter(end for module in chosen for end in _plain_ends(module))
+    exact = (next((end for end in _plain_ends(m) if here[end] == everywhere[end]), m) for m in chosen)
+    return list(dict.fromkeys(exact))
 
 
 def saved_modules(fields: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
@@ -150,6 +167,13 @@ def _means(field: str, targets, module: str, search: Callable) -> bool:
     if isinstance(targets, str):
         return search(field, targets, module, whole=True) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _plain_ends(module: str) -> list[str]:
+    """Returns the ends of a path that are of all layers: the shortest first, those without a number."""
+    parts = module.split(".")
+    first = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
+    return [".".join(parts[i:]) for i in reversed(range(first, len(parts)))]
 
 
 def _ends_of_parts(module: str) -> list[int]:
