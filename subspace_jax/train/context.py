@@ -113,7 +113,7 @@ def all_gather_params(tree: PyTree, axes: PyTree) -> PyTree:
       The same arrays.
     """
     mesh, rules = current_mesh(), current_rules()
-    if mesh is None or mesh.size == 1:  # a constraint is another array, which a scan keeps for its backward pass
+    if mesh is None:
         return tree
     return jax.tree.map(lambda x, names: x if "layers" in names else _gather(x, names, mesh, rules), tree, axes)
 
@@ -121,6 +121,8 @@ def all_gather_params(tree: PyTree, axes: PyTree) -> PyTree:
 def _gather(x: jax.Array, names: P, mesh: Mesh | AbstractMesh, rules: sharding.Rules) -> jax.Array:
     used = {a for name in ("batch", "sequence") for a in sharding.axes_of_name(name, mesh, rules)}
     groups = [sharding.axes_of(entry) for entry in sharding.to_partition_spec(names, x.shape, mesh, rules)]
+    if not any(mesh.shape[axis] > 1 for group in groups for axis in group if axis in used):
+        return x  # a constraint is another array, which a scan keeps for its backward pass
     spec = P(*(tuple(axis for axis in group if axis not in used) or None for group in groups))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
