@@ -1,3 +1,5 @@
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -279,18 +281,27 @@ def test_open_mesh_axis_takes_the_devices_that_are_left():
     assert train.make_mesh(data=2).size == 2
 
 
-def test_all_gather_params_hands_arrays_on_as_they_are_on_one_device_and_without_a_mesh():
+@pytest.mark.parametrize("sizes", [None, {"data": 1}, {"data": 4, "tensor": 2}])
+def test_all_gather_params_hands_arrays_on_as_they_are_where_no_axis_of_the_examples_shards_them(sizes):
     # Anything else is a value that a scan over layers copies for its backward pass.
     layer, axes = {"kernel": jnp.ones((4, 8))}, {"kernel": P("embed", "mlp")}
 
     def same(layer):
         assert train.all_gather_params(layer, axes)["kernel"] is layer["kernel"]
-        assert train.constrain(layer["kernel"], ("batch", None)) is layer["kernel"]
         return layer
 
-    jax.eval_shape(same, layer)
-    with train.use_mesh(train.make_mesh(1)):
+    with train.use_mesh(train.make_mesh(**sizes)) if sizes else contextlib.nullcontext():
         jax.eval_shape(same, layer)
+
+
+def test_constrain_hands_arrays_on_as_they_are_on_one_device_and_without_a_mesh():
+    def same(x):
+        assert train.constrain(x, ("batch", None)) is x
+        return x
+
+    jax.eval_shape(same, jnp.ones((4, 8)))
+    with train.use_mesh(train.make_mesh(1)):
+        jax.eval_shape(same, jnp.ones((4, 8)))
 
 
 def test_all_gather_params_leaves_stacks_of_layers_and_ungathered_entries_sharded():
