@@ -68,12 +68,9 @@ def prepare(
       TypeError: A weight is not floating point, or is quantized and would have to be factored or trained.
     """
     _check_settings(settings)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
+    treedef = jax.tree_util.tree_structure(params, is_leaf=is_structured)
     gradient_at = {} if gradients is None else bases_of(gradients)
-    weights = {path_of(path): leaf for path, leaf in leaves}
-    chosen = match_rules(
-        settings, weights, lambda path, config: config.admits(path, weights[path].ndim), name="settings"
-    )
+    weights, chosen = bases_of(params), adapted_weights(params, settings)
     base, trainable = [], {}
     for path, w in weights.items():
         if path not in chosen:
@@ -89,6 +86,21 @@ def prepare(
         base.append(frozen)
         insert(trainable, path, arrays)
     return jax.tree_util.tree_unflatten(treedef, base), trainable
+
+
+def adapted_weights(params: PyTree, settings: Rules, *, name: str = "settings") -> dict[str, AdapterConfig]:
+    """Returns the config of each weight that the rules match, by path.
+
+    Args:
+      params: See :func:`init`.
+      settings: See :func:`init`.
+      name: Name of the argument in the messages of errors.
+
+    Raises:
+      ValueError: A rule matches nothing.
+    """
+    weights = bases_of(params)
+    return match_rules(settings, weights, lambda path, config: config.admits(path, weights[path].ndim), name=name)
 
 
 def _check_settings(settings: Rules) -> None:

@@ -191,7 +191,7 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, folder: str | None) -> C
 
 
 def _settings(config: ConfigDict, model: nn.CausalLMConfig) -> dict[str, Any]:
-    return train.adapter_settings(config.adapter, default_targets(config.adapter.method, model))
+    return train.adapter_settings(config.adapter, default_targets(config.adapter.method, model), model)
 
 
 def model_of(config: ConfigDict) -> tuple[nn.CausalLMConfig, text.Tokenizer]:

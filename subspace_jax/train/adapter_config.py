@@ -1,12 +1,14 @@
 """Builds adapters from the fields of a config."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from subspace_jax import adapters
+from subspace_jax.adapters.api import adapted_weights
+from subspace_jax.nn import CausalLMConfig, param_shapes
 from subspace_jax.train.fields import check_choice
 
 METHODS = ("lora", "rslora", "dora", "flora", "svfit", "effort")
@@ -19,9 +21,10 @@ def default_adapter() -> ConfigDict:
     """Returns the fields ``adapter`` of a config, for :func:`adapter_settings`.
 
     ``method`` is "lora", "rslora", "dora", "flora", "svfit", "effort", or empty for none.  ``target_modules`` lists
-    globs of weights, separated by commas, such as ``"attn/q,attn/v"``.  ``attn/q=16`` sets the rank of a rule,
-    ``attn/q=16:32`` its alpha too, ``conv1=8x8x3x3`` one rank for each axis (FLoRA).  Empty means the default of the
-    task.  ``modules_to_save`` lists globs of parameters that are trained in full.
+    globs of weights, separated by commas, such as ``"attn/q,attn/v"``; for a language model also names of PEFT,
+    ``"q_proj,v_proj"`` or ``"all-linear"``.  ``attn/q=16`` sets the rank of a rule, ``attn/q=16:32`` its alpha too,
+    ``conv1=8x8x3x3`` one rank for each axis (FLoRA).  Empty means the default of the task.  ``modules_to_save`` lists
+    parameters that are trained in full, in the same way.
 
     ``rank`` 0 means 8 for LoRA, DoRA and FLoRA, all singular values for SVFit, and one triplet for Effort.  ``alpha`` 0
     means twice the rank; for FLoRA ``alpha`` is the scale, and 0 means 1.  ``init`` (empty: the default of the method)
@@ -48,19 +51,22 @@ def default_adapter() -> ConfigDict:
     )
 
 
-def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[str, Any]:
+def adapter_settings(
+    config: ConfigDict, default_rules: Sequence[str], model: CausalLMConfig | None = None
+) -> dict[str, Any]:
     """Returns the adapter configs that the fields of :func:`default_adapter` describe.
 
     Args:
       config: The fields.
       default_rules: Rules that ``method`` adapts where ``target_modules`` is empty.
+      model: A language model: names of its modules in PEFT are read, and rules have to match weights of it.
 
     Returns:
       Rule to adapter config, for :func:`subspace_jax.adapters.prepare`; empty where neither ``method`` nor
       ``modules_to_save`` is set.
 
     Raises:
-      ValueError: The method is unknown, or a field is invalid.
+      ValueError: The method is unknown, or a field is invalid; a message about a rule names its field.
     """
     if config.method:
         _check_method(config.method)
@@ -71,18 +77,41 @@ def adapter_settings(config: ConfigDict, default_rules: Sequence[str]) -> dict[s
     check_choice("adapter.base_dtype", config.base_dtype, BASE_DTYPES)
     if config.rank < 0 or config.alpha < 0:
         raise ValueError(f"adapter.rank, adapter.alpha: expected at least 0, got {config.rank} and {config.alpha}")
-    settings: dict[str, Any] = {rule: adapters.Full() for rule in _split(config.modules_to_save)}
+    rules = _split(config.modules_to_save)
+    settings: dict[str, Any] = {
+        rule: adapters.Full() for text in rules for rule in _rules_of("adapter.modules_to_save", text, model)
+    }
+    _check_rules("adapter.modules_to_save", settings, model)
     for text in (_split(config.target_modules) or default_rules) if config.method else ():
         found = _RULE.fullmatch(text)
         ranks = tuple(map(int, found["rank"].split("x"))) if found["rank"] else (config.rank,)
-        rule, alpha = found["rule"], float(found["alpha"] or config.alpha)
-        if rule in settings:
-            raise ValueError(f"adapter.target_modules: {rule!r} is named twice")
+        alpha = float(found["alpha"] or config.alpha)
+        rules = _rules_of("adapter.target_modules", found["rule"], model)
+        if not (left := [rule for rule in rules if rule not in settings]):
+            raise ValueError(f"adapter.target_modules: {found['rule']!r} is named twice")
         try:
-            settings[rule] = _setting(config, ranks, alpha)
+            settings |= dict.fromkeys(left, _setting(config, ranks, alpha))
         except ValueError as error:
             raise ValueError(f"adapter.{error}") from error
+    _check_rules("adapter.target_modules", settings, model)
     return settings
+
+
+def _rules_of(field: str, text: str, model: CausalLMConfig | None) -> list[str]:
+    """Returns the rules that a name of PEFT stands for; any other text is a rule itself."""
+    if model is None:
+        return [text]
+    from subspace_jax import interop  # which is large, and only for language models
+
+    try:
+        return interop.target_rules(model, text) or [text]
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _check_rules(field: str, settings: Mapping[str, Any], model: CausalLMConfig | None) -> None:
+    if model is not None and settings:
+        adapted_weights(param_shapes(model), settings, name=field)
 
 
 def adapter_recipe(method: str) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def test_finetune_by_adaprelora_takes_energies_of_whole_weights_and_exports_fact
     ("settings", "message"),
     [
         (["adapter.method=lorra"], "adapter.method: expected one of"),
-        (["adapter.method=lora", "adapter.target_modules=attn/qkw"], "'attn/qkw' matches none"),
+        (["adapter.method=lora", "adapter.target_modules=attn/qkw"], "adapter.target_modules: 'attn/qkw' matches none"),
         (["adapter.method=lora", "adapter.rank=-1"], "adapter.rank, adapter.alpha: expected at least 0"),
         (["adapter.method=lora", "adapter.init=zeros"], "adapter.init: expected one of"),
         (["adapter.method=svfit", "adapter.param=exp"], "adapter.param: expected one of"),

@@ -308,3 +308,19 @@ def test_fields_name_the_modules_of_a_language_model_by_their_ends(settings, fie
     shapes = jax.eval_shape(lambda params: adapters.init(jax.random.key(0), params, settings), nn.param_shapes(config))
     made = interop.peft_fields(config, shapes, settings)
     assert {name: made[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize("target", ["c_attn", "c_proj", "attn.c_proj", "all-linear", r".*\.(c_attn|c_fc)", "wpe"])
+def test_target_rules_mean_what_peft_adapts(target):
+    settings = dict.fromkeys(interop.target_rules(CONFIG, target), adapters.LoRA(2, 4.0))
+    shapes = jax.eval_shape(lambda params: adapters.init(jax.random.key(0), params, settings), nn.param_shapes(CONFIG))
+    modules = [name for name in interop.module_places(CONFIG) if "ln_" not in name]
+    linear = [name for name in modules if name not in ("transformer.wte", "transformer.wpe")]
+    targets = target if target == "all-linear" or "(" in target else [target]
+    expected = interop.match_modules({"target_modules": targets}, modules, linear=linear)
+    assert interop.match_modules(interop.peft_fields(CONFIG, shapes, settings), modules) == expected
+
+
+def test_target_rules_have_no_weights_for_other_texts():
+    for target in ("attn/qkv", "re:layers/.*", "**", "lm_head", "query", "ln_1"):
+        assert interop.target_rules(CONFIG, target) == []

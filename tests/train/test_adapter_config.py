@@ -2,13 +2,15 @@
 
 import pytest
 
-from subspace_jax import adapters, train
+from subspace_jax import adapters, nn, train
+
+LLAMA = nn.CausalLMConfig("llama", 20, 8, 2, 2, 2, 4, 16, 16)
 
 
-def settings(**fields):
+def settings(model=None, **fields):
     config = train.default_adapter()
     config.update(fields)
-    return train.adapter_settings(config, ["w"])
+    return train.adapter_settings(config, ["w"], model)
 
 
 def test_each_method_has_its_fields():
@@ -56,3 +58,51 @@ def test_a_rule_has_ranks_of_its_own():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         settings(**fields)
+
+
+def test_a_language_model_is_adapted_by_the_names_of_peft():
+    lora, attention = adapters.LoRA(8, 16.0), [f"layers/attn/{name}/kernel" for name in ("q", "k", "v", "out")]
+    mlp = [f"layers/mlp/{name}/kernel" for name in ("gate", "up", "down")]
+    for text, paths in {
+        "q_proj,v_proj": [attention[0], attention[2]],
+        "self_attn.o_proj": [attention[3]],
+        "all-linear": [*attention, *mlp],
+        r".*\.(q|v)_proj": [attention[0], attention[2]],
+        r".*self_attn.*": attention,
+        "lm_head": ["head/kernel"],
+        "attn/q": ["attn/q"],
+        "re:layers/attn/.*": ["re:layers/attn/.*"],
+    }.items():
+        assert settings(LLAMA, method="lora", target_modules=text) == dict.fromkeys(paths, lora)
+    ranked = settings(LLAMA, method="lora", target_modules="q_proj=16:8,all-linear=4")
+    assert ranked == {
+        attention[0]: adapters.LoRA(16, 8.0),
+        **dict.fromkeys([*attention[1:], *mlp], adapters.LoRA(4, 8.0)),
+    }
+    saved = settings(LLAMA, modules_to_save="embed_tokens,lm_head")
+    assert saved == {"embed/embedding": adapters.Full(), "head/kernel": adapters.Full()}
+
+
+def test_gpt2_is_adapted_by_its_own_names_of_peft():
+    gpt2 = nn.CausalLMConfig.gpt2(20, 8, 2, 2, max_length=16)
+    found = settings(gpt2, method="lora", target_modules="c_attn,c_proj")
+    assert list(found) == ["layers/attn/qkv/kernel", "layers/attn/out/kernel", "layers/mlp/down/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "attn/qq"}, "^adapter.target_modules: 'attn/qq' matches none of .*near: .'layers/attn/q"),
+        ({"target_modules": "query"}, "^adapter.target_modules: 'query' matches none of"),
+        ({"modules_to_save": "haed"}, "^adapter.modules_to_save: 'haed' matches none of .*near: .'head/kernel'"),
+        ({"target_modules": "q_proj,self_attn.q_proj"}, "^adapter.target_modules: 'self_attn.q_proj' is named twice"),
+        ({"target_modules": "q_proj,attn/q"}, "^adapter.target_modules: earlier rules match everything that 'attn/q'"),
+        (
+            {"target_modules": "model.layers.1.self_attn.q_proj"},
+            "^adapter.target_modules: '.*q_proj' means 1 of the 2 layers of layers/attn/q/kernel; expected all of them",
+        ),
+    ],
+)
+def test_rules_that_match_no_weight_of_a_language_model_are_named_by_their_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        settings(LLAMA, method="lora", **fields)

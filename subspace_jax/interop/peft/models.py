@@ -1,5 +1,6 @@
 """The modules of a model that PEFT adapts: their paths there, and their places in the parameters."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from subspace_jax.interop import hf, timm
 from subspace_jax.interop.hf.causal_lm_names import module_places
 from subspace_jax.interop.hf.clip import dual_tensor_layout
+from subspace_jax.interop.peft.rules import match_modules
 from subspace_jax.interop.tensors import Path, Place, PyTree, TensorLayout, at
 from subspace_jax.nn import CausalLMConfig, causal_lm_specs
 from subspace_jax.nn.models.clip.dual_tower import DualTowerConfig
@@ -74,6 +76,35 @@ def linear_modules(model: PeftModel) -> list[str]:
     """Returns the modules of "all-linear": linear layers, without the head of a language model."""
     others = ("embed", "position", "conv", *(("head",) if model.language else ()))
     return [m for m, p in model.places.items() if model.weight_of(p) is not None and p.path[-1] not in others]
+
+
+def target_rules(config: Config, target: str) -> list[str]:
+    r"""Returns the weights that a name of PEFT means: ``["layers/attn/q/kernel"]`` for ``"q_proj"``.
+
+    Args:
+      config: The model.
+      target: An entry of PEFT's ``target_modules``, such as ``"q_proj"``, "all-linear", or a regular expression of the
+        full paths of modules, such as ``r".*\.(q|v)_proj"``.
+
+    Returns:
+      The paths of the weights, rules for :func:`subspace_jax.adapters.init`; empty if PEFT finds no module.
+
+    Raises:
+      ValueError: Only some of the layers of a weight are meant.
+    """
+    model = peft_model(config)
+    places = {m: p for m, p in model.places.items() if model.weight_of(p) is not None}
+    modules, layers = [], {}
+    for targets in ([target], target):
+        if not modules:
+            with contextlib.suppress(ValueError):  # nothing is found, or the text is no regular expression
+                modules = match_modules({"target_modules": targets}, places, linear=linear_modules(model))
+    for place in map(places.__getitem__, modules):
+        layers.setdefault("/".join((*place.path, model.weight_of(place))), []).append(place.layer)
+    for path, own in layers.items():
+        if None not in own and len(own) < (count := at(model.specs, path.split("/")).shape[0]):
+            raise ValueError(f"{target!r} means {len(own)} of the {count} layers of {path}; expected all of them")
+    return list(layers)
 
 
 def vision_adapter_names(config: VisionConfig, names: str = "v5") -> dict[str, Place]:
