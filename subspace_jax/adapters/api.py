@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from subspace_jax.adapters.config import AdapterConfig
 from subspace_jax.adapters.gradient_probes import PROBES, probe_axes
@@ -309,7 +310,7 @@ def _replace(
 
 def _frozen(base):
     # Within a scan over layers stop_gradient would make each weight a new array, which the backward pass keeps.
-    return base if axes_of(base) is not None else jax.lax.stop_gradient(base)
+    return jax.tree.map(lambda x: x if isinstance(x, P) else jax.lax.stop_gradient(x), base)
 
 
 def _key_at(key: jax.Array, path: str) -> jax.Array:
