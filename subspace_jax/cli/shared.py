@@ -119,8 +119,15 @@ def check_model_folder(folder: str) -> None:
     """Raises a FileNotFoundError for a model that is not there; it names the nearest one, or the command for it."""
     if not folder:
         raise ValueError("--model: expected a folder or GGUF file, as the config names none")
-    if not os.path.exists(os.path.expanduser(folder)):
-        raise FileNotFoundError(f"--model: there is no {folder}{_model_hint(folder)}")
+    if not _holds_anything(folder):
+        what = "nothing in" if os.path.isdir(os.path.expanduser(folder)) else "no"
+        raise FileNotFoundError(f"--model: there is {what} {folder}{_model_hint(folder)}")
+
+
+def _holds_anything(path: str) -> bool:
+    """Whether a path is that of a file, or of a folder that is not empty."""
+    path = os.path.expanduser(path)
+    return bool(os.listdir(path)) if os.path.isdir(path) else os.path.exists(path)
 
 
 def _model_hint(folder: str) -> str:
@@ -129,10 +136,11 @@ def _model_hint(folder: str) -> str:
 
     where, name = os.path.normpath(folder), os.path.basename(os.path.normpath(folder)).lower()
     models = {n: p.folder for n, p in interop.PACKAGES.items() if p.folder.startswith("work/models/")}
-    known = [n for n, there in models.items() if there == where or n in name]
-    near = _nearest_path(Path(where).expanduser())
-    known = known or ([] if near else difflib.get_close_matches(name, models, n=1))
-    if known and not os.path.exists(models[known[0]]):
+    known = [n for n, there in models.items() if there == where]
+    near = None if os.path.isdir(where) else _nearest_path(Path(where).expanduser())
+    if not known and near is None:
+        known = [n for n in models if n in name] or difflib.get_close_matches(name, models, n=1)
+    if known and not _holds_anything(models[known[0]]):
         there = models[known[0]]
         return f"; `subspace-jax fetch {known[0]}` writes {'it' if there == where else there}"
     there = models[known[0]] if known else near
@@ -141,6 +149,8 @@ def _model_hint(folder: str) -> str:
 
 def _nearest_path(path: Path) -> Path | None:
     """Returns the existing path whose parts are nearest to those of a path; None where a part has no near one."""
+    if path.parent == path:
+        return None
     parent = path.parent if path.parent.is_dir() else _nearest_path(path.parent)
     if parent is None or (parent / path.name).exists():
         return parent and parent / path.name
