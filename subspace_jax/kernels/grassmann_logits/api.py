@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from subspace_jax.kernels._dispatch import check_implementation
 from subspace_jax.kernels._shards import leading_axes, over_shards, sharded_like, vary_alike
 from subspace_jax.kernels.grassmann_logits import xla
+from subspace_jax.linalg import working_dtype
 
 _NO_KERNEL = "it has no kernel, because XLA writes no products on TPUs either"
 
@@ -32,7 +33,7 @@ def grassmann_logits(
     features, as float32, and their gradient are read once per group of classes.  The products ``[B, C, k]`` exist for
     one group of classes at a time, of about 16 MiB of products or bases (at least one class of each of up to 64 runs of
     classes; per 32 GiB of bases, with up to 512 runs of at least four classes).  Besides arguments and results, memory
-    holds a few such groups, the features as float32, and the lengths ``[B, C]`` for the gradients; up to two more
+    holds a few such groups, the features as float32, and the lengths ``[B, C]`` for the gradients; another
     ``[B, C]`` if layouts differ.  Bases are cast to bfloat16 one group at a time.
 
     Sharded over Explicit mesh axes, batch and classes stay sharded, features and bases are gathered along n and k; the
@@ -81,33 +82,38 @@ def _check(x, bases, gamma, block):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _logits(x, bases, gamma, block):
-    lengths = _norms(*vary_alike(x, bases), block)
-    # Outside of the custom derivative, which divides by the norms, so that gamma may be 0.
-    return jnp.asarray(gamma).astype(lengths.dtype) * lengths
+    return _scaled_norms(*vary_alike(x, bases, jnp.asarray(gamma).astype(working_dtype(x))), block)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+# With gamma, as the gradient times gamma would be another array of the size of the logits.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_norms(x, bases, gamma, block):
+    return gamma * _norms(x, bases, block)
+
+
 def _norms(x, bases, block):
     rows = leading_axes(x, 1)
     run = over_shards(functools.partial(xla.norms, block=block), f"{rows} n, c n k -> {rows} c", gathered=("n", "k"))
     return run(x, bases)
 
 
-def _forward(x, bases, block):
+def _forward(x, bases, gamma, block):
     lengths = _norms(x, bases, block)
-    return lengths, (x, bases, lengths)
+    return gamma * lengths, (x, bases, gamma, lengths)
 
 
 def _backward(block, kept, weights):
-    rows = leading_axes(kept[0], 1)
-    rule = f"{rows} n, c n k, {rows} c, {rows} c -> {rows} n, c n k"
+    x, bases, gamma, lengths = kept
+    rows = leading_axes(x, 1)
+    rule = f"{rows} n, c n k, , {rows} c, {rows} c -> {rows} n, c n k"
     run = functools.partial(_gradients, block=block)
-    grads = over_shards(run, rule, gathered=("n", "k"), inside=("c", *rows.split()))(*kept, weights)
-    return tuple(map(sharded_like, grads, kept[:2]))
+    grads = over_shards(run, rule, gathered=("n", "k"), inside=("c", *rows.split()))(x, bases, gamma, lengths, weights)
+    dx, dbases = map(sharded_like, grads, (x, bases))
+    return dx, dbases, jnp.sum(weights * lengths)
 
 
 def _gradients(*args, block, c, **rows):
-    return xla.gradients(*args, block=block, class_axes=c, row_axes=sum(rows.values(), ()))
+    return xla.gradients(*args, block=block, mesh_axes=(c, sum(rows.values(), ())))
 
 
-_norms.defvjp(_forward, _backward)
+_scaled_norms.defvjp(_forward, _backward)

@@ -37,12 +37,13 @@ def norms(x, bases, *, block):
     return out.reshape(classes.count, -1).T.reshape(*x.shape[:-1], classes.count)
 
 
-def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
-    """Returns gradients of ``sum(weights * norms)`` with respect to ``x`` and ``bases``; zero for a norm of zero.
+def gradients(x, bases, gamma, norms, weights, *, block, mesh_axes=((), ())):
+    """Returns gradients of ``gamma * sum(weights * norms)`` with respect to ``x`` and ``bases``.
 
-    They are summed over the mesh axes that shard the classes and the rows of ``x``; those of bases group by group, as
-    one sum of all would need a second buffer of their size.
+    That of a norm of zero is zero.  They are summed over ``mesh_axes``, those that shard the classes and those that
+    shard the rows of ``x``; those of bases group by group, as one sum of all would need a second buffer of their size.
     """
+    class_axes, row_axes = mesh_axes
     features, size, wide = _features(x)
     batch = features.shape[0]
     classes = _Classes(bases, batch, block)
@@ -54,7 +55,7 @@ def gradients(x, bases, norms, weights, *, block, class_axes=(), row_axes=()):
         # With x = size features: norms of features, and weights of which products with features are gradients of bases.
         # Group by group, as scaling all would need another array of the size of the logits.
         length, weight = (classes.take(a, start, width) for a in (norms, weights))
-        length, weight = length / size.T[None], weight * size.T[None]
+        length, weight = length / size.T[None], weight * (gamma * size.T[None])
         weight = jnp.where(length > 0, weight / jnp.where(length > 0, length, 1), 0)
         z = weight[:, :, None] * classes.products(rows, features, x.dtype)
         # The barrier keeps the compiler from recomputing it for each matmul.
