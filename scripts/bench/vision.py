@@ -11,8 +11,8 @@ Then the input pipeline runs by itself, from JPEG files in folders to batches in
 
   images/s   medians over rounds in which the sides take turns: read the ratio
   ratio      images/s of subspace_jax divided by those of transformers
-  mm         share of the rate of a large product, measured in the same run, by the multiplications of the plain
-             convolutions: those in tiles do fewer
+  mm         share of the rate of a large matmul, measured in the same run, by the multiplications of plain
+             convolutions: an algorithm that does fewer can exceed 1
   MFU        share of the data sheet's bfloat16 rate, on GPUs that are known
   peak       most memory of a process of its own that does this one thing and nothing else, as in ``lm.py``
 
