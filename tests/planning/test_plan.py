@@ -223,4 +223,3 @@ def test_the_step_of_70_billion_parameters_with_dora_fits_128_chips(configs):
     print(f"\n{planning.plan_text(plan)}\ncompiled in {plan.compile_seconds:.0f} s")
     assert plan.fits
     assert plan.open_loops == 0
-    assert plan.compile_seconds < 180
