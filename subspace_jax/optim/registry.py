@@ -77,12 +77,26 @@ def make(
             near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}: unknown argument, expected one of {tuple(known)}{hint}")
+        _check_like(name, kwargs[name], known[name])
     values = {**optimizer.defaults, **kwargs}
     values |= {name: kernel_rank(values.get(name, known[name]), name) for name in _RANKS if name in known}
     try:
         return optimizer.build(learning_rate, **values, **more)
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Checks that a value is a number, a truth value or a short name where the default is one."""
+    shown = repr(value)[:100]
+    if isinstance(default, bool):
+        fits, what = isinstance(value, bool), "True or False"
+    elif isinstance(default, int | float):
+        fits, what = value is None or (isinstance(value, int | float) and not isinstance(value, bool)), "a number"
+    else:
+        fits, what = not isinstance(default, str) or (isinstance(value, str) and len(value) < len(shown)), "a name"
+    if not fits:
+        raise ValueError(f"{name}: expected {what}, got {shown}")
 
 
 def kernel_rank(rank: float, name: str = "rank") -> RankRule:

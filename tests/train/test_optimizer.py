@@ -282,6 +282,15 @@ def test_every_default_of_a_registered_optimizer_may_be_given(name):
     assert not {"learning_rate", "mask", "pairs", "fallback", "inner"} & set(arguments)
 
 
+@pytest.mark.parametrize("name", registry.OPTIMIZERS)
+def test_make_refuses_a_text_for_a_number_and_a_long_text_for_a_name(name):
+    optimizer = registry.OPTIMIZERS[name]
+    for argument, default in optimizer.arguments().items():
+        if isinstance(default, (int, float, str)):
+            with pytest.raises(ValueError, match=rf"^{argument}: expected .{{0,250}}$"):
+                registry.make(optimizer, 0.1, {argument: "ß" * 5000})
+
+
 def test_a_rank_is_a_number_or_a_share_of_the_shorter_side():
     rule = registry.kernel_rank(0.25)
     assert rule("q/kernel", (3, 40, 24)) == 6
