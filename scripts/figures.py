@@ -53,7 +53,8 @@ def arguments_of(command: str, seed: int, folder: Path) -> list[str]:
     """What is run: the command with folder and seed appended."""
     program, *rest = shlex.split(command)
     if program == "subspace-jax":
-        own = ["--workdir", str(folder / "run"), f"--config.seed={seed}"]
+        names = ("--workdir", "--config.seed") if "--config" in rest else ("--out", "--seed")
+        own = [names[0], str(folder / "run"), f"{names[1]}={seed}"]
         return [sys.executable, "-m", "subspace_jax.cli.main", *rest, *own]
     return [sys.executable, *rest, f"--junitxml={folder / 'tests.xml'}"]
 

@@ -49,8 +49,10 @@ def test_commands_of_a_method_parse_and_their_configs_take_their_fields(method):
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
             continue
         assert program == "subspace-jax"
-        args, overrides = cli._parse([*words, *([] if command == method.command else ["--workdir", "work/x"])])
-        train.override(train.load_config(args.config), overrides)
+        folder = ["--workdir" if "--config" in words else "--out", "work/x"]
+        args, overrides = cli._parse([*words, *([] if command == method.command else folder)])
+        if "config" in args:
+            train.override(train.load_config(args.config), overrides)
 
 
 @each_method

@@ -9,8 +9,11 @@ from subspace_jax.linalg.frequent_directions import (
     frequent_directions_update,
 )
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
+from subspace_jax.linalg.kmeans import KMeans, kmeans
+from subspace_jax.linalg.nearest import nearest_rows, pairwise_sq_distances
 from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.polar import polar, polar_step
+from subspace_jax.linalg.procrustes import orthogonal_procrustes
 from subspace_jax.linalg.products import (
     broadcast_leading,
     eye_like,
@@ -29,6 +32,7 @@ from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "FDState",
+    "KMeans",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",
@@ -46,10 +50,14 @@ __all__ = [
     "gram",
     "hadamard_matrix",
     "hosvd",
+    "kmeans",
     "nan_for_infinite",
+    "nearest_rows",
     "of_each",
+    "orthogonal_procrustes",
     "orthonormal_columns",
     "orthonormality_error",
+    "pairwise_sq_distances",
     "polar",
     "polar_step",
     "positive_qr",

@@ -2,8 +2,23 @@
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
+from subspace_jax.losses.multi_positive import (
+    multi_positive_infonce,
+    scan_keys,
+    supervised_contrastive,
+    supervised_infonce,
+)
 
-__all__ = ["binary_cross_entropy", "clip_loss", "cross_entropy", "siglip_loss"]
+__all__ = [
+    "binary_cross_entropy",
+    "clip_loss",
+    "cross_entropy",
+    "multi_positive_infonce",
+    "scan_keys",
+    "siglip_loss",
+    "supervised_contrastive",
+    "supervised_infonce",
+]
 
 
 def __dir__():

@@ -8,8 +8,8 @@ class Figure(NamedTuple):
 
     Attributes:
       name: What is measured, on what.
-      command: The command of one seed.  ``scripts/figures.py`` appends ``--workdir`` and ``--config.seed``, or
-        ``--junitxml`` where it is pytest.
+      command: The command of one seed.  ``scripts/figures.py`` appends ``--workdir`` and ``--config.seed``, ``--out``
+        and ``--seed`` where it takes no config, or ``--junitxml`` where it is pytest.
       metric: Name in the run's ``result.json``; of pytest ``failures``, or a property that a test records.
       at_least: Lower bound, inclusive.  A figure without bounds is there for comparison.
       at_most: Upper bound, inclusive.

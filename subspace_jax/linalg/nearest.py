@@ -1,0 +1,92 @@
+"""Distances between the rows of two matrices, and the nearest rows."""
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.linalg.products import times, working_dtype
+
+_QUERIES_AT_A_TIME = 1024
+
+
+def pairwise_sq_distances(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Squared Euclidean distances between rows.
+
+    Computed from inner products, hence with an absolute error of rounding times the squared lengths: two rows that
+    nearly coincide may have distance 0.
+
+    Args:
+      a: ``[n, d]``, floating point.
+      b: ``[m, d]``.
+
+    Returns:
+      ``[n, m]``, at least 0; float32 or wider.
+
+    Raises:
+      ValueError: Shapes do not match.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a, b: expected rows of one width [n, d] and [m, d], got {a.shape} and {b.shape}")
+    dtype = working_dtype(a, b)
+    a, b = a.astype(dtype), b.astype(dtype)
+    squares = jnp.sum(jnp.square(a), axis=1)[:, None] + jnp.sum(jnp.square(b), axis=1)[None]
+    return jnp.maximum(squares - 2 * times(a, b.T), 0)
+
+
+def nearest_rows(
+    queries: jax.Array, rows: jax.Array, k: int, *, exclude: jax.Array | None = None, block_size: int = 4096
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest rows of each query in Euclidean distance, by exact search.
+
+    Holds 1024 x ``block_size`` distances at a time.
+
+    Args:
+      queries: ``[queries, d]``, floating point.
+      rows: ``[rows, d]``.
+      k: Number of rows to find.
+      exclude: ``[queries]`` integers: a row that is not to be found, such as the query itself; -1 for none.
+      block_size: Rows compared at a time.
+
+    Returns:
+      Squared distances and indices, ``[queries, k]`` each, the nearest first and the lower index first of equal ones;
+      infinity and an index beyond the rows where none is left.
+
+    Raises:
+      ValueError: Shapes do not match, or ``k`` is not between 1 and the number of rows.
+    """
+    if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
+        raise ValueError(f"queries, rows: expected vectors of one width, got {queries.shape} and {rows.shape}")
+    if not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k: expected 1 to {rows.shape[0]}, the number of rows, got {k}")
+    dtype = working_dtype(queries, rows)
+    exclude = jnp.full(queries.shape[:1], -1) if exclude is None else exclude
+    # The centre of the rows as the origin: distances are those of inner products, rounded by the lengths.
+    center = jnp.mean(rows.astype(dtype), axis=0, keepdims=True)
+    rows, queries = rows.astype(dtype) - center, queries.astype(dtype) - center
+    num_rows, num_blocks = rows.shape[0], -(-rows.shape[0] // block_size)
+    padded = jnp.pad(rows, [(0, num_blocks * block_size - num_rows if num_blocks > 1 else 0), (0, 0)])
+    blocks = padded.reshape(num_blocks, -1, rows.shape[1])
+    starts = jnp.arange(num_blocks, dtype=jnp.int32) * blocks.shape[1]
+
+    def of_some(args):
+        some, without = args
+
+        def merge(found, block):
+            vectors, start = block
+            index = start + jnp.arange(vectors.shape[0], dtype=jnp.int32)
+            distance = pairwise_sq_distances(some, vectors)
+            out = (index[None] == without[:, None]) | (index >= num_rows)[None]
+            distances = jnp.concatenate([found[0], jnp.where(out, jnp.inf, distance)], axis=1)
+            index = jnp.concatenate([found[1], jnp.where(out, num_rows, index[None])], axis=1)
+            nearest, at = jax.lax.top_k(-distances, k)
+            return (-nearest, jnp.take_along_axis(index, at, axis=1)), None
+
+        nothing = (jnp.full((some.shape[0], k), jnp.inf, dtype), jnp.full((some.shape[0], k), num_rows, jnp.int32))
+        return jax.lax.scan(merge, nothing, (blocks, starts))[0]
+
+    num_queries, at_a_time = queries.shape[0], min(queries.shape[0], _QUERIES_AT_A_TIME)
+    groups = -(-num_queries // at_a_time)
+    padding = groups * at_a_time - num_queries
+    queries = jnp.pad(queries, [(0, padding), (0, 0)]).reshape(groups, at_a_time, -1)
+    exclude = jnp.pad(exclude.astype(jnp.int32), (0, padding)).reshape(groups, at_a_time)
+    distances, index = jax.lax.map(of_some, (queries, exclude))
+    return distances.reshape(-1, k)[:num_queries], index.reshape(-1, k)[:num_queries]
