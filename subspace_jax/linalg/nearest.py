@@ -37,7 +37,7 @@ def nearest_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest rows of each query in Euclidean distance, by exact search.
 
-    Holds 1024 x ``block_size`` distances at a time.
+    Holds 1024 x ``block_size`` distances at a time; the queries may be sharded.
 
     Args:
       queries: ``[queries, d]``, floating point.
@@ -85,8 +85,12 @@ def nearest_rows(
 
     num_queries, at_a_time = queries.shape[0], min(queries.shape[0], _QUERIES_AT_A_TIME)
     groups = -(-num_queries // at_a_time)
-    padding = groups * at_a_time - num_queries
-    queries = jnp.pad(queries, [(0, padding), (0, 0)]).reshape(groups, at_a_time, -1)
-    exclude = jnp.pad(exclude.astype(jnp.int32), (0, padding)).reshape(groups, at_a_time)
-    distances, index = jax.lax.map(of_some, (queries, exclude))
-    return distances.reshape(-1, k)[:num_queries], index.reshape(-1, k)[:num_queries]
+
+    # A group takes every so-manieth query: where the queries are sharded, each device searches for its own of a group.
+    def grouped(x):
+        x = jnp.pad(x, [(0, groups * at_a_time - num_queries)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.swapaxes(x.reshape(at_a_time, groups, *x.shape[1:]), 0, 1)
+
+    found = jax.lax.map(of_some, (grouped(queries), grouped(exclude.astype(jnp.int32))))
+    distances, index = (jnp.swapaxes(x, 0, 1).reshape(-1, k)[:num_queries] for x in found)
+    return distances, index

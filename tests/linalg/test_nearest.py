@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg
 
@@ -61,6 +63,19 @@ def test_memory_of_nearest_rows_is_that_of_a_block():
     memory = search.lower(queries, rows).compile().memory_analysis().temp_size_in_bytes
     # A few arrays of 1024 x 512, and copies of both matrices; all distances take 328 MB.
     assert memory < 12e6
+
+
+@pytest.mark.eight_devices
+def test_nearest_rows_shares_sharded_queries_among_the_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    queries, rows = vectors(0, 2048, 5), vectors(1, 103, 5)
+    placed = jax.device_put(queries, NamedSharding(mesh, P("data")))
+    everywhere = jax.device_put(rows, NamedSharding(mesh, P()))
+    search = jax.jit(functools.partial(linalg.nearest_rows, k=3))
+    compiled = search.lower(placed, everywhere).compile()
+    np.testing.assert_array_equal(compiled(placed, everywhere)[1], search(queries, rows)[1])
+    one = search.lower(queries, rows).compile().cost_analysis()["flops"]
+    assert compiled.cost_analysis()["flops"] < 0.2 * one  # an eighth, and what all devices do with the rows
 
 
 def test_kmeans_finds_separated_clusters_and_their_means():
