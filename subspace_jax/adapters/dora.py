@@ -157,6 +157,7 @@ class DoRA(LoRA):
 
     def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> DoRAWeight | ConvDoRAWeight:
         """Returns the adapted weight."""
+        self.check_factors(arrays)
         arrays = {name: x.astype(jnp.float32) if _is_coarse(name, x) else x for name, x in arrays.items()}
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
         parts = (base, arrays["a"], arrays["b"], self._magnitude(base, arrays))

@@ -185,10 +185,18 @@ class LoRA(AdapterConfig):
 
     def bind(self, base: jax.Array, arrays: Arrays, key: jax.Array | None = None) -> LoRAWeight | ConvLoRAWeight:
         """Returns the adapted weight."""
+        self.check_factors(arrays)
         fields = {**scale_fields(self.scale, base), **dropout_fields(self.dropout, key, base, self.window)}
         if self.window:
             return ConvLoRAWeight(base, arrays["a"], arrays["b"], window=self.window, groups=self.groups, **fields)
         return LoRAWeight(base, arrays["a"], arrays["b"], **fields, **probes_in(arrays))
+
+    def check_factors(self, arrays: Arrays) -> None:
+        """Raises ValueError for factors of another rank, whose scale would be a wrong one."""
+        rank = max(self.rank) if isinstance(self.rank, tuple) else self.rank
+        found = getattr(arrays["a"], "shape", (rank,))[-1]  # logical axes have no shape
+        if found != rank:
+            raise ValueError(f"trainable: expected factors of rank {rank}, as the settings say, got {found}")
 
     def axes(self, names: P) -> tuple[P, dict[str, P]]:
         """Returns the logical axes of the frozen part and of the factors, whose rank is called "rank"."""

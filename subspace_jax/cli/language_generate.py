@@ -101,6 +101,12 @@ def _check(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--out: {args.out} exists")
 
 
+def _template_of(args: argparse.Namespace) -> str:
+    """The template asked for, or else the one that an adapter was trained by; "" for the tokenizer's own."""
+    own = Path(args.adapter or "") / "chat_template.jinja"
+    return args.chat_template or (str(own) if args.adapter and own.is_file() else "")
+
+
 class _TooLongError(ValueError):
     """A prompt leaves too few of the model's positions."""
 
@@ -120,7 +126,7 @@ class _Speaker:
         _, self.model, self.tokenizer = language.open_model(args)
         if args.max_new_tokens is None:
             args.max_new_tokens = min(512, self.model.max_length // 2) if args.chat else 64
-        self._template = text.load_chat_template(self.tokenizer, args.chat_template) if args.chat else None
+        self._template = text.load_chat_template(self.tokenizer, _template_of(args)) if args.chat else None
         if args.chat and self._template is None:
             raise ValueError(
                 f"--chat: the tokenizer of {args.model} has no chat template; expected --chat-template FILE"

@@ -110,5 +110,6 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
 
     step = "best" if args.best else args.step
     trust = args.trust_remote_code
-    language.export(args.workdir, args.out, merged=args.merged, step=step, overwrite=False, trust_remote_code=trust)
-    print(f"Wrote the checkpoint to {os.path.abspath(args.out)}")
+    options = {"merged": args.merged, "step": step, "overwrite": False, "trust_remote_code": trust}
+    step = language.export(args.workdir, args.out, **options)
+    print(f"Wrote the checkpoint of step {step} to {os.path.abspath(args.out)}")

@@ -13,7 +13,7 @@ from subspace_jax.interop.language import from_pretrained, load_causal_lm, read_
 from subspace_jax.interop.onnx import OnnxGraph, OnnxNode, load_onnx_dinov2, read_onnx
 from subspace_jax.interop.packages import PACKAGES, Package, fetch_package, package_of
 from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
-from subspace_jax.interop.peft.models import target_rules, vision_adapter_names
+from subspace_jax.interop.peft.models import target_names, target_rules, vision_adapter_names
 from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
 from subspace_jax.interop.tensors import Place, TensorLayout, TensorName
@@ -63,6 +63,7 @@ __all__ = [
     "save_pretrained",
     "save_vision",
     "side_files",
+    "target_names",
     "target_rules",
     "tensor_names",
     "vision_adapter_names",

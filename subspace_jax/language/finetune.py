@@ -230,7 +230,7 @@ def export(
     step: int | Literal["best"] | None = None,
     overwrite: bool = True,
     trust_remote_code: bool = False,
-) -> None:
+) -> int:
     """Writes a checkpoint of a run for Hugging Face libraries.
 
     A run without adapters, or with ``merged``, becomes a folder of the model, float32 (or in ``adapter.base_dtype``),
@@ -244,6 +244,9 @@ def export(
       step: Step of the checkpoint, or "best"; the latest by default.
       overwrite: Whether the folder may be there; what it held is replaced once the new one is whole.
       trust_remote_code: See :func:`subspace_jax.train.restore`.
+
+    Returns:
+      The step of the checkpoint.
 
     Raises:
       FileNotFoundError: There is no run or no checkpoint.
@@ -262,9 +265,10 @@ def export(
         if jax.process_index() == 0:
             interop.save_peft_adapter(folder, task.config, whole, task.settings, fields=fields)
             interop.write_side_files(folder, _side_files(run.config, adapter=True))
-        return
+        return int(state.step)
     params = task.merged(state.params, state.variables) if isinstance(task, AdaptedLMTask) else state.params
     interop.save_causal_lm(folder, task.config, params, overwrite=True, side_files=_side_files(run.config))
+    return int(state.step)
 
 
 def _side_files(config: ConfigDict, *, adapter: bool = False) -> dict[str, Path | str]:
@@ -358,7 +362,10 @@ def merge_adapter(folder: str | os.PathLike, adapter: str | os.PathLike, out: st
     config, params = load_adapted(
         folder, adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
-    interop.save_causal_lm(out, config, params, side_files=interop.side_files(folder))
+    beside = interop.side_files(folder)
+    if (template := Path(adapter) / "chat_template.jinja").is_file():
+        beside["chat_template.jinja"] = template  # by which the adapter was trained
+    interop.save_causal_lm(out, config, params, side_files=beside)
 
 
 def _check_new(folder: str | os.PathLike) -> None:

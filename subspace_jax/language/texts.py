@@ -47,6 +47,8 @@ def texts_of(
     """
     fields = config.data
     name = {"train": fields.train_split, "eval": fields.eval_split}[split]
+    if split == "eval" and fields.evaluation and fields.evaluation == fields.source:
+        log.warning("data.evaluation: %s is also what is trained on; data.holdout=0.05 holds out a part", fields.source)
     if fields.holdout and (fields.evaluation or fields.source in _INSTALLED):
         other = f"data.evaluation={fields.evaluation}" if fields.evaluation else f"the split of {fields.source!r}"
         raise ValueError(f"data.holdout: a share of {fields.holdout} is held out beside no other set, got {other}")

@@ -110,8 +110,14 @@ def _rules_of(field: str, text: str, model: CausalLMConfig | None) -> list[str]:
 
 
 def _check_rules(field: str, settings: Mapping[str, Any], model: CausalLMConfig | None) -> None:
-    if model is not None and settings:
+    if model is None or not settings:
+        return
+    from subspace_jax import interop
+
+    try:
         adapted_weights(param_shapes(model), settings, name=field)
+    except ValueError as error:
+        raise ValueError(f"{error}; PEFT's names are {', '.join(interop.target_names(model))}") from error
 
 
 def adapter_recipe(method: str) -> dict[str, Any]:

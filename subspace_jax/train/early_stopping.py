@@ -29,7 +29,13 @@ class Stopped(NamedTuple):
 
 
 def stopped_early(run: Run, phase: Phase, rows: Sequence[Row]) -> Stopped | None:
-    """Returns why a phase has ended before its last step, or None where it goes on.
+    """Returns why a phase has ended before its last step, or None where it goes on; arguments: see :func:`best_yet`."""
+    found = best_yet(run, phase, rows)
+    return found if found and found.patience >= run.patience else None
+
+
+def best_yet(run: Run, phase: Phase, rows: Sequence[Row]) -> Stopped | None:
+    """Returns the best evaluation of a phase and how many came after it, or None where the run has no patience.
 
     It depends on the rows alone, which a checkpoint holds: a resumed run stops at the same step.
 
@@ -52,7 +58,7 @@ def stopped_early(run: Run, phase: Phase, rows: Sequence[Row]) -> Stopped | None
             best_value, best_step, since = value, step, 0
         else:
             since += 1
-    return Stopped(metric, best_value, best_step, since) if since >= run.patience else None
+    return Stopped(metric, best_value, best_step, since) if found else None
 
 
 def _value(row: Row, metric: str) -> float | None:

@@ -14,7 +14,7 @@ from subspace_jax.train.checkpoints import Checkpoints, Record
 from subspace_jax.train.checks import check_hooks, check_tasks
 from subspace_jax.train.context import jit_on_mesh, use_mesh
 from subspace_jax.train.curves import plot_curves
-from subspace_jax.train.early_stopping import stopped_early
+from subspace_jax.train.early_stopping import best_yet, stopped_early
 from subspace_jax.train.evaluators import figures, scalars
 from subspace_jax.train.hook import Hook, tell
 from subspace_jax.train.hooks import own_hooks
@@ -248,7 +248,7 @@ class _Loop:
                 if ends_round or due(every.evaluate, taken):
                     fresh = self.evaluate(index, state, (False, ends))
                     stops = not ends and stopped_early(run, phase, self.rows) is not None
-                if ends or stops or every.due_to_save(taken) or (phase.best and fresh):
+                if ends or stops or every.due_to_save(taken) or (fresh and self.keeps(phase)):
                     self.save(index, state, fresh)
                     if every.checkpoint == 1:  # there is no middle in which to write it
                         self.checkpoints.wait()
@@ -260,6 +260,11 @@ class _Loop:
                 if stops:
                     break
         return state
+
+    def keeps(self, phase: Phase) -> bool:
+        """Whether a state that was just evaluated may be asked for later, whatever steps are due to be saved."""
+        best = best_yet(self.run, phase, self.rows)  # of a run that may stop early, the best state is kept
+        return bool(phase.best) or (best is not None and best.patience == 0)
 
     def save(self, index: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         task = self.run.phases[index].task

@@ -52,6 +52,15 @@ def test_merge_gives_the_logits_of_bind_and_unmerge_the_weights(name):
     )
 
 
+@pytest.mark.parametrize("kind", [adapters.LoRA, adapters.DoRA])
+def test_bind_and_merge_refuse_factors_of_another_rank_than_the_settings(kind):
+    params = {"kernel": jnp.ones((6, 5))}
+    trainable = adapters.init(jax.random.key(0), params, {"kernel": kind(4, 8.0)})
+    for call in (adapters.bind, adapters.merge):
+        with pytest.raises(ValueError, match="trainable: expected factors of rank 2, as the settings say, got 4"):
+            call(params, trainable, {"kernel": kind(2, 8.0)})
+
+
 @every_case
 def test_bind_of_new_adapters_gives_the_bits_of_the_model(name):
     base, start, _ = prepared(name)

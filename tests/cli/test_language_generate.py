@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import interop, nn
+from subspace_jax import adapters, interop, nn
 from subspace_jax.cli.main import main
 from subspace_jax.data import text
 
@@ -182,6 +182,19 @@ def test_generate_needs_a_chat_template_to_chat(model, tmp_path, capsys):
     (tmp_path / "model" / "chat_template.jinja").unlink()
     assert generate(tmp_path / "model", "--chat") == 2
     assert "has no chat template; expected --chat-template FILE" in capsys.readouterr().err
+
+
+def test_generate_chats_by_the_template_beside_an_adapter(model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    config, params = interop.load_causal_lm(model)
+    settings = {"mlp/up": adapters.LoRA(2, 4.0)}
+    trainable = adapters.init(jax.random.key(1), params, settings)
+    interop.save_peft_adapter(tmp_path / "adapter", config, trainable, settings)
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ raise_exception('the template of the adapter') }}")
+    given(monkeypatch, json.dumps({"messages": [user("Hi")]}))
+    assert generate(tmp_path / "model", "--prompts", "-", "--chat", "--adapter", str(tmp_path / "adapter")) == 2
+    assert "the template of the adapter" in capsys.readouterr().err
 
 
 @pytest.mark.slow

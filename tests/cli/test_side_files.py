@@ -120,6 +120,26 @@ def test_merge_copies_tokenizer_and_generation_files(model, tmp_path, capsys):
         assert (merged / name).read_text() == content
 
 
+def test_merge_writes_the_chat_template_that_the_adapter_was_trained_by(model, tmp_path):
+    config, params = interop.load_causal_lm(model)
+    settings = {"attn/q": adapters.LoRA(2, 4.0)}
+    trainable = adapters.init(jax.random.key(1), params, settings)
+    interop.save_peft_adapter(tmp_path / "adapter", config, trainable, settings)
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("trained by")
+    assert (
+        main(
+            [
+                *("merge", "--model", str(model), "--adapter"),
+                str(tmp_path / "adapter"),
+                "--out",
+                str(tmp_path / "merged"),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "trained by"
+
+
 @pytest.fixture
 def start(model, monkeypatch):
     """Makes a run's state as it is before the first step what a checkpoint of any workdir holds."""

@@ -70,6 +70,13 @@ def test_a_run_stops_early_saves_and_is_over_when_it_is_started_again(fit, whole
     assert (workdir / "metrics.jsonl").read_text() == written
 
 
+def test_a_run_that_may_stop_early_keeps_its_best_state_whatever_steps_are_saved(fit, tmp_path):
+    result = fit(run_with(2, workdir=tmp_path, checkpoint_every=1000))
+    losses = {row["step"]: row["loss"] for row in result.rows if row["split"] == "eval"}
+    saved = train.Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert saved.best_step() == min(losses, key=losses.get) < int(result.state.step)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_stops_early_at_the_same_step_with_the_same_bits(fit, whole, tmp_path):
     workdir, expected = whole

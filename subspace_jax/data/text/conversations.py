@@ -59,6 +59,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     given = message
     message = {name: value for name, value in message.items() if value is not None}
     needed = ("role",) if message.get("tool_calls") else ("role", "content")
+    if message.get("tool_calls") and "content" in given:
+        message["content"] = given["content"]  # templates tell null from a text
     for name in needed:
         if name not in message and name in given:
             raise ValueError(f"{where}: field {name!r}: expected text, got null")
@@ -68,7 +70,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], f"{where}: content")
     for name in ("role", "content"):
-        if not isinstance(message.get(name, ""), str):
+        if not isinstance(message.get(name) or "", str):
             raise ValueError(f"{where}: field {name!r}: expected text, got {_form(message[name])}")
     return message
 

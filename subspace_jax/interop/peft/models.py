@@ -107,6 +107,12 @@ def target_rules(config: Config, target: str) -> list[str]:
     return list(layers)
 
 
+def target_names(config: Config) -> list[str]:
+    """Returns the last parts of the names of the modules that PEFT adapts, such as ``"q_proj"``."""
+    model = peft_model(config)
+    return sorted({m.rpartition(".")[2] for m, p in model.places.items() if model.weight_of(p) is not None})
+
+
 def vision_adapter_names(config: VisionConfig, names: str = "v5") -> dict[str, Place]:
     """Maps the path of every module that PEFT adapts in a vision model or in dual towers to its place; one to one.
 

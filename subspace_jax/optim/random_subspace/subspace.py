@@ -179,8 +179,8 @@ def random_subspace(
         raise ValueError(f"scope: 'leaf' is for 'fastfood', got method {method!r}")
     if stored and method != "dense":
         raise ValueError(f"stored: is for 'dense', got method {method!r}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key: expected one of jax.random.key, got {key.dtype}")
+    if not jnp.issubdtype(getattr(key, "dtype", type(key)), jax.dtypes.prng_key):
+        raise TypeError(f"key: expected one of jax.random.key, got {getattr(key, 'dtype', key)!s}")
     chosen = _choose(params, select)
     moving = [x for x, moves in zip(jax.tree.leaves(params), chosen, strict=True) if moves]
     shapes, total = [x.shape for x in moving], sum(math.prod(x.shape) for x in moving)

@@ -146,8 +146,9 @@ def test_errors_of_sharegpt_and_alpaca_rows_name_the_recipe(tmp_path, row):
     assert "**ShareGPT and Alpaca.**" in (REPOSITORY / "docs" / "language.md").read_text()
 
 
-def test_messages_with_tool_calls_need_no_content():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    found = text.conversation_of({"messages": [HELLO[0], call], "tools": [{"name": "f"}]}, "row")
-    assert found.messages[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": "Wait."}])
+def test_messages_with_tool_calls_need_no_content_and_null_stays_for_the_template(content):
+    call = {"role": "assistant", **content, "tool_calls": [{"function": {"name": "f"}}]}
+    found = text.conversation_of({"messages": [HELLO[0], {**call, "name": None}], "tools": [{"name": "f"}]}, "row")
+    assert found.messages[1] == call
     assert found.tools == ({"name": "f"},)

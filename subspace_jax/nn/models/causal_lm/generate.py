@@ -128,6 +128,8 @@ def prepare(
 
 
 def _check(config, tokens, max_new_tokens, key, temperature, top_p) -> None:
+    if not jnp.issubdtype(getattr(tokens, "dtype", type(tokens)), jnp.integer):
+        raise TypeError(f"tokens: expected an array of integers, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens: expected prompts [batch, length >= 1], got shape {tokens.shape}")
     if not isinstance(max_new_tokens, int | np.integer):
