@@ -3,6 +3,7 @@
 import json
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,26 +49,28 @@ def test_hydra_task_trains_the_probe_on_features_that_pass_no_gradient_on():
     rng = np.random.default_rng(0)
     inputs, labels = rng.standard_normal((12, 8)).astype(np.float32), rng.integers(CLASSES, size=12).astype(np.int32)
 
+    batch = {"inputs": inputs, "labels": labels}
+
     @jax.jit
     def gradients(params, variables, key):
-        def f(params, name):
-            loss, (new, metrics) = task.loss(
-                params, variables, {"inputs": inputs, "labels": labels}, key=key, step=jnp.int32(0)
-            )
-            return (loss if name == "loss" else metrics[name]), (new, metrics)
+        def f(params):
+            return task.loss(params, variables, batch, key=key, step=jnp.int32(0))
 
-        return {name: jax.grad(f, has_aux=True)(params, name) for name in ("loss", "probe_loss")}
+        return jax.grad(f, has_aux=True)(params)
 
     params, variables = jax.jit(task.init)(jax.random.key(0))
-    found = gradients(params, variables, jax.random.key(1))
-    (grads, (new, metrics)), (of_probe, _) = found["loss"], found["probe_loss"]
+    grads, (new, metrics) = gradients(params, variables, jax.random.key(1))
     assert metrics.keys() == {"pair_loss", "probe_loss", "partnered", "activation", "entropy", "scale"}
     assert metrics["partnered"] == 1  # as the classes of the batch were permuted
     assert 0 < metrics["activation"] < WIDTH
     np.testing.assert_allclose(metrics["scale"], 10.0, rtol=1e-6)
-    alone = {name: any(np.any(np.asarray(x)) for x in jax.tree.leaves(part)) for name, part in of_probe.items()}
-    assert alone == {name: name == "probe" for name in grads}
     assert all(np.any(np.asarray(x)) for x in (grads["log_scale"], grads["alpha"], grads["gate"]["table"]))
+    other = {**params, "probe": jax.tree.map(lambda x: 2 * x, params["probe"])}
+    of_other, (_, changed) = gradients(other, variables, jax.random.key(1))
+    assert changed["pair_loss"] == metrics["pair_loss"]
+    assert changed["probe_loss"] != metrics["probe_loss"]
+    assert np.any(np.asarray(of_other.pop("probe")["linear"]["kernel"] != grads.pop("probe")["linear"]["kernel"]))
+    chex.assert_trees_all_equal(of_other, grads)
     assert new.keys() == variables.keys()
     for name in ("backbone", "projector", "gate"):
         moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a != b))), new[name], variables[name])
