@@ -133,7 +133,10 @@ def test_hydra_loss_in_blocks_is_the_infonce_of_all_logits_and_the_penalty(pairs
     arrays, labels = pairs
     masks = hydra.pair_masks(*map(jnp.asarray, labels))
     logits = gated_logits(*arrays, 2.0, 0.3)
-    expected = jax.jit(functools.partial(losses.multi_positive_infonce, reduction=reduction))(logits, *masks)
+    infonce = jax.jit(functools.partial(losses.multi_positive_infonce, reduction=reduction))
+    expected = infonce(logits, *masks)
+    # A constant for each anchor does not count.
+    np.testing.assert_allclose(infonce(logits + np.float32(np.arange(BATCH)[:, None] - 3), *masks), expected, rtol=1e-5)
     expected = expected + penalty * np.mean(arrays[2] * (1 - arrays[2]))
     got, _ = loss_and_grads(arrays, labels, alpha=0.3, config=hydra.HydraLoss(False, reduction, penalty, 5))
     # float32, and 1e-6 beside the number of positives.
