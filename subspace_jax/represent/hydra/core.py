@@ -289,7 +289,7 @@ def hydra_loss(
     if config.penalty < 0:
         raise ValueError(f"penalty: expected at least 0, got {config.penalty}")
     similarity, unit = _similarity(z, k, gate, params["log_scale"], params.get("alpha", 0.0), config.renormalize)
-    keys = {"unit": unit, "labels": key_labels}
+    keys, gate = {"unit": unit, "labels": key_labels}, gate.astype(unit.dtype)
 
     def block_of(block: PyTree, mask: jax.Array) -> tuple[jax.Array, ...]:
         masks = pair_masks(first, second, block["labels"])
@@ -315,7 +315,7 @@ def hydra_loss(
     else:
         loss = jnp.sum(each) / jnp.maximum(jnp.sum(count), 1)
     if config.penalty:
-        loss += config.penalty * gate_penalty(gate.astype(loss.dtype))
+        loss += config.penalty * gate_penalty(gate)
     entropy = jax.scipy.special.entr(gate) + jax.scipy.special.entr(1 - gate)
     return loss, {
         "partnered": jnp.mean((count > 0).astype(loss.dtype)),
