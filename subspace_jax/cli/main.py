@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from subspace_jax.cli import (
     fetch,
+    hydra,
     info,
     interpret,
     language,
@@ -28,7 +29,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "probe", "transfer"),
-    "study": ("intrinsic-dimension",),
+    "study": ("class-gates", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -85,7 +86,19 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.commands = subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
-    for module in (methods, fetch, train, language_runs, language_generate, language, vision, interpret, plan, info):
+    for module in (
+        methods,
+        fetch,
+        train,
+        language_runs,
+        language_generate,
+        language,
+        vision,
+        interpret,
+        hydra,
+        plan,
+        info,
+    ):
         module.add_commands(subparsers)
     command = next((text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("-")), "")
     near = difflib.get_close_matches(command, subparsers.choices, n=1)

@@ -53,4 +53,47 @@ METHODS = (
             ),
         ),
     ),
+    Method(
+        name="hydra",
+        area="represent",
+        title="Hydra: arbitrary pairs in gated subspaces",
+        paper="Rethinking Positive Pairs in Contrastive Learning",
+        arxiv=("2410.18200",),
+        summary=(
+            "Contrastive learning in which any two classes may form a positive pair.  A gate selects, for each pair of "
+            "classes, the dimensions in which their examples are alike and differ from all others.  It is thrown away "
+            "after training; the features transfer, and the gates tell which classes are related."
+        ),
+        module="subspace_jax.represent.hydra",
+        configs=("represent/hydra_digits", "represent/hydra_mnist"),
+        command="subspace-jax train --config represent/hydra_digits:distinct --workdir work/hydra",
+        figures=(
+            Figure(
+                "1-NN accuracy of projections of digits, pairs of distinct classes",
+                train("represent/hydra_digits:distinct"),
+                "features/nearest_accuracy",
+                at_least=0.97,
+            ),
+            Figure(
+                "the same, minus that without a gate",
+                train("represent/hydra_digits:distinct"),
+                "features/nearest_accuracy",
+                at_least=0.05,
+                minus=train("represent/hydra_digits:distinct_open"),
+            ),
+            Figure(
+                "loss of pairs at the end of training",
+                train("represent/hydra_digits:distinct"),
+                "pair_loss",
+                at_most=1.0,
+            ),
+            Figure(
+                "standard deviation of the gates", train("represent/hydra_digits:distinct"), "gates/std", at_least=0.3
+            ),
+            Figure("linear probe on features", train("represent/hydra_digits:distinct"), "features/probe_accuracy"),
+            Figure(
+                "the same, without a gate", train("represent/hydra_digits:distinct_open"), "features/probe_accuracy"
+            ),
+        ),
+    ),
 )
