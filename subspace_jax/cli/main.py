@@ -94,8 +94,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         language_generate,
         language,
         vision,
-        interpret,
         hydra,
+        interpret,
         plan,
         info,
     ):
