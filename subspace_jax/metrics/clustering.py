@@ -21,9 +21,7 @@ def normalized_mutual_info(labels: jax.Array, assignments: jax.Array) -> jax.Arr
       ValueError: Shapes do not match, or there is no example.
     """
     if labels.ndim != 1 or labels.shape != assignments.shape or not labels.size:
-        raise ValueError(
-            f"labels, assignments: expected [examples] alike, got {labels.shape} and {assignments.shape}"
-        )
+        raise ValueError(f"labels, assignments: expected [examples] alike, got {labels.shape} and {assignments.shape}")
     labels, assignments = jnp.asarray(labels), jnp.asarray(assignments)
     of_labels, of_parts = _entropy(labels), _entropy(assignments)
     shared = of_labels + of_parts - _entropy(labels, assignments)

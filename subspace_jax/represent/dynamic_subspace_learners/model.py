@@ -1,5 +1,6 @@
-"""Networks of dynamic subspace learners: a backbone, spatial attention, an embedding in subspaces (arXiv 2206.09068)."""
+"""Networks of dynamic subspace learners: backbone, spatial attention, embedding in subspaces (arXiv 2206.09068)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Embedded(NamedTuple):
 
 
 class SpatialAttention(nnx.Module):
-    """A map of where to look: three 3 x 3 convolutions of ``c / 8``, ``c / 32`` and 1 channels, ReLU between, a sigmoid.
+    """A map of where to look: 3 x 3 convolutions of ``c / 8``, ``c / 32`` and 1 channels with ReLU between, a sigmoid.
 
     Args:
       features: Channels ``c`` of the input.
@@ -48,7 +49,7 @@ class SpatialAttention(nnx.Module):
         def kernel(m: int, n: int) -> nnx.Param:
             return nnx.Param(init(rngs.params(), (3, 3, m, n), param_dtype), axes=(None, None, "embed", None))
 
-        self.kernels = nnx.List([kernel(m, n) for m, n in zip(widths[:-1], widths[1:], strict=True)])
+        self.kernels = nnx.List([kernel(m, n) for m, n in itertools.pairwise(widths)])
         self.biases = nnx.List([nnx.Param(jnp.zeros(n, param_dtype), axes=(None,)) for n in widths[1:]])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,9 +76,7 @@ class SubspaceEmbedding(nnx.Module):
       ValueError: There are too few neurons, or the numbers of learners do not fit.
     """
 
-    def __init__(
-        self, in_features: int, features: int, *, learners: int = 1, max_learners: int = 8, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_features: int, features: int, *, learners: int = 1, max_learners: int = 8, rngs: nnx.Rngs):
         core.check_num_neurons("features", features)
         if not 1 <= learners <= max_learners <= features:
             raise ValueError(
@@ -93,7 +92,9 @@ class SubspaceEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, in_features]`` to ``[batch, features]``, at least float32."""
-        e = nn.linear(x, self.kernel.get_value(), self.bias.get_value(), out_dtype=jnp.promote_types(x.dtype, "float32"))
+        e = nn.linear(
+            x, self.kernel.get_value(), self.bias.get_value(), out_dtype=jnp.promote_types(x.dtype, "float32")
+        )
         return core.normalize_per_learner(e, self.learner_id.get_value(), self.max_learners)
 
 
@@ -171,7 +172,7 @@ class _ConvMaps(nnx.Module):
         widths = (in_channels, *features)
         self.blocks = nnx.List(
             ConvBlock(m, n, strides=1 if i == 0 else 2, param_dtype=jnp.float32, rngs=rngs)
-            for i, (m, n) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (m, n) in enumerate(itertools.pairwise(widths))
         )
         self.dtype, self.out_features = dtype, widths[-1]
 
