@@ -31,7 +31,6 @@ def get_config(variant="dynamic"):
         config.learners.dynamic = False
         config.model.learners = 2
     config.optim.learning_rate = 1e-3
-    config.optim.kwargs = {"weight_decay": 1e-4}
     config.train.epochs = 40.0
     config.train.log_every = 30
     config.train.checkpoint_every = 300

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import losses
 
+from ..variants import rest_slow
+
 BETA = float(np.float32(1.2))  # that of the authors
 
 
@@ -27,7 +29,7 @@ def loss_of(m, labels, beta=1.2, block_size=None):
 GRADIENTS = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 2)), static_argnums=3)
 
 
-@pytest.mark.parametrize("block_size", [None, 5])
+@pytest.mark.parametrize("block_size", rest_slow([None, 5]))
 @pytest.mark.parametrize("name", ["hard", "easy"])
 def test_margin_loss_and_its_gradients_are_those_of_the_authors_code(name, block_size, pieces, x64):
     m, labels = jnp.asarray(pieces[f"{name}_embeddings"]), jnp.asarray(pieces[f"{name}_labels"])
@@ -39,7 +41,7 @@ def test_margin_loss_and_its_gradients_are_those_of_the_authors_code(name, block
     assert len(pairs.anchors) == pieces[f"{name}_n_pairs"]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), rest_slow([(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)]))
 def test_margin_loss_in_lower_precision_is_near_the_authors(dtype, tolerance, pieces):
     # bfloat16 has three digits: distances near the margins move by some 0.01, and pairs change.
     m = jnp.asarray(pieces["easy_embeddings"]).astype(dtype)

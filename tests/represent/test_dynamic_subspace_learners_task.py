@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from subspace_jax import data, train
+from subspace_jax.cli import main as cli
 from subspace_jax.represent import dynamic_subspace_learners as learners
 from subspace_jax.represent.dynamic_subspace_learners import task as learning
 from subspace_jax.train.host import run_on_host
@@ -46,6 +47,7 @@ def data_of(assignment):
     return train.DataSpec(shapes, lambda seed: batches(seed=seed), PASSES, EPOCH_STEPS)
 
 
+@pytest.mark.slow
 class TestSubspaceLearners(TaskContract):
     def make(self):
         return task_of(2), data_of(np.arange(NUM_EXAMPLES) // 32)
@@ -62,9 +64,14 @@ def quick(monkeypatch):
 TX = optax.adam(1e-2)
 
 
-def started(task, epochs=0, **variables):
+@functools.cache
+def fresh(count):
+    return train.init_state(task_of(count), TX, one_device())
+
+
+def started(count=1, epochs=0, **variables):
     """The state of a run after some epochs, with moments that are not 0."""
-    state = train.init_state(task, TX, one_device())
+    state = fresh(count)
     adam, *rest = state.opt_state
     moments = {name: jax.tree.map(jnp.ones_like, getattr(adam, name)) for name in ("mu", "nu")}
     return dataclasses.replace(
@@ -93,7 +100,7 @@ def clustered():
 
 def test_refresh_splits_the_newest_learner_and_clusters_the_examples_where_nmi_has_stalled():
     task = task_of(patience=3)
-    state = started(task, 5, scores=SCORES, plateau=STALLED)
+    state = started(1, 5, scores=SCORES, plateau=STALLED)
     features, cluster = clustered()
     new = task.refresh(state, at(features=features))
     learner_id = np.asarray(new.variables["model"]["embedding"]["learner_id"])
@@ -119,7 +126,7 @@ def test_refresh_splits_the_newest_learner_and_clusters_the_examples_where_nmi_h
 )
 def test_refresh_leaves_parameters_and_moments_as_they_are_where_no_split_is_due(change, epochs, nmi):
     task = task_of(**{"patience": 3, **change})
-    state = started(task, epochs, scores=SCORES, plateau=STALLED)
+    state = started(1, epochs, scores=SCORES, plateau=STALLED)
     new = task.refresh(state, at(nmi))
     chex.assert_trees_all_equal((new.params, new.opt_state), (state.params, state.opt_state))
     chex.assert_trees_all_equal(new.variables["assignment"], state.variables["assignment"])
@@ -129,7 +136,7 @@ def test_refresh_leaves_parameters_and_moments_as_they_are_where_no_split_is_due
 
 def test_refresh_keeps_moments_where_it_is_told_to():
     task = task_of(patience=3, reset_moments=False)
-    state = started(task, 5, scores=SCORES, plateau=STALLED)
+    state = started(1, 5, scores=SCORES, plateau=STALLED)
     new = task.refresh(state, at(features=clustered()[0]))
     assert int(jnp.max(new.variables["model"]["embedding"]["learner_id"])) == 1
     chex.assert_trees_all_equal(new.opt_state, state.opt_state)
@@ -139,68 +146,71 @@ def test_refresh_clusters_anew_every_few_epochs():
     task = task_of(2, recluster_epochs=3, dynamic=False)
     features, cluster = clustered()
     for epochs, wanted in ((0, True), (1, False), (2, False), (3, True)):
-        new = task.refresh(started(task, epochs), at(features=features))
+        new = task.refresh(started(2, epochs), at(features=features))
         assert np.array_equal(new.variables["assignment"], cluster) == wanted
 
 
 def test_a_split_needs_no_other_program():
     task = task_of(patience=3)
-    state = started(task, 5, scores=SCORES, plateau=STALLED)
     step = train.jit_train_step(task, TX, one_device())
-    batch = next(data_of(np.zeros(NUM_EXAMPLES, np.int32)).train(0))
-    before, _ = step(jax.tree.map(jnp.copy, state), batch)
-    after = task.refresh(state, at(features=clustered()[0]))
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), after, before)
-    new, metrics = step(placed, next(data_of(after.variables["assignment"]).train(0)))
-    assert metrics["learners"] == 2
+    shardings = train.state_shardings(task, TX, one_device())[1]
+
+    def take(state):
+        batch = next(data_of(state.variables["assignment"]).train(0))
+        placed = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
+        return step(placed, train.to_device(batch, train.batch_sharding(one_device())))
+
+    state = started(1, 5, scores=SCORES, plateau=STALLED)
+    _, before = take(state)
+    new, after = take(task.refresh(state, at(features=clustered()[0])))
+    assert (before["learners"], after["learners"]) == (1, 2)
     assert step._cache_size() == 1
     assert int(new.variables["scores"].count) == 16
 
 
-def test_scores_sum_activations_times_the_gradient_by_them():
+@functools.cache
+def gradients():
+    """A task of two learners, its arrays and a batch, and its compiled gradients."""
     task = task_of(2)
     params, variables = jax.jit(task.init)(jax.random.key(0))
     batch = next(data_of(np.arange(NUM_EXAMPLES) % 2).train(0))
-    (loss, (new, _)), _ = task.gradients(params, variables, batch, key=None, step=0)
-    gain = jnp.ones(16)
+    return task, params, variables, batch, jax.jit(functools.partial(task.gradients, key=None, step=0))
 
+
+def test_scores_sum_activations_times_the_gradient_by_them():
+    task, params, variables, batch, gradient = gradients()
+    (loss, (new, _)), _ = gradient(params, variables, batch)
+
+    @jax.value_and_grad
     def with_gain(gain):
         a = task.embed(params, variables, batch["inputs"]).embedding
         return task._loss_of(params, variables, a * (gain - 1)[None], batch=batch, key=None)[0]
 
     # The derivative by a factor of a neuron is the sum over examples of activation times gradient.
-    wanted = jax.grad(with_gain)(gain)
+    same, wanted = jax.jit(with_gain)(jnp.ones(16))
     np.testing.assert_allclose(new["scores"].sum_ag, wanted, rtol=1e-4, atol=1e-6)
-    assert loss == with_gain(gain)
+    np.testing.assert_allclose(loss, same, rtol=1e-6)
     own = np.asarray(variables["model"]["embedding"]["learner_id"]) == batch["cluster"][0]
     assert np.all(new["scores"].sum_ag[~own] == 0)
     assert np.any(new["scores"].sum_ag[own] != 0)
 
 
 def test_finetuning_trains_all_learners_from_one_batch():
-    task = task_of(2)
-    params, variables = jax.jit(task.init)(jax.random.key(0))
-    batch = next(data_of(np.arange(NUM_EXAMPLES) % 2).train(0))
-    gradients = {}
+    _, params, variables, batch, gradient = gradients()
+    moved = []
     for finetune in (False, True):
-        variables = {**variables, "finetune": jnp.asarray(finetune)}
-        _, gradients[finetune] = task.gradients(params, variables, batch, key=None, step=0)
-    other = np.asarray(variables["model"]["embedding"]["learner_id"]) != batch["cluster"][0]
-    by_neuron = {k: np.any(np.asarray(g["embedding"]["kernel"]) != 0, axis=0) for k, g in gradients.items()}
-    assert not np.any(by_neuron[False][other])
-    assert np.all(by_neuron[True])
+        _, found = gradient(params, {**variables, "finetune": jnp.asarray(finetune)}, batch)
+        moved.append(np.any(np.asarray(found["embedding"]["kernel"]) != 0, axis=0))
+    own = np.asarray(variables["model"]["embedding"]["learner_id"]) == batch["cluster"][0]
+    np.testing.assert_array_equal(moved, [own, np.ones(16, bool)])
 
 
-def gradients_of_an_entry(task, entry, params, variables, batch):
-    return task.gradients(params, variables, batch, key=None, step=0, wrt=entry)[1]
-
-
+@pytest.mark.slow
 def test_gradients_of_an_entry_are_its_part_of_all():
-    task = task_of(2)
-    params, variables = jax.jit(task.init)(jax.random.key(0))
-    batch = next(data_of(np.arange(NUM_EXAMPLES) % 2).train(0))
-    _, whole = task.gradients(params, variables, batch, key=None, step=0)
-    chex.assert_trees_all_equal(gradients_of_an_entry(task, "embedding", params, variables, batch), whole["embedding"])
+    task, params, variables, batch, gradient = gradients()
+    of_entry = jax.jit(functools.partial(task.gradients, key=None, step=0, wrt="embedding"))
+    got, whole = of_entry(params, variables, batch)[1], gradient(params, variables, batch)[1]["embedding"]
+    chex.assert_trees_all_close(got, whole, rtol=1e-5, atol=1e-7)
 
 
 def phase_of(task, epochs):
@@ -210,18 +220,18 @@ def phase_of(task, epochs):
     return train.Phase("train", task, of_state, epochs * EPOCH_STEPS, TX, round_steps=EPOCH_STEPS, refresh=task.refresh)
 
 
+@pytest.mark.slow
 def test_a_run_with_clusters_that_is_interrupted_ends_with_the_same_bits(tmp_path):
-    phase = phase_of(task_of(2, dynamic=False), 4)
+    phase = phase_of(task_of(2, dynamic=False), 3)
 
     def fit(name, *hooks):
-        options = {"log_every": 2, "eval_every": 0, "checkpoint_every": 3, "best": "", "progress": False}
+        options = {"log_every": 2, "eval_every": 0, "checkpoint_every": 4, "best": "", "progress": False}
         return train.fit(train.Run((phase,), workdir=tmp_path / name, **options), hooks)
 
     whole = fit("whole")
     assert len(np.unique(whole.state.variables["assignment"])) == 2
-    for step in (6, 8, 15):  # in an epoch, at its end, in the last
-        with pytest.raises(Interrupted):
-            fit("interrupted", StopAt(step))
+    with pytest.raises(Interrupted):
+        fit("interrupted", StopAt(10))  # in the third epoch, with a checkpoint from the end of the second
     resumed = fit("interrupted")
     assert_same_bits(jax.device_get(resumed.state), jax.device_get(whole.state))
     assert resumed.rows == whole.rows
@@ -256,6 +266,20 @@ def digits_run(**fields):
     for name, value in fields.items():
         config.learners[name] = value
     return train.build(config)
+
+
+@pytest.mark.slow
+def test_attention_draws_the_maps_of_a_run_and_refuses_one_without(tmp_path, capsys):
+    shapes, digits = ["--config", "represent/shape_texture"], ["--config", "represent/digits_learners"]
+    for name, config in (("shapes", shapes), ("digits", digits)):
+        assert cli.main(["train", *config, "--workdir", str(tmp_path / name), "--config.train.steps=3"]) == 0
+    assert cli.main(["attention", "--workdir", str(tmp_path / "shapes"), "--images", "3"]) == 0
+    assert (tmp_path / "shapes" / "attention.png").read_bytes().startswith(b"\x89PNG")
+    for name, message in (("digits", "expected a network with attention"), ("none", "holds no run")):
+        assert cli.main(["attention", "--workdir", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["attention", "--workdir", str(tmp_path / "shapes"), "--images", "0"]) == 2
+    assert "num_images: expected at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

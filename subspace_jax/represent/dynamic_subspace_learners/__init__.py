@@ -19,7 +19,7 @@ from subspace_jax.represent.dynamic_subspace_learners.core import (
     split_learner,
 )
 from subspace_jax.represent.dynamic_subspace_learners.data import class_balanced_batches, shape_texture
-from subspace_jax.represent.dynamic_subspace_learners.evaluate import attention_maps, plot_attention
+from subspace_jax.represent.dynamic_subspace_learners.evaluate import attention_maps, draw_run, plot_attention
 from subspace_jax.represent.dynamic_subspace_learners.model import (
     Embedded,
     NetworkConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "attention_maps",
     "class_balanced_batches",
     "contiguous_learners",
+    "draw_run",
     "fresh_learners",
     "init_plateau",
     "init_scores",

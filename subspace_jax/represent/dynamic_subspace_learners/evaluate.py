@@ -2,7 +2,8 @@
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,42 @@ def attention_maps(task: "SubspaceLearnersTask", params: PyTree, variables: PyTr
     wide = jax.image.resize(maps[..., 0].astype(jnp.float32), inputs.shape[:3], "bilinear")
     low, high = (f(wide, axis=(1, 2), keepdims=True) for f in (jnp.min, jnp.max))
     return jnp.where(high > low, (wide - low) / jnp.where(high > low, high - low, 1), 0)
+
+
+def draw_run(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    num_images: int = 16,
+    step: int | Literal["best"] | None = None,
+) -> Path:
+    """Draws attention maps of the first images of a run's evaluation set.
+
+    Args:
+      workdir: Folder of the run.
+      out: The PNG to write; ``attention.png`` in ``workdir`` by default.
+      num_images: Number of images, or all where there are fewer.
+      step: Step of the checkpoint, or "best"; the latest by default.
+
+    Returns:
+      The path of the PNG.
+
+    Raises:
+      FileNotFoundError: There is no run, or no such checkpoint.
+      ValueError: The run is of another method, its network has no attention, or ``num_images`` is below 1.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images: expected at least 1, got {num_images}")
+    restored = train.restore(workdir, step=step)
+    task, state = restored.phase.task, restored.state
+    if not hasattr(task, "embed"):
+        raise ValueError(f"workdir: expected a run of dynamic subspace learners, got one of {type(task).__name__}")
+    batch = next(iter(restored.phase.data(state).evaluate["eval"]()))
+    images = batch["inputs"][batch["mask"] > 0][:num_images]
+    maps = jax.jit(lambda *arrays: attention_maps(task, *arrays))(state.params, state.variables, images)
+    path = Path(out if out is not None else Path(workdir) / "attention.png")
+    plot_attention(images, np.asarray(maps), path)
+    return path
 
 
 def plot_attention(images: np.ndarray, maps: np.ndarray, path: str | os.PathLike, *, columns: int = 8) -> None:
