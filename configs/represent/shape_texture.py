@@ -25,14 +25,14 @@ def get_config(variant="dynamic"):
     config.data.per_class = 4
     config.data.eval_batch_size = 400
     config.model.backbone = "convnet"
-    config.model.features = (16, 32)
+    config.model.features = (32, 64)
     config.model.embedding = 32
     config.learners.patience = 4
     config.learners.finetune_epoch = 24
     if variant == "fixed":
         config.learners.dynamic = False
         config.model.learners = 2
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 2e-3
     config.train.epochs = 30.0
     config.train.log_every = 42
     config.train.checkpoint_every = 420

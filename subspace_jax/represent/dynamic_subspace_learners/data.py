@@ -113,9 +113,9 @@ def _members(labels: np.ndarray, assignment: np.ndarray) -> list[tuple[int, list
 def shape_texture(seed: int, num_examples: int) -> dict[str, np.ndarray]:
     """Draws images of one of four shapes filled with one of four textures.
 
-    A disc, square, triangle or cross of 8 to 14 pixels, rotated and displaced, is filled with rows, columns, checks of
-    random phase, or plain; contrast and noise vary.  A label stands for both attributes, so that an embedding has to
-    tell apart what either of them alone does not.
+    A disc, square, triangle or cross of 10 to 14 pixels, a little rotated and displaced, is filled with rows, columns or
+    checks of random phase, or plain; contrast varies, and there is noise.  A label stands for both attributes, so that
+    an embedding has to tell apart what either of them alone does not.
 
     Args:
       seed: Seed, at least 0.
@@ -138,7 +138,7 @@ def shape_texture(seed: int, num_examples: int) -> dict[str, np.ndarray]:
 
     rows, columns = np.meshgrid(np.arange(SIDE), np.arange(SIDE), indexing="ij")
     y, x = (grid[None] - (SIDE - 1) / 2 - uniform(-2, 2) for grid in (rows, columns))
-    angle, radius = uniform(0, 2 * np.pi), uniform(4, 7)
+    angle, radius = uniform(-0.4, 0.4), uniform(5, 7)
     u, v = (np.cos(angle) * x + np.sin(angle) * y) / radius, (np.cos(angle) * y - np.sin(angle) * x) / radius
     insides = (
         np.hypot(u, v) < 0.9,
@@ -150,6 +150,6 @@ def shape_texture(seed: int, num_examples: int) -> dict[str, np.ndarray]:
     down, across = ((grid[None] + phase) // 2 % 2 for grid, phase in zip((rows, columns), phases, strict=True))
     fills = (down, across, down ^ across, np.ones_like(down))
     inside, fill = (np.choose(kind[:, None, None], images) for kind, images in ((shape, insides), (texture, fills)))
-    image = uniform(0.6, 1) * inside * (0.25 + 0.75 * fill) + 0.1 * rng.standard_normal(inside.shape)
+    image = uniform(0.6, 1) * inside * (0.4 + 0.6 * fill) + 0.07 * rng.standard_normal(inside.shape)
     labels = (4 * shape + texture).astype(np.int32)
     return {"inputs": image[..., None].astype(np.float32), "labels": labels, "shape": shape, "texture": texture}
