@@ -130,9 +130,9 @@ def margin_loss(
     """
     pairs = sample_pairs(m, labels, per_class, cutoff, block_size=block_size)
     m = m.astype(working_dtype(m))
-    beta = jnp.asarray(beta, m.dtype)
+    beta, anchors = jnp.asarray(beta, m.dtype), jnp.repeat(m, per_class - 1, axis=0)
     positive, negative = (
-        jnp.sqrt(jnp.sum(jnp.square(m[pairs.anchors] - m[other]), axis=1) + _SQUARE_EPS)
+        jnp.sqrt(jnp.sum(jnp.square(anchors - m[other]), axis=1) + _SQUARE_EPS)
         for other in (pairs.positives, pairs.negatives)
     )
     pull, push = jax.nn.relu(positive - beta + margin), jax.nn.relu(beta - negative + margin)
