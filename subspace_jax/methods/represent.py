@@ -85,6 +85,18 @@ METHODS = (
             ),
             Figure("recall at 1, two fixed learners", train("represent/digits_learners:fixed"), "recall_at_1"),
             Figure("NMI, two fixed learners", train("represent/digits_learners:fixed"), "nmi"),
+            Figure(
+                "NMI of clusters with textures, of images with a shape and a texture",
+                train("represent/shape_texture:dynamic"),
+                "clusters/texture_nmi",
+                seeds=(0,),
+            ),
+            Figure(
+                "NMI of the same clusters with shapes",
+                train("represent/shape_texture:dynamic"),
+                "clusters/shape_nmi",
+                seeds=(0,),
+            ),
         ),
     ),
 )

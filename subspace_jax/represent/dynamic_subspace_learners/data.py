@@ -113,9 +113,9 @@ def _members(labels: np.ndarray, assignment: np.ndarray) -> list[tuple[int, list
 def shape_texture(seed: int, num_examples: int) -> dict[str, np.ndarray]:
     """Draws images of one of four shapes filled with one of four textures.
 
-    A disc, square, triangle or cross of 10 to 14 pixels, a little rotated and displaced, is filled with rows, columns or
-    checks of random phase, or plain; contrast varies, and there is noise.  A label stands for both attributes, so that
-    an embedding has to tell apart what either of them alone does not.
+    A disc, square, triangle or cross of 10 to 14 pixels, a little rotated and displaced, is filled with rows, columns
+    or checks of random phase, or plain; contrast varies, and there is noise.  A label stands for both attributes, so
+    that an embedding has to tell apart what either of them alone does not.
 
     Args:
       seed: Seed, at least 0.
