@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
     """When learners are split and examples are clustered; epochs are rounds of a phase.
 
     Attributes:
-      epoch_steps: Steps of an epoch.
+      epoch_steps: Steps of an epoch, the ``round_steps`` of the phase.
       dynamic: Whether learners are split; else those of the start stay.
       patience: Epochs without a better validation NMI after which the newest learner is split.
       recluster_epochs: Epochs between two clusterings.
