@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from subspace_jax.cli import (
+    attention,
     fetch,
     hydra,
     info,
@@ -29,7 +30,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "probe", "transfer"),
-    "study": ("class-gates", "intrinsic-dimension"),
+    "study": ("attention", "class-gates", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -94,6 +95,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         language_generate,
         language,
         vision,
+        attention,
         hydra,
         interpret,
         plan,

@@ -2,6 +2,7 @@
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
+from subspace_jax.losses.margin import MarginTerms, Pairs, margin_loss, pairwise_distances, sample_pairs
 from subspace_jax.losses.multi_positive import (
     multi_positive_infonce,
     scan_keys,
@@ -10,10 +11,15 @@ from subspace_jax.losses.multi_positive import (
 )
 
 __all__ = [
+    "MarginTerms",
+    "Pairs",
     "binary_cross_entropy",
     "clip_loss",
     "cross_entropy",
+    "margin_loss",
     "multi_positive_infonce",
+    "pairwise_distances",
+    "sample_pairs",
     "scan_keys",
     "siglip_loss",
     "supervised_contrastive",

@@ -96,4 +96,50 @@ METHODS = (
             ),
         ),
     ),
+    Method(
+        name="dynamic-subspace-learners",
+        area="represent",
+        title="Dynamic subspace learners",
+        paper="Attention-based Dynamic Subspace Learners for Medical Image Analysis",
+        arxiv=("2206.09068",),
+        summary=(
+            "Metric learning with labels whose embedding is divided into subspaces, each trained on a cluster of the "
+            "examples.  Their number is found in training: where validation stalls, the useful neurons of the newest "
+            "subspace become one of their own, and the others start afresh.  Spatial attention shows where it looks."
+        ),
+        module="subspace_jax.represent.dynamic_subspace_learners",
+        configs=("represent/digits_learners", "represent/shape_texture"),
+        command="subspace-jax train --config represent/digits_learners:dynamic --workdir work/learners",
+        figures=(
+            Figure(
+                "recall at 1 on the test digits, dynamic learners",
+                train("represent/digits_learners:dynamic"),
+                "recall_at_1",
+                at_least=0.96,
+            ),
+            Figure(
+                "NMI of k-means, dynamic learners", train("represent/digits_learners:dynamic"), "nmi", at_least=0.88
+            ),
+            Figure(
+                "share of runs with a split",
+                train("represent/digits_learners:dynamic"),
+                "learners/several",
+                at_least=1.0,
+            ),
+            Figure("recall at 1, two fixed learners", train("represent/digits_learners:fixed"), "recall_at_1"),
+            Figure("NMI, two fixed learners", train("represent/digits_learners:fixed"), "nmi"),
+            Figure(
+                "NMI of clusters with textures, of images with a shape and a texture",
+                train("represent/shape_texture:dynamic"),
+                "clusters/texture_nmi",
+                seeds=(0,),
+            ),
+            Figure(
+                "NMI of the same clusters with shapes",
+                train("represent/shape_texture:dynamic"),
+                "clusters/shape_nmi",
+                seeds=(0,),
+            ),
+        ),
+    ),
 )

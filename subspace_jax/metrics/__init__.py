@@ -1,6 +1,7 @@
 """Metrics: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
+from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -15,7 +16,9 @@ __all__ = [
     "exact_match",
     "final_number",
     "intra_class_variability",
+    "match_assignments",
     "mdl_bits",
+    "normalized_mutual_info",
     "perplexity",
     "recall_at_k",
     "retrieval_map",
