@@ -1,6 +1,7 @@
 """Metrics: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
+from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -10,13 +11,18 @@ __all__ = [
     "choice_accuracy",
     "class_separation_r2",
     "cmc",
+    "coral",
     "d_int",
     "d_int_bootstrap",
     "exact_match",
     "final_number",
+    "frechet_distance",
     "intra_class_variability",
     "mdl_bits",
+    "mean_gap",
+    "mmd2",
     "perplexity",
+    "proxy_a_distance",
     "recall_at_k",
     "retrieval_map",
     "rouge_l",

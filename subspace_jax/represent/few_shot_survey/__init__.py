@@ -1,0 +1,67 @@
+"""Few-shot adaptation of dual encoders on precomputed features (arXiv 2401.01736)."""
+
+from subspace_jax.represent.few_shot_survey.bounds import best_alpha, domain_bound, mixture_bound, vc_width
+from subspace_jax.represent.few_shot_survey.clip_adapter import ClipAdapter, Shots, fit_clip_adapter
+from subspace_jax.represent.few_shot_survey.fitting import batch_order, fit_steps
+from subspace_jax.represent.few_shot_survey.probe import Probe, linear_probe, search_probe
+from subspace_jax.represent.few_shot_survey.prompts import (
+    CoOpPrompts,
+    LowRank,
+    assemble_prompts,
+    fit_prompts,
+    fit_residual,
+    prompt_residual,
+    start_residual,
+)
+from subspace_jax.represent.few_shot_survey.prototypes import class_prototypes, text_prototypes, zero_shot_logits
+from subspace_jax.represent.few_shot_survey.sampling import sample_shots
+from subspace_jax.represent.few_shot_survey.subspaces import Projection, cca_subspace, text_subspace
+from subspace_jax.represent.few_shot_survey.tip_adapter import (
+    TipCache,
+    TipSearch,
+    build_cache,
+    fit_tip_f,
+    search_tip,
+    tip_grid,
+    tip_logits,
+)
+
+__all__ = [
+    "ClipAdapter",
+    "CoOpPrompts",
+    "LowRank",
+    "Probe",
+    "Projection",
+    "Shots",
+    "TipCache",
+    "TipSearch",
+    "assemble_prompts",
+    "batch_order",
+    "best_alpha",
+    "build_cache",
+    "cca_subspace",
+    "class_prototypes",
+    "domain_bound",
+    "fit_clip_adapter",
+    "fit_prompts",
+    "fit_residual",
+    "fit_steps",
+    "fit_tip_f",
+    "linear_probe",
+    "mixture_bound",
+    "prompt_residual",
+    "sample_shots",
+    "search_probe",
+    "search_tip",
+    "start_residual",
+    "text_prototypes",
+    "text_subspace",
+    "tip_grid",
+    "tip_logits",
+    "vc_width",
+    "zero_shot_logits",
+]
+
+
+def __dir__():
+    return __all__
