@@ -1,7 +1,7 @@
 """Distances between two samples of features: how far a target domain is from its source.
 
-They are the domain-gap terms of few-shot adaptation (arXiv 2401.01736 names the gap; the bound in which it stands is that
-of Ben-David et al., "A theory of learning from different domains", Machine Learning 2010).
+They are the domain-gap terms of few-shot adaptation (arXiv 2401.01736); the bound in which a gap stands is that of
+Ben-David et al., "A theory of learning from different domains", Machine Learning 79, 2010.
 """
 
 import jax

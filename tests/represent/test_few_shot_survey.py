@@ -104,7 +104,9 @@ def test_assemble_prompts_gives_those_of_coop(golden, x64, position, context):
 def test_linear_probe_gives_the_logistic_regression_of_the_reference(golden, x64):
     file = golden("few-shot-survey/linear_probe")
     shots = fs.Shots(jnp.asarray(file["support"]), jnp.asarray(file["support_y"]))
-    for c, coefficients, intercept, reached in zip(file["C"], file["coef"], file["intercept"], file["acc"], strict=True):
+    for c, coefficients, intercept, reached in zip(
+        file["C"], file["coef"], file["intercept"], file["acc"], strict=True
+    ):
         # In 64 bits Optax's L-BFGS mixes types of integers.
         with jax.numpy_dtype_promotion("standard"):
             probe = fs.linear_probe(shots, 6, float(c), tolerance=1e-9)

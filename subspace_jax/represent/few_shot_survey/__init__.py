@@ -2,7 +2,16 @@
 
 from subspace_jax.represent.few_shot_survey.bounds import best_alpha, domain_bound, mixture_bound, vc_width
 from subspace_jax.represent.few_shot_survey.clip_adapter import ClipAdapter, Shots, fit_clip_adapter
+from subspace_jax.represent.few_shot_survey.compare import (
+    Comparison,
+    DomainGap,
+    FewShotRow,
+    compare_few_shot,
+    domain_gap,
+    plot_few_shot,
+)
 from subspace_jax.represent.few_shot_survey.fitting import batch_order, fit_steps
+from subspace_jax.represent.few_shot_survey.methods import METHODS
 from subspace_jax.represent.few_shot_survey.probe import Probe, linear_probe, search_probe
 from subspace_jax.represent.few_shot_survey.prompts import (
     CoOpPrompts,
@@ -27,8 +36,12 @@ from subspace_jax.represent.few_shot_survey.tip_adapter import (
 )
 
 __all__ = [
+    "METHODS",
     "ClipAdapter",
     "CoOpPrompts",
+    "Comparison",
+    "DomainGap",
+    "FewShotRow",
     "LowRank",
     "Probe",
     "Projection",
@@ -41,7 +54,9 @@ __all__ = [
     "build_cache",
     "cca_subspace",
     "class_prototypes",
+    "compare_few_shot",
     "domain_bound",
+    "domain_gap",
     "fit_clip_adapter",
     "fit_prompts",
     "fit_residual",
@@ -49,6 +64,7 @@ __all__ = [
     "fit_tip_f",
     "linear_probe",
     "mixture_bound",
+    "plot_few_shot",
     "prompt_residual",
     "sample_shots",
     "search_probe",

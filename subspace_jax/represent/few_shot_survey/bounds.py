@@ -1,8 +1,8 @@
 """What a few-shot classifier's error is bounded by: domain gap, capacity and number of examples.
 
-A design choice: arXiv 2401.01736 has a bound of these three factors.  Here they stand in the bounds of Ben-David et al.,
-"A theory of learning from different domains", Machine Learning 79, 2010 (theorems 2 and 3).  At few shots the values
-are far above 1: they compare methods and sizes, and predict no error.
+A design choice: arXiv 2401.01736 has a bound of these three factors.  Here they stand in the bounds of Ben-David et
+al., "A theory of learning from different domains", Machine Learning 79, 2010 (theorems 2 and 3).  At few shots the
+values are far above 1: they compare methods and sizes, and predict no error.
 """
 
 import jax
@@ -114,5 +114,7 @@ def _check(**values: Scalar) -> None:
 
 
 def _check_probability(value: Scalar, name: str = "delta") -> None:
-    if not isinstance(value, jax.core.Tracer) and not bool(jnp.all((jnp.asarray(value) > 0) & (jnp.asarray(value) < 1))):
+    if not isinstance(value, jax.core.Tracer) and not bool(
+        jnp.all((jnp.asarray(value) > 0) & (jnp.asarray(value) < 1))
+    ):
         raise ValueError(f"{name}: expected a number in (0, 1), got {value}")

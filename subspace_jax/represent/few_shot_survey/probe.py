@@ -1,4 +1,4 @@
-"""The linear probe of CoOp: multinomial logistic regression with scikit-learn's ``C``, chosen on validation examples."""
+"""The linear probe of CoOp: logistic regression with scikit-learn's ``C``, chosen on validation examples."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Prompt learning: context vectors before a frozen text encoder (CoOp), and its limit in the space of features.
 
-Zhou et al., "Learning to Prompt for Vision-Language Models" (arXiv 2109.01134).  Residuals of the prototypes are those of
-Yu et al., "Task Residual for Tuning Vision-Language Models" (arXiv 2211.10277).
+Zhou et al., "Learning to Prompt for Vision-Language Models" (arXiv 2109.01134).  Residuals of prototypes: Yu et al.,
+"Task Residual for Tuning Vision-Language Models" (arXiv 2211.10277).
 """
 
 from collections.abc import Callable
