@@ -19,6 +19,12 @@ PUBLIC = {
 
 
 @pytest.fixture
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to int32 powers, and mixes integers in 64 bits
+        yield
+
+
+@pytest.fixture
 def tip(golden, x64):
     return {name: jnp.asarray(value) for name, value in golden("few-shot-survey/tip_adapter").items()}
 
@@ -57,11 +63,10 @@ def test_search_tip_finds_the_pair_of_the_reference_loop(tip):
     assert accuracy(logits, tip["val_y"]) == pytest.approx(100 * found.accuracy)
 
 
-def test_fit_tip_f_trains_the_keys_as_the_reference_loop(tip):
+def test_fit_tip_f_trains_the_keys_as_the_reference_loop(tip, standard_promotion):
     cache = fs.build_cache(tip["support"], tip["support_y"], 6)
     order = tip["tipF_order"].reshape(-1, int(tip["tipF_batch"]))
-    with jax.numpy_dtype_promotion("standard"):  # of Optax's AdamW in 64 bits
-        trained, losses = fs.fit_tip_f(cache, tip["text"], order, alpha=float(tip["alpha"]), beta=float(tip["beta"]))
+    trained, losses = fs.fit_tip_f(cache, tip["text"], order, alpha=float(tip["alpha"]), beta=float(tip["beta"]))
     chex.assert_trees_all_close(losses, tip["tipF_loss"], atol=1e-8)
     chex.assert_trees_all_close(trained.keys, tip["tipF_keys"], atol=1e-8)
     logits = fs.tip_logits(tip["test"], trained, tip["text"], tip["alpha"], tip["beta"])
@@ -101,15 +106,13 @@ def test_assemble_prompts_gives_those_of_coop(golden, x64, position, context):
     np.testing.assert_array_equal(got, file[f"prompts_{context[4:]}_{position}"])
 
 
-def test_linear_probe_gives_the_logistic_regression_of_the_reference(golden, x64):
+def test_linear_probe_gives_the_logistic_regression_of_the_reference(golden, x64, standard_promotion):
     file = golden("few-shot-survey/linear_probe")
     shots = fs.Shots(jnp.asarray(file["support"]), jnp.asarray(file["support_y"]))
     for c, coefficients, intercept, reached in zip(
         file["C"], file["coef"], file["intercept"], file["acc"], strict=True
     ):
-        # In 64 bits Optax's L-BFGS mixes types of integers.
-        with jax.numpy_dtype_promotion("standard"):
-            probe = fs.linear_probe(shots, 6, float(c), tolerance=1e-9)
+        probe = fs.linear_probe(shots, 6, float(c), tolerance=1e-9)
         # The reference's solver stops at a gradient of about 1e-5.
         chex.assert_trees_all_close(probe.kernel.T, coefficients, atol=1e-3)
         centered = [b - np.mean(b) for b in (np.asarray(probe.bias), intercept)]
@@ -124,3 +127,229 @@ def test_bounds_are_those_of_the_oracle(golden, x64):
     rest = [file[name] for name in ("beta_target_fraction", "m_total", "vc_dim", "delta", "d_hdh", "lambda_star")]
     bounds = fs.mixture_bound(file["alpha_grid"], *rest)
     chex.assert_trees_all_close(bounds, file["alpha_bound"], atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Support features of 4 classes, 5 of each; queries; prototypes."""
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((4, 8)).astype(np.float32)
+    labels = np.repeat(np.arange(4, dtype=np.int32), 5)
+    support = (text[labels] + 0.8 * rng.standard_normal((20, 8))).astype(np.float32)
+    queries = (text[rng.integers(0, 4, 30)] + 0.8 * rng.standard_normal((30, 8))).astype(np.float32)
+    return fs.Shots(jnp.asarray(support), labels), jnp.asarray(queries), jnp.asarray(text)
+
+
+TIP = jax.jit(fs.tip_logits)
+
+
+def test_tip_logits_reduce_to_zero_shot_to_class_counts_and_to_the_nearest_key(sets):
+    shots, queries, text = sets
+    cache = fs.build_cache(shots.features[:18], shots.labels[:18], 4)
+    zero_shot = fs.zero_shot_logits(queries, text)
+    # Logits up to 100 have rounding errors of 1e-5 in float32.
+    chex.assert_trees_all_close(TIP(queries, cache, text, 0.0, 5.5, 100.0), zero_shot, atol=3e-5)
+    counts = jnp.broadcast_to(jnp.array([5.0, 5.0, 5.0, 3.0]), zero_shot.shape)
+    chex.assert_trees_all_close(TIP(queries, cache, text, 1.0, 0.0, 100.0) - zero_shot, counts, atol=3e-5)
+    # Close to their nearest key, so that its weight does not underflow.
+    close = jnp.tile(shots.features[:15], (2, 1)) + 0.05 * queries
+    unit = close / jnp.linalg.norm(close, axis=1, keepdims=True)
+    nearest = cache.values[jnp.argmax(unit @ cache.keys.T, axis=1)]
+    chex.assert_trees_all_equal(jnp.argmax(TIP(close, cache, text, 1e30, 1000.0, 100.0), axis=1), nearest)
+
+
+def test_tip_logits_do_not_depend_on_the_order_of_the_cache(sets):
+    shots, queries, text = sets
+    order = np.random.default_rng(1).permutation(20)
+    one, other = (fs.build_cache(shots.features[rows], shots.labels[rows], 4) for rows in (np.arange(20), order))
+    rest = (text, 1.0, 5.5, 100.0)
+    chex.assert_trees_all_close(TIP(queries, one, *rest), TIP(queries, other, *rest), atol=3e-5)
+
+
+def shapes_in(jaxpr):
+    """Shapes of all values of a program and of those it calls."""
+    for equation in jaxpr.eqns:
+        yield from (value.aval.shape for value in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from shapes_in(inner)
+
+
+def test_tip_logits_and_their_gradient_hold_no_affinity_of_all_pairs_and_no_one_hot_values():
+    queries, keys, text = jnp.ones((50, 4)), jnp.ones((4000, 4)), jnp.ones((30, 4))
+
+    def loss(keys):
+        cache = fs.TipCache(keys, jnp.zeros(4000, jnp.int32))
+        return jnp.sum(fs.tip_logits(queries, cache, text, block_size=500))
+
+    shapes = list(shapes_in(jax.make_jaxpr(jax.grad(loss))(keys).jaxpr))
+    assert (500, 50) in shapes  # a block is there
+    assert max(np.prod(shape, dtype=int) for shape in shapes) <= 500 * 50 + 500
+
+
+def test_build_cache_averages_views_before_it_normalizes(sets):
+    features = np.stack([sets[0].features, 3 * sets[0].features + 1])
+    mean = features.mean(axis=0)
+    want = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    chex.assert_trees_all_close(fs.build_cache(jnp.asarray(features), sets[0].labels, 4).keys, want, atol=1e-6)
+
+
+def test_text_prototypes_normalize_average_and_normalize():
+    embeddings = jnp.array([[[10.0, 0.0], [0.0, 1.0]], [[3.0, 4.0], [3.0, 4.0]]])
+    want = jnp.array([[0.5**0.5, 0.5**0.5], [0.6, 0.8]])
+    chex.assert_trees_all_close(fs.text_prototypes(embeddings), want, atol=1e-6)
+    flat, labels = embeddings.reshape(4, 2), np.array([0, 0, 1, 1])
+    chex.assert_trees_all_close(fs.class_prototypes(flat, labels, 2), want, atol=1e-6)
+
+
+def test_clip_adapter_of_ratio_0_is_the_identity_and_a_first_loss_is_that_of_the_start(sets, standard_promotion):
+    shots, _, text = sets
+    adapter = fs.ClipAdapter(8, ratio=0.0, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(adapter(shots.features), shots.features)
+    cache = fs.build_cache(*shots, 4)
+    _, losses = fs.fit_tip_f(cache, text, np.arange(20)[None])
+    logits = TIP(cache.keys, cache, text, 1.0, 5.5, 100.0)
+    want = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[np.arange(20), shots.labels])
+    chex.assert_trees_all_close(losses[0], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_assemble_prompts_keeps_start_context_and_tokens(position):
+    # Numbers 100 to 104 are the context, 0 the start, 1 to 5 placeholders, 6 to 11 name and rest.
+    embeddings = jnp.broadcast_to(jnp.arange(12.0)[None, :, None], (2, 12, 1))
+    got = fs.assemble_prompts(100 + jnp.arange(5.0)[:, None], embeddings, np.array([2, 3]), position)[..., 0]
+    for row in got:
+        assert sorted(row.tolist()) == [0, *range(6, 12), *range(100, 105)]
+    want = {
+        "end": [0, 100, 101, 102, 103, 104, 6, 7, 8],
+        "middle": [0, 100, 101, 6, 7, 8, 102, 103, 104],
+        "front": [0, 6, 7, 8, 100, 101, 102, 103, 104],
+    }
+    assert got[1, :9].tolist() == want[position]
+
+
+def test_linear_probe_ends_where_the_gradient_vanishes(sets):
+    shots, _, text = sets
+    probe = fs.linear_probe(shots, 4, 0.1)
+    features = np.asarray(shots.features, np.float64)
+    logits = features @ np.asarray(probe.kernel, np.float64) + np.asarray(probe.bias, np.float64)
+    share = np.exp(logits - logits.max(1, keepdims=True))
+    share /= share.sum(1, keepdims=True)
+    gradient = np.asarray(probe.kernel) + 0.1 * features.T @ (share - np.eye(4)[shots.labels])
+    # 1e-5 is the tolerance of the mean: the sum has 0.1 x 20 times that.
+    assert np.abs(gradient).max() < 5e-5
+    start = fs.Probe(100.0 * text.T, jnp.zeros(4))
+    chex.assert_trees_all_close(fs.linear_probe(shots, 4, 0.1, start=start).kernel, probe.kernel, atol=1e-3)
+
+
+def test_search_probe_takes_a_weight_that_no_other_of_its_grid_beats(sets):
+    shots, _, _ = sets
+    fit, validation = (fs.Shots(shots.features[half::2], shots.labels[half::2]) for half in (0, 1))
+    probe, c = fs.search_probe(fit, validation, 4, steps=2)
+    reached = accuracy(probe.logits(validation.features), validation.labels)
+    assert c not in (1e6, 1e-6)
+    for other in (1e4, 1.0, 1e-4):
+        logits = fs.linear_probe(fit, 4, other).logits(validation.features)
+        assert reached >= accuracy(logits, validation.labels)
+
+
+def test_bounds_move_with_examples_capacity_and_gap_and_best_alpha_is_their_minimum():
+    widths = fs.vc_width(jnp.array([1e3, 1e4, 1e4]), jnp.array([20.0, 20.0, 40.0]), 0.05)
+    assert widths[1] < widths[2] < widths[0]
+    assert fs.domain_bound(0.1, 0.2, 0.4, 0.05) == pytest.approx(0.55)
+    assert fs.domain_bound(0.1, 0.2, 0.8, 0.05) > fs.domain_bound(0.1, 0.2, 0.4, 0.05)
+    near, far = (fs.mixture_bound(1.0, 0.1, 2000, 25, 0.05, gap, 0.05) for gap in (0.0, 2.0))
+    assert near == far
+    grid = jnp.linspace(0.0, 1.0, 2001)
+    # Few and many examples: an inner minimum, and the end of the interval.
+    for m, gap in ((2000, 0.4), (200_000, 0.4), (10**9, 2.0)):
+        rest = (0.1, m, 25, 0.05, gap, 0.05)
+        # Near its minimum a bound in float32 is flat over some steps of the grid.
+        best = fs.mixture_bound(fs.best_alpha(*rest), *rest)
+        assert best <= jnp.min(fs.mixture_bound(grid, *rest)) * (1 + 1e-6)
+    assert fs.best_alpha(*rest) == 1.0
+
+
+def test_sample_shots_are_nested_fixed_by_their_key_and_of_each_class():
+    labels = np.array([2, 0, 1, 0, 2, 1, 0, 2, 1, 0])
+    many, few = (fs.sample_shots(jax.random.key(3), labels, k) for k in (3, 2))
+    np.testing.assert_array_equal(many[:, :2], few)
+    np.testing.assert_array_equal(labels[many], np.repeat(np.arange(3)[:, None], 3, axis=1))
+    assert len(np.unique(many)) == 9
+    assert any((fs.sample_shots(jax.random.key(seed), labels, 3) != many).any() for seed in range(3))
+
+
+def test_residuals_start_at_the_prototypes_and_a_low_rank_is_a_product(sets, standard_promotion):
+    shots, _, text = sets
+    unit = text / jnp.linalg.norm(text, axis=1, keepdims=True)
+    for rank in (None, 2):
+        start = fs.start_residual(text, jax.random.key(0), rank)
+        chex.assert_trees_all_close(fs.prompt_residual(text, start), unit, atol=1e-6)
+    order = np.tile(np.arange(20), (20, 1))
+    low, losses = fs.fit_residual(start, shots, text, order, tx=optax.adam(1e-2))
+    assert losses[-1] < 0.9 * losses[0]
+    full = low.u @ low.v.T
+    chex.assert_trees_all_close(fs.prompt_residual(text, low), fs.prompt_residual(text, full), atol=1e-6)
+    shared = jnp.ones(8)
+    every = jnp.broadcast_to(shared, text.shape)
+    chex.assert_trees_all_close(fs.prompt_residual(text, shared), fs.prompt_residual(text, every), atol=1e-6)
+
+
+def test_text_subspace_of_full_rank_keeps_the_classes_and_cca_pairs_single_directions(sets):
+    shots, queries, text = sets
+    maps = fs.text_subspace(text, 4)
+    projected = fs.zero_shot_logits(maps.of_images(queries), maps.of_texts(text))
+    chex.assert_trees_all_equal(jnp.argmax(projected, 1), jnp.argmax(fs.zero_shot_logits(queries, text), 1))
+    maps = fs.cca_subspace(shots, text, 3, ridge=1e-4)
+    x, y = maps.of_images(shots.features), maps.of_texts(text)[shots.labels]
+    cross = x.T @ y / 20
+    assert jnp.all(jnp.diag(cross) > 0.5)
+    chex.assert_trees_all_close(cross, jnp.diag(jnp.diag(cross)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("labels: expected integers in 0 to 3, got 0 to 4", lambda f, y, t: fs.build_cache(f, y + (y == 3), 4)),
+        ("labels: expected integers in 0 to 2", lambda f, y, t: fs.linear_probe(fs.Shots(f, y), 3)),
+        ("features: expected finite vectors other than 0, got 1", lambda f, y, t: fs.build_cache(f.at[2].set(0), y, 4)),
+        ("embeddings: expected finite vectors", lambda f, y, t: fs.text_prototypes(jnp.zeros((2, 1, 3)))),
+        ("features, text: expected", lambda f, y, t: fs.zero_shot_logits(f[:, 1:], t)),
+        ("features, text: expected", lambda f, y, t: fs.tip_logits(f, fs.TipCache(f[:, 1:], y), t)),
+        ("beta: expected at least 0", lambda f, y, t: fs.tip_logits(f, fs.TipCache(f, y), t, beta=-1.0)),
+        ("beta: expected at least 0", lambda f, y, t: fs.search_tip(f, y, fs.TipCache(f, y), t, [-1.0], [1.0])),
+        ("betas, alphas: expected", lambda f, y, t: fs.search_tip(f, y, fs.TipCache(f, y), t, [], [1.0])),
+        ("shots: expected at least 1", lambda f, y, t: fs.sample_shots(jax.random.key(0), y, 0)),
+        (r"class to count: \{0: 5", lambda f, y, t: fs.sample_shots(jax.random.key(0), y, 6)),
+        (r"class to count: \{4: 0\}", lambda f, y, t: fs.sample_shots(jax.random.key(0), y, 5, 5)),
+        ("delta: expected a number in", lambda f, y, t: fs.vc_width(100, 5, 1.0)),
+        ("delta: expected a number in", lambda f, y, t: fs.mixture_bound(0.5, 0.1, 100, 5, 0.0, 1.0, 0.0)),
+        ("m: expected a positive", lambda f, y, t: fs.vc_width(0, 5, 0.1)),
+        ("ratio: expected", lambda f, y, t: fs.ClipAdapter(8, ratio=1.5, rngs=nnx.Rngs(0))),
+        ("reduction: expected 1 to 8", lambda f, y, t: fs.ClipAdapter(8, reduction=9, rngs=nnx.Rngs(0))),
+        ("c: expected a positive", lambda f, y, t: fs.linear_probe(fs.Shots(f, y), 4, 0.0)),
+        ("rank: expected 1 to 4", lambda f, y, t: fs.start_residual(t, jax.random.key(0), 5)),
+        ("delta: expected", lambda f, y, t: fs.prompt_residual(t, jnp.zeros(4))),
+        ("k: expected 1 to 3", lambda f, y, t: fs.cca_subspace(fs.Shots(f, y), t, 4)),
+        ("k: expected 1 to", lambda f, y, t: fs.text_subspace(t, 5)),
+    ],
+)
+def test_bad_input_is_refused_by_name(sets, message, call):
+    shots, _, text = sets
+    with pytest.raises(ValueError, match=message):
+        call(shots.features, shots.labels, text)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("name_lengths: expected 0 to 7, beside", {"name_lengths": np.array([1, 8])}),
+        ("context, embeddings: expected", {"context": jnp.ones((4, 3))}),
+        ("position: expected one of", {"position": "left"}),
+        ("name_lengths: expected 2 integers", {"name_lengths": np.array([1])}),
+    ],
+)
+def test_assemble_prompts_refuses_what_does_not_fit(message, changes):
+    fitting = {"context": jnp.ones((4, 2)), "embeddings": jnp.ones((2, 12, 2)), "name_lengths": np.array([1, 7])}
+    fs.assemble_prompts(**fitting)
+    with pytest.raises(ValueError, match=message):
+        fs.assemble_prompts(**{**fitting, **changes})
