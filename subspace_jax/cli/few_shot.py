@@ -40,6 +40,9 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--subspace", default="", metavar="text:K|cca:K", help="compare in K dimensions of the prototypes, or of CCA"
     )
+    parser.add_argument(
+        "--cache", default="", metavar="ALPHA,BETA", help="weight and sharpness of tip and tip-f (default: searched)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for table.json, result.json, accuracy.png")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -50,12 +53,10 @@ def _few_shot(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import represent, train
     from subspace_jax.represent import few_shot_survey
 
-    try:
-        shots = tuple(sorted({int(text) for text in args.shots.split(",")}))
-    except ValueError as error:
-        raise ValueError(f"--shots: expected numbers separated by commas, got {args.shots!r}") from error
+    shots = tuple(sorted(set(_numbers("--shots", args.shots, int))))
+    cache = _numbers("--cache", args.cache, float) if args.cache else None
     names = tuple(name.strip() for name in args.methods.split(",") if name.strip()) or tuple(few_shot_survey.METHODS)
-    how = few_shot_survey.Comparison(shots, args.seeds, names, args.scale, args.subspace)
+    how = few_shot_survey.Comparison(shots, args.seeds, names, args.scale, args.subspace, cache)
     paths = {"support": args.support, "query": args.query, "text": args.text, "source": args.source}
     sets = {name: represent.read_features(path) for name, path in paths.items() if path}
     out = train.writable_folder(args.out)
@@ -86,6 +87,13 @@ def _few_shot(args: argparse.Namespace, overrides: list[str]) -> None:
     shared.write_result(out, {f"{row.method}_{row.shots}": row.mean for row in rows})
     few_shot_survey.plot_few_shot(rows, Path(out) / "accuracy.png")
     print(f"Wrote table.json, result.json and accuracy.png to {out}")
+
+
+def _numbers(option: str, text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option}: expected numbers separated by commas, got {text!r}") from error
 
 
 def _table(rows, shots: tuple[int, ...], prototypes: str) -> str:

@@ -75,6 +75,8 @@ class Comparison:
       scale: Factor on cosines, ``exp(logit_scale)`` of the dual encoder.
       subspace: "" for all features, "text:K" or "cca:K" for K dimensions of :func:`text_subspace` or
         :func:`cca_subspace`.
+      cache: Weight and sharpness of Tip-Adapter's cache, ``alpha`` and ``beta``; None to search them on the validation
+        examples.
     """
 
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -82,6 +84,7 @@ class Comparison:
     methods: tuple[str, ...] = tuple(METHODS)
     scale: float = 100.0
     subspace: str = ""
+    cache: tuple[float, float] | None = None
 
 
 def compare_few_shot(
@@ -126,7 +129,7 @@ def compare_few_shot(
         for shots in how.shots:
             accuracies = []
             for key, indices in zip(keys, draws, strict=True):
-                draw = _draw(support, indices, shots, prototypes, key, how.scale)
+                draw = _draw(support, indices, shots, prototypes, key)._replace(scale=how.scale, cache=how.cache)
                 draw, queries = _projected(draw, jnp.asarray(query.features), how.subspace)
                 predicted = np.argmax(np.asarray(method.fit(draw)(queries)), axis=1)
                 accuracies.append(float(np.mean(predicted == query.labels)))
@@ -204,7 +207,7 @@ def plot_few_shot(rows: Sequence[FewShotRow], output: str | Path) -> None:
         figure.savefig(partial, dpi=120)
 
 
-def _draw(support: Features, indices: np.ndarray, shots: int, prototypes: Any, key: jax.Array, scale: float) -> Draw:
+def _draw(support: Features, indices: np.ndarray, shots: int, prototypes: Any, key: jax.Array) -> Draw:
     aside = min(VALIDATION_SHOTS, shots)
     parts = []
     for chosen in (indices[:, :shots], indices[:, -aside:]):
@@ -212,7 +215,7 @@ def _draw(support: Features, indices: np.ndarray, shots: int, prototypes: Any, k
         parts.append(Shots(jnp.asarray(support.features[rows]), support.labels[rows]))
     if prototypes is None:
         prototypes = class_prototypes(*parts[0], len(support.class_names))
-    return Draw(*parts, prototypes, key, scale)
+    return Draw(*parts, prototypes, key)
 
 
 def _projected(draw: Draw, queries: jax.Array, subspace: str) -> tuple[Draw, jax.Array]:
@@ -251,6 +254,8 @@ def _check(support: Features, query: Features, text: Features | None, how: Compa
         raise ValueError(f"seeds: expected at least 1, got {how.seeds}")
     if not how.scale > 0:
         raise ValueError(f"scale: expected a positive number, got {how.scale}")
+    if how.cache is not None and not (len(how.cache) == 2 and how.cache[1] >= 0):
+        raise ValueError(f"cache: expected alpha and beta, beta at least 0, got {how.cache}")
     if unknown := [name for name in how.methods if name not in METHODS]:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
     if how.subspace:

@@ -13,7 +13,14 @@ from subspace_jax.represent.few_shot_survey.fitting import adamw_to_zero, batch_
 from subspace_jax.represent.few_shot_survey.probe import Probe, search_probe
 from subspace_jax.represent.few_shot_survey.prompts import fit_residual, prompt_residual, start_residual
 from subspace_jax.represent.few_shot_survey.prototypes import zero_shot_logits
-from subspace_jax.represent.few_shot_survey.tip_adapter import build_cache, fit_tip_f, search_tip, tip_grid, tip_logits
+from subspace_jax.represent.few_shot_survey.tip_adapter import (
+    TipCache,
+    build_cache,
+    fit_tip_f,
+    search_tip,
+    tip_grid,
+    tip_logits,
+)
 from subspace_jax.represent.linear_probe import linear_probe as fixed_probe
 
 EPOCHS, BATCH_SIZE = 60, 256
@@ -35,13 +42,15 @@ class Draw(NamedTuple):
       text: Prototypes ``[classes, n]``.
       key: Random key of starts and batches.
       scale: Factor on cosines.
+      cache: Weight and sharpness of Tip-Adapter's cache, ``alpha`` and ``beta``; None to search them on ``validation``.
     """
 
     train: Shots
     validation: Shots
     text: jax.Array
     key: jax.Array
-    scale: float
+    scale: float = 100.0
+    cache: tuple[float, float] | None = None
 
 
 class FewShotMethod(NamedTuple):
@@ -81,15 +90,22 @@ def _residual(rank: int | None) -> Callable[[Draw], Classifier]:
 def _tip(trained: bool) -> Callable[[Draw], Classifier]:
     def fit(draw: Draw) -> Classifier:
         cache = build_cache(*draw.train, draw.text.shape[0])
-        best = search_tip(*draw.validation, cache, draw.text, BETAS, ALPHAS, scale=draw.scale)
+        alpha, beta = _weights(draw, cache)
         if trained:
             order = _order(draw)
-            weights = {"alpha": best.alpha, "beta": best.beta, "scale": draw.scale}
-            cache, _ = fit_tip_f(cache, draw.text, order, **weights, tx=adamw_to_zero(1e-2, len(order)))
-            best = search_tip(*draw.validation, cache, draw.text, BETAS, ALPHAS, scale=draw.scale)
-        return lambda features: _cache_logits(features, cache, draw.text, best.alpha, best.beta, draw.scale)
+            tx = adamw_to_zero(1e-2, len(order))
+            cache, _ = fit_tip_f(cache, draw.text, order, alpha=alpha, beta=beta, scale=draw.scale, tx=tx)
+            alpha, beta = _weights(draw, cache)
+        return lambda features: _cache_logits(features, cache, draw.text, alpha, beta, draw.scale)
 
     return fit
+
+
+def _weights(draw: Draw, cache: TipCache) -> tuple[float, float]:
+    if draw.cache is not None:
+        return draw.cache
+    best = search_tip(*draw.validation, cache, draw.text, BETAS, ALPHAS, scale=draw.scale)
+    return best.alpha, best.beta
 
 
 def _linear_probe(draw: Draw) -> Classifier:
