@@ -76,7 +76,7 @@ def _few_shot(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     print(_table(rows, shots, prototypes="texts" if args.text else "means of each class's shots"))
     for name, gap in gaps.items():
-        print(f"gap {name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in gap.items()))
+        print(f"gap {name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in gap.items()))
     settings = {
         **dataclasses.asdict(how),
         "files": {name: os.path.abspath(path) for name, path in paths.items() if path},
@@ -100,10 +100,10 @@ def _table(rows, shots: tuple[int, ...], prototypes: str) -> str:
     """Methods by shots: mean accuracy and deviation over the draws; then the sample-size term of the bound."""
     cells = {(row.method, row.shots): row for row in rows}
     lines = [f"accuracy by shots of a class, prototypes from {prototypes}"]
-    lines.append(f"{'method':<20}" + "".join(f"{n:>16}" for n in shots) + f"{'width at ' + str(shots[-1]):>14}")
+    lines.append(f"{'method':<20}" + "".join(f"{n:>18}" for n in shots) + f"{'width at ' + str(shots[-1]):>14}")
     for name in dict.fromkeys(row.method for row in rows):
         own = [cells[name, n] for n in shots]
         texts = (f"{row.mean:.4f} +- {row.deviation:.4f}" for row in own)
         width = f"{own[-1].width:.2f}" if own[-1].capacity else "-"
-        lines.append(f"{name:<20}" + "".join(f"{text:>16}" for text in texts) + f"{width:>14}")
+        lines.append(f"{name:<20}" + "".join(f"{text:>18}" for text in texts) + f"{width:>14}")
     return "\n".join(lines)

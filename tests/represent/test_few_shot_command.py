@@ -55,7 +55,7 @@ def test_few_shot_prints_and_writes_a_table_and_compiles_once_for_each_number_of
     assert lines[0] == "accuracy by shots of a class, prototypes from texts"
     assert lines[1].split() == ["method", "1", "5", "width", "at", "5"]
     assert [line.split()[0] for line in lines[2:5]] == ["zero-shot", "tip", "tip-f"]
-    assert lines[5].startswith("gap source to query: proxy a 0.")
+    assert lines[5].startswith("gap source to query: proxy a 0, mmd2 ")
     assert "6/6  tip-f, shots 5: " in progress
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     rows = {(row["method"], row["shots"]): row for row in table["rows"]}
@@ -88,15 +88,9 @@ def test_compare_few_shot_never_validates_on_shots_and_keeps_a_seed_s_validation
 
     monkeypatch.setitem(fs.METHODS, "zero-shot", fs.METHODS["zero-shot"]._replace(fit=fit))
     support, query = (represent.read_features(files / f"{name}.npz") for name in ("support", "query"))
-    how = fs.Comparison(shots=(4, 6), seeds=1, methods=("zero-shot",), subspace="text:2")
-    with pytest.raises(ValueError, match="k: expected 1 to"):
-        fs.compare_few_shot(support, query, None, fs.Comparison(methods=("zero-shot",), shots=(1,), subspace="text:9"))
-    fs.compare_few_shot(support, query, None, how)
-    (few, validation), (many, same) = seen[12], seen[18]
-    np.testing.assert_array_equal(validation.labels, np.repeat(np.arange(3), 4))
-    assert few.features.shape == (12, 2)
     fs.compare_few_shot(support, query, None, fs.Comparison((4, 6), 1, ("zero-shot",)))
     (few, validation), (many, same) = seen[12], seen[18]
+    np.testing.assert_array_equal(validation.labels, np.repeat(np.arange(3), 4))
     np.testing.assert_array_equal(validation.features, same.features)
     rows = {tuple(np.asarray(x)) for x in many.features}
     assert {tuple(np.asarray(x)) for x in few.features} < rows
@@ -124,6 +118,7 @@ def test_every_method_of_the_table_is_better_than_texts_that_confuse_two_classes
         ("seeds: expected at least 1", ["--seeds=0"]),
         ("scale: expected a positive number", ["--scale=0"]),
         ("subspace: expected text:K or cca:K", ["--subspace=pca"]),
+        ("k: expected 1 to the smaller of", ["--subspace=text:4", "--shots=1"]),
         ("cache: expected alpha and beta", ["--cache=1"]),
         ("nothing.npz: no such file", ["--text=nothing.npz"]),
         ("text: expected features of width 8, that of the support, got 7", ["--text=WIDTH"]),

@@ -13,6 +13,8 @@ from flax import nnx
 from subspace_jax import interop, nn
 from subspace_jax.represent import few_shot_survey as fs
 
+from ..variants import rest_slow
+
 CLIP = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision" / "clip"
 
 
@@ -31,15 +33,15 @@ def clip():
 def test_encode_prompts_of_a_text_s_own_tokens_is_encode_text(clip):
     config, params, ids, ends = clip
     embeddings = params["text"]["embed"]["embedding"][ids]
-    got = nn.encode_prompts(config, params, embeddings, ends)
-    chex.assert_trees_all_close(got, nn.encode_text(config, params, ids), atol=1e-5)
+    run = jax.jit(lambda params, x, ids: (_encode(config, params, ends, x), nn.encode_text(config, params, ids)))
+    chex.assert_trees_all_close(*run(params, embeddings, ids), atol=1e-5)
     with pytest.raises(ValueError, match="embeddings, ends: expected"):
         nn.encode_prompts(config, params, embeddings[:, :, 1:], ends)
     with pytest.raises(ValueError, match="positions, the tower has"):
         nn.encode_prompts(config, params, jnp.tile(embeddings, (1, 100, 1)), ends)
 
 
-@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("per_class", rest_slow([False, True]))
 def test_fit_prompts_moves_the_context_alone_and_lowers_the_loss(clip, per_class):
     config, params, ids, ends = clip
     embeddings = params["text"]["embed"]["embedding"][ids]

@@ -17,7 +17,7 @@ def vc_width(m: Scalar, v: Scalar, delta: Scalar) -> jax.Array:
     Args:
       m: Number of labelled examples.
       v: VC dimension: ``n + 1`` for a linear probe, the number of parameters for an adapter, the number of keys for
-        Tip-Adapter.
+        Tip-Adapter.  Above ``2 m``, where the term stops growing, it counts as ``2 m``.
       delta: Probability that the bound does not hold, in (0, 1).
 
     Raises:
@@ -27,6 +27,7 @@ def vc_width(m: Scalar, v: Scalar, delta: Scalar) -> jax.Array:
     _check_probability(delta)
     m, v, delta = map(jnp.asarray, (m, v, delta))
     m, v = (x.astype(jnp.result_type(float)) for x in (m, v))
+    v = jnp.minimum(v, 2.0 * m)
     return jnp.sqrt(4.0 / m * (v * jnp.log(2.0 * jnp.e * m / v) + jnp.log(4.0 / delta)))
 
 
