@@ -87,8 +87,8 @@ def test_compare_few_shot_never_validates_on_shots_and_keeps_a_seed_s_validation
         return lambda queries: queries[:, :3]
 
     monkeypatch.setitem(fs.METHODS, "zero-shot", fs.METHODS["zero-shot"]._replace(fit=fit))
-    support, query = (represent.read_features(files / f"{name}.npz") for name in ("support", "query"))
-    fs.compare_few_shot(support, query, None, fs.Comparison((4, 6), 1, ("zero-shot",)))
+    sets = [represent.read_features(files / f"{name}.npz") for name in ("support", "query", "text")]
+    fs.compare_few_shot(*sets, fs.Comparison((4, 6), 1, ("zero-shot",)))
     (few, validation), (many, same) = seen[12], seen[18]
     np.testing.assert_array_equal(validation.labels, np.repeat(np.arange(3), 4))
     np.testing.assert_array_equal(validation.features, same.features)

@@ -145,12 +145,15 @@ def test_linear_probe_gives_the_logistic_regression_of_the_reference(golden, x64
         assert np.abs(gradient).max() < 24 * c * 1e-8  # 24 examples; 1e-9 is the tolerance of their mean
 
 
+WIDTH, MIXTURE, BEST_ALPHA = jax.jit(fs.vc_width), jax.jit(fs.mixture_bound), jax.jit(fs.best_alpha)
+
+
 def test_bounds_are_those_of_the_oracle(golden, x64):
     file = golden("few-shot-survey/bound_oracle")
-    widths = fs.vc_width(file["m"], file["vc_dim"], file["delta"])
+    widths = WIDTH(file["m"], file["vc_dim"], file["delta"])
     chex.assert_trees_all_close(widths, file["vc_width"], atol=1e-8)
     rest = [file[name] for name in ("beta_target_fraction", "m_total", "vc_dim", "delta", "d_hdh", "lambda_star")]
-    bounds = fs.mixture_bound(file["alpha_grid"], *rest)
+    bounds = MIXTURE(file["alpha_grid"], *rest)
     chex.assert_trees_all_close(bounds, file["alpha_bound"], atol=1e-8)
 
 
@@ -273,22 +276,25 @@ def test_search_probe_takes_a_weight_that_no_other_of_its_grid_beats(sets):
 
 
 def test_bounds_move_with_examples_capacity_and_gap_and_best_alpha_is_their_minimum():
-    widths = fs.vc_width(jnp.array([1e3, 1e4, 1e4]), jnp.array([20.0, 20.0, 40.0]), 0.05)
-    assert widths[1] < widths[2] < widths[0]
     # Beyond twice the examples, capacity counts no more, and the logarithm does not turn.
-    assert fs.vc_width(100, 1e6, 0.05) == fs.vc_width(100, 200, 0.05) > fs.vc_width(100, 150, 0.05)
+    m, v = np.array([1e3, 1e4, 1e4, 100, 100, 100]), np.array([20.0, 20.0, 40.0, 150.0, 200.0, 1e6])
+    widths = WIDTH(m.astype(np.float32), v.astype(np.float32), 0.05)
+    assert widths[1] < widths[2] < widths[0]
+    assert widths[3] < widths[4] == widths[5]
     assert fs.domain_bound(0.1, 0.2, 0.4, 0.05) == pytest.approx(0.55)
     assert fs.domain_bound(0.1, 0.2, 0.8, 0.05) > fs.domain_bound(0.1, 0.2, 0.4, 0.05)
-    near, far = (fs.mixture_bound(1.0, 0.1, 2000, 25, 0.05, gap, 0.05) for gap in (0.0, 2.0))
-    assert near == far
-    grid = jnp.linspace(0.0, 1.0, 2001)
+    grid = np.linspace(0.0, 1.0, 2001, dtype=np.float32)
     # Few and many examples: an inner minimum, and the end of the interval.
-    for m, gap in ((2000, 0.4), (200_000, 0.4), (10**9, 2.0)):
-        rest = (0.1, m, 25, 0.05, gap, 0.05)
+    for m, gap in ((2e3, 0.4), (2e5, 0.4), (1e9, 2.0)):
+        rest = (0.1, m, 25.0, 0.05, gap, 0.05)
+        best = BEST_ALPHA(*rest)
+        bounds = MIXTURE(np.append(grid[:-1], best).astype(np.float32), *rest)
         # Near its minimum a bound in float32 is flat over some steps of the grid.
-        best = fs.best_alpha(*rest)
-        assert fs.mixture_bound(best, *rest) <= np.min(fs.mixture_bound(grid, *rest)) * (1 + 1e-6)
+        assert bounds[-1] <= np.min(bounds) * (1 + 1e-6)
     assert best == 1.0
+    near, far = (MIXTURE(grid, 0.1, 2e3, 25.0, 0.05, gap, 0.05) for gap in (0.0, 2.0))
+    assert near[-1] == far[-1]
+    assert np.all(near[:-1] < far[:-1])
 
 
 def test_sample_shots_are_nested_fixed_by_their_key_and_of_each_class():
