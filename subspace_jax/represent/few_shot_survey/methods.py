@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from subspace_jax.represent.few_shot_survey.clip_adapter import ClipAdapter, Shots, fit_clip_adapter
-from subspace_jax.represent.few_shot_survey.fitting import adamw_to_zero, batch_order, sgd_of_coop
+from subspace_jax.represent.few_shot_survey.fitting import adamw_to_zero, batch_order
 from subspace_jax.represent.few_shot_survey.probe import Probe, search_probe
 from subspace_jax.represent.few_shot_survey.prompts import fit_residual, prompt_residual, start_residual
 from subspace_jax.represent.few_shot_survey.prototypes import zero_shot_logits
@@ -23,7 +24,7 @@ from subspace_jax.represent.few_shot_survey.tip_adapter import (
 )
 from subspace_jax.represent.linear_probe import linear_probe as fixed_probe
 
-EPOCHS, BATCH_SIZE = 60, 256
+EPOCHS, STEPS, BATCH_SIZE = 20, 60, 256
 RANK = 4
 # Up to where the nearest key decides, and up to where the cache outweighs cosines that are multiplied by 100.
 BETAS, ALPHAS = tip_grid((12.0, 50.0), (50, 25))
@@ -72,7 +73,7 @@ def _zero_shot(draw: Draw) -> Classifier:
 def _clip_adapter(draw: Draw) -> Classifier:
     order = _order(draw)
     adapter = ClipAdapter(draw.text.shape[1], rngs=nnx.Rngs(draw.key))
-    adapter, _ = fit_clip_adapter(adapter, draw.train, draw.text, order, scale=draw.scale, tx=_sgd(order))
+    adapter, _ = fit_clip_adapter(adapter, draw.train, draw.text, order, scale=draw.scale, tx=_adamw(order))
     return lambda features: _cosine_logits(adapter(features), draw.text, draw.scale)
 
 
@@ -80,8 +81,7 @@ def _residual(rank: int | None) -> Callable[[Draw], Classifier]:
     def fit(draw: Draw) -> Classifier:
         order = _order(draw)
         start = start_residual(draw.text, draw.key, None if rank is None else min(rank, *draw.text.shape))
-        tx = adamw_to_zero(1e-3, len(order))
-        delta, _ = fit_residual(start, draw.train, draw.text, order, scale=draw.scale, tx=tx)
+        delta, _ = fit_residual(start, draw.train, draw.text, order, scale=draw.scale, tx=_adamw(order))
         return lambda features: _cosine_logits(features, prompt_residual(draw.text, delta), draw.scale)
 
     return fit
@@ -93,8 +93,8 @@ def _tip(trained: bool) -> Callable[[Draw], Classifier]:
         alpha, beta = _weights(draw, cache)
         if trained:
             order = _order(draw)
-            tx = adamw_to_zero(1e-2, len(order))
-            cache, _ = fit_tip_f(cache, draw.text, order, alpha=alpha, beta=beta, scale=draw.scale, tx=tx)
+            weights = {"alpha": alpha, "beta": beta, "scale": draw.scale}
+            cache, _ = fit_tip_f(cache, draw.text, order, **weights, tx=_adamw(order))
             alpha, beta = _weights(draw, cache)
         return lambda features: _cache_logits(features, cache, draw.text, alpha, beta, draw.scale)
 
@@ -131,8 +131,12 @@ METHODS = {
 
 
 def _order(draw: Draw) -> np.ndarray:
-    return batch_order(draw.key, len(draw.train.labels), epochs=EPOCHS, batch_size=BATCH_SIZE)
+    """Batches of 20 epochs as in Tip-Adapter-F's code, and of more where these are fewer than 60 steps."""
+    num_examples = len(draw.train.labels)
+    steps = max(1, num_examples // BATCH_SIZE)
+    return batch_order(draw.key, num_examples, epochs=max(EPOCHS, -(-STEPS // steps)), batch_size=BATCH_SIZE)
 
 
-def _sgd(order: np.ndarray):
-    return sgd_of_coop(2e-3, len(order), len(order) // EPOCHS)
+def _adamw(order: np.ndarray) -> optax.GradientTransformation:
+    """At the code's rate for its many steps on ImageNet; few steps are longer, so that they lead as far."""
+    return adamw_to_zero(max(1e-3, 1e-2 * STEPS / len(order)), len(order))
