@@ -122,7 +122,7 @@ def test_every_method_of_the_table_is_better_than_texts_that_confuse_two_classes
         ("cache: expected alpha and beta", ["--cache=1"]),
         ("nothing.npz: no such file", ["--text=nothing.npz"]),
         ("text: expected features of width 8, that of the support, got 7", ["--text=WIDTH"]),
-        ("query: expected the 3 classes of the support", ["--query=CLASSES"]),
+        ("query: expected the support's classes in its order, 'owl'; got 'emu'", ["--query=CLASSES"]),
         ("query features: expected finite vectors other than 0", ["--query=ZERO"]),
         ("labels: expected an example of each of 3 classes, none of", ["--text=FEW", "--shots=1"]),
     ],

@@ -118,6 +118,18 @@ def test_clip_adapter_trains_as_the_reference_loop(adapter):
     chex.assert_trees_all_close(logits, file["test_logits"], atol=1e-8)
 
 
+def test_optimizers_warm_up_and_end_at_0_and_are_the_same_objects():
+    assert fs.sgd_of_coop(2e-3, 10, 2) is fs.sgd_of_coop(2e-3, 10, 2)
+    tx, one = fs.sgd_of_coop(2e-3, 10, 2), jnp.zeros(())
+    state, found = tx.init(one), []
+    for _ in range(3):
+        update, state = tx.update(jnp.ones(()), state, one)
+        found.append(float(update))
+    # Momentum 0.9: gradients of 1 sum to 1, 1.9 and 2.71.
+    want = [-1e-5, -1.9e-5, -2.71e-3 * (1 + np.cos(0.2 * np.pi))]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("context", ["ctx_csc0", "ctx_csc1"])
 def test_assemble_prompts_gives_those_of_coop(golden, x64, position, context):

@@ -10,7 +10,7 @@ from subspace_jax.represent.few_shot_survey.compare import (
     domain_gap,
     plot_few_shot,
 )
-from subspace_jax.represent.few_shot_survey.fitting import batch_order, fit_steps
+from subspace_jax.represent.few_shot_survey.fitting import adamw_to_zero, batch_order, fit_steps, sgd_of_coop
 from subspace_jax.represent.few_shot_survey.methods import METHODS
 from subspace_jax.represent.few_shot_survey.probe import Probe, linear_probe, search_probe
 from subspace_jax.represent.few_shot_survey.prompts import (
@@ -48,6 +48,7 @@ __all__ = [
     "Shots",
     "TipCache",
     "TipSearch",
+    "adamw_to_zero",
     "assemble_prompts",
     "batch_order",
     "best_alpha",
@@ -69,6 +70,7 @@ __all__ = [
     "sample_shots",
     "search_probe",
     "search_tip",
+    "sgd_of_coop",
     "start_residual",
     "text_prototypes",
     "text_subspace",

@@ -255,7 +255,11 @@ def _check(support: Features, query: Features, text: Features | None, how: Compa
         if widths[0] != widths[1]:
             raise ValueError(f"{name}: expected features of width {widths[0]}, that of the support, got {widths[1]}")
         if support.class_names != other.class_names:
-            raise ValueError(f"{name}: expected the {len(support.class_names)} classes of the support, by name")
+            first = next(
+                (pair for pair in zip(support.class_names, other.class_names, strict=False) if len(set(pair)) > 1),
+                (f"{len(support.class_names)} classes", f"{len(other.class_names)} classes"),
+            )
+            raise ValueError(f"{name}: expected the support's classes in its order, {first[0]!r}; got {first[1]!r}")
         check_lengths(f"{name} features", other.features)
     check_lengths("support features", support.features)
     if not how.shots or min(how.shots) < 1:

@@ -75,13 +75,30 @@ def batch_order(key: jax.Array, num_examples: int, *, epochs: int, batch_size: i
 
 @functools.cache
 def adamw_to_zero(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW as in Tip-Adapter-F: a cosine schedule to 0, epsilon 1e-4, weight decay 0.01; one object for each call."""
+    """AdamW as in Tip-Adapter-F's code: a cosine schedule to 0, epsilon 1e-4, weight decay 0.01.
+
+    Args:
+      learning_rate: Rate of the first step.
+      steps: Number of steps.
+
+    Returns:
+      The transform, the same object for the same arguments.
+    """
     return optax.adamw(_cosine(learning_rate, steps), eps=1e-4, weight_decay=0.01)
 
 
 @functools.cache
 def sgd_of_coop(learning_rate: float, steps: int, warmup: int = 0) -> optax.GradientTransformation:
-    """SGD as in CoOp: momentum 0.9, weight decay 5e-4, 1e-5 for the first steps and a cosine schedule to 0."""
+    """SGD as in CoOp's code: momentum 0.9, weight decay 5e-4, a cosine schedule to 0 after a warm-up at 1e-5.
+
+    Args:
+      learning_rate: Rate of the cosine at step 0; 0.002 in the code.
+      steps: Number of steps, those of the warm-up included.
+      warmup: Steps of the warm-up; those of an epoch in the code.
+
+    Returns:
+      The transform, the same object for the same arguments.
+    """
     decay = optax.add_decayed_weights(5e-4)
     return optax.chain(decay, optax.sgd(_cosine(learning_rate, steps, warmup), momentum=0.9))
 
