@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from subspace_jax.cli import (
     attention,
     fetch,
+    few_shot,
     hydra,
     info,
     interpret,
@@ -29,7 +30,7 @@ _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
-    "images and features": ("accuracy", "features", "probe", "transfer"),
+    "images and features": ("accuracy", "features", "few-shot", "probe", "transfer"),
     "study": ("attention", "class-gates", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
@@ -95,6 +96,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         language_generate,
         language,
         vision,
+        few_shot,
         attention,
         hydra,
         interpret,

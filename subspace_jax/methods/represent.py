@@ -2,6 +2,14 @@
 
 from subspace_jax.methods.records import Figure, Method, train
 
+_SHIFTED_DIGITS = "python -m pytest tests/represent/test_few_shot_figures.py -k digits"
+_DOCSTRINGS = "python -m pytest tests/represent/test_few_shot_figures.py -k docstring"
+
+
+def _few_shot(name: str, command: str, metric: str, at_least: float | None = None) -> Figure:
+    return Figure(name, command, metric, at_least=at_least, seeds=(0,))
+
+
 METHODS = (
     Method(
         name="gcr",
@@ -141,5 +149,46 @@ METHODS = (
                 seeds=(0,),
             ),
         ),
+    ),
+    Method(
+        name="few-shot-survey",
+        area="represent",
+        title="Few-shot adaptation of dual encoders",
+        paper="Few-shot Adaptation of Multi-modal Foundation Models: A Survey",
+        arxiv=("2401.01736", "2207.09519", "2110.04544", "2109.01134"),
+        summary=(
+            "Adapts a frozen encoder of images and texts to new classes with a few labelled examples of each, on "
+            "precomputed features: Tip-Adapter and Tip-Adapter-F, CLIP-Adapter, CoOp's prompts, residuals of the "
+            "prototypes, linear probes, and all of them in subspaces.  One command compares them over shots and random "
+            "draws, and says how far the domains are apart."
+        ),
+        module="subspace_jax.represent.few_shot_survey",
+        configs=(),
+        command=(
+            "subspace-jax few-shot --support work/train.npz --query work/test.npz --text work/classes.npz "
+            "--out work/few_shot"
+        ),
+        figures=(
+            _few_shot(
+                "digits shifted by a pixel, 4 shots, 3 draws: Tip minus zero-shot",
+                _SHIFTED_DIGITS,
+                "tip_minus_zero_shot",
+                0.08,
+            ),
+            _few_shot("the same, Tip-F minus Tip", _SHIFTED_DIGITS, "tip_f_minus_tip", 0.05),
+            _few_shot(
+                "the same, least gain from 1 to 2, 4, 8 and 16 shots, Tip and Tip-F", _SHIFTED_DIGITS, "least_step", 0.0
+            ),
+            _few_shot("the same, accuracy of zero-shot", _SHIFTED_DIGITS, "zero_shot_4"),
+            _few_shot("the same, accuracy of Tip", _SHIFTED_DIGITS, "tip_4"),
+            _few_shot("the same, accuracy of Tip-F", _SHIFTED_DIGITS, "tip_f_4"),
+            _few_shot(
+                "MiniLM, docstrings by module, 16 shots, 3 draws: best of Tip, Tip-F and probe minus zero-shot",
+                _DOCSTRINGS,
+                "docstrings_gain",
+                0.1,
+            ),
+        ),
+        needs=("minilm",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
+from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -11,15 +12,20 @@ __all__ = [
     "choice_accuracy",
     "class_separation_r2",
     "cmc",
+    "coral",
     "d_int",
     "d_int_bootstrap",
     "exact_match",
     "final_number",
+    "frechet_distance",
     "intra_class_variability",
     "match_assignments",
     "mdl_bits",
+    "mean_gap",
+    "mmd2",
     "normalized_mutual_info",
     "perplexity",
+    "proxy_a_distance",
     "recall_at_k",
     "retrieval_map",
     "rouge_l",

@@ -44,6 +44,7 @@ from subspace_jax.nn.models.clip.dual_tower import (
     dual_tower_apply,
     dual_tower_specs,
     encode_image,
+    encode_prompts,
     encode_text,
     similarity,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "dual_tower_specs",
     "embed",
     "encode_image",
+    "encode_prompts",
     "encode_text",
     "family_of",
     "generate",

@@ -1,11 +1,16 @@
-"""Few-shot classification on fixed features."""
+"""Few-shot classification on fixed features by logistic regression.
+
+:mod:`subspace_jax.represent.few_shot_survey` compares it with the methods that know texts about the classes.
+"""
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from subspace_jax.represent.features_file import Features
+from subspace_jax.represent.few_shot_survey.sampling import sample_shots
 from subspace_jax.represent.linear_probe import check_examples, linear_probe, probe_logits, scores_of
 
 
@@ -55,15 +60,11 @@ def few_shot(
       ValueError: A class has too few examples, or a shape, a label or an option is invalid.
     """
     features, labels, num_classes = check_examples(train_set.features, train_set.labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    if shots < 1 or seeds < 1:
-        raise ValueError(f"shots, seeds: expected at least 1, got {shots} and {seeds}")
-    if short := {int(label): int(count) for label, count in zip(classes, counts, strict=True) if count < shots}:
-        raise ValueError(f"shots: expected at most the examples of every class, got {shots}; class to count: {short}")
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
     accuracies = []
     for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in classes])
+        rows = sample_shots(jax.random.key(seed), labels, shots).ravel()
         # All draws have one shape, and share one compiled program.
         probe = linear_probe(features[rows], labels[rows], num_classes=num_classes, grid=(l2,), loss=loss, mesh=mesh)
         predicted = np.argmax(probe_logits(probe, np.asarray(test_set.features)), axis=-1)

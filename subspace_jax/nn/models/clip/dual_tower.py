@@ -9,7 +9,12 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg import unit_vectors, working_dtype
 from subspace_jax.nn.layers.linear import linear
-from subspace_jax.nn.models.clip.text_tower import TextTowerConfig, text_tower_apply, text_tower_specs
+from subspace_jax.nn.models.clip.text_tower import (
+    TextTowerConfig,
+    text_tower_apply,
+    text_tower_from_embeddings,
+    text_tower_specs,
+)
 from subspace_jax.nn.models.vit.config import VisionTransformerConfig
 from subspace_jax.nn.models.vit.model import vision_transformer_apply, vision_transformer_specs
 from subspace_jax.nn.params import ParamSpec
@@ -112,6 +117,25 @@ def encode_text(
       ``[batch, features]``, see :func:`encode_image`.
     """
     pooled = text_tower_apply(config.text, params["text"], tokens, attention_mask=mask, **options).pooled
+    return _project(params.get("text_projection"), pooled, normalize)
+
+
+def encode_prompts(
+    config: DualTowerConfig, params: PyTree, prompts: jax.Array, ends: jax.Array, *, normalize: bool = True
+) -> jax.Array:
+    """Returns the embeddings of texts given as token embeddings, as prompt learning makes them.
+
+    Args:
+      config: The model.
+      params: Its parameters.
+      prompts: Token embeddings ``[batch, length, d_t]``, without positions.
+      ends: Position of each text's pooled state, ``[batch]`` integers: that of the end token in CLIP.
+      normalize: Whether to scale embeddings to length 1.
+
+    Returns:
+      ``[batch, features]``, see :func:`encode_image`.
+    """
+    pooled = text_tower_from_embeddings(config.text, params["text"], prompts, ends)
     return _project(params.get("text_projection"), pooled, normalize)
 
 

@@ -146,20 +146,55 @@ def text_tower_apply(
       TypeError: Tokens are not integers.
     """
     _check(config, tokens, attention_mask)
-    batch, length = tokens.shape
     dtype = table_dtype(params["embed"]["embedding"]) if dtype is None else jnp.dtype(dtype)
     x = embed(tokens, params["embed"]["embedding"], dtype)
-    x = options.on_stream(x + params["position"]["embedding"][None, :length].astype(dtype))
+    states, hidden = _states(config, params, x, attention_mask, capture, options)
+    pooled = _head(config, params, _pool(config, states, tokens))
+    return TextOutput(pooled=pooled, tokens=states, hidden=hidden or None)
+
+
+def text_tower_from_embeddings(
+    config: TextTowerConfig, params: PyTree, embeddings: jax.Array, ends: jax.Array
+) -> jax.Array:
+    """Runs a text tower on token embeddings, as prompt learning makes them.
+
+    Args:
+      config: The model.
+      params: See :func:`text_tower_apply`; ``embed`` is not used.
+      embeddings: ``[batch, length, d]``, floating point, without positions.
+      ends: Position of each text's pooled state, ``[batch]`` integers.
+
+    Returns:
+      Pooled states ``[batch, head_size or d]``.
+
+    Raises:
+      ValueError: The texts are longer than ``max_length``, or shapes don't match.
+    """
+    if embeddings.ndim != 3 or embeddings.shape[2] != config.width or ends.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"embeddings, ends: expected [batch, length, {config.width}] and [batch], "
+            f"got {embeddings.shape} and {ends.shape}"
+        )
+    if embeddings.shape[1] > config.max_length:
+        raise ValueError(f"embeddings: {embeddings.shape[1]} positions, the tower has {config.max_length}")
+    states, _ = _states(config, params, embeddings, None, (), DEFAULT_OPTIONS)
+    return _head(config, params, _at(states, ends))
+
+
+def _states(config, params, x, attention_mask, capture, options) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the states after the last norm, and the captured hidden ones, of embeddings without positions."""
+    batch, length, _ = x.shape
+    x = options.on_stream(x + params["position"]["embedding"][None, :length].astype(x.dtype))
     mask = None
     if attention_mask is not None:
         mask = jnp.broadcast_to(attention_mask.astype(bool)[:, None, None, :], (batch, 1, length, length))
         mask = mask & jnp.tri(length, dtype=bool)[None, None] if config.causal else mask
     x, hidden = encode(config.encoder, params["layers"], x, mask=mask, capture=capture, options=options)
-    states = layer_norm(x, params["norm"]["scale"], params["norm"]["bias"], config.norm_eps)
-    pooled = _pool(config, states, tokens)
-    if config.head_size:
-        pooled = linear(pooled, params["head"]["kernel"], params["head"]["bias"])
-    return TextOutput(pooled=pooled, tokens=states, hidden=hidden or None)
+    return layer_norm(x, params["norm"]["scale"], params["norm"]["bias"], config.norm_eps), hidden
+
+
+def _head(config: TextTowerConfig, params: PyTree, pooled: jax.Array) -> jax.Array:
+    return linear(pooled, params["head"]["kernel"], params["head"]["bias"]) if config.head_size else pooled
 
 
 def _pool(config: TextTowerConfig, states: jax.Array, tokens: jax.Array) -> jax.Array:
