@@ -2,6 +2,7 @@
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
+from subspace_jax.losses.decoupling import decoupling_penalty, project_out
 from subspace_jax.losses.multi_positive import (
     multi_positive_infonce,
     scan_keys,
@@ -13,7 +14,9 @@ __all__ = [
     "binary_cross_entropy",
     "clip_loss",
     "cross_entropy",
+    "decoupling_penalty",
     "multi_positive_infonce",
+    "project_out",
     "scan_keys",
     "siglip_loss",
     "supervised_contrastive",
