@@ -3,6 +3,7 @@
 from subspace_jax.data.text.chat_template import ChatTemplate, load_chat_template
 from subspace_jax.data.text.conversations import Conversation, conversation_of
 from subspace_jax.data.text.corpus import docstrings, function_summaries
+from subspace_jax.data.text.dialects import dialects
 from subspace_jax.data.text.holdout import count_different, hold_out
 from subspace_jax.data.text.records import (
     Choice,
@@ -39,6 +40,7 @@ __all__ = [
     "conversation_of",
     "count_different",
     "decode_continuation",
+    "dialects",
     "docstrings",
     "encode",
     "function_summaries",

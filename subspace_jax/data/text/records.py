@@ -13,10 +13,14 @@ from subspace_jax.data.text.conversations import CONVERTED, Conversation, conver
 
 
 class Completion(NamedTuple):
-    """A prompt and the completion to learn; plain text has an empty prompt."""
+    """A prompt and the completion to learn; plain text has an empty prompt.
+
+    ``domain`` is what a corpus says about the kind of its texts, such as a dialect; empty where it says nothing.
+    """
 
     prompt: str
     completion: str
+    domain: str = ""
 
 
 class Passage(NamedTuple):
@@ -41,7 +45,8 @@ def read_texts(
 
     Rows with the field ``messages`` are conversations, those with ``prompt`` and ``completion`` pairs, and those with
     ``text`` plain texts.  Where several are there, the first of these counts; it is the same in all rows of a file.
-    Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.
+    Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.  A text in
+    the field ``domain`` becomes the domain of a completion.
 
     Args:
       path: The file.  Documents in plain text are separated by empty lines.
@@ -106,7 +111,9 @@ def _examples(
             _check_unicode(given, f"{where}: expected Unicode text")
             yield conversation_of(row, where, fields)
         else:
-            yield Completion(_field(row, fields[0], where) if len(fields) > 1 else "", _field(row, fields[-1], where))
+            prompt = _field(row, fields[0], where) if len(fields) > 1 else ""
+            domain = row.get("domain")
+            yield Completion(prompt, _field(row, fields[-1], where), domain if isinstance(domain, str) else "")
 
 
 def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -187,7 +194,7 @@ def _parquet(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Mapping[
             names = names or _recognised(there, str(file))
             if absent := [name for name in names if name not in there]:
                 raise ValueError(f"{file}: no field {absent[0]!r}; there are {_shown(there)}")
-            columns = list(dict.fromkeys([*names, *(["tools"] if "tools" in there else [])]))
+            columns = list(dict.fromkeys([*names, *(name for name in ("tools", "domain") if name in there)]))
             number = 0
             for batch in table.iter_batches(columns=columns):
                 for row in batch.to_pylist():

@@ -179,7 +179,7 @@ class OnlineDecoupler:
         return decoupling_penalty(h, state.basis, counts)
 
     def share(self, state: DecouplerState, h: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns the mean of ``||q^T h|| / ||h||`` over a batch, a scalar: states that only shrink leave it as it is."""
+        """Returns the mean of ``||q^T h|| / ||h||`` over a batch, a scalar; shrinking the states does not change it."""
         unit = h.astype(jnp.float32)
         unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=-1, keepdims=True), 1e-12)
         return self.penalty(state, jax.lax.stop_gradient(unit), y)

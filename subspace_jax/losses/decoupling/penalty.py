@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from subspace_jax.linalg import working_dtype
 
 
-def decoupling_penalty(
-    h: jax.Array, q: jax.Array, mask: jax.Array | None = None, squared: bool = False
-) -> jax.Array:
+def decoupling_penalty(h: jax.Array, q: jax.Array, mask: jax.Array | None = None, squared: bool = False) -> jax.Array:
     """Mean length of the component of hidden states in a subspace, ``E ||q^T h||`` (arXiv 2508.12803).
 
     The projector ``q q^T [d, d]`` is never formed: ``2 k d`` FLOPs for each state.  ``q`` is a constant for
