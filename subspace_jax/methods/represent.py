@@ -2,6 +2,28 @@
 
 from subspace_jax.methods.records import Figure, Method, train
 
+
+def _mixture(variant: str) -> str:
+    return train(f"represent/decoupling_synthetic:{variant}")
+
+
+def _dialects(variant: str) -> str:
+    return f"subspace-jax finetune --config represent/decoupling_dialects:{variant}"
+
+
+def _decoupled(weight: str, variant: str) -> tuple[Figure, Figure]:
+    return (
+        Figure(
+            f"probe accuracy on a mixture of domains, weight {weight}, minus none",
+            _mixture(variant),
+            "domains/probe_accuracy",
+            at_most=-0.2,
+            minus=_mixture("none"),
+        ),
+        Figure(f"task accuracy on the mixture, weight {weight}", _mixture(variant), "accuracy", at_least=0.98),
+    )
+
+
 METHODS = (
     Method(
         name="gcr",
@@ -50,6 +72,46 @@ METHODS = (
                 "accuracy",
                 at_least=-0.005,
                 minus=train("gcr/digits_resnet:softmax"),
+            ),
+        ),
+    ),
+    Method(
+        name="decoupling-probe",
+        area="represent",
+        title="Decoupling from a dominant domain",
+        paper="When Alignment Hurts: Decoupling Representational Spaces in Multilingual Models",
+        arxiv=("2508.12803",),
+        summary=(
+            "Fine-tunes a model on related domains, such as the dialects of a language, of which one dominates.  A "
+            "variational probe estimates again and again the subspace of hidden states that tells the dominant one; a "
+            "penalty keeps all states out of it."
+        ),
+        module="subspace_jax.represent.decoupling_probe",
+        configs=("represent/decoupling_synthetic", "represent/decoupling_dialects"),
+        command="subspace-jax train --config represent/decoupling_synthetic:l01 --workdir work/decoupling_l01",
+        figures=(
+            *_decoupled("0.01", "l001"),
+            *_decoupled("0.1", "l01"),
+            Figure(
+                "probe accuracy on the mixture, weight 0.1, minus that with random subspaces",
+                _mixture("l01"),
+                "domains/probe_accuracy",
+                at_most=-0.1,
+                minus=_mixture("random"),
+            ),
+            Figure(
+                "probe accuracy on dialects of Spanish, tiny Llama, weight 0.1, minus none",
+                _dialects("l01"),
+                "domains/probe_accuracy",
+                at_most=-0.05,
+                minus=_dialects("none"),
+            ),
+            Figure(
+                "validation loss on dialects of Spanish, tiny Llama, weight 0.1, over none",
+                _dialects("l01"),
+                "loss",
+                at_most=1.0,
+                over=_dialects("none"),
             ),
         ),
     ),

@@ -32,7 +32,7 @@ def decoupling_penalty(h: jax.Array, q: jax.Array, mask: jax.Array | None = None
         return jnp.mean(lengths)
     if mask.shape != lengths.shape[lengths.ndim - mask.ndim :]:
         raise ValueError(f"mask: expected the last leading axes of h {h.shape}, got {mask.shape}")
-    counts = mask != 0
+    counts = mask.astype(bool)
     if not isinstance(counts, jax.core.Tracer) and not counts.any():
         raise ValueError(f"mask: expected at least one state that counts, got none of {mask.size}")
     counts = jnp.broadcast_to(counts.reshape((1,) * (lengths.ndim - mask.ndim) + mask.shape), lengths.shape)
