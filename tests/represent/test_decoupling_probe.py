@@ -41,7 +41,7 @@ def promotion():
 
 
 def domain_states(seed, count=48, features=8):
-    """States of three domains at corners of a triangle in the plane of the first two axes, a quarter of them padding."""
+    """States of three domains, the corners of a triangle in the plane of two axes, a quarter of them padding."""
     rng = np.random.default_rng(seed)
     y = np.where(np.arange(count) % 4 == 3, -1, rng.integers(0, 3, count)).astype(np.int32)
     corners = np.array([[6.0, 0.0], [-3.0, 5.0], [-3.0, -5.0]])
