@@ -26,6 +26,6 @@ def get_config(variant="l01"):
     config.decoupling.capacity = 2000
     config.decoupling.per_step = 2000
     config.train.steps = 600
-    config.train.eval_every = 200
-    config.train.checkpoint_every = 200
+    config.train.eval_every = 600
+    config.train.checkpoint_every = 300
     return config

@@ -68,7 +68,7 @@ class OnlineDecoupler:
     mode: str = "target"
     every: int = 500
     probe_steps: int = 200
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     capacity: int = 2048
     per_step: int = 64
     only: str = "all"
