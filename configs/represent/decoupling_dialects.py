@@ -39,9 +39,9 @@ def get_config(variant="l01"):
         config.data.batch_size = 8
         config.data.eval_batch_size = 16
         config.decoupling.every = 50
-        config.train.steps = 600
+        config.train.steps = 300
         config.optim.learning_rate = 3e-3
         config.optim.kwargs = {"weight_decay": 0.1}
     config.optim.warmup_steps = config.train.steps // 10
-    config.train.eval_every = config.train.checkpoint_every = config.train.steps // 2
+    config.train.eval_every = config.train.checkpoint_every = config.train.steps
     return config

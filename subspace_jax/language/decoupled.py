@@ -130,7 +130,7 @@ class _DomainProbe(train.Evaluator):
     """
 
     reduce = "rows"
-    metrics = ("probe_accuracy",)
+    metrics = ("probe_accuracy", "weighted_probe_accuracy")
     last = True
 
     def __init__(self, task: DecoupledLMTask):
@@ -152,10 +152,13 @@ class _DomainProbe(train.Evaluator):
             halves.append((own[of >= 0], of[of >= 0] == self._task.decoupler.target))
         (train_x, train_y), (test_x, test_y) = halves
         if any(y.all() or not y.any() for y in (train_y, test_y)):  # too few examples to tell
-            return {"probe_accuracy": np.nan}
-        layers = range(states.shape[2])
-        found = [metrics.balanced_probe_accuracy(train_x[:, i], train_y, test_x[:, i], test_y) for i in layers]
-        return {"probe_accuracy": np.mean(found)}
+            return dict.fromkeys(self.metrics, np.nan)
+
+        def mean(weighted):
+            sets = ((train_x[:, i], train_y, test_x[:, i], test_y) for i in range(states.shape[2]))
+            return np.mean([metrics.balanced_probe_accuracy(*own, weighted=weighted) for own in sets])
+
+        return {"probe_accuracy": mean(False), "weighted_probe_accuracy": mean(True)}
 
 
 def domains_of(examples: Sequence) -> tuple[str, ...]:

@@ -14,14 +14,16 @@ def mixture(seed, shift, count=400):
     return rng.standard_normal((count, 5)) * [1, 10, 0.1, 1, 1] + shift * np.outer(y, [1, 10, 0, 0, 0]), y
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shift", [0.7, 30.0])  # the second one separates the kinds
-def test_balanced_probe_accuracy_is_that_of_a_balanced_logistic_regression(shift):
+def test_balanced_probe_accuracy_is_that_of_scikit_learns_logistic_regression(shift, weighted):
     (x, y), (test_x, test_y) = mixture(0, shift), mixture(1, shift)
     mean, std = x.mean(axis=0), x.std(axis=0)
-    # Ours is the mean over both kinds plus 1e-3 / 2 squares; scikit-learn's the sum over examples, balanced, of C.
-    peer = LogisticRegression(C=1 / (400 * 1e-3), class_weight="balanced").fit((x - mean) / std, y)
+    # Ours is a mean over examples plus 1e-3 / 2 squares, scikit-learn's C times a sum plus half the squares.
+    options = {"C": 1 / (400 * 1e-3), "class_weight": "balanced" if weighted else None}
+    peer = LogisticRegression(**options).fit((x - mean) / std, y)
     wanted = balanced_accuracy_score(test_y, peer.predict((test_x - mean) / std))
-    got = metrics.balanced_probe_accuracy(x, y, test_x, test_y)
+    got = metrics.balanced_probe_accuracy(x, y, test_x, test_y, weighted=weighted)
     np.testing.assert_allclose(got, wanted, atol=0.01)  # of 400 examples one or two may lie between the two planes
     assert (got == 1) == (shift == 30)
 

@@ -100,11 +100,11 @@ class DecoupledClassifierTask(train.Task):
 
 
 class _DomainProbe(train.Evaluator):
-    """Balanced accuracy of a fresh probe, "dominant or not", on the codes of the test set."""
+    """Balanced accuracy of fresh probes, "dominant or not", on the codes of the test set."""
 
     sets = ("train", "eval")
     reduce = "rows"
-    metrics = ("probe_accuracy",)
+    metrics = ("probe_accuracy", "weighted_probe_accuracy")
 
     def __init__(self, task: DecoupledClassifierTask):
         self._task = task
@@ -114,7 +114,10 @@ class _DomainProbe(train.Evaluator):
         return self._task.codes(model[0], batch["inputs"]), batch["domains"] == self._task.decoupler.target
 
     def finish(self, train, eval):
-        return {"probe_accuracy": metrics.balanced_probe_accuracy(*train, *eval)}
+        return {
+            "probe_accuracy": metrics.balanced_probe_accuracy(*train, *eval),
+            "weighted_probe_accuracy": metrics.balanced_probe_accuracy(*train, *eval, weighted=True),
+        }
 
 
 def default_config() -> ConfigDict:
