@@ -24,6 +24,16 @@ def _decoupled(weight: str, variant: str) -> tuple[Figure, Figure]:
     )
 
 
+def _weighted(weight: str, variant: str, other: str, at_most: float | None = None) -> Figure:
+    return Figure(
+        f"accuracy of a probe that weighs both kinds the same, weight {weight}, minus {other}",
+        _mixture(variant),
+        "domains/weighted_probe_accuracy",
+        at_most=at_most,
+        minus=_mixture(other),
+    )
+
+
 METHODS = (
     Method(
         name="gcr",
@@ -99,6 +109,9 @@ METHODS = (
                 at_most=-0.1,
                 minus=_mixture("random"),
             ),
+            _weighted("0.01", "l001", "none", at_most=-0.2),
+            _weighted("0.1", "l01", "none"),
+            _weighted("0.1", "l01", "random", at_most=-0.1),
             Figure(
                 "probe accuracy on dialects of Spanish, tiny Llama, weight 0.1, minus none",
                 _dialects("l01"),
