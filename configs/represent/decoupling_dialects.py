@@ -1,10 +1,11 @@
 """Five varieties of Spanish from Django's catalogues, hidden states decoupled from that of Spain (for 2508.12803).
 
     pip install "subspace-jax[real]"
-    subspace-jax finetune --config represent/decoupling_dialects:l01 --workdir work/dialects_l01
+    subspace-jax pretrain --config represent/decoupling_dialects:l01 --workdir work/dialects_l01
 
 Variants: ``none`` (the penalty has no weight) and ``l01`` (weight 0.1): a Llama of 0.8 M parameters that reads bytes,
-from scratch.  ``smollm2_none`` and ``smollm2_l01``: SmolLM2 by LoRA, after ``subspace-jax fetch smollm2``.
+from scratch.  ``smollm2_none`` and ``smollm2_l01``: SmolLM2 by LoRA, with ``subspace-jax fetch smollm2`` before and
+``finetune`` in place of ``pretrain``.
 
 A text is the name of a dialect, an English message and its translation, of which the loss covers the translation.
 Every fifth position of the result's ``domains/probe_accuracy`` must be harder to tell than without a penalty, at no

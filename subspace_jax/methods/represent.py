@@ -8,7 +8,7 @@ def _mixture(variant: str) -> str:
 
 
 def _dialects(variant: str) -> str:
-    return f"subspace-jax finetune --config represent/decoupling_dialects:{variant}"
+    return f"subspace-jax pretrain --config represent/decoupling_dialects:{variant}"
 
 
 def _decoupled(weight: str, variant: str) -> tuple[Figure, Figure]:
