@@ -165,7 +165,7 @@ def domains_of(examples: Sequence) -> tuple[str, ...]:
     """Returns the names of the domains of texts, in order.
 
     Args:
-      examples: Completions with a domain, see :class:`subspace_jax.data.text.Completion`.
+      examples: See :class:`subspace_jax.data.text.DomainCompletion`.
 
     Raises:
       ValueError: They are of conversations, or one has no domain.
@@ -174,7 +174,7 @@ def domains_of(examples: Sequence) -> tuple[str, ...]:
         raise ValueError(
             "decoupling: expected rows with a text, or a prompt and a completion, and their domain; got conversations"
         )
-    if without := sum(not example.domain for example in examples):
+    if without := sum(not isinstance(example, text.DomainCompletion) for example in examples):
         raise ValueError(
             f"decoupling: {without} of {len(examples)} examples have no domain, expected a text in the field 'domain' "
             "of every row"

@@ -24,7 +24,7 @@ def packed(count=40):
     texts = [
         ("the quick fox " * (1 + i % 4)).upper() if i % 3 == 0 else "a lazy dog" * (1 + i % 4) for i in range(count)
     ]
-    examples = [text.Completion("", t, domains[t.isupper()]) for t in texts]
+    examples = [text.DomainCompletion("", t, domains[t.isupper()]) for t in texts]
     rows = text.pack_rows(examples, text.ByteTokenizer(), 32, domains=domains)
     return rows | {"weights": np.ones_like(rows["weights"])}  # all micro-batches weigh the same
 
@@ -99,15 +99,15 @@ def test_pack_rows_gives_every_position_the_domain_of_its_text(config):
     is_upper = (rows["inputs"] >= 65) & (rows["inputs"] <= 90)
     assert np.all(rows["domains"][is_upper] == 1)
     with pytest.raises(ValueError, match=r"example 0: expected one of the domains \('a',\), got 'b'"):
-        text.pack_rows([text.Completion("", "x", "b")], text.ByteTokenizer(), 8, domains=("a",))
+        text.pack_rows([text.DomainCompletion("", "x", "b")], text.ByteTokenizer(), 8, domains=("a",))
 
 
 def test_rows_of_a_file_have_their_domain_and_are_held_out_without_it(config, tmp_path):
     examples = text.read_texts(config.data.source)
-    assert examples[3] == text.Completion("", "the sum of 3 and 3 is 6.", "low")
-    bare = [text.Completion(*example[:2]) for example in examples]
-    for with_domain, without in zip(text.hold_out(examples, 0.2), text.hold_out(bare, 0.2), strict=True):
-        assert [example[:2] for example in with_domain] == [example[:2] for example in without]
+    assert examples[3] == ("", "the sum of 3 and 3 is 6.")
+    assert [example.domain for example in examples] == ["low"] * 61 + ["high"] * 19
+    bare = [text.Completion(*example) for example in examples]
+    assert text.hold_out(examples, 0.2) == text.hold_out(bare, 0.2)
 
 
 def test_a_plan_of_a_decoupled_run_needs_no_texts(config):

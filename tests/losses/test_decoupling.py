@@ -167,7 +167,7 @@ def test_probe_kl_of_a_standard_normal_weight_is_0():
 
 
 fit = jax.jit(lambda key, x, y: decoupling.fit_probe(
-    key, decoupling.init_variational_probe(key, 8, 3), x, y, 400, optax.adam(2e-2)
+    key, decoupling.init_variational_probe(key, 8, 3), x, y, 150, optax.adam(5e-2)
 ).params)  # fmt: skip
 
 
@@ -186,6 +186,7 @@ def test_codelength_is_below_uniform_for_domains_that_can_be_told_and_not_for_ra
     np.testing.assert_allclose(first(x, other.at[0].set(-1)), first(x[1:], other[1:]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dominant_subspaces_of_all_directions_span_the_same():
     weight = states(6, 4, 9)
     spans = [decoupling.dominant_subspace(weight, 1, 3, mode=mode) for mode in ("target", "rows")]
@@ -198,6 +199,7 @@ def test_dominant_subspaces_of_all_directions_span_the_same():
     np.testing.assert_allclose(one, difference / jnp.linalg.norm(difference), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dominant_subspace_takes_the_directions_that_hold_the_energy():
     # Centred rows +-3 e1, +-1 e2, with 9 of 10 parts of the squares in the first direction.
     weight = jnp.zeros((4, 5)).at[0, 0].set(3).at[1, 0].set(-3).at[2, 1].set(1).at[3, 1].set(-1)
@@ -205,6 +207,7 @@ def test_dominant_subspace_takes_the_directions_that_hold_the_energy():
     assert shapes == [(5, 1), (5, 2), (5, 2)]
 
 
+@pytest.mark.slow
 def test_average_subspace_begins_with_the_new_one_and_moves_less_the_more_it_keeps():
     old, new = basis(2, seed=1), basis(2, seed=2)
     first = decoupling.average_subspace(jnp.zeros_like(old), new, 0.5)

@@ -8,6 +8,7 @@ from subspace_jax.data.text.holdout import count_different, hold_out
 from subspace_jax.data.text.records import (
     Choice,
     Completion,
+    DomainCompletion,
     Passage,
     holds_conversations,
     json_rows,
@@ -32,6 +33,7 @@ __all__ = [
     "Choice",
     "Completion",
     "Conversation",
+    "DomainCompletion",
     "FileTokenizer",
     "Passage",
     "Tokenizer",

@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from subspace_jax.data.text.records import Completion
+from subspace_jax.data.text.records import DomainCompletion
 
 SPANISH = ("es", "es_AR", "es_CO", "es_MX", "es_VE")
 
 
-def dialects(locales: Sequence[str] = SPANISH, split: str = "train") -> list[Completion]:
+def dialects(locales: Sequence[str] = SPANISH, split: str = "train") -> list[DomainCompletion]:
     """Returns the messages of Django's programs with their translations into some dialects of a language.
 
     A prompt is the dialect and the English message, ``"es_AR: Please correct the error below. = "``, and the domain is
@@ -40,7 +40,7 @@ def dialects(locales: Sequence[str] = SPANISH, split: str = "train") -> list[Com
     for locale in locales:
         for message, translation in _catalogue(locale):
             if (zlib.crc32(message.encode()) % 10 == 0) == wanted:
-                found[Completion(f"{locale}: {message} = ", translation, locale)] = None
+                found[DomainCompletion(f"{locale}: {message} = ", translation, locale)] = None
     return list(found)
 
 

@@ -52,6 +52,6 @@ def count_different(examples: Sequence[Example]) -> int:
 
 
 def _key(example: Example, seed: int) -> bytes:
-    # Messages and tools, or prompt and completion: equal texts of two domains are on the same side.
-    text = json.dumps([seed, *example[:2]], sort_keys=True, default=str)
+    parts = example[:2] if isinstance(example, Conversation) else example
+    text = json.dumps([seed, *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

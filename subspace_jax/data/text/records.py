@@ -13,14 +13,22 @@ from subspace_jax.data.text.conversations import CONVERTED, Conversation, conver
 
 
 class Completion(NamedTuple):
-    """A prompt and the completion to learn; plain text has an empty prompt.
-
-    ``domain`` is what a corpus says about the kind of its texts, such as a dialect; empty where it says nothing.
-    """
+    """A prompt and the completion to learn; plain text has an empty prompt."""
 
     prompt: str
     completion: str
-    domain: str = ""
+
+
+class DomainCompletion(Completion):
+    """A completion of a known domain, such as a dialect; it equals one of the same texts and another domain."""
+
+    domain: str
+
+    def __new__(cls, prompt: str, completion: str, domain: str):
+        """Returns the completion."""
+        self = super().__new__(cls, prompt, completion)
+        self.domain = domain
+        return self
 
 
 class Passage(NamedTuple):
@@ -46,7 +54,7 @@ def read_texts(
     Rows with the field ``messages`` are conversations, those with ``prompt`` and ``completion`` pairs, and those with
     ``text`` plain texts.  Where several are there, the first of these counts; it is the same in all rows of a file.
     Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.  A text in
-    the field ``domain`` becomes the domain of a completion.
+    the field ``domain`` makes a completion a :class:`DomainCompletion`.
 
     Args:
       path: The file.  Documents in plain text are separated by empty lines.
@@ -112,8 +120,9 @@ def _examples(
             yield conversation_of(row, where, fields)
         else:
             prompt = _field(row, fields[0], where) if len(fields) > 1 else ""
-            domain = row.get("domain")
-            yield Completion(prompt, _field(row, fields[-1], where), domain if isinstance(domain, str) else "")
+            completion, domain = _field(row, fields[-1], where), row.get("domain")
+            known = isinstance(domain, str) and domain
+            yield DomainCompletion(prompt, completion, domain) if known else Completion(prompt, completion)
 
 
 def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:

@@ -91,7 +91,8 @@ def pack_rows(
       length: Length of a row in tokens.
       truncation: Treatment of texts longer than a row: "split" makes several texts of each, "cut" drops their ends,
         "refuse" raises.
-      domains: Names of the domains of the examples, completions then: the rows get the field ``domains``.
+      domains: Names of the domains of the examples, each a :class:`DomainCompletion` then: the rows get the field
+        ``domains``.
 
     Raises:
       ValueError: There is no example, one does not fit or is of another domain, or ``truncation`` is unknown.
@@ -170,9 +171,10 @@ def _pieces(examples, tokenizer, length, truncation, domains=()) -> list[tuple[n
     pieces, split, left_out, labels = [], 0, 0, {name: i for i, name in enumerate(domains)}
     for number, example in enumerate(examples):
         tokens, in_loss = encode(example, tokenizer)
-        if domains and example.domain not in labels:
-            raise ValueError(f"example {number}: expected one of the domains {tuple(domains)}, got {example.domain!r}")
-        domain = labels[example.domain] if domains else -1
+        name = getattr(example, "domain", None)
+        if domains and name not in labels:
+            raise ValueError(f"example {number}: expected one of the domains {tuple(domains)}, got {name!r}")
+        domain = labels[name] if domains else -1
         if len(tokens) > length + 1 and truncation == "refuse":
             raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
         starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
