@@ -7,10 +7,6 @@ def _mixture(variant: str) -> str:
     return train(f"represent/decoupling_synthetic:{variant}")
 
 
-def _dialects(variant: str) -> str:
-    return f"subspace-jax pretrain --config represent/decoupling_dialects:{variant}"
-
-
 def _decoupled(weight: str, variant: str) -> tuple[Figure, Figure]:
     return (
         Figure(
@@ -112,20 +108,6 @@ METHODS = (
             _weighted("0.01", "l001", "none", at_most=-0.2),
             _weighted("0.1", "l01", "none"),
             _weighted("0.1", "l01", "random", at_most=-0.1),
-            Figure(
-                "probe accuracy on dialects of Spanish, tiny Llama, weight 0.1, minus none",
-                _dialects("l01"),
-                "domains/probe_accuracy",
-                at_most=-0.05,
-                minus=_dialects("none"),
-            ),
-            Figure(
-                "validation loss on dialects of Spanish, tiny Llama, weight 0.1, over none",
-                _dialects("l01"),
-                "loss",
-                at_most=1.0,
-                over=_dialects("none"),
-            ),
         ),
     ),
 )
