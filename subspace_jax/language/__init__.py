@@ -2,6 +2,7 @@
 
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask, option_scores, score_rows, token_nll
+from subspace_jax.language.decoupled import DecoupledLMTask
 from subspace_jax.language.finetune import (
     build,
     default_config,
@@ -16,6 +17,7 @@ from subspace_jax.language.texts import texts_of, trains_on_conversations
 __all__ = [
     "AdaptedLMTask",
     "CausalLMTask",
+    "DecoupledLMTask",
     "build",
     "default_config",
     "default_targets",

@@ -99,9 +99,15 @@ class AdaptedLMTask(train.Task):
 
     def loss(self, params, variables, batch, *, key, step):
         """Returns the loss of :class:`CausalLMTask`."""
-        bound = adapters.bind(self._frozen(variables), params, self.settings, key=key)
-        loss, (_, metrics) = self._training.loss(bound, {}, batch, key=key, step=step)
+        del step
+        loss, metrics, _ = self.loss_and_states(params, variables, batch, key=key)
         return loss, (variables, metrics)
+
+    def loss_and_states(self, params, variables, batch, *, key=None, layers=()):
+        """Returns those of :class:`CausalLMTask`; without a key nothing is dropped."""
+        bound = adapters.bind(self._frozen(variables), params, self.settings, key=key)
+        lm = self._lm if key is None else self._training
+        return lm.loss_and_states(bound, {}, batch, key=key, layers=layers)
 
     def evaluate(self, params, variables, batch, *, key):
         """Returns the sums of :class:`CausalLMTask`."""

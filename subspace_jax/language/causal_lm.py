@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,11 +86,25 @@ class CausalLMTask(train.Task):
 
         Micro-batches of an accumulated step count alike, whatever their numbers of such tokens.
         """
-        del key, step
-        nll, hits = self.nll(params, batch)
+        del step
+        loss, metrics, _ = self.loss_and_states(params, variables, batch, key=key)
+        return loss, (variables, metrics)
+
+    def loss_and_states(self, params, variables, batch, *, key=None, layers=()):
+        """Returns loss and metrics of :meth:`loss`, and some hidden states ``[layers, batch, length, d]``.
+
+        Args:
+          params: The parameters.
+          variables: Not used.
+          batch: The batch.
+          key: Not used.
+          layers: Which of the hidden states of :func:`subspace_jax.nn.causal_lm_apply`; None is returned for none.
+        """
+        del variables, key
+        nll, hits, hidden = self._scored(params, batch, layers)
         count = jnp.maximum(jnp.sum(batch["weights"]), 1)
         loss, accuracy = (jnp.sum(x * batch["weights"]) / count for x in (nll, hits))
-        return loss, (variables, {"accuracy": accuracy})
+        return loss, {"accuracy": accuracy}, hidden
 
     def evaluate(self, params, variables, batch, *, key):
         """Returns sums over the weighted tokens of the examples, and the number of such tokens."""
@@ -101,6 +115,9 @@ class CausalLMTask(train.Task):
 
     def nll(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Negative log-likelihood of each label in nats, and whether no token is likelier, ``[batch, length]``."""
+        return self._scored(params, batch)[:2]
+
+    def _scored(self, params: PyTree, batch: Batch, layers: Sequence[int] = ()) -> tuple[jax.Array, ...]:
         hooks, shards = dict(self._hooks), 1
         if sequence := train.mesh_axes("sequence"):
             mesh = train.current_mesh()
@@ -115,9 +132,11 @@ class CausalLMTask(train.Task):
             segment_ids=batch["segment_ids"],
             with_logits=False,
             dtype=self._dtype,
+            capture_hidden=bool(layers),
             options=nn.LayerOptions(**hooks),
         )
-        return token_nll(self.config, params, out.final, _shard(batch["labels"]), self._loss_chunk, shards)
+        scores = token_nll(self.config, params, out.final, _shard(batch["labels"]), self._loss_chunk, shards)
+        return *scores, (jnp.stack([out.hidden[i] for i in layers]) if layers else None)
 
 
 def _shard(x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from subspace_jax import adapters, data, interop, nn, train
 from subspace_jax.data import text
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
+from subspace_jax.language.decoupled import DecoupledLMTask, decoupled, domains_of
 from subspace_jax.language.texts import texts_of
 from subspace_jax.train.fields import check_choice, nearest
 from subspace_jax.train.optimizer import uses_probes
@@ -50,14 +51,18 @@ def default_config() -> ConfigDict:
     architecture that starts from random numbers.  ``model.stacked`` false keeps layers apart, which is faster on a CPU
     and takes longer to compile.  ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of
     ``model.folder``, or bytes.
-    ``data.source`` is "docstrings" or "summaries" (what is installed here, see
-    :func:`subspace_jax.data.text.docstrings` and :func:`subspace_jax.data.text.function_summaries`), a ``.jsonl``,
+    ``data.source`` is "docstrings", "summaries" or "dialects" (what is installed here, see
+    :func:`subspace_jax.data.text.docstrings`, :func:`subspace_jax.data.text.function_summaries` and
+    :func:`subspace_jax.data.text.dialects`), a ``.jsonl``,
     ``.parquet`` or text file, or a TFDS set; see :func:`subspace_jax.language.texts_of` for the other fields of
     ``data`` that say what its texts are.  ``data.eval_rows`` of the packed rows for evaluation are taken, evenly
     spaced; 0 takes all.
     ``adapter`` is of :func:`subspace_jax.train.default_adapter`; where it is empty, all parameters train.  With
     ``optim.name`` "adaprelora" and ``optim.kwargs.stats`` "full" a step also finds the energies of the whole weights'
     gradients, see :func:`subspace_jax.adapters.add_gradient_probes`; over micro-batches they are averaged.
+    ``decoupling`` is of :func:`subspace_jax.train.default_decoupling`: with a ``target``, hidden states are decoupled
+    from it (arXiv 2508.12803), and every row has a field ``domain``.  ``decoupling.layers`` are those of
+    :class:`DecoupledLMTask`.
     """
     config = train.default_config()
     config.task = "subspace_jax.language.finetune"
@@ -93,6 +98,8 @@ def default_config() -> ConfigDict:
         }
     )
     config.adapter = train.default_adapter()
+    config.decoupling = train.default_decoupling()
+    config.decoupling.layers = (-1,)
     config.optim.name = "adamw"
     config.optim.learning_rate = 1e-3
     return config.lock()
@@ -107,12 +114,14 @@ def build(config: ConfigDict) -> train.Run:
     """
     model, tokenizer = _sized_model(config)
     sizes = config.data
-    rows = [
-        text.pack_rows(texts_of(config, split, tokenizer), tokenizer, sizes.length, truncation=sizes.truncation)
-        for split in ("train", "eval")
-    ]
+    texts = [texts_of(config, split, tokenizer) for split in ("train", "eval")]
+    domains = domains_of(texts[0]) if config.decoupling.target else ()
+    task = inner = _task(config, model, config.model.folder or None)
+    if domains:
+        task = decoupled(inner, config, domains)
+    packing = {"truncation": sizes.truncation, "domains": domains}
+    rows = [text.pack_rows(examples, tokenizer, sizes.length, **packing) for examples in texts]
     rows[1] = _evenly_spaced(rows[1], sizes.eval_rows)
-    task = _task(config, model, config.model.folder or None)
     batches = functools.partial(data.train_batches, rows[0], batch_size=sizes.batch_size)
     batches(seed=config.seed)  # what is wrong with batch size or seed shows now
     examples = train.DataSpec(
@@ -122,9 +131,9 @@ def build(config: ConfigDict) -> train.Run:
         steps_per_epoch=data.steps_per_epoch(len(rows[0]["inputs"]), sizes.batch_size),
     )
     about = ""
-    if isinstance(task, AdaptedLMTask):
-        shapes = adapters.drop_gradient_probes(task.shapes)
-        table = adapters.describe(nn.param_shapes(model), shapes, task.settings)
+    if isinstance(inner, AdaptedLMTask):
+        shapes = adapters.drop_gradient_probes(inner.shapes)
+        table = adapters.describe(nn.param_shapes(model), shapes, inner.settings)
         about = f"  adapters\n{textwrap.indent(table, '    ')}"
     return train.Run((train.Phase("train", task, examples),), about=about)
 
@@ -155,6 +164,10 @@ def outline(config: ConfigDict) -> train.Run:
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     # Adapters are planned for a frozen model that comes from a folder, also where none is named yet.
     task = _task(config, model, config.model.folder or (config.adapter.method and "unread") or None)
+    if target := config.decoupling.target:
+        # The names of the others are in the texts; their number hardly counts.
+        task = decoupled(task, config, (target, f"not {target}"))
+        batch["domains"] = jax.ShapeDtypeStruct(shape, jnp.int32)
     return train.Run((train.Phase("train", task, train.outlined(batch, config.data.eval_batch_size)),))
 
 
@@ -258,6 +271,7 @@ def export(
         _check_new(folder)
     run, phase, state, _ = train.restore(workdir, step=step, trust_remote_code=trust_remote_code)
     task, model = phase.task, run.config.model
+    task = task.task if isinstance(task, DecoupledLMTask) else task
     if isinstance(task, AdaptedLMTask) and not merged:
         shapes, params = (adapters.drop_gradient_probes(tree) for tree in (task.shapes, state.params))
         fields = interop.peft_fields(task.config, shapes, task.settings, base_model=model.folder)

@@ -14,7 +14,7 @@ from subspace_jax.data.text.conversations import ASSISTANT
 
 log = logging.getLogger(__name__)
 
-_INSTALLED = ("docstrings", "summaries")  # what needs no file
+_INSTALLED = ("docstrings", "summaries", "dialects")  # what needs no file
 
 
 def texts_of(
@@ -22,7 +22,7 @@ def texts_of(
 ) -> list[text.Completion] | list[text.Passage]:
     """Returns the examples of "train" or "eval" that a config asks for.
 
-    ``data.source`` is "docstrings", "summaries", a file or a TFDS set (with ``data.train_split`` and
+    ``data.source`` is "docstrings", "summaries", "dialects", a file or a TFDS set (with ``data.train_split`` and
     ``data.eval_split``).  The rows of a file are recognised by their fields, see
     :func:`subspace_jax.data.text.read_texts`; ``data.prompt`` and ``data.completion`` name others.
     ``data.evaluation`` is a second file for evaluation; or ``data.holdout`` is the share of the first one that is held
@@ -54,6 +54,8 @@ def texts_of(
         raise ValueError(f"data.holdout: a share of {fields.holdout} is held out beside no other set, got {other}")
     if fields.source == "summaries":
         return text.function_summaries(split=name)
+    if fields.source == "dialects":
+        return text.dialects(split=name)
     if fields.source == "docstrings":
         return [text.Completion("", t) for t in text.docstrings(split=name)]
     source = fields.evaluation if split == "eval" and fields.evaluation else fields.source

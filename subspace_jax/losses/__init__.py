@@ -2,6 +2,7 @@
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
+from subspace_jax.losses.decoupling import decoupling_penalty, project_out
 from subspace_jax.losses.margin import MarginTerms, Pairs, margin_loss, pairwise_distances, sample_pairs
 from subspace_jax.losses.multi_positive import (
     multi_positive_infonce,
@@ -16,9 +17,11 @@ __all__ = [
     "binary_cross_entropy",
     "clip_loss",
     "cross_entropy",
+    "decoupling_penalty",
     "margin_loss",
     "multi_positive_infonce",
     "pairwise_distances",
+    "project_out",
     "sample_pairs",
     "scan_keys",
     "siglip_loss",

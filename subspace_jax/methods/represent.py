@@ -10,6 +10,33 @@ def _few_shot(name: str, command: str, metric: str, at_least: float | None = Non
     return Figure(name, command, metric, at_least=at_least, seeds=(0,))
 
 
+def _mixture(variant: str) -> str:
+    return train(f"represent/decoupling_synthetic:{variant}")
+
+
+def _decoupled(weight: str, variant: str) -> tuple[Figure, Figure]:
+    return (
+        Figure(
+            f"probe accuracy on a mixture of domains, weight {weight}, minus none",
+            _mixture(variant),
+            "domains/probe_accuracy",
+            at_most=-0.2,
+            minus=_mixture("none"),
+        ),
+        Figure(f"task accuracy on the mixture, weight {weight}", _mixture(variant), "accuracy", at_least=0.98),
+    )
+
+
+def _weighted(weight: str, variant: str, other: str, at_most: float | None = None) -> Figure:
+    return Figure(
+        f"accuracy of a probe that weighs both kinds the same, weight {weight}, minus {other}",
+        _mixture(variant),
+        "domains/weighted_probe_accuracy",
+        at_most=at_most,
+        minus=_mixture(other),
+    )
+
+
 METHODS = (
     Method(
         name="gcr",
@@ -190,5 +217,34 @@ METHODS = (
             ),
         ),
         needs=("minilm",),
+    ),
+    Method(
+        name="decoupling-probe",
+        area="represent",
+        title="Decoupling from a dominant domain",
+        paper="When Alignment Hurts: Decoupling Representational Spaces in Multilingual Models",
+        arxiv=("2508.12803",),
+        summary=(
+            "Fine-tunes a model on related domains, such as the dialects of a language, of which one dominates.  A "
+            "variational probe estimates again and again the subspace of hidden states that tells the dominant one; a "
+            "penalty keeps all states out of it."
+        ),
+        module="subspace_jax.represent.decoupling_probe",
+        configs=("represent/decoupling_synthetic", "represent/decoupling_dialects"),
+        command="subspace-jax train --config represent/decoupling_synthetic:l01 --workdir work/decoupling_l01",
+        figures=(
+            *_decoupled("0.01", "l001"),
+            *_decoupled("0.1", "l01"),
+            Figure(
+                "probe accuracy on the mixture, weight 0.1, minus that with random subspaces",
+                _mixture("l01"),
+                "domains/probe_accuracy",
+                at_most=-0.1,
+                minus=_mixture("random"),
+            ),
+            _weighted("0.01", "l001", "none", at_most=-0.2),
+            _weighted("0.1", "l01", "none"),
+            _weighted("0.1", "l01", "random", at_most=-0.1),
+        ),
     ),
 )

@@ -5,9 +5,11 @@ from subspace_jax.metrics.clustering import match_assignments, normalized_mutual
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
+from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
+    "balanced_probe_accuracy",
     "bleu",
     "choice_accuracy",
     "class_separation_r2",

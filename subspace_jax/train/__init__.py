@@ -22,6 +22,7 @@ from subspace_jax.train.context import (
     use_mesh,
 )
 from subspace_jax.train.curves import plot_curves
+from subspace_jax.train.decoupling_config import decoupler_of, default_decoupling
 from subspace_jax.train.evaluators import Evaluations, Evaluator, TaskEvaluator, evaluate
 from subspace_jax.train.experiment import Restored, build, evaluate_run, restore, run
 from subspace_jax.train.hook import Hook
@@ -95,8 +96,10 @@ __all__ = [
     "constrain",
     "current_mesh",
     "current_rules",
+    "decoupler_of",
     "default_adapter",
     "default_config",
+    "default_decoupling",
     "differing_fields",
     "evaluate",
     "evaluate_run",

@@ -3,10 +3,12 @@
 from subspace_jax.data.text.chat_template import ChatTemplate, load_chat_template
 from subspace_jax.data.text.conversations import Conversation, conversation_of
 from subspace_jax.data.text.corpus import docstrings, function_summaries
+from subspace_jax.data.text.dialects import dialects
 from subspace_jax.data.text.holdout import count_different, hold_out
 from subspace_jax.data.text.records import (
     Choice,
     Completion,
+    DomainCompletion,
     Passage,
     holds_conversations,
     json_rows,
@@ -31,6 +33,7 @@ __all__ = [
     "Choice",
     "Completion",
     "Conversation",
+    "DomainCompletion",
     "FileTokenizer",
     "Passage",
     "Tokenizer",
@@ -39,6 +42,7 @@ __all__ = [
     "conversation_of",
     "count_different",
     "decode_continuation",
+    "dialects",
     "docstrings",
     "encode",
     "function_summaries",

@@ -19,6 +19,18 @@ class Completion(NamedTuple):
     completion: str
 
 
+class DomainCompletion(Completion):
+    """A completion of a known domain, such as a dialect; it equals one of the same texts and another domain."""
+
+    domain: str
+
+    def __new__(cls, prompt: str, completion: str, domain: str):
+        """Returns the completion."""
+        self = super().__new__(cls, prompt, completion)
+        self.domain = domain
+        return self
+
+
 class Passage(NamedTuple):
     """A text with the parts that the loss covers, as first character and end of each; nothing is added to it."""
 
@@ -41,7 +53,8 @@ def read_texts(
 
     Rows with the field ``messages`` are conversations, those with ``prompt`` and ``completion`` pairs, and those with
     ``text`` plain texts.  Where several are there, the first of these counts; it is the same in all rows of a file.
-    Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.
+    Where prompt and completion are lists of messages, each row is a conversation whose completion is learnt.  A text in
+    the field ``domain`` makes a completion a :class:`DomainCompletion`.
 
     Args:
       path: The file.  Documents in plain text are separated by empty lines.
@@ -106,7 +119,10 @@ def _examples(
             _check_unicode(given, f"{where}: expected Unicode text")
             yield conversation_of(row, where, fields)
         else:
-            yield Completion(_field(row, fields[0], where) if len(fields) > 1 else "", _field(row, fields[-1], where))
+            prompt = _field(row, fields[0], where) if len(fields) > 1 else ""
+            completion, domain = _field(row, fields[-1], where), row.get("domain")
+            known = isinstance(domain, str) and domain
+            yield DomainCompletion(prompt, completion, domain) if known else Completion(prompt, completion)
 
 
 def _recognised(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -187,7 +203,7 @@ def _parquet(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Mapping[
             names = names or _recognised(there, str(file))
             if absent := [name for name in names if name not in there]:
                 raise ValueError(f"{file}: no field {absent[0]!r}; there are {_shown(there)}")
-            columns = list(dict.fromkeys([*names, *(["tools"] if "tools" in there else [])]))
+            columns = list(dict.fromkeys([*names, *(name for name in ("tools", "domain") if name in there)]))
             number = 0
             for batch in table.iter_batches(columns=columns):
                 for row in batch.to_pylist():

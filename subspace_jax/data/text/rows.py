@@ -6,7 +6,8 @@ Rows are dicts of arrays ``[rows, length]`` for :func:`subspace_jax.data.train_b
 - ``labels`` int32, the next token at each position;
 - ``weights`` float32, 1 where the loss counts and 0 elsewhere;
 - ``segment_ids`` int32, number of the text in its row, from 1; 0 for padding;
-- ``positions`` int32, position in the text, from 0.
+- ``positions`` int32, position in the text, from 0;
+- ``domains`` int32, where :func:`pack_rows` is given their names: that of the text, -1 for padding.
 """
 
 import bisect
@@ -67,13 +68,17 @@ def pad_rows(
     Raises:
       ValueError: There is no example, or one does not fit.
     """
-    return _fill(
-        [[piece] for piece in _pieces(examples, tokenizer, length, "cut" if truncate else "refuse")], length, tokenizer
-    )
+    pieces = _pieces(examples, tokenizer, length, "cut" if truncate else "refuse")
+    return _fill([[piece] for piece in pieces], length, tokenizer)
 
 
 def pack_rows(
-    examples: Iterable[Completion | Passage], tokenizer: Tokenizer, length: int, *, truncation: str = "split"
+    examples: Iterable[Completion | Passage],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    truncation: str = "split",
+    domains: Sequence[str] = (),
 ) -> Rows:
     """Packs several texts into a row by best-fit decreasing.
 
@@ -86,12 +91,14 @@ def pack_rows(
       length: Length of a row in tokens.
       truncation: Treatment of texts longer than a row: "split" makes several texts of each, "cut" drops their ends,
         "refuse" raises.
+      domains: Names of the domains of the examples, each a :class:`DomainCompletion` then: the rows get the field
+        ``domains``.
 
     Raises:
-      ValueError: There is no example, one does not fit, or ``truncation`` is unknown.
+      ValueError: There is no example, one does not fit or is of another domain, or ``truncation`` is unknown.
     """
-    pieces = _pieces(examples, tokenizer, length, truncation)
-    sizes = [len(tokens) - 1 for tokens, _ in pieces]
+    pieces = _pieces(examples, tokenizer, length, truncation, domains)
+    sizes = [len(tokens) - 1 for tokens, _, _ in pieces]
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # rows by their number of free positions
     left_sizes: list[int] = []  # the keys of open_rows, in order
@@ -112,7 +119,7 @@ def pack_rows(
             open_rows[left] = []
         if left:
             open_rows[left].append(row)
-    return _fill([[pieces[i] for i in sorted(row)] for row in rows], length, tokenizer)
+    return _fill([[pieces[i] for i in sorted(row)] for row in rows], length, tokenizer, bool(domains))
 
 
 def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -> Rows:
@@ -155,15 +162,19 @@ def choice_rows(examples: Sequence[Choice], tokenizer: Tokenizer, length: int) -
     }
 
 
-def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns encoded texts of at most ``length + 1`` tokens, the last of which is a label only."""
+def _pieces(examples, tokenizer, length, truncation, domains=()) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Returns encoded texts of at most ``length + 1`` tokens, the last of which is a label only, and their domains."""
     if length < 1:
         raise ValueError(f"length: expected at least 1 token, got {length}")
     if truncation not in ("split", "cut", "refuse"):
         raise ValueError(f"truncation: expected 'split', 'cut' or 'refuse', got {truncation!r}")
-    pieces, split, left_out = [], 0, 0
+    pieces, split, left_out, labels = [], 0, 0, {name: i for i, name in enumerate(domains)}
     for number, example in enumerate(examples):
         tokens, in_loss = encode(example, tokenizer)
+        name = getattr(example, "domain", None)
+        if domains and name not in labels:
+            raise ValueError(f"example {number}: expected one of the domains {tuple(domains)}, got {name!r}")
+        domain = labels[name] if domains else -1
         if len(tokens) > length + 1 and truncation == "refuse":
             raise ValueError(f"example {number}: {len(tokens) - 1} tokens, a row has {length}")
         starts = range(0, max(len(tokens) - 1, 0), length) if truncation == "split" else range(min(len(tokens) - 1, 1))
@@ -171,7 +182,7 @@ def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, n
         for start in starts:
             part = slice(start, start + length + 1)
             if in_loss[part][1:].any():
-                pieces.append((tokens[part], in_loss[part]))
+                pieces.append((tokens[part], in_loss[part], domain))
             else:
                 left_out += len(starts) > 1
     if not pieces:
@@ -188,7 +199,7 @@ def _pieces(examples, tokenizer, length, truncation) -> list[tuple[np.ndarray, n
     return pieces
 
 
-def _fill(rows, length: int, tokenizer: Tokenizer) -> Rows:
+def _fill(rows, length: int, tokenizer: Tokenizer, with_domains: bool = False) -> Rows:
     shape = (len(rows), length)
     out = {
         "inputs": np.full(shape, tokenizer.pad_id, np.int32),
@@ -196,14 +207,17 @@ def _fill(rows, length: int, tokenizer: Tokenizer) -> Rows:
         "weights": np.zeros(shape, np.float32),
         "segment_ids": np.zeros(shape, np.int32),
         "positions": np.zeros(shape, np.int32),
+        **({"domains": np.full(shape, -1, np.int32)} if with_domains else {}),
     }
     for r, row in enumerate(rows):
         start = 0
-        for segment, (tokens, in_loss) in enumerate(row, start=1):
+        for segment, (tokens, in_loss, domain) in enumerate(row, start=1):
             size = len(tokens) - 1
             span = (r, slice(start, start + size))
             out["inputs"][span], out["labels"][span] = tokens[:-1], tokens[1:]
             out["weights"][span] = in_loss[1:]
             out["segment_ids"][span], out["positions"][span] = segment, np.arange(size)
+            if with_domains:
+                out["domains"][span] = domain
             start += size
     return out

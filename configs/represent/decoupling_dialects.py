@@ -1,0 +1,48 @@
+"""Five varieties of Spanish from Django's catalogues, hidden states decoupled from that of Spain (for 2508.12803).
+
+    pip install "subspace-jax[real]"
+    subspace-jax pretrain --config represent/decoupling_dialects:l01 --workdir work/dialects_l01
+
+Variants: ``none`` (the penalty has no weight) and ``l01`` (weight 0.1): a Llama of 0.8 M parameters that reads bytes,
+from scratch.  ``smollm2_none`` and ``smollm2_l01``: SmolLM2 by LoRA, with ``subspace-jax fetch smollm2`` before and
+``finetune`` in place of ``pretrain``.
+
+A text is the name of a dialect, an English message and its translation, of which the loss covers the translation.
+Every fifth position of the result's ``domains/probe_accuracy`` must be harder to tell than without a penalty, at no
+higher loss on new messages.
+"""
+
+from subspace_jax.language import finetune
+
+WEIGHTS = {"none": 0.0, "l01": 0.1, "smollm2_none": 0.0, "smollm2_l01": 0.1}
+
+
+def get_config(variant="l01"):
+    if variant not in WEIGHTS:
+        raise ValueError(f"variant: expected one of {tuple(WEIGHTS)}, got {variant!r}")
+    config = finetune.default_config()
+    config.data.source = "dialects"
+    config.data.length = 128
+    config.decoupling.target = "es"
+    config.decoupling.weight = WEIGHTS[variant]
+    config.optim.clip_norm = 1.0
+    if variant.startswith("smollm2"):
+        config.model.folder = "work/models/smollm2"
+        config.data.batch_size = 2
+        config.data.eval_batch_size = 8
+        config.data.eval_rows = 64
+        config.adapter.method = "lora"
+        config.adapter.rank = 16
+        config.decoupling.every = 20
+        config.train.steps = 120
+        config.optim.learning_rate = 1e-3
+    else:
+        config.data.batch_size = 8
+        config.data.eval_batch_size = 16
+        config.decoupling.every = 50
+        config.train.steps = 300
+        config.optim.learning_rate = 3e-3
+        config.optim.kwargs = {"weight_decay": 0.1}
+    config.optim.warmup_steps = config.train.steps // 10
+    config.train.eval_every = config.train.checkpoint_every = config.train.steps
+    return config
