@@ -8,12 +8,22 @@ from subspace_jax.losses.multi_positive import (
     supervised_contrastive,
     supervised_infonce,
 )
+from subspace_jax.losses.variational import (
+    cross_correlation,
+    cross_correlation_penalty,
+    gaussian_kl,
+    reparameterize,
+)
 
 __all__ = [
     "binary_cross_entropy",
     "clip_loss",
+    "cross_correlation",
+    "cross_correlation_penalty",
     "cross_entropy",
+    "gaussian_kl",
     "multi_positive_infonce",
+    "reparameterize",
     "scan_keys",
     "siglip_loss",
     "supervised_contrastive",
