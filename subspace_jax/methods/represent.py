@@ -2,6 +2,8 @@
 
 from subspace_jax.methods.records import Figure, Method, train
 
+_SPRITES = train("represent/sprites")
+
 METHODS = (
     Method(
         name="gcr",
@@ -51,6 +53,32 @@ METHODS = (
                 at_least=-0.005,
                 minus=train("gcr/digits_resnet:softmax"),
             ),
+        ),
+    ),
+    Method(
+        name="xfactors",
+        area="represent",
+        title="XFactors",
+        paper="XFactors: Disentangled Information Bottleneck via Contrastive Supervision",
+        arxiv=("2601.21688",),
+        summary=(
+            "A variational autoencoder whose code has a small subspace for each labelled factor and a residual for the "
+            "rest, taught by a contrastive loss on each subspace.  It swaps one factor between images, generates "
+            "images with a given value of a factor, and comes with the scores of disentanglement."
+        ),
+        module="subspace_jax.represent.xfactors",
+        configs=("represent/sprites", "represent/openmoji"),
+        command="subspace-jax train --config represent/sprites --workdir work/sprites",
+        figures=(
+            Figure("sprites: test accuracy of x by 5 neighbours in its subspace", _SPRITES, "factors/x_from_x", 0.95),
+            Figure("the same of y", _SPRITES, "factors/y_from_y", 0.95),
+            Figure("sprites: x in the subspace of y", _SPRITES, "factors/x_from_y", at_most=0.25),
+            Figure("sprites: y in the subspace of x", _SPRITES, "factors/y_from_x", at_most=0.25),
+            Figure("sprites: mean squared error of the reconstruction", _SPRITES, "mse", at_most=0.006),
+            Figure("sprites without labels: x in the block of x", train("represent/sprites:vae"), "factors/x_from_x"),
+            Figure("sprites: FactorVAE score", _SPRITES, "factors/factor_vae"),
+            Figure("sprites without labels: FactorVAE score", train("represent/sprites:vae"), "factors/factor_vae"),
+            Figure("sprites: MIG", _SPRITES, "factors/mig"),
         ),
     ),
 )

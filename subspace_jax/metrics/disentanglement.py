@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax.linalg import gram, working_dtype
 
@@ -26,9 +27,15 @@ def histogram_discretize(codes: jax.Array, num_bins: int = 20) -> jax.Array:
     Raises:
       ValueError: ``codes`` is no matrix, holds NaN or infinity, or ``num_bins`` is below 1.
     """
-    codes = check_codes("codes", codes)
+    check_codes("codes", codes)
     if num_bins < 1:
         raise ValueError(f"num_bins: expected at least 1, got {num_bins}")
+    return _discretized(codes, num_bins)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _discretized(codes, num_bins):
+    codes = codes.astype(working_dtype(codes))
     low, high = jnp.min(codes, axis=0), jnp.max(codes, axis=0)
     steps = jnp.arange(num_bins, dtype=codes.dtype)
     edges = steps[:, None] * ((high - low) / num_bins)[None] + low[None]
@@ -54,13 +61,18 @@ def mutual_information_matrix(bins: jax.Array, factors: jax.Array) -> jax.Array:
     if bins.ndim != 2 or not jnp.issubdtype(bins.dtype, jnp.integer):
         raise ValueError(f"bins: expected integers [examples, dims], got {bins.dtype} {bins.shape}")
     check_factors("factors", factors, bins.shape[0])
+    return _information(bins, factors)
+
+
+@jax.jit
+def _information(bins, factors):
     bins, factors = bins.astype(jnp.int32), factors.astype(jnp.int32)
 
     def of_code(code):
         return jax.lax.map(lambda factor: _entropy(code, factor), factors.T)
 
     joint = jax.lax.map(of_code, bins.T)
-    return jnp.maximum(factor_entropy(bins)[:, None] + factor_entropy(factors)[None, :] - joint, 0)
+    return jnp.maximum(_entropies(bins)[:, None] + _entropies(factors)[None, :] - joint, 0)
 
 
 def factor_entropy(factors: jax.Array) -> jax.Array:
@@ -72,6 +84,11 @@ def factor_entropy(factors: jax.Array) -> jax.Array:
     Returns:
       ``[factors]`` in nats, float32, or float64 where 64-bit types are enabled.
     """
+    return _entropies(factors)
+
+
+@jax.jit
+def _entropies(factors):
     return jax.lax.map(_entropy, factors.T.astype(jnp.int32))
 
 
@@ -95,8 +112,12 @@ def mig(codes: jax.Array, factors: jax.Array, num_bins: int = 20) -> jax.Array:
     _check_both(codes, factors)
     if codes.shape[1] < 2:
         raise ValueError(f"codes: expected at least two dimensions for a gap, got {codes.shape}")
-    information = mutual_information_matrix(histogram_discretize(codes, num_bins), factors)
-    return jnp.mean(_gap(information) / factor_entropy(factors))
+    return _mig(codes, factors, num_bins)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mig(codes, factors, num_bins):
+    return jnp.mean(_gap(_information(_discretized(codes, num_bins), factors)) / _entropies(factors))
 
 
 def modularity(codes: jax.Array, factors: jax.Array, num_bins: int = 20) -> jax.Array:
@@ -118,7 +139,12 @@ def modularity(codes: jax.Array, factors: jax.Array, num_bins: int = 20) -> jax.
     """
     _check_both(codes, factors)
     check_several_factors(factors.shape[1])
-    squares = jnp.square(mutual_information_matrix(histogram_discretize(codes, num_bins), factors))
+    return _modularity(codes, factors, num_bins)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _modularity(codes, factors, num_bins):
+    squares = jnp.square(_information(_discretized(codes, num_bins), factors))
     largest, total = jnp.max(squares, axis=1), jnp.sum(squares, axis=1)
     informs = largest > 0
     others = (total - largest) / (jnp.where(informs, largest, 1) * (factors.shape[1] - 1))
@@ -138,7 +164,7 @@ def sap_from_scores(scores: jax.Array) -> jax.Array:
     Raises:
       ValueError: There are fewer than two dimensions, or a score is NaN.
     """
-    scores = check_codes("scores", scores)
+    check_codes("scores", scores)
     if scores.shape[0] < 2:
         raise ValueError(f"scores: expected at least two dimensions for a gap, got {scores.shape}")
     return jnp.mean(_gap(scores))
@@ -158,26 +184,28 @@ def sap_continuous(codes: jax.Array, factors: jax.Array) -> jax.Array:
       ValueError: As for :func:`mig`.
     """
     _check_both(codes, factors)
+    if codes.shape[1] < 2:
+        raise ValueError(f"codes: expected at least two dimensions for a gap, got {codes.shape}")
+    return _sap(codes, factors)
+
+
+@jax.jit
+def _sap(codes, factors):
     wide = working_dtype(codes)
     codes, values = (x.astype(wide) - jnp.mean(x.astype(wide), axis=0, keepdims=True) for x in (codes, factors))
     count = codes.shape[0]
     variance, of_factor = (jnp.sum(jnp.square(x), axis=0) / count for x in (codes, values))
     there = variance > _LEAST_VARIANCE
     product = jnp.where(there, variance, 1)[:, None] * of_factor[None, :]
-    return sap_from_scores(jnp.where(there[:, None], jnp.square(gram(codes, values) / count) / product, 0))
+    return jnp.mean(_gap(jnp.where(there[:, None], jnp.square(gram(codes, values) / count) / product, 0)))
 
 
-def check_codes(name: str, codes: jax.Array) -> jax.Array:
-    """Returns codes ``[examples, dims]`` as float32 or wider; raises a ValueError for another shape, NaN or infinity.
-
-    Values are looked at outside of ``jit`` only.
-    """
+def check_codes(name: str, codes: jax.Array) -> None:
+    """Raises a ValueError unless codes are a matrix ``[examples, dims]`` and, outside of ``jit``, finite."""
     if codes.ndim != 2 or 0 in codes.shape:
         raise ValueError(f"{name}: expected a matrix [examples, dims], got shape {codes.shape}")
-    codes = jnp.asarray(codes).astype(working_dtype(codes))
-    if not isinstance(codes, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(codes))):
+    if _is_here(codes) and not np.isfinite(np.asarray(codes)).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    return codes
 
 
 def check_factors(name: str, factors: jax.Array, num_examples: int) -> None:
@@ -197,11 +225,13 @@ def check_several_factors(num_factors: int) -> None:
 def _check_both(codes: jax.Array, factors: jax.Array) -> None:
     check_codes("codes", codes)
     check_factors("factors", factors, codes.shape[0])
-    if isinstance(factors, jax.core.Tracer):
-        return
-    constant = jnp.flatnonzero(jnp.min(factors, axis=0) == jnp.max(factors, axis=0))
-    if constant.size:
+    if _is_here(factors) and (constant := np.flatnonzero(np.ptp(np.asarray(factors), axis=0) == 0)).size:
         raise ValueError(f"factors: expected several values of each, factor {constant[0]} has one")
+
+
+def _is_here(x: jax.Array) -> bool:
+    """Whether the values of an array can be looked at."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _gap(scores: jax.Array) -> jax.Array:

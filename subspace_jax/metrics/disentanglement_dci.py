@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.linalg import gram
+from subspace_jax.linalg import gram, working_dtype
 from subspace_jax.metrics.disentanglement import check_codes, check_factors, check_several_factors
 
 # Of disentanglement_lib (arXiv 1811.12359), and of the authors' code of XFactors (arXiv 2601.21688).
@@ -55,12 +55,18 @@ def dci_from_importance(importance: jax.Array, variant: str = "disentanglement_l
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    r = check_codes("importance", importance)
-    check_several_factors(r.shape[1])
-    if r.shape[0] < 2:
-        raise ValueError(f"importance: expected at least two dimensions, got shape {r.shape}")
-    if not isinstance(r, jax.core.Tracer) and bool(jnp.any(r < 0)):
+    check_codes("importance", importance)
+    check_several_factors(importance.shape[1])
+    if importance.shape[0] < 2:
+        raise ValueError(f"importance: expected at least two dimensions, got shape {importance.shape}")
+    if not isinstance(importance, jax.core.Tracer) and np.any(np.asarray(importance) < 0):
         raise ValueError("importance: expected no negative entry")
+    return _dci(importance, variant)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dci(r, variant):
+    r = r.astype(working_dtype(r))
     rows, columns = (1 - _entropy(x, variant) for x in (r, r.T))
     total = jnp.sum(r)
     if variant == "xfactors":
@@ -89,7 +95,7 @@ def l1_importance(
     *,
     penalty: float = 0.01,
     num_steps: int = 500,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Importances by multinomial logistic regression with an L1 penalty: sums over classes of ``|weights|``.
 
     Minimises the mean cross-entropy plus ``penalty`` times the sum of ``|weights|``, biases left free, by accelerated
@@ -117,14 +123,15 @@ def l1_importance(
         labels_test.append(group[len(column) :])
         sizes.append(len(values))
     exists = np.arange(max(sizes)) < np.asarray(sizes)[:, None]
-    targets = (np.asarray(labels)[..., None] == np.arange(max(sizes))).astype(codes.dtype)
+    targets = np.asarray(labels)[..., None] == np.arange(max(sizes))
     weights, predicted = _fista(codes, codes_test, targets, exists, penalty, num_steps=num_steps)
-    return jnp.sum(jnp.abs(weights), axis=2).T, jnp.mean(predicted == np.asarray(labels_test), axis=1)
+    return np.abs(np.asarray(weights)).sum(axis=2).T, np.mean(np.asarray(predicted) == np.asarray(labels_test), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _fista(codes, codes_test, targets, exists, penalty, *, num_steps):
     """Weights ``[factors, dims, classes]`` and predicted classes ``[factors, test examples]``."""
+    codes, codes_test, targets = (x.astype(working_dtype(codes)) for x in (codes, codes_test, targets))
 
     def with_one(x):
         return jnp.concatenate([x, jnp.ones((x.shape[0], 1), x.dtype)], axis=1)
@@ -180,9 +187,10 @@ def dci_scores(
     Raises:
       ValueError: As for :func:`dci_from_importance`; or shapes do not match, or codes are not finite.
     """
-    codes, codes_test = check_codes("codes", codes), check_codes("codes_test", codes_test)
+    check_codes("codes", codes)
+    check_codes("codes_test", codes_test)
     check_factors("y", y, codes.shape[0])
     check_factors("y_test", y_test, codes_test.shape[0])
     check_several_factors(y.shape[1])
     importance, scores = importance_fn(codes, y, codes_test, y_test)
-    return dci_from_importance(jnp.asarray(importance), variant)._replace(informativeness=jnp.mean(jnp.asarray(scores)))
+    return dci_from_importance(importance, variant)._replace(informativeness=np.mean(np.asarray(scores)))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.linalg import working_dtype
 from subspace_jax.metrics.disentanglement import check_codes, check_factors
 
 _VOTES_AT_A_TIME = 64
@@ -41,9 +42,15 @@ def factor_vae_votes(codes: jax.Array, batch_idx: jax.Array) -> jax.Array:
     Raises:
       ValueError: A shape is wrong, codes are not finite, or a batch has fewer than two examples.
     """
-    codes = check_codes("codes", codes)
+    check_codes("codes", codes)
     if batch_idx.ndim != 2 or batch_idx.shape[1] < 2:
         raise ValueError(f"batch_idx: expected [votes, at least 2 examples], got shape {batch_idx.shape}")
+    return _votes(codes, batch_idx)
+
+
+@jax.jit
+def _votes(codes, batch_idx):
+    codes = codes.astype(working_dtype(codes))
     spread = jnp.var(codes, axis=0)
     varies = spread > 0
     scale = jnp.where(varies, spread, 1)
@@ -67,6 +74,11 @@ def factor_vae_from_votes(
     Returns:
       The score.  Ties, and dimensions without a vote, go to the first factor.
     """
+    return _from_votes(dims, factors, shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _from_votes(dims, factors, shape):
     fitted, tested = (jnp.zeros(shape, jnp.int32).at[k, d].add(1) for k, d in zip(factors, dims, strict=True))
     majority = jnp.argmax(fitted, axis=0)
 
@@ -116,7 +128,7 @@ def factor_vae_score(
     dims, fixed = [], []
     sets = (("val", codes_val, y_val), ("test", codes_test, y_test))
     for own, (name, codes, factors) in zip(jax.random.split(key), sets, strict=True):
-        codes = check_codes(f"codes_{name}", codes)
+        check_codes(f"codes_{name}", codes)
         check_factors(f"y_{name}", factors, codes.shape[0])
         rows, factor = _fixed_factor_batches(own, factors, num_votes=num_votes, batch_size=batch_size)
         dims.append(factor_vae_votes(codes, rows))
@@ -140,27 +152,29 @@ def _fixed_factor_batches(
       Indices ``[num_votes, batch_size]`` and the factors that are fixed ``[num_votes]``, both int32.
     """
     num_examples, num_factors = factors.shape
-    ordered = jnp.sort(factors, axis=0)
+    of_factor, of_value, of_rows = jax.random.split(key, 3)
+    order = jnp.argsort(factors, axis=0).T
+    values = jnp.take_along_axis(factors.T, order, axis=1)
+    new = jnp.concatenate([jnp.ones((num_factors, 1), bool), values[:, 1:] != values[:, :-1]], axis=1)
+    # Where each value begins in the order, then the end of the order.
+    starts = jnp.sort(jnp.where(new, jnp.arange(num_examples), num_examples), axis=1)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=num_examples)
 
-    def count(values, column):
-        ends = [jnp.searchsorted(values, column, side=side) for side in ("left", "right")]
-        return ends[1] - ends[0]
+    fixed = jax.random.randint(of_factor, (num_votes,), 0, num_factors)
+    group = jax.random.randint(of_value, (num_votes,), 0, jnp.sum(new, axis=1)[fixed])
+    first = starts[fixed, group]
+    count = starts[fixed, group + 1] - first
+    few = count < batch_size
 
-    # An example drawn by the inverse of how many share its value has each value with the same probability.
-    weights = -jnp.log(jax.vmap(count, in_axes=1)(ordered, factors).astype(jnp.float32))
-    drawn_at_most = min(batch_size, num_examples)
+    def draw(chosen, step):
+        # Floyd's subsets: a number up to ``last``, and ``last`` itself where that number is taken.
+        i, uniform = step
+        last = jnp.where(few, count - 1, count - batch_size + i)
+        number = jnp.minimum((uniform * (last + 1).astype(uniform.dtype)).astype(last.dtype), last)
+        taken = jnp.any(chosen == number[:, None], axis=1) & ~few
+        return chosen.at[:, i].set(jnp.where(taken, last, number)), None
 
-    def draw(own):
-        of_factor, of_value, of_order, of_repeat = jax.random.split(own, 4)
-        factor = jax.random.randint(of_factor, (), 0, num_factors)
-        column = jnp.take(factors, factor, axis=1)
-        value = column[jax.random.categorical(of_value, weights[factor])]
-        same = column == value
-        order = jnp.where(same, jax.random.uniform(of_order, (num_examples,)), -1)
-        _, rows = jax.lax.top_k(order, drawn_at_most)
-        there = jnp.sum(same)
-        again = rows[jax.random.randint(of_repeat, (batch_size,), 0, jnp.minimum(there, drawn_at_most))]
-        rows = jnp.resize(rows, (batch_size,))
-        return jnp.where(there >= batch_size, rows, again).astype(jnp.int32), factor.astype(jnp.int32)
-
-    return jax.lax.map(draw, jax.random.split(key, num_votes), batch_size=_VOTES_AT_A_TIME)
+    uniforms = jax.random.uniform(of_rows, (batch_size, num_votes))
+    nothing = jnp.full((num_votes, batch_size), -1, count.dtype)
+    chosen, _ = jax.lax.scan(draw, nothing, (jnp.arange(batch_size), uniforms))
+    return order[fixed[:, None], first[:, None] + chosen].astype(jnp.int32), fixed.astype(jnp.int32)

@@ -74,5 +74,5 @@ def test_shapes_of_gaussians_that_do_not_match_are_refused(call):
 
 
 def test_cross_correlation_of_one_example_is_refused():
-    with pytest.raises(ValueError, match="a, b: expected .* of at least two examples"):
+    with pytest.raises(ValueError, match="of at least two examples, got"):
         losses.cross_correlation_penalty(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
