@@ -69,15 +69,15 @@ def test_layout_slices_splits_and_swaps_blocks():
     chex.assert_trees_all_equal(LAYOUT.swap(a, a, 0), a)
 
 
-INFONCE = jax.jit(lambda z, y, t: xfactors.factor_infonce(z, y, LAYOUT, 0.03 * t))
-SLOPE = jax.jit(jax.value_and_grad(lambda z, y, t: jnp.sum(xfactors.factor_infonce(z, y, LAYOUT, 0.03 * t))))
+INFONCE = jax.jit(lambda z, y: xfactors.factor_infonce(z, y, LAYOUT, 0.03))
+SLOPE = jax.jit(jax.value_and_grad(lambda z, y: jnp.sum(xfactors.factor_infonce(z, y, LAYOUT, 0.03))))
 WIDE = xfactors.SubspaceLayout(0, (4,))
 
 
 def test_factor_infonce_is_zero_where_all_labels_are_equal_or_distinct():
     z = jax.random.normal(jax.random.key(0), (6, 3)).at[0].set(0)
-    chex.assert_trees_all_close(INFONCE(z, jnp.zeros((6, 2), jnp.int32), 1.0), jnp.zeros(2), atol=1e-6)
-    value, grad = SLOPE(z, jnp.tile(jnp.arange(6)[:, None], (1, 2)), 1.0)
+    chex.assert_trees_all_close(INFONCE(z, jnp.zeros((6, 2), jnp.int32)), jnp.zeros(2), atol=1e-6)
+    value, grad = SLOPE(z, jnp.tile(jnp.arange(6)[:, None], (1, 2)))
     assert value == 0
     assert not grad.any()
 
@@ -86,9 +86,9 @@ def test_factor_infonce_ignores_order_and_length_and_is_finite_at_zero():
     z = jax.random.normal(jax.random.key(0), (6, 3)).at[0].set(0)
     labels = jnp.asarray([[0, 1], [0, 0], [1, 1], [1, 0], [2, 1], [0, 2]])
     order = jnp.asarray([5, 0, 3, 1, 4, 2])
-    chex.assert_trees_all_close(INFONCE(z[order], labels[order], 1.0), INFONCE(z, labels, 1.0), rtol=1e-5)
-    chex.assert_trees_all_close(INFONCE(3 * z, labels, 1.0), INFONCE(z, labels, 1.0), rtol=1e-5)
-    assert jnp.all(jnp.isfinite(SLOPE(z, labels, 1.0)[1]))
+    chex.assert_trees_all_close(INFONCE(z[order], labels[order]), INFONCE(z, labels), rtol=1e-5)
+    chex.assert_trees_all_close(INFONCE(3 * z, labels), INFONCE(z, labels), rtol=1e-5)
+    assert jnp.all(jnp.isfinite(SLOPE(z, labels)[1]))
 
 
 def test_factor_infonce_of_two_alike_and_the_rest_orthogonal_vanishes_at_a_low_temperature():
@@ -103,8 +103,9 @@ def test_factor_infonce_of_eight_devices_is_that_of_one():
     labels = jax.random.randint(jax.random.key(1), (16, 2), 0, 3)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, P("data"))
-    # At temperature 1; 0.03 would amplify the order of sums.
-    one, eight = (SLOPE(*arrays, 33.3) for arrays in ((z, labels), jax.device_put((z, labels), place)))
+    # At temperature 0.5; 0.03 would amplify the order of sums.
+    loss = jax.jit(jax.value_and_grad(lambda z, y: jnp.sum(xfactors.factor_infonce(z, y, LAYOUT, 0.5))))
+    one, eight = (loss(*arrays) for arrays in ((z, labels), jax.device_put((z, labels), place)))
     chex.assert_trees_all_close(jax.device_get(eight), jax.device_get(one), rtol=1e-5, atol=1e-6)
 
 
