@@ -23,14 +23,16 @@ def get_config(variant="xfactors"):
     config.data.name = "openmoji"
     config.data.targets = ("concept", "gender", "tone")
     config.data.test_share = 0.2
-    config.data.shift = 2
-    config.model.network = "conv"
-    config.model.widths = (24, 48, 96)
-    config.model.residual_dim = 8
-    config.model.factor_dims = (16, 2, 3)
+    config.data.size = 32
+    config.data.shift = 1
+    config.data.batch_size = 64
+    config.model.widths = (256, 256)
+    config.model.residual_dim = 4
+    config.model.factor_dims = (8, 2, 3)
+    config.loss.beta_s = 500.0
     if variant == "vae":
         config.loss.nce_weight = 0.0
-    config.train.steps = 3000
+    config.train.steps = 2500
     config.train.eval_every = 500
     config.train.checkpoint_every = 500
     return config

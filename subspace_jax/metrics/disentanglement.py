@@ -72,9 +72,10 @@ def _information(bins, factors):
         return jax.lax.map(lambda factor: _entropy(code, factor), factors.T)
 
     joint = jax.lax.map(of_code, bins.T)
-    return jnp.maximum(_entropies(bins)[:, None] + _entropies(factors)[None, :] - joint, 0)
+    return jnp.maximum(factor_entropy(bins)[:, None] + factor_entropy(factors)[None, :] - joint, 0)
 
 
+@jax.jit
 def factor_entropy(factors: jax.Array) -> jax.Array:
     """Entropy of each column of a matrix of integers, from its counts.
 
@@ -84,11 +85,6 @@ def factor_entropy(factors: jax.Array) -> jax.Array:
     Returns:
       ``[factors]`` in nats, float32, or float64 where 64-bit types are enabled.
     """
-    return _entropies(factors)
-
-
-@jax.jit
-def _entropies(factors):
     return jax.lax.map(_entropy, factors.T.astype(jnp.int32))
 
 
@@ -117,7 +113,7 @@ def mig(codes: jax.Array, factors: jax.Array, num_bins: int = 20) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _mig(codes, factors, num_bins):
-    return jnp.mean(_gap(_information(_discretized(codes, num_bins), factors)) / _entropies(factors))
+    return jnp.mean(_gap(_information(_discretized(codes, num_bins), factors)) / factor_entropy(factors))
 
 
 def modularity(codes: jax.Array, factors: jax.Array, num_bins: int = 20) -> jax.Array:

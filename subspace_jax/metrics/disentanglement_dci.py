@@ -1,6 +1,7 @@
 """Disentanglement, completeness and informativeness (Eastwood and Williams, ICLR 2018)."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def _entropy(r: jax.Array, variant: str) -> jax.Array:
     else:
         p = (r + _ADDED) / jnp.sum(r + _ADDED, axis=1, keepdims=True)
         logs = jnp.log(p)
-    return -jnp.sum(p * logs, axis=1) / np.log(r.shape[1])
+    return -jnp.sum(p * logs, axis=1) / math.log(r.shape[1])
 
 
 def l1_importance(

@@ -61,6 +61,7 @@ def _votes(codes, batch_idx):
     return jax.lax.map(vote, batch_idx, batch_size=_VOTES_AT_A_TIME)
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def factor_vae_from_votes(
     dims: tuple[jax.Array, jax.Array], factors: tuple[jax.Array, jax.Array], shape: tuple[int, int]
 ) -> FactorVAEScore:
@@ -74,11 +75,6 @@ def factor_vae_from_votes(
     Returns:
       The score.  Ties, and dimensions without a vote, go to the first factor.
     """
-    return _from_votes(dims, factors, shape)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _from_votes(dims, factors, shape):
     fitted, tested = (jnp.zeros(shape, jnp.int32).at[k, d].add(1) for k, d in zip(factors, dims, strict=True))
     majority = jnp.argmax(fitted, axis=0)
 
