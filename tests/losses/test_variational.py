@@ -32,6 +32,7 @@ def test_gaussian_kl_of_no_dimensions_is_zero():
     assert losses.gaussian_kl(jnp.zeros((3, 0)), jnp.zeros((3, 0))) == 0
 
 
+@pytest.mark.slow
 def test_reparameterize_has_the_moments_and_the_gradient_of_its_gaussian():
     mu, logvar = jnp.full((40_000, 1), 2.0), jnp.full((40_000, 1), np.log(0.25).astype(np.float32))
     drawn = losses.reparameterize(jax.random.key(0), mu, logvar)
@@ -60,6 +61,7 @@ def test_cross_correlation_penalty_has_a_finite_gradient_where_a_column_is_const
         assert jnp.all(jnp.isfinite(grad))
 
 
+@pytest.mark.slow
 def test_cross_correlation_penalty_stops_at_one_without_gradient():
     a = jax.random.normal(jax.random.key(0), (6, 3))
     value, grad = jax.value_and_grad(losses.cross_correlation_penalty)(a, a)

@@ -31,6 +31,7 @@ def problem(network, widths, side):
     return task, data_of(rows, rows)
 
 
+@pytest.mark.slow
 class TestXFactors(TaskContract):
     deterministic = False
 
@@ -62,12 +63,14 @@ def trained(tmp_path_factory):
     return workdir, result
 
 
+@pytest.mark.slow
 def test_a_run_from_the_config_reports_errors_and_scores(trained):
     _, result = trained
     assert result.metrics.keys() == {"mse", "kl_s", "kl_t", "factors/sets"}
     assert result.metrics["factors/sets"] == 2
 
 
+@pytest.mark.slow
 def test_factors_writes_both_pictures_into_the_folder_of_the_run(trained, capsys):
     workdir, _ = trained
     assert main(["factors", "--workdir", str(workdir), "--rows", "2"]) == 0
@@ -77,12 +80,14 @@ def test_factors_writes_both_pictures_into_the_folder_of_the_run(trained, capsys
         assert str(path) in told
 
 
+@pytest.mark.slow
 def test_factors_writes_one_picture_of_chosen_values_where_it_is_told_to(trained, tmp_path):
     chosen = ["--generate", "shape=cross", "--generate", "shape=square", "--generate", "x=0"]
     assert main(["factors", "--workdir", str(trained[0]), *chosen, "--out", str(tmp_path / "out.png")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+@pytest.mark.slow
 def test_swapped_changes_one_factor_and_the_rest_separately(trained):
     found = xfactors.open_trained(trained[0])
     assert found.targets == ("shape", "x", "y")
@@ -93,6 +98,7 @@ def test_swapped_changes_one_factor_and_the_rest_separately(trained):
     assert len({picture.tobytes() for picture in pictures.values()}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,13 +128,19 @@ def test_factors_refuses_what_is_unknown(trained, capsys, arguments, message):
         ("model.network=vit", "model.network: expected"),
         ("loss.temperature=0.0", "loss.temperature: expected a positive number"),
         ("loss.nce_weight=-1.0", "loss.nce_weight: expected at least 0"),
-        ("train.accumulate=2", "accumulate: "),
     ],
 )
 def test_build_names_the_field_that_can_not_serve(setting, message):
     config = train.override(train.load_config("represent/sprites"), [setting])
     with pytest.raises(ValueError, match=message):
         train.build(config)
+
+
+@pytest.mark.slow
+def test_the_openmoji_config_builds_a_run_on_its_pictures():
+    (phase,) = train.build(train.load_config("represent/openmoji")).phases
+    assert phase.data.batch["inputs"].shape == (64, 32, 32, 3)
+    assert phase.task.factor_names == ("concept", "gender", "tone")
 
 
 def test_targets_that_do_not_fit_the_layout_are_refused():
