@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from subspace_jax.cli import (
     attention,
+    factors,
     fetch,
     few_shot,
     hydra,
@@ -31,7 +32,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer"),
-    "study": ("attention", "class-gates", "intrinsic-dimension"),
+    "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -98,6 +99,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         vision,
         few_shot,
         attention,
+        factors,
         hydra,
         interpret,
         plan,

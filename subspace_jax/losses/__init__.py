@@ -10,18 +10,23 @@ from subspace_jax.losses.multi_positive import (
     supervised_contrastive,
     supervised_infonce,
 )
+from subspace_jax.losses.variational import cross_correlation, cross_correlation_penalty, gaussian_kl, reparameterize
 
 __all__ = [
     "MarginTerms",
     "Pairs",
     "binary_cross_entropy",
     "clip_loss",
+    "cross_correlation",
+    "cross_correlation_penalty",
     "cross_entropy",
     "decoupling_penalty",
+    "gaussian_kl",
     "margin_loss",
     "multi_positive_infonce",
     "pairwise_distances",
     "project_out",
+    "reparameterize",
     "sample_pairs",
     "scan_keys",
     "siglip_loss",

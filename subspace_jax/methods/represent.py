@@ -37,6 +37,9 @@ def _weighted(weight: str, variant: str, other: str, at_most: float | None = Non
     )
 
 
+_SPRITES = train("represent/sprites")
+_VAE = train("represent/sprites:vae")
+
 METHODS = (
     Method(
         name="gcr",
@@ -245,6 +248,32 @@ METHODS = (
             _weighted("0.01", "l001", "none", at_most=-0.2),
             _weighted("0.1", "l01", "none"),
             _weighted("0.1", "l01", "random", at_most=-0.1),
+        ),
+    ),
+    Method(
+        name="xfactors",
+        area="represent",
+        title="XFactors",
+        paper="XFactors: Disentangled Information Bottleneck via Contrastive Supervision",
+        arxiv=("2601.21688",),
+        summary=(
+            "A variational autoencoder whose code has a small subspace for each labelled factor and a residual for the "
+            "rest, taught by a contrastive loss on each subspace.  It swaps one factor between images, generates "
+            "images with a given value of a factor, and comes with the scores of disentanglement."
+        ),
+        module="subspace_jax.represent.xfactors",
+        configs=("represent/sprites", "represent/openmoji"),
+        command="subspace-jax train --config represent/sprites --workdir work/sprites",
+        figures=(
+            Figure("sprites: x by 5 neighbours in its subspace, test accuracy", _SPRITES, "factors/x_from_x", 0.95),
+            Figure("the same, y in its subspace", _SPRITES, "factors/y_from_y", 0.95),
+            Figure("the same, x in the subspace of y", _SPRITES, "factors/x_from_y", at_most=0.25),
+            Figure("the same, y in the subspace of x", _SPRITES, "factors/y_from_x", at_most=0.25),
+            Figure("mean squared error of the reconstruction of test images", _SPRITES, "mse", at_most=0.006),
+            Figure("FactorVAE score", _SPRITES, "factors/factor_vae"),
+            Figure("mutual information gap", _SPRITES, "factors/mig"),
+            Figure("without the contrastive loss: x in the block of x", _VAE, "factors/x_from_x", seeds=(0,)),
+            Figure("without the contrastive loss: FactorVAE score", _VAE, "factors/factor_vae", seeds=(0,)),
         ),
     ),
 )

@@ -2,6 +2,22 @@
 
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
+from subspace_jax.metrics.disentanglement import (
+    factor_entropy,
+    histogram_discretize,
+    mig,
+    modularity,
+    mutual_information_matrix,
+    sap_continuous,
+    sap_from_scores,
+)
+from subspace_jax.metrics.disentanglement_dci import DCI, dci_from_importance, dci_scores, l1_importance
+from subspace_jax.metrics.disentanglement_votes import (
+    FactorVAEScore,
+    factor_vae_from_votes,
+    factor_vae_score,
+    factor_vae_votes,
+)
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
@@ -9,6 +25,8 @@ from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
+    "DCI",
+    "FactorVAEScore",
     "balanced_probe_accuracy",
     "bleu",
     "choice_accuracy",
@@ -17,20 +35,33 @@ __all__ = [
     "coral",
     "d_int",
     "d_int_bootstrap",
+    "dci_from_importance",
+    "dci_scores",
     "exact_match",
+    "factor_entropy",
+    "factor_vae_from_votes",
+    "factor_vae_score",
+    "factor_vae_votes",
     "final_number",
     "frechet_distance",
+    "histogram_discretize",
     "intra_class_variability",
+    "l1_importance",
     "match_assignments",
     "mdl_bits",
     "mean_gap",
+    "mig",
     "mmd2",
+    "modularity",
+    "mutual_information_matrix",
     "normalized_mutual_info",
     "perplexity",
     "proxy_a_distance",
     "recall_at_k",
     "retrieval_map",
     "rouge_l",
+    "sap_continuous",
+    "sap_from_scores",
     "search_d_int",
 ]
 
