@@ -8,12 +8,20 @@ from subspace_jax.losses.multi_positive import (
     supervised_contrastive,
     supervised_infonce,
 )
+from subspace_jax.losses.orthogonality import (
+    lambda_orthogonality,
+    lambda_orthogonality_tree,
+    orthogonality_residual,
+)
 
 __all__ = [
     "binary_cross_entropy",
     "clip_loss",
     "cross_entropy",
+    "lambda_orthogonality",
+    "lambda_orthogonality_tree",
     "multi_positive_infonce",
+    "orthogonality_residual",
     "scan_keys",
     "siglip_loss",
     "supervised_contrastive",
