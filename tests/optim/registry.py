@@ -192,7 +192,6 @@ _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _S
 _FIRA = {**_GALORE, "public": "fira", "factory": optim.fira}
 
 
-
 def near_orthogonal_descent(learning_rate, weight=0.5, lam=1.0, kappa=20.0):
     regularizer = optim.add_lambda_orthogonality(weight, lam, kappa)
     return optax.chain(regularizer, optax.scale_by_learning_rate(learning_rate))

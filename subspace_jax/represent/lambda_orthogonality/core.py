@@ -1,5 +1,6 @@
 """Maps between the vectors of two models, their loss, and the order in which a gallery is re-embedded."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,8 @@ class CompatParams(NamedTuple):
     forward: Affine
 
 
-class CompatSettings(NamedTuple):
+@dataclass(frozen=True)
+class CompatSettings:
     """Settings of :func:`compat_loss`, all of them a design choice.
 
     Attributes:
@@ -94,9 +96,7 @@ def compat_loss(
         "orthogonality": zero,
     }
     if contrastive:
-        keys = linalg.unit_vectors(h_old)
-        anchors = linalg.unit_vectors(mapped)
-        terms["contrastive"] = losses.supervised_contrastive(anchors, keys, labels, labels, settings.temperature)
+        terms["contrastive"] = losses.supervised_contrastive(mapped, h_old, labels, labels, settings.temperature)
     if orthogonal:
         terms["orthogonality"] = losses.lambda_orthogonality(params.backward.kernel, settings.lam, settings.kappa)
     loss = sum(weight * term for weight, term in zip(settings.weights, terms.values(), strict=True))

@@ -1,5 +1,6 @@
 """A pair of models that were trained apart, the newer one better: two small networks for scikit-learn's digits."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -46,12 +47,10 @@ def digits_pair(seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _train(key: jax.Array, hidden: int, x: np.ndarray, y: np.ndarray) -> Layers:
-    widths = (64, hidden, FEATURES, 10)
+    shapes = itertools.pairwise((64, hidden, FEATURES, 10))
     draw = jax.nn.initializers.he_normal()
     keys = jax.random.split(key, 3)
-    layers = [
-        (draw(own, size, jnp.float32), jnp.zeros(size[1])) for own, size in zip(keys, zip(widths, widths[1:]), strict=True)
-    ]
+    layers = [(draw(own, shape), jnp.zeros(shape[1])) for own, shape in zip(keys, shapes, strict=True)]
     tx = optax.adam(_LEARNING_RATE)
 
     def loss(layers):

@@ -85,4 +85,3 @@ def distance_correlation(before: jax.Array, after: jax.Array) -> jax.Array:
     pairs = np.triu_indices(len(before), 1)
     one, two = (jnp.sqrt(jnp.maximum(linalg.pairwise_sq_distances(x, x), 0))[pairs] for x in (before, after))
     return jnp.corrcoef(one, two)[0, 1]
-

@@ -1,5 +1,7 @@
 """Maps between two models by a train loop (arXiv 2509.16664)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,14 +38,16 @@ class CompatTask(train.Task):
         self,
         old_features: int,
         new_features: int,
-        settings: CompatSettings = CompatSettings(),
+        settings: CompatSettings,
         *,
         strict: bool = False,
     ):
         _check(settings)
         back, forth, contrastive, orthogonal = settings.weights
         # Of a rotation the penalty has no gradient but rounding.
-        self._settings = settings._replace(weights=(back, forth, contrastive, 0.0 if strict else orthogonal))
+        self._settings = dataclasses.replace(
+            settings, weights=(back, forth, contrastive, 0.0 if strict else orthogonal)
+        )
         self._make = lambda key: CompatAdapters(old_features, new_features, strict=strict)
         self._graph, self._axes = train.split_module(self._make)
 
@@ -74,7 +78,10 @@ class CompatTask(train.Task):
         """Returns sums of both squared errors, of the residual, and the number of examples."""
         del key
         maps, mask = self.adapters(params, variables), batch["mask"]
-        errors = {"backward": maps.backward(batch["new"]) - batch["old"], "forward": maps.forward(batch["old"]) - batch["new"]}
+        errors = {
+            "backward": maps.backward(batch["new"]) - batch["old"],
+            "forward": maps.forward(batch["old"]) - batch["new"],
+        }
         count = jnp.sum(mask)
         sums = {name: jnp.sum(mask[:, None] * jnp.square(error)) for name, error in errors.items()}
         return sums | {"residual": count * losses.orthogonality_residual(maps.backward.kernel), "count": count}
@@ -94,7 +101,7 @@ def default_config() -> ConfigDict:
     config.task = "subspace_jax.represent.lambda_orthogonality.task"
     config.train.best = "max:retrieval/cross_cmc1"
     config.data = ConfigDict({"batch_size": 256, "eval_batch_size": 600})
-    config.model = ConfigDict({**CompatSettings()._asdict(), "strict": False})
+    config.model = ConfigDict({**dataclasses.asdict(CompatSettings()), "strict": False})
     config.optim.name = "adam"
     config.optim.schedule = "constant"
     return config.lock()
