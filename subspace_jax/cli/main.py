@@ -20,6 +20,7 @@ from subspace_jax.cli import (
     processes,
     shared,
     train,
+    upgrade,
     vision,
 )
 
@@ -27,7 +28,7 @@ _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
-    "images and features": ("accuracy", "features", "probe", "transfer"),
+    "images and features": ("accuracy", "features", "probe", "transfer", "upgrade"),
     "study": ("intrinsic-dimension",),
 }
 _EXIT_STATUSES = (
@@ -85,7 +86,19 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.commands = subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
-    for module in (methods, fetch, train, language_runs, language_generate, language, vision, interpret, plan, info):
+    for module in (
+        methods,
+        fetch,
+        train,
+        language_runs,
+        language_generate,
+        language,
+        vision,
+        upgrade,
+        interpret,
+        plan,
+        info,
+    ):
         module.add_commands(subparsers)
     command = next((text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("-")), "")
     near = difflib.get_close_matches(command, subparsers.choices, n=1)
