@@ -105,7 +105,7 @@ def predict(
     count = items // FOLDS
     folds = [own[i * count : (i + 1) * count] for i in range(FOLDS)]
     curves, areas, recalls = zip(
-        *(_fold(old, new, fold, truth, orders, whole.penalty, k=k, metric=metric) for fold in folds), strict=True
+        *(_fold(old, new, fold, truth, orders, whole.penalty, metric=metric) for fold in folds), strict=True
     )
     (worst_first, random), (area, random_area) = np.mean(curves, axis=0), np.mean(areas, axis=0)
     rest = own[count:]
@@ -143,10 +143,10 @@ def neighbour_recall(queries: jax.Array, gallery: jax.Array, truth: jax.Array, o
     return jnp.mean(jnp.any(found[:, :, None] == truth[:, None], axis=1).astype(queries.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "metric"))
-def _fold(old, new, held, truth, orders, penalty, *, k, metric):
+@functools.partial(jax.jit, static_argnames="metric")
+def _fold(old, new, held, truth, orders, penalty, *, metric):
     """Returns the curves and areas of some orders for the queries ``held``, and recall in smaller galleries."""
-    items = len(old)
+    items, k = len(old), truth.shape[1]
     weights = jnp.ones(items).at[held].set(0.0)
     mapped = prepared(fit_ridge(old, new, weights, penalty[None]).outside, metric)
     queries = new[held]

@@ -1,4 +1,4 @@
-"""Changing an embedding model without recomputing the store: maps from a sample of pairs, and what they will be worth."""
+"""Changing an embedding model without recomputing the store: maps from a sample of pairs."""
 
 import json
 import os
@@ -85,9 +85,7 @@ def fit_upgrade(
         raise ValueError(f"k, lam: expected at least 1 and at least 0, got {settings.k} and {settings.lam}")
     check_pairs(old, new, labels)
     if len(old) < _LEAST_PAIRS:
-        raise ValueError(
-            f"old, new: expected at least {_LEAST_PAIRS} pairs, some thousand if they are had; got {len(old)}"
-        )
+        raise ValueError(f"old, new: expected at least {_LEAST_PAIRS} pairs, better some thousand; got {len(old)}")
     for name, h in (("old", old), ("new", new)):
         check_finite(name, h)
     old, new = (prepared(jnp.asarray(h, jnp.float32), settings.metric) for h in (old, new))
