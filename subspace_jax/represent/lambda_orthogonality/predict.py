@@ -81,12 +81,7 @@ def predict(
       k: Number of neighbours.
       metric: "cosine" or "l2".
       lam: See :func:`fit_backward`.
-
-    Raises:
-      ValueError: There are too few pairs.
     """
-    if len(old) < 2 * max(k, FOLDS):
-        raise ValueError(f"old, new: expected at least {2 * max(k, FOLDS)} pairs for a prediction, got {len(old)}")
     order_key, random_key, backward_key = jax.random.split(key, 3)
     drawn = jax.random.permutation(order_key, len(old))[: min(len(old), MOST_ITEMS)]
     old, new, labels = old[drawn], new[drawn], labels[drawn]

@@ -29,11 +29,10 @@ from subspace_jax.represent.lambda_orthogonality.maps import (
     prepared,
     widths,
 )
-from subspace_jax.represent.lambda_orthogonality.predict import Prediction, predict
+from subspace_jax.represent.lambda_orthogonality.predict import FOLDS, Prediction, predict
 from subspace_jax.represent.lambda_orthogonality.stream import StoredVectors, check_finite, map_blocks
 
 MAPS, RECORD = "maps.safetensors", "upgrade.json"
-_LEAST_PAIRS = 20
 _PAIRS_A_CENTER, _MOST_CENTERS = 25, 256
 
 
@@ -84,8 +83,8 @@ def fit_upgrade(
     if settings.k < 1 or not settings.lam >= 0:
         raise ValueError(f"k, lam: expected at least 1 and at least 0, got {settings.k} and {settings.lam}")
     check_pairs(old, new, labels)
-    if len(old) < _LEAST_PAIRS:
-        raise ValueError(f"old, new: expected at least {_LEAST_PAIRS} pairs, better some thousand; got {len(old)}")
+    if len(old) < (least := 2 * max(settings.k, FOLDS)):
+        raise ValueError(f"old, new: expected at least {least} pairs, better some thousand; got {len(old)}")
     for name, h in (("old", old), ("new", new)):
         check_finite(name, h)
     old, new = (prepared(jnp.asarray(h, jnp.float32), settings.metric) for h in (old, new))
