@@ -31,7 +31,7 @@ def vectors(count, seed=0):
 def folder(tmp_path_factory):
     """Files of pairs and of other vectors, and the upgrade that the command fits to the pairs."""
     root = tmp_path_factory.mktemp("upgrade")
-    old, middle, new = vectors(PAIRS)
+    old, _, new = vectors(PAIRS)
     np.savez(root / "old.npz", features=old)
     np.save(root / "new.npy", new.astype(np.float64))
     for name, x in zip(("old", "middle", "new"), vectors(90, seed=1), strict=True):
@@ -190,13 +190,11 @@ def test_labels_take_the_place_of_clusters(tmp_path):
         ("expected two classes or more, got 5 alone", np.full(3, 5)),
         (r"expected integers or texts \[pairs\], got float64 \[3\]", np.ones(3)),
         (r"expected integers or texts \[pairs\], got int64 \[3, 1\]", np.ones((3, 1), np.int64)),
-        ("can't be read as an array: .*", np.array([None, 1, 2])),
+        (r"expected integers or texts \[pairs\], got object \[3\]", np.array([None, 1, 2])),
     ],
 )
 def test_labels_that_can_not_serve_are_refused(error, labels, tmp_path):
     np.save(tmp_path / "labels.npy", labels, allow_pickle=True)
-    if labels.dtype == object:
-        error = r"expected integers or texts \[pairs\], got object"
     with pytest.raises(ValueError, match=error):
         upgrades.read_labels(tmp_path / "labels.npy", 3)
 
@@ -211,7 +209,7 @@ def test_labels_that_can_not_serve_are_refused(error, labels, tmp_path):
         ("metric: expected one of .* got 'dot'", {"settings": upgrades.UpgradeSettings(metric="dot")}),
         ("k, lam: expected at least 1", {"settings": upgrades.UpgradeSettings(k=0)}),
         ("k, lam: expected at least 1", {"settings": upgrades.UpgradeSettings(lam=-1.0)}),
-        ("expected more than 20 pairs|at least 420 pairs", {"settings": upgrades.UpgradeSettings(k=210)}),
+        ("old, new: expected at least 420 pairs", {"settings": upgrades.UpgradeSettings(k=210)}),
     ],
 )
 def test_fit_upgrade_refuses_what_can_not_serve(error, change):
@@ -278,10 +276,10 @@ def test_files_without_vectors_are_refused(tmp_path):
     with pytest.raises(ValueError, match="can't be read as an array"):
         upgrades.open_vectors("old", tmp_path / "text.npy")
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="can't be read as .npz"):
+    with pytest.raises(ValueError, match=r"can't be read as \.npz"):
         upgrades.open_vectors("old", tmp_path / "text.npz")
-    with pytest.raises(ValueError, match="expected a file that ends in .npy or .npz"):
-        (tmp_path / "vectors.csv").write_text("1,2")
+    (tmp_path / "vectors.csv").write_text("1,2")
+    with pytest.raises(ValueError, match=r"expected a file that ends in \.npy or \.npz"):
         upgrades.open_vectors("old", tmp_path / "vectors.csv")
     np.save(tmp_path / "short.npy", np.ones((5, 4), np.float32))
     data = (tmp_path / "short.npy").read_bytes()
