@@ -9,13 +9,13 @@
   retrieval_map  mean average precision, by the ranks of all items
   recall_at_k    Recall@1, 5 and 10 of 1,000 examples among themselves: an overhead more than work
 
-Peers: ``scikit-learn`` (brute-force nearest neighbours; ``average_precision_score`` query by query) and, where it can be
-imported, ``faiss`` (``IndexFlatL2``; it has no mean average precision).  Values are compared first, and the run ends
+Peers: ``scikit-learn`` (brute-force nearest neighbours; ``average_precision_score`` query by query) and, where it can
+be imported, ``faiss`` (``IndexFlatL2``; it has no mean average precision).  Values are compared first, and the run ends
 where they differ.
 
   ratio  seconds of the peer divided by those of subspace_jax; medians over rounds in which all take turns
-  peak   most memory of a process of its own that does this one thing and nothing else, as in ``lm.py``; ``held`` is that
-         minus the peak at the smallest gallery, less what the gallery itself has grown by
+  peak   most memory on the host of a process of its own that does this one thing and nothing else, as in ``lm.py``
+  held   in JSON: that minus the peak at the smallest gallery, less what the gallery itself has grown by
 
 Each section is a function that returns rows, and joins ``SECTIONS``.
 """
@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import time
+import types
 from pathlib import Path
 
 import memory
@@ -43,91 +44,51 @@ def vectors(items):
     return *found, *(y.astype(np.int32) for y in labels)
 
 
-class SubspaceJax:
-    """This library."""
+def ours(op, query, gallery, query_labels, gallery_labels):
+    import jax
 
-    @staticmethod
-    def call(op, query, gallery, query_labels, gallery_labels):
-        import jax
+    from subspace_jax import metrics
 
-        from subspace_jax import metrics
-
-        if op == "recall_at_k":
-            arguments, function = (query, query_labels), metrics.recall_at_k
-        else:
-            arguments, function = (query, gallery, query_labels, gallery_labels), getattr(metrics, op)
-        ks = () if op == "retrieval_map" else (KS,)
-        compiled = jax.jit(lambda *arrays: function(*arrays, *ks))
-        arrays = jax.device_put(arguments)
-        return lambda: compiled(*arrays)
-
-    @staticmethod
-    def wait(out):
-        import jax
-
-        jax.block_until_ready(out)
-
-    @staticmethod
-    def device_peak():
-        import jax
-
-        stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-        return stats and stats["peak_bytes_in_use"]
+    of_gallery = (query, gallery, query_labels, gallery_labels)
+    arrays = jax.device_put((query, query_labels) if op == "recall_at_k" else of_gallery)
+    ks = () if op == "retrieval_map" else (KS,)
+    compiled = jax.jit(lambda *arrays: getattr(metrics, op)(*arrays, *ks))
+    return lambda: jax.block_until_ready(compiled(*arrays))
 
 
-class OnHost:
-    """What peers on the CPU share."""
+def scikit_learn(op, query, gallery, query_labels, gallery_labels):
+    from sklearn.metrics import average_precision_score
+    from sklearn.metrics.pairwise import euclidean_distances
+    from sklearn.neighbors import NearestNeighbors
 
-    @staticmethod
-    def wait(out):
-        return out
+    def precision():
+        found = []
+        for start in range(0, len(query), 64):
+            some = slice(start, start + 64)
+            scores = -euclidean_distances(query[some], gallery)
+            matches = gallery_labels[None] == query_labels[some, None]
+            found += [average_precision_score(m, s) for m, s in zip(matches, scores, strict=True) if m.any()]
+        return np.mean(found)
 
-    @staticmethod
-    def device_peak():
+    def search(queries, rows, k):
+        return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors(queries)[1]
+
+    if op == "retrieval_map":
+        return precision
+    return lambda: _shares(op, search, query, gallery, query_labels, gallery_labels)
+
+
+def flat_index(op, query, gallery, query_labels, gallery_labels):
+    import faiss
+
+    def search(queries, rows, k):
+        index = faiss.IndexFlatL2(rows.shape[1])
+        index.add(rows)
+        return index.search(queries, k)[1]
+
+    if op == "retrieval_map":
         return None
-
-
-class ScikitLearn(OnHost):
-    """Brute-force neighbours, and average precision query by query."""
-
-    @staticmethod
-    def call(op, query, gallery, query_labels, gallery_labels):
-        from sklearn.metrics import average_precision_score
-        from sklearn.metrics.pairwise import euclidean_distances
-        from sklearn.neighbors import NearestNeighbors
-
-        def precision():
-            found = []
-            for start in range(0, len(query), 64):
-                some = slice(start, start + 64)
-                scores = -euclidean_distances(query[some], gallery)
-                matches = gallery_labels[None] == query_labels[some, None]
-                found += [average_precision_score(m, s) for m, s in zip(matches, scores, strict=True) if m.any()]
-            return np.mean(found)
-
-        def search(queries, rows, k):
-            return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors(queries)[1]
-
-        if op == "retrieval_map":
-            return precision
-        return lambda: _shares(op, search, query, gallery, query_labels, gallery_labels)
-
-
-class Faiss(OnHost):
-    """A flat index."""
-
-    @staticmethod
-    def call(op, query, gallery, query_labels, gallery_labels):
-        import faiss
-
-        def search(queries, rows, k):
-            index = faiss.IndexFlatL2(rows.shape[1])
-            index.add(rows)
-            return index.search(queries, k)[1]
-
-        if op == "retrieval_map":
-            return None
-        return lambda: _shares(op, search, query, gallery, query_labels, gallery_labels)
+    return lambda: _shares(op, search, query, gallery, query_labels, gallery_labels)
 
 
 def _shares(op, search, query, gallery, query_labels, gallery_labels):
@@ -142,8 +103,8 @@ def _shares(op, search, query, gallery, query_labels, gallery_labels):
     return np.stack([hits[:, :k].any(axis=1)[has_match[query_labels]].mean() for k in KS])
 
 
-SIDES = {"subspace_jax": SubspaceJax, "scikit-learn": ScikitLearn, "faiss": Faiss}
-_MODULES = {"subspace_jax": "jax", "scikit-learn": "sklearn", "faiss": "faiss"}
+# Name to what is imported, and what makes the call.
+SIDES = {"subspace_jax": ("jax", ours), "scikit-learn": ("sklearn", scikit_learn), "faiss": ("faiss", flat_index)}
 
 
 def retrieval(quick, rounds):
@@ -151,12 +112,12 @@ def retrieval(quick, rounds):
     import timing
 
     sizes = (1000, 3000) if quick else (10_000, 30_000, 100_000)
-    names = [name for name, module in _MODULES.items() if importlib.util.find_spec(module)]
+    names = [name for name, (module, _) in SIDES.items() if importlib.util.find_spec(module)]
     rows, first = [], {}
     for op in OPS:
         for items in sizes[: 1 if op == "recall_at_k" else None]:
             given = vectors(items)
-            calls = {name: SIDES[name].call(op, *given) for name in names}
+            calls = {name: SIDES[name][1](op, *given) for name in names}
             calls = {name: call for name, call in calls.items() if call}
             values = {name: np.asarray(call()) for name, call in calls.items()}
             error = max(float(np.max(np.abs(value - values["subspace_jax"]))) for value in values.values())
@@ -195,7 +156,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:  # imports one of the sides only
         name, op, items = args.worker
-        return memory.report(SIDES[name].call(op, *vectors(int(items))), SIDES[name])
+        side = types.SimpleNamespace(wait=lambda out: out, device_peak=lambda: None)
+        return memory.report(SIDES[name][1](op, *vectors(int(items))), side)
     import jax
     import timing
 

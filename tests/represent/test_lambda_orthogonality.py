@@ -47,11 +47,11 @@ def test_compat_loss_its_gradients_and_eight_steps_are_golden(golden, x64):
         found.append(terms)
         if i == 0:
             for name, own in zip("bf", gradients, strict=True):
-                chex.assert_trees_all_close(own, (g[f"grad_W_{name}"], g[f"grad_b_{name}"]), atol=1e-8)
+                chex.assert_trees_all_close(tuple(own), (g[f"grad_W_{name}"], g[f"grad_b_{name}"]), atol=1e-8)
     chex.assert_trees_all_close(found[0], g["terms0"], atol=1e-8)
     chex.assert_trees_all_close(jnp.stack(found), g["terms"], atol=1e-8)
     for name, own in zip("bf", params, strict=True):
-        chex.assert_trees_all_close(own, (g[f"W_{name}"], g[f"b_{name}"]), atol=1e-8)
+        chex.assert_trees_all_close(tuple(own), (g[f"W_{name}"], g[f"b_{name}"]), atol=1e-8)
 
 
 def rotated(d=6, count=200):
@@ -67,7 +67,7 @@ def test_a_large_weight_and_no_threshold_bring_the_backward_map_to_the_procruste
     chex.assert_trees_all_close(linalg.orthogonal_procrustes(new, old), rotation, atol=1e-5)
     noisy = 1.3 * old + 0.3 * jax.random.normal(jax.random.key(2), old.shape)
     goal = linalg.orthogonal_procrustes(new, noisy)
-    settings = compat.CompatSettings((1.0, 0.0, 0.0, 1e3), lam=0.0)
+    settings = compat.CompatSettings((1.0, 0.0, 0.0, 20.0), lam=0.0)
     forward = compat.Affine(jnp.eye(6), jnp.zeros(6))
     tx = optax.adam(optax.linear_schedule(1e-2, 0.0, 1000))
 

@@ -1,5 +1,6 @@
 """What compatible vectors are worth: retrieval across two models, and what a map changes of the new one."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -38,11 +39,13 @@ class Retrieval(train.Evaluator):
 
     def finish(self, train, eval):
         """Returns CMC-1 and mAP of each pairing, and what is made of them."""
-        found = jax.device_get(_measures(jax.tree.map(jnp.asarray, train), jax.tree.map(jnp.asarray, eval)))
-        return {name: float(value) for name, value in found.items()}
+        return jax.device_get(_measures(train, eval, num_classes=int(np.max(train["labels"])) + 1))
 
 
-def _measures(train: Mapping[str, jax.Array], eval: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _measures(
+    train: Mapping[str, jax.Array], eval: Mapping[str, jax.Array], *, num_classes: int
+) -> dict[str, jax.Array]:
     labels = eval["labels"]
     pairings = {
         "old": (eval["old"], eval["old"]),
@@ -61,7 +64,7 @@ def _measures(train: Mapping[str, jax.Array], eval: Mapping[str, jax.Array]) -> 
     found["update_gain"] = metrics.update_gain(cross, old, new)
     found["kept_minus_new"] = found["kept_cmc1"] - new
     found["distance_correlation"] = distance_correlation(eval["new"], eval["backward"])
-    means = class_means(train["forward"], train["labels"], int(np.max(train["labels"])) + 1)
+    means = class_means(train["forward"], train["labels"], num_classes)
     orders = {
         "backfill_area": backfill_order(eval["forward"], means),
         "random_area": jax.random.permutation(jax.random.key(0), len(labels)),
