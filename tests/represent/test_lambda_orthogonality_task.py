@@ -65,8 +65,8 @@ def test_configs_are_read_and_outlined_without_data():
     ("error", "field"),
     [
         ("model.weights: expected four", "model.weights=(1.0, 1.0)"),
-        ("model.weights: expected at least 0", "model.weights=(1.0, 1.0, 1.0, -1.0)"),
-        ("model.lam: expected at least 0", "model.lam=-1.0"),
+        ("model.weights: expected a finite number at least 0", "model.weights=(1.0, 1.0, 1.0, -1.0)"),
+        ("model.lam: expected a finite number at least 0", "model.lam=-1.0"),
         ("model.kappa: expected a number above 0", "model.kappa=0.0"),
         ("model.temperature: expected a number above 0", "model.temperature=-0.1"),
     ],

@@ -56,11 +56,11 @@ def test_an_upgrade_finds_what_the_new_model_finds_and_says_so_before(folder, re
 
     said = json.loads((folder / "up" / "upgrade.json").read_text())["prediction"]
     shares = jnp.asarray(said["shares"])
-    worst_first = jnp.asarray(np.load(folder / "up" / "order.npy"), jnp.int32)
+    order = jnp.asarray(np.load(folder / "up" / "order.npy"), jnp.int32)
     random = jax.random.permutation(jax.random.key(0), len(new)).astype(jnp.int32)
     curve = jax.jit(lambda order: metrics.backfill_curve(recall, mapped, new, order, shares))
-    (values, area), (_, random_area) = curve(worst_first), curve(random)
-    error = float(np.max(np.abs(np.asarray(values) - said["worst_first"])))
+    (values, area), (_, random_area) = curve(order), curve(random)
+    error = float(np.max(np.abs(np.asarray(values) - said["curves"][said["order"]])))
     found = {
         "mapped": recall(mapped),
         "mapped_over_least_squares": recall(mapped) / squares,

@@ -1,8 +1,5 @@
 """What compatible vectors are worth: retrieval across two models, and what a map changes of the new one."""
 
-import functools
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,45 +36,50 @@ class Retrieval(train.Evaluator):
 
     def finish(self, train, eval):
         """Returns CMC-1 and mAP of each pairing, and what is made of them."""
-        return jax.device_get(_measures(train, eval, num_classes=int(np.max(train["labels"])) + 1))
+        labels, old, new = (eval[name] for name in ("labels", "old", "new"))
+        backward, forward = eval["backward"], eval["forward"]
+        pairings = {
+            "old": (old, old),
+            "new": (new, new),
+            "raw": (new, old),
+            "cross": (backward, old),
+            "kept": (backward, backward),
+            "forward": (new, forward),
+        }
+        found = {}
+        for name, (query, gallery) in pairings.items():
+            if query.shape[1] == gallery.shape[1]:
+                found[f"{name}_cmc1"], found[f"{name}_map"] = _scores(query, gallery, labels)
+        cross, old_cmc1, new_cmc1 = (found[f"{name}_cmc1"] for name in ("cross", "old", "new"))
+        found["update_gain"] = metrics.update_gain(cross, old_cmc1, new_cmc1)
+        found["kept_minus_new"] = found["kept_cmc1"] - new_cmc1
+        found["distance_correlation"] = distance_correlation(new, backward)
+        means = class_means(train["forward"], train["labels"], int(np.max(train["labels"])) + 1)
+        worst_first = backfill_order(forward, means)
+        found["backfill_area"] = _area(forward, new, worst_first, labels)
+        random = np.random.default_rng(0).permutation(len(labels)).astype(np.int32)
+        found["random_area"] = _area(forward, new, random, labels)
+        return jax.device_get(found)
 
 
-@functools.partial(jax.jit, static_argnames="num_classes")
-def _measures(
-    train: Mapping[str, jax.Array], eval: Mapping[str, jax.Array], *, num_classes: int
-) -> dict[str, jax.Array]:
-    labels = eval["labels"]
-    pairings = {
-        "old": (eval["old"], eval["old"]),
-        "new": (eval["new"], eval["new"]),
-        "raw": (eval["new"], eval["old"]),
-        "cross": (eval["backward"], eval["old"]),
-        "kept": (eval["backward"], eval["backward"]),
-        "forward": (eval["new"], eval["forward"]),
-    }
-    found = {}
-    for name, (query, gallery) in pairings.items():
-        if query.shape[1] == gallery.shape[1]:
-            found[f"{name}_cmc1"] = metrics.cmc(query, gallery, labels, labels, (1,), exclude_self=True)[0]
-            found[f"{name}_map"] = metrics.retrieval_map(query, gallery, labels, labels, exclude_self=True)
-    cross, old, new = (found[f"{name}_cmc1"] for name in ("cross", "old", "new"))
-    found["update_gain"] = metrics.update_gain(cross, old, new)
-    found["kept_minus_new"] = found["kept_cmc1"] - new
-    found["distance_correlation"] = distance_correlation(eval["new"], eval["backward"])
-    means = class_means(train["forward"], train["labels"], num_classes)
-    orders = {
-        "backfill_area": backfill_order(eval["forward"], means),
-        "random_area": jax.random.permutation(jax.random.key(0), len(labels)),
-    }
+@jax.jit
+def _scores(query: jax.Array, gallery: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns CMC-1 and mAP of examples among the others."""
+    cmc1 = metrics.cmc(query, gallery, labels, labels, (1,), exclude_self=True)[0]
+    return cmc1, metrics.retrieval_map(query, gallery, labels, labels, exclude_self=True)
+
+
+@jax.jit
+def _area(mapped: jax.Array, new: jax.Array, order: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the area under the curve of CMC-1 while a gallery is re-embedded in an order."""
 
     def cmc1(gallery):
-        return metrics.cmc(eval["new"], gallery, labels, labels, (1,), exclude_self=True)[0]
+        return metrics.cmc(new, gallery, labels, labels, (1,), exclude_self=True)[0]
 
-    for name, order in orders.items():
-        _, found[name] = metrics.backfill_curve(cmc1, eval["forward"], eval["new"], order, jnp.asarray(_SHARES))
-    return found
+    return metrics.backfill_curve(cmc1, mapped, new, order, jnp.asarray(_SHARES))[1]
 
 
+@jax.jit
 def distance_correlation(before: jax.Array, after: jax.Array) -> jax.Array:
     """Pearson correlation of the pairwise distances of vectors before and after a map, a scalar.
 

@@ -12,7 +12,7 @@ import optax
 from subspace_jax import linalg
 from subspace_jax.represent.lambda_orthogonality.core import Affine, CompatParams, CompatSettings, compat_loss
 
-METRICS = ("cosine", "l2")
+METRICS, ORDERS = ("cosine", "l2"), ("worst", "typical")
 _STEPS, _BATCH, _LEARNING_RATE = 600, 256, 1e-3
 # Ridge penalties, in units of the mean eigenvalue of the covariance.
 _PENALTIES = tuple(10.0 ** (i / 2) for i in range(-8, 3))
@@ -37,10 +37,12 @@ class Chain(NamedTuple):
     Attributes:
       links: The upgrades, the oldest first.
       metric: "cosine" (vectors are divided by their lengths, before and after each map) or "l2".
+      order: Which items of a store are best re-embedded first: "worst" or "typical", see :func:`ranked`.
     """
 
     links: tuple[Link, ...]
     metric: str
+    order: str
 
 
 class Ridge(NamedTuple):
@@ -99,7 +101,7 @@ def penalties() -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="lam")
 def fit_backward(
-    key: jax.Array, old: jax.Array, new: jax.Array, labels: jax.Array, forward: Affine, *, lam: float
+    key: jax.Array, old: jax.Array, new: jax.Array, labels: jax.Array, weights: jax.Array, *, lam: float
 ) -> Affine:
     """Trains the near-orthogonal backward map by :func:`compat_loss`, from the orthogonal Procrustes solution.
 
@@ -108,21 +110,24 @@ def fit_backward(
       old: ``[pairs, m]``.
       new: ``[pairs, n]``.
       labels: ``[pairs]``.
-      forward: The forward map, which stays as it is.
+      weights: 1 for pairs to fit to, 0 for others, ``[pairs]``.
       lam: Threshold on the root mean square of ``s^2 - 1`` over the singular values ``s``.
     """
-    mean_old, mean_new = jnp.mean(old, axis=0), jnp.mean(new, axis=0)
-    rotation = linalg.orthogonal_procrustes(new - mean_new[None], old - mean_old[None])
-    start = Affine(rotation, mean_old - linalg.times(mean_new[None], rotation)[0])
+    count = jnp.sum(weights)
+    mean_old, mean_new = (linalg.times(weights[None], h) / count for h in (old, new))
+    rotation = linalg.orthogonal_procrustes(weights[:, None] * (new - mean_new), old - mean_old)
+    start = Affine(rotation, (mean_old - linalg.times(mean_new, rotation))[0])
     settings = CompatSettings(weights=(1.0, 0.0, 0.1, 100.0), lam=lam * min(rotation.shape) ** 0.5)
     tx = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS))
+    fitted = jnp.argsort(-weights)  # those to fit to come first
+    forward = Affine(rotation.T, jnp.zeros_like(new[0]))  # has no weight in the loss
 
     def loss(backward, rows):
         return compat_loss(CompatParams(backward, forward), new[rows], old[rows], labels[rows], settings)[0]
 
     def step(carry, key):
         backward, state = carry
-        rows = jax.random.randint(key, (min(_BATCH, len(old)),), 0, len(old))
+        rows = fitted[jax.random.randint(key, (min(_BATCH, len(old)),), 0, count.astype(jnp.int32))]
         updates, state = tx.update(jax.grad(loss)(backward, rows), state)
         return (optax.apply_updates(backward, updates), state), None
 
@@ -150,6 +155,17 @@ def map_backward(chain: Chain, x: jax.Array) -> jax.Array:
     return x
 
 
+def ranked(scores: jax.Array, order: str) -> jax.Array:
+    """Returns the indices of items in the order in which to re-embed them, ``[items]`` int32.
+
+    Args:
+      scores: Those of :func:`backfill_scores`, ``[items]``.
+      order: "worst": what lies farthest from all centres comes first, as in :func:`backfill_order`; "typical": what
+        lies nearest to one.
+    """
+    return jnp.argsort(scores if order == "typical" else -scores).astype(jnp.int32)
+
+
 def widths(chain: Chain) -> tuple[int, ...]:
     """Returns the widths of the spaces, the oldest first."""
     kernels = [link.maps.forward.kernel for link in chain.links]
@@ -170,4 +186,4 @@ def joined(chains: Sequence[Chain], names: Sequence[str]) -> Chain:
             )
         if one.metric != two.metric:
             raise ValueError(f"maps: {name} compares by {one.metric}, {other} by {two.metric}")
-    return Chain(tuple(link for chain in chains for link in chain.links), chains[0].metric)
+    return Chain(tuple(link for chain in chains for link in chain.links), chains[0].metric, chains[-1].order)

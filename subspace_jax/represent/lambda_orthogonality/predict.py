@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import linalg, metrics
-from subspace_jax.represent.lambda_orthogonality.core import Affine, backfill_order, class_means
+from subspace_jax.represent.lambda_orthogonality.core import Affine, backfill_scores, class_means
 from subspace_jax.represent.lambda_orthogonality.maps import (
+    ORDERS,
     Chain,
     fit_backward,
     fit_ridge,
     map_forward,
     penalties,
     prepared,
+    ranked,
     widths,
 )
 
@@ -33,10 +35,9 @@ class Prediction(NamedTuple):
       k: Number of neighbours.
       items: Items of the gallery in which all was measured.
       shares: Shares of re-embedded items, ``[points]``.
-      worst_first: Recall at each share, worst mapped items first.
-      random: The same in random order.
-      area: Area under ``worst_first``.
-      random_area: Area under ``random``.
+      curves: Recall at each share in each order: "worst" and "typical" items first (see :func:`ranked`), and "random".
+      areas: Areas under these curves.
+      order: The order of the first two with the larger area.
       old: Recall of old queries among old vectors: what the store gives before the upgrade.
       unmapped: Recall of new queries among old vectors without a map, zeros at the end of the narrower ones.
       backward: Recall of new queries that are mapped backward, among old vectors.
@@ -48,16 +49,20 @@ class Prediction(NamedTuple):
     k: int
     items: int
     shares: tuple[float, ...]
-    worst_first: tuple[float, ...]
-    random: tuple[float, ...]
-    area: float
-    random_area: float
+    curves: dict[str, tuple[float, ...]]
+    areas: dict[str, float]
+    order: str
     old: float
     unmapped: float
     backward: float
     kept: float
     sizes: tuple[int, ...]
     recalls: tuple[float, ...]
+
+    @property
+    def mapped(self) -> float:
+        """Recall of new queries among old vectors that are mapped forward, before any is re-embedded."""
+        return self.curves["random"][0]
 
     def recall_among(self, items: int) -> float:
         """Recall among mapped vectors of another number of items, by a line over the logarithm of their number."""
@@ -91,20 +96,16 @@ def predict(
     whole = fit_ridge(old, new, jnp.ones(items), penalties())
     outside = prepared(whole.outside, metric)
     num_classes = int(jnp.max(labels)) + 1
-    orders = jnp.stack(
-        [
-            backfill_order(outside, class_means(outside, labels, num_classes)),
-            jax.random.permutation(random_key, items).astype(jnp.int32),
-        ]
-    )
+    scores = backfill_scores(outside, class_means(outside, labels, num_classes))
+    random = jax.random.permutation(random_key, items).astype(jnp.int32)
+    orders = {**{name: ranked(scores, name) for name in ORDERS}, "random": random}
     count = items // FOLDS
     folds = [own[i * count : (i + 1) * count] for i in range(FOLDS)]
-    curves, areas, recalls = zip(
-        *(_fold(old, new, fold, truth, orders, whole.penalty, metric=metric) for fold in folds), strict=True
-    )
-    (worst_first, random), (area, random_area) = np.mean(curves, axis=0), np.mean(areas, axis=0)
-    rest = own[count:]
-    backward = fit_backward(backward_key, old[rest], new[rest], labels[rest], whole.map, lam=lam)
+    found = [_fold(old, new, fold, truth, orders, whole.penalty, metric=metric) for fold in folds]
+    curves, recalls = jax.tree.map(lambda *x: np.mean(x, axis=0), *jax.device_get(found))
+    areas = {name: float(area) for name, (_, area) in curves.items()}
+    weights = jnp.ones(items).at[folds[0]].set(0.0)
+    backward = fit_backward(backward_key, old, new, labels, weights, lam=lam)
     mapped, kept = _backward(backward, old, new, folds[0], truth, metric=metric)
     width = max(old.shape[1], new.shape[1])
     wide = [jnp.pad(h, ((0, 0), (0, width - h.shape[1]))) for h in (new, old)]
@@ -112,16 +113,15 @@ def predict(
         k=k,
         items=items,
         shares=SHARES,
-        worst_first=tuple(map(float, worst_first)),
-        random=tuple(map(float, random)),
-        area=float(area),
-        random_area=float(random_area),
+        curves={name: tuple(map(float, values)) for name, (values, _) in curves.items()},
+        areas=areas,
+        order=max(ORDERS, key=areas.get),
         old=float(neighbour_recall(old, old, truth, own)),
         unmapped=float(neighbour_recall(*wide, truth, own)),
         backward=float(mapped),
         kept=float(kept),
         sizes=(*_sizes(items, count, k), items),
-        recalls=(*(float(x) for x in np.mean(recalls, axis=0)), float(worst_first[0])),
+        recalls=(*map(float, recalls), float(curves["random"][0][0])),
     )
 
 
@@ -140,7 +140,7 @@ def neighbour_recall(queries: jax.Array, gallery: jax.Array, truth: jax.Array, o
 
 @functools.partial(jax.jit, static_argnames="metric")
 def _fold(old, new, held, truth, orders, penalty, *, metric):
-    """Returns the curves and areas of some orders for the queries ``held``, and recall in smaller galleries."""
+    """Returns curve and area of each order for the queries ``held``, and recall in smaller galleries."""
     items, k = len(old), truth.shape[1]
     weights = jnp.ones(items).at[held].set(0.0)
     mapped = prepared(fit_ridge(old, new, weights, penalty[None]).outside, metric)
@@ -149,15 +149,15 @@ def _fold(old, new, held, truth, orders, penalty, *, metric):
     def recall(gallery):
         return neighbour_recall(queries, gallery, truth[held], held)
 
-    curves = [metrics.backfill_curve(recall, mapped, new, order, jnp.asarray(SHARES)) for order in orders]
+    shares = jnp.asarray(SHARES)
+    curves = {name: metrics.backfill_curve(recall, mapped, new, order, shares) for name, order in orders.items()}
     rest = jnp.argsort(-weights, stable=True)  # items of the fit first
     recalls = []
     for size in _sizes(items, len(held), k):
         some, none = rest[:size], jnp.full_like(held, -1)
         _, nearest = linalg.nearest_rows(queries, new[some], k)
         recalls.append(neighbour_recall(queries, mapped[some], nearest, none))
-    values, areas = zip(*curves, strict=True)
-    return jnp.stack(values), jnp.stack(areas), jnp.stack(recalls)
+    return curves, jnp.stack(recalls)
 
 
 def _sizes(items: int, held: int, k: int) -> tuple[int, ...]:

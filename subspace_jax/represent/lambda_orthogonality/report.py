@@ -11,6 +11,8 @@ from subspace_jax import train
 from subspace_jax.represent.lambda_orthogonality.maps import Chain, widths
 from subspace_jax.represent.lambda_orthogonality.predict import Prediction
 
+# The orders of re-embedding, in words.
+_TITLES = {"worst": "worst first", "typical": "typical first", "random": "random order"}
 CURVE, TABLE, REPORT = "curve.png", "curve.csv", "report.html"
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; padding: .3em 0; }
@@ -58,7 +60,7 @@ def summary_table(found: Prediction, gallery: int | None = None) -> Table:
     rows = [
         ("old queries, old vectors: before the upgrade", f"{found.old:.3f}"),
         ("new queries, old vectors, no map", f"{found.unmapped:.3f}"),
-        ("new queries, old vectors mapped forward", f"{found.worst_first[0]:.3f}"),
+        ("new queries, old vectors mapped forward", f"{found.mapped:.3f}"),
         ("new queries mapped backward, old vectors", f"{found.backward:.3f}"),
         ("new queries and new vectors, both mapped backward", f"{found.kept:.3f}"),
         ("new queries, new vectors: all re-embedded", "1.000"),
@@ -73,13 +75,15 @@ def summary_table(found: Prediction, gallery: int | None = None) -> Table:
 
 def curve_table(found: Prediction) -> Table:
     """Recall over the share of re-embedded items."""
-    rows = zip(found.shares, found.worst_first, found.random, strict=True)
-    return Table(
-        f"Recall@{found.k} while the store is re-embedded",
-        ("re-embedded", "worst first", "random order"),
-        tuple((f"{share:.0%}", f"{one:.3f}", f"{other:.3f}") for share, one, other in rows),
-        f"Area under the curve: {found.area:.3f} worst first, {found.random_area:.3f} in random order.",
-    )
+    rows = ((f"{share:.0%}", *(f"{x:.3f}" for x in values)) for share, values in _points(found))
+    areas = ", ".join(f"{found.areas[name]:.3f} {title}" for name, title in _TITLES.items())
+    note = f"Area under the curve: {areas}.  order.npy has the {found.order} items first."
+    return Table(f"Recall@{found.k} while the store is re-embedded", ("", *_TITLES.values()), tuple(rows), note)
+
+
+def _points(found: Prediction) -> list[tuple[float, tuple[float, ...]]]:
+    """Returns each share with the recall in each order of ``_TITLES``."""
+    return list(zip(found.shares, zip(*(found.curves[name] for name in _TITLES), strict=True), strict=True))
 
 
 def chain_table(rows: Sequence[dict[str, float]], names: Sequence[str], k: int) -> Table:
@@ -98,7 +102,7 @@ def chain_table(rows: Sequence[dict[str, float]], names: Sequence[str], k: int) 
 
 def links_table(records: Sequence[dict], names: Sequence[str]) -> Table:
     """What each link promised when it was fitted, and what that makes of the chain."""
-    recalls = [record["prediction"]["worst_first"][0] for record in records]
+    recalls = [record["prediction"]["curves"]["random"][0] for record in records]
     product = 1.0
     for recall in recalls:
         product *= recall
@@ -118,8 +122,8 @@ def write_curve(found: Prediction, folder: str | os.PathLike) -> None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
     percent = [100 * share for share in found.shares]
-    axis.plot(percent, found.worst_first, marker="o", label="worst mapped items first")
-    axis.plot(percent, found.random, marker=".", linestyle="--", label="random order")
+    for (name, title), style in zip(_TITLES.items(), ("-o", "-s", "--"), strict=True):
+        axis.plot(percent, found.curves[name], style, markersize=4, label=title)
     axis.axhline(found.old, color="C3", linestyle=":", label="old model, before the upgrade")
     axis.axhline(found.unmapped, color="C7", linestyle=":", label="new queries, no map")
     axis.set(xlabel="items re-embedded, %", ylabel=f"recall@{found.k}", ylim=(0, 1.02))
@@ -127,9 +131,9 @@ def write_curve(found: Prediction, folder: str | os.PathLike) -> None:
     axis.legend(fontsize="small")
     with train.replacing(folder / CURVE) as partial:
         figure.savefig(partial, dpi=120)
-    rows = zip(found.shares, found.worst_first, found.random, strict=True)
+    lines = [f"share,{','.join(_TITLES)}"]
+    lines += [",".join(f"{x:.6f}" for x in (share, *values)) for share, values in _points(found)]
     with train.replacing(folder / TABLE) as partial:
-        lines = ["share,worst_first,random", *(f"{share:.2f},{one:.6f},{other:.6f}" for share, one, other in rows)]
         partial.write_text("\n".join(lines) + "\n")
 
 

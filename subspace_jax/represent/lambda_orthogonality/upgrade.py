@@ -94,14 +94,14 @@ def fit_upgrade(
         labels = linalg.kmeans(center_key, new, k).assignments
     labels = jnp.asarray(labels, jnp.int32)
     forward = fit_ridge(old, new, jnp.ones(len(old)), penalties()).map
-    backward = fit_backward(map_key, old, new, labels, forward, lam=settings.lam)
+    backward = fit_backward(map_key, old, new, labels, jnp.ones(len(old)), lam=settings.lam)
     mapped = prepared(forward(old), settings.metric)
     centers = class_means(mapped, labels, int(jnp.max(labels)) + 1)
     # A class of another sample has no mean here.
     centers = centers[jnp.isfinite(centers).all(axis=1)]
-    chain = Chain((Link(CompatParams(backward, forward), centers),), settings.metric)
     options = {"k": settings.k, "metric": settings.metric, "lam": settings.lam}
-    return chain, predict(predict_key, old, new, labels, **options)
+    found = predict(predict_key, old, new, labels, **options)
+    return Chain((Link(CompatParams(backward, forward), centers),), settings.metric, found.order), found
 
 
 def save_maps(folder: str | os.PathLike, chain: Chain, record: dict) -> None:
@@ -125,7 +125,7 @@ def save_maps(folder: str | os.PathLike, chain: Chain, record: dict) -> None:
     with train.replacing(folder / MAPS) as partial:
         shapes = {name: (x.shape, x.dtype) for name, x in arrays.items()}
         interop.write_safetensors(partial, shapes, arrays.values())
-    described = {"metric": chain.metric, "widths": widths(chain)}
+    described = {"metric": chain.metric, "order": chain.order, "widths": widths(chain)}
     with train.replacing(folder / RECORD) as partial:
         partial.write_text(json.dumps(described | record, indent=2) + "\n")
 
@@ -147,7 +147,7 @@ def load_maps(folder: str | os.PathLike) -> tuple[Chain, dict]:
     try:
         record = json.loads((folder / RECORD).read_text())
         links = tuple(_link(stored, i) for i in range(len(record["widths"]) - 1))
-        return Chain(links, record["metric"]), record
+        return Chain(links, record["metric"], record["order"]), record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"maps: {folder}: damaged, or of another version: {error!r}") from error
 
@@ -179,7 +179,7 @@ def map_store(
       progress: Whether to show a progress bar.
 
     Returns:
-      The files: ``gallery.npy`` and ``order.npy`` (int64 indices, worst mapped items first), or ``queries.npy``.
+      The files: ``gallery.npy`` and ``order.npy`` (int64 indices, what to re-embed first), or ``queries.npy``.
 
     Raises:
       ValueError: The vectors have another width, or are not finite.
@@ -197,7 +197,7 @@ def map_store(
 
     @jax.jit
     def apply(links, x):
-        own = Chain(links, chain.metric)
+        own = chain._replace(links=links)
         if not forward:
             return map_backward(own, x), jnp.zeros(len(x))
         mapped = map_forward(own, x)
@@ -211,5 +211,5 @@ def map_store(
         return [out]
     order = folder / "order.npy"
     with train.replacing(order) as partial, partial.open("wb") as file:
-        np.save(file, np.argsort(-scores, kind="stable"))
+        np.save(file, np.argsort(scores if chain.order == "typical" else -scores, kind="stable"))
     return [out, order]
