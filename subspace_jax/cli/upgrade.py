@@ -16,8 +16,8 @@ _UPGRADE = """
     features` writes), vectors or embeddings.  Row i of --old and of --new is the same item.
 
     Two ways to use what is written: the store is mapped forward (--gallery), and queries of the new model search it at
-    once; or the store stays as it is, and queries of the new model are mapped backward (--queries).  Then re-embed the
-    store item by item in the order of order.npy: report.html says how recall rises on the way.
+    once; re-embed it then item by item in the order of order.npy, and report.html says how recall rises on the way.  Or
+    the store stays as it is, and vectors of the new model, queries and new items, are mapped backward (--queries).
     """
 
 
