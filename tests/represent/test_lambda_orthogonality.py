@@ -62,6 +62,7 @@ def rotated(d=6, count=200):
     return new, linalg.times(new, rotation), rotation
 
 
+@pytest.mark.slow
 def test_a_large_weight_and_no_threshold_bring_the_backward_map_to_the_procrustes_solution():
     new, old, rotation = rotated()
     chex.assert_trees_all_close(linalg.orthogonal_procrustes(new, old), rotation, atol=1e-5)
@@ -69,21 +70,18 @@ def test_a_large_weight_and_no_threshold_bring_the_backward_map_to_the_procruste
     goal = linalg.orthogonal_procrustes(new, noisy)
     settings = compat.CompatSettings((1.0, 0.0, 0.0, 20.0), lam=0.0)
     forward = compat.Affine(jnp.eye(6), jnp.zeros(6))
-    tx = optax.adam(optax.linear_schedule(1e-2, 0.0, 1000))
 
     def loss(kernel):
         params = compat.CompatParams(compat.Affine(kernel, jnp.zeros(6)), forward)
         return compat.compat_loss(params, new, noisy, jnp.zeros(200, jnp.int32), settings)[0]
 
-    def step(carry, _):
-        kernel, state = carry
-        updates, state = tx.update(jax.grad(loss)(kernel), state)
-        return (optax.apply_updates(kernel, updates), state), None
+    def step(kernel, _):
+        return kernel - 1e-3 * jax.grad(loss)(kernel), None
 
     start = linalg.random_orthonormal(jax.random.key(3), 6, 6)
     start = start.at[:, 0].multiply(jnp.sign(jnp.linalg.det(start)) * jnp.sign(jnp.linalg.det(goal)))
-    with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
-        kernel = jax.jit(lambda start: jax.lax.scan(step, (start, tx.init(start)), length=1000)[0][0])(start)
+    kernel = jax.jit(lambda start: jax.lax.scan(step, start, length=8000)[0])(start)
+    # At the threshold 0 the penalty has a kink, around which steps of 1e-3 with a weight of 20 go back and forth.
     assert losses.orthogonality_residual(kernel) < 0.05
     assert jnp.linalg.norm(kernel - goal) < 0.1
 
@@ -135,13 +133,6 @@ def test_backfill_curve_replaces_items_in_order_and_has_the_area_of_its_trapezoi
         metrics.backfill_curve(jnp.sum, mapped, new[:3], order, shares)
     with pytest.raises(ValueError, match="shares: expected at least two"):
         metrics.backfill_curve(jnp.sum, mapped, new, order, shares[:1])
-
-
-def test_same_model_retrieval_is_perfect_where_the_query_itself_is_not_excluded():
-    new, _, _ = rotated(count=30)
-    labels = jnp.arange(30) % 15
-    assert metrics.cmc(new, new, labels, labels, (1,))[0] == 1
-    assert metrics.cmc(new, new, labels, labels, (1,), exclude_self=True)[0] < 1
 
 
 @pytest.mark.parametrize(

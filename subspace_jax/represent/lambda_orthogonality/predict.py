@@ -92,7 +92,7 @@ def predict(
     old, new, labels = old[drawn], new[drawn], labels[drawn]
     items = len(drawn)
     own = jnp.arange(items)
-    _, truth = linalg.nearest_rows(new, new, k, exclude=own)
+    truth, before, unmapped = _without_maps(old, new, k=k)
     whole = fit_ridge(old, new, jnp.ones(items), penalties())
     outside = prepared(whole.outside, metric)
     num_classes = int(jnp.max(labels)) + 1
@@ -107,8 +107,6 @@ def predict(
     weights = jnp.ones(items).at[folds[0]].set(0.0)
     backward = fit_backward(backward_key, old, new, labels, weights, lam=lam)
     mapped, kept = _backward(backward, old, new, folds[0], truth, metric=metric)
-    width = max(old.shape[1], new.shape[1])
-    wide = [jnp.pad(h, ((0, 0), (0, width - h.shape[1]))) for h in (new, old)]
     return Prediction(
         k=k,
         items=items,
@@ -116,8 +114,8 @@ def predict(
         curves={name: tuple(map(float, values)) for name, (values, _) in curves.items()},
         areas=areas,
         order=max(ORDERS, key=areas.get),
-        old=float(neighbour_recall(old, old, truth, own)),
-        unmapped=float(neighbour_recall(*wide, truth, own)),
+        old=float(before),
+        unmapped=float(unmapped),
         backward=float(mapped),
         kept=float(kept),
         sizes=(*_sizes(items, count, k), items),
@@ -136,6 +134,15 @@ def neighbour_recall(queries: jax.Array, gallery: jax.Array, truth: jax.Array, o
     """
     _, found = linalg.nearest_rows(queries, gallery, truth.shape[1], exclude=own)
     return jnp.mean(jnp.any(found[:, :, None] == truth[:, None], axis=1).astype(queries.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _without_maps(old, new, *, k):
+    """Returns the true neighbours of each item, recall of old queries, and recall of new ones among old vectors."""
+    own, width = jnp.arange(len(old)), max(old.shape[1], new.shape[1])
+    _, truth = linalg.nearest_rows(new, new, k, exclude=own)
+    queries, gallery = (jnp.pad(h, ((0, 0), (0, width - h.shape[1]))) for h in (new, old))
+    return truth, neighbour_recall(old, old, truth, own), neighbour_recall(queries, gallery, truth, own)
 
 
 @functools.partial(jax.jit, static_argnames="metric")

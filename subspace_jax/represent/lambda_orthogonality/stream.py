@@ -105,7 +105,7 @@ def read_labels(path: str | os.PathLike, count: int) -> np.ndarray:
         found = np.frombuffer(file.read(), dtype)
     classes, labels = np.unique(found, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"labels: {path}: expected two classes or more, got {classes[0]!r} alone; leave --labels out")
+        raise ValueError(f"labels: {path}: expected two classes or more, got {classes[0]} alone; leave --labels out")
     return labels.astype(np.int32)
 
 
