@@ -83,9 +83,11 @@ def compat_loss(
       ValueError: The maps don't fit the vectors, or these are not paired; or a setting is out of range.
     """
     check_pairs(h_old, h_new, labels)
-    for name, h, f in (("backward", h_new, params.backward), ("forward", h_old, params.forward)):
-        if f.kernel.shape[0] != h.shape[1]:
-            raise ValueError(f"{name}: expected a kernel [{h.shape[1]}, m], got shape {list(f.kernel.shape)}")
+    expected = {"backward": (h_new.shape[1], h_old.shape[1]), "forward": (h_old.shape[1], h_new.shape[1])}
+    for name, shape in expected.items():
+        got = getattr(params, name).kernel.shape
+        if got != shape:
+            raise ValueError(f"{name}: expected a kernel {list(shape)} for these vectors, got {list(got)}")
     back, forth, contrastive, orthogonal = settings.weights
     mapped = params.backward(h_new)
     zero = jnp.zeros((), linalg.working_dtype(mapped))

@@ -98,12 +98,13 @@ def predict(
     num_classes = int(jnp.max(labels)) + 1
     scores = backfill_scores(outside, class_means(outside, labels, num_classes))
     random = jax.random.permutation(random_key, items).astype(jnp.int32)
-    orders = {**{name: ranked(scores, name) for name in ORDERS}, "random": random}
+    orders = jnp.stack([*(ranked(scores, name) for name in ORDERS), random])
     count = items // FOLDS
     folds = [own[i * count : (i + 1) * count] for i in range(FOLDS)]
     found = [_fold(old, new, fold, truth, orders, whole.penalty, metric=metric) for fold in folds]
-    curves, recalls = jax.tree.map(lambda *x: np.mean(x, axis=0), *jax.device_get(found))
-    areas = {name: float(area) for name, (_, area) in curves.items()}
+    values, areas, recalls = (np.mean(x, axis=0) for x in zip(*jax.device_get(found), strict=True))
+    curves = {name: tuple(map(float, x)) for name, x in zip((*ORDERS, "random"), values, strict=True)}
+    areas = dict(zip(curves, map(float, areas), strict=True))
     weights = jnp.ones(items).at[folds[0]].set(0.0)
     backward = fit_backward(backward_key, old, new, labels, weights, lam=lam)
     mapped, kept = _backward(backward, old, new, folds[0], truth, metric=metric)
@@ -111,7 +112,7 @@ def predict(
         k=k,
         items=items,
         shares=SHARES,
-        curves={name: tuple(map(float, values)) for name, (values, _) in curves.items()},
+        curves=curves,
         areas=areas,
         order=max(ORDERS, key=areas.get),
         old=float(before),
@@ -119,7 +120,7 @@ def predict(
         backward=float(mapped),
         kept=float(kept),
         sizes=(*_sizes(items, count, k), items),
-        recalls=(*map(float, recalls), float(curves["random"][0][0])),
+        recalls=(*map(float, recalls), curves["random"][0]),
     )
 
 
@@ -147,7 +148,7 @@ def _without_maps(old, new, *, k):
 
 @functools.partial(jax.jit, static_argnames="metric")
 def _fold(old, new, held, truth, orders, penalty, *, metric):
-    """Returns curve and area of each order for the queries ``held``, and recall in smaller galleries."""
+    """Returns curves and areas of some orders for the queries ``held``, and recall in smaller galleries."""
     items, k = len(old), truth.shape[1]
     weights = jnp.ones(items).at[held].set(0.0)
     mapped = prepared(fit_ridge(old, new, weights, penalty[None]).outside, metric)
@@ -157,14 +158,14 @@ def _fold(old, new, held, truth, orders, penalty, *, metric):
         return neighbour_recall(queries, gallery, truth[held], held)
 
     shares = jnp.asarray(SHARES)
-    curves = {name: metrics.backfill_curve(recall, mapped, new, order, shares) for name, order in orders.items()}
+    curves, areas = jax.lax.map(lambda order: metrics.backfill_curve(recall, mapped, new, order, shares), orders)
     rest = jnp.argsort(-weights, stable=True)  # items of the fit first
     recalls = []
     for size in _sizes(items, len(held), k):
         some, none = rest[:size], jnp.full_like(held, -1)
         _, nearest = linalg.nearest_rows(queries, new[some], k)
         recalls.append(neighbour_recall(queries, mapped[some], nearest, none))
-    return curves, jnp.stack(recalls)
+    return curves, areas, jnp.stack(recalls)
 
 
 def _sizes(items: int, held: int, k: int) -> tuple[int, ...]:
