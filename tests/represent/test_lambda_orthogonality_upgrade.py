@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from subspace_jax import losses
 from subspace_jax.cli.main import main
 from subspace_jax.represent import lambda_orthogonality as upgrades
 from subspace_jax.represent.lambda_orthogonality import maps, predict, report, stream
@@ -107,6 +108,23 @@ def test_the_command_maps_both_ways_and_its_prediction_holds_for_other_items(fol
     assert "data:image/png;base64," in page
     assert f"{said['backward']:.3f}" in page
     assert (folder / "up" / "curve.csv").read_text().count("\n") == 12
+
+
+@pytest.mark.slow
+def test_long_vectors_that_are_compared_by_distance_are_upgraded_with_classes_that_leave_gaps():
+    old, _, new = vectors(PAIRS)
+    labels = np.where(np.arange(PAIRS) % 3 == 0, 2, 7).astype(np.int32)  # classes 0 to 6 but 2 have no example
+    settings = upgrades.UpgradeSettings(metric="l2", lam=0.2)
+    with jax.numpy_dtype_promotion("standard"):
+        chain, found = upgrades.fit_upgrade(50 * old, 80 * new, labels, settings)
+    assert found.mapped > found.unmapped + 0.2
+    assert all(0 < area < 1 for area in found.areas.values())
+    (link,) = chain.links
+    assert link.centers.shape == (2, NEW)
+    residual = losses.orthogonality_residual(link.maps.backward.kernel, normalize=True)
+    assert residual < 0.2 + 5 / 20  # the gate opens within a few units of 1 / kappa
+    lengths = np.linalg.norm(upgrades.map_forward(chain, jnp.asarray(50 * old)), axis=1)
+    assert lengths.mean() > 40
 
 
 def test_the_code_of_the_report_applies_the_maps_without_this_library(folder, monkeypatch):

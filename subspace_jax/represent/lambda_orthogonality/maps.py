@@ -7,10 +7,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from subspace_jax import linalg
-from subspace_jax.represent.lambda_orthogonality.core import Affine, CompatParams, CompatSettings, compat_loss
+from subspace_jax.represent.lambda_orthogonality.core import (
+    Affine,
+    CompatParams,
+    CompatSettings,
+    class_means,
+    compat_loss,
+)
 
 METRICS, ORDERS = ("cosine", "l2"), ("worst", "typical")
 _STEPS, _BATCH, _LEARNING_RATE = 600, 256, 1e-3
@@ -115,6 +122,9 @@ def fit_backward(
     """
     count = jnp.sum(weights)
     mean_old, mean_new = (linalg.times(weights[None], h) / count for h in (old, new))
+    # In units of the old vectors' spread, so that the weights of the loss mean the same for vectors of any length.
+    spread = jnp.sqrt(jnp.sum(weights[:, None] * jnp.square(old - mean_old)) / count)
+    old, new, mean_old, mean_new = (h / spread for h in (old, new, mean_old, mean_new))
     rotation = linalg.orthogonal_procrustes(weights[:, None] * (new - mean_new), old - mean_old)
     start = Affine(rotation, (mean_old - linalg.times(mean_new, rotation))[0])
     settings = CompatSettings(weights=(1.0, 0.0, 0.1, 100.0), lam=lam * min(rotation.shape) ** 0.5)
@@ -131,7 +141,8 @@ def fit_backward(
         updates, state = tx.update(jax.grad(loss)(backward, rows), state)
         return (optax.apply_updates(backward, updates), state), None
 
-    return jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, _STEPS))[0][0]
+    end = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, _STEPS))[0][0]
+    return end._replace(bias=spread * end.bias)
 
 
 def prepared(x: jax.Array, metric: str) -> jax.Array:
@@ -153,6 +164,12 @@ def map_backward(chain: Chain, x: jax.Array) -> jax.Array:
     for link in reversed(chain.links):
         x = prepared(link.maps.backward(x), chain.metric)
     return x
+
+
+def centers_of(mapped: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean of each class that occurs, ``[classes, n]``, of vectors ``[pairs, n]`` and their labels."""
+    classes, index = np.unique(labels, return_inverse=True)
+    return class_means(mapped, jnp.asarray(index, jnp.int32), len(classes))
 
 
 def ranked(scores: jax.Array, order: str) -> jax.Array:

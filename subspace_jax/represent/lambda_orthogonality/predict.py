@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import linalg, metrics
-from subspace_jax.represent.lambda_orthogonality.core import Affine, backfill_scores, class_means
+from subspace_jax.represent.lambda_orthogonality.core import Affine, backfill_scores
 from subspace_jax.represent.lambda_orthogonality.maps import (
     ORDERS,
     Chain,
+    centers_of,
     fit_backward,
     fit_ridge,
     map_forward,
@@ -95,8 +96,7 @@ def predict(
     truth, before, unmapped = _without_maps(old, new, k=k)
     whole = fit_ridge(old, new, jnp.ones(items), penalties())
     outside = prepared(whole.outside, metric)
-    num_classes = int(jnp.max(labels)) + 1
-    scores = backfill_scores(outside, class_means(outside, labels, num_classes))
+    scores = backfill_scores(outside, centers_of(outside, labels))
     random = jax.random.permutation(random_key, items).astype(jnp.int32)
     orders = jnp.stack([*(ranked(scores, name) for name in ORDERS), random])
     count = items // FOLDS

@@ -15,12 +15,12 @@ from subspace_jax.represent.lambda_orthogonality.core import (
     CompatParams,
     backfill_scores,
     check_pairs,
-    class_means,
 )
 from subspace_jax.represent.lambda_orthogonality.maps import (
     METRICS,
     Chain,
     Link,
+    centers_of,
     fit_backward,
     fit_ridge,
     map_backward,
@@ -95,10 +95,7 @@ def fit_upgrade(
     labels = jnp.asarray(labels, jnp.int32)
     forward = fit_ridge(old, new, jnp.ones(len(old)), penalties()).map
     backward = fit_backward(map_key, old, new, labels, jnp.ones(len(old)), lam=settings.lam)
-    mapped = prepared(forward(old), settings.metric)
-    centers = class_means(mapped, labels, int(jnp.max(labels)) + 1)
-    # A class of another sample has no mean here.
-    centers = centers[jnp.isfinite(centers).all(axis=1)]
+    centers = centers_of(prepared(forward(old), settings.metric), labels)
     options = {"k": settings.k, "metric": settings.metric, "lam": settings.lam}
     found = predict(predict_key, old, new, labels, **options)
     return Chain((Link(CompatParams(backward, forward), centers),), settings.metric, found.order), found
