@@ -47,7 +47,8 @@ def add_lambda_orthogonality(weight: float, lam: float, kappa: float = 20.0) -> 
             return update
 
         def penalty(w):
-            return jnp.asarray(weight).astype(jnp.float32) * losses.lambda_orthogonality_tree(w, None, lam, kappa)
+            value = losses.lambda_orthogonality_tree(w, None, lam, kappa)
+            return jnp.asarray(weight).astype(value.dtype) * value
 
         gradient = automatic(jax.grad(penalty), (w,), lambda: spec_of(w))
         return update + gradient.astype(update.dtype)
