@@ -70,6 +70,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/lm.py
 	$(PY) scripts/bench/optimizers.py
 	$(PY) scripts/bench/vision.py
+	$(PY) scripts/bench/represent.py
 	$(PY) scripts/bench/adapters.py
 
 $(PY):

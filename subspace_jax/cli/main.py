@@ -24,6 +24,7 @@ from subspace_jax.cli import (
     processes,
     shared,
     train,
+    upgrade,
     vision,
 )
 
@@ -31,7 +32,7 @@ _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
-    "images and features": ("accuracy", "features", "few-shot", "probe", "transfer"),
+    "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
     "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
@@ -98,6 +99,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         language,
         vision,
         few_shot,
+        upgrade,
         attention,
         factors,
         hydra,

@@ -24,6 +24,7 @@ from subspace_jax.linalg.products import (
 )
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
+from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
 from subspace_jax.linalg.stacks import of_each
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
@@ -54,6 +55,7 @@ __all__ = [
     "nan_for_infinite",
     "nearest_rows",
     "of_each",
+    "orthogonal_from_skew",
     "orthogonal_procrustes",
     "orthonormal_columns",
     "orthonormality_error",
@@ -62,6 +64,7 @@ __all__ = [
     "polar_step",
     "positive_qr",
     "principal_angles",
+    "project_to_lambda_ball",
     "projector_distance",
     "random_orthonormal",
     "randomized_svd",

@@ -10,6 +10,7 @@ from subspace_jax.losses.multi_positive import (
     supervised_contrastive,
     supervised_infonce,
 )
+from subspace_jax.losses.orthogonality import lambda_orthogonality, lambda_orthogonality_tree, orthogonality_residual
 from subspace_jax.losses.variational import cross_correlation, cross_correlation_penalty, gaussian_kl, reparameterize
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "cross_entropy",
     "decoupling_penalty",
     "gaussian_kl",
+    "lambda_orthogonality",
+    "lambda_orthogonality_tree",
     "margin_loss",
     "multi_positive_infonce",
+    "orthogonality_residual",
     "pairwise_distances",
     "project_out",
     "reparameterize",

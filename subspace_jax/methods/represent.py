@@ -39,6 +39,12 @@ def _weighted(weight: str, variant: str, other: str, at_most: float | None = Non
 
 _SPRITES = train("represent/sprites")
 _VAE = train("represent/sprites:vae")
+_DOCSTRINGS = "python -m pytest tests/represent/test_upgrade_docstrings.py"
+
+
+def _digits(variant: str) -> str:
+    return train(f"represent/compatible_digits:{variant}")
+
 
 METHODS = (
     Method(
@@ -275,5 +281,61 @@ METHODS = (
             Figure("without the contrastive loss: x in the block of x", _VAE, "factors/x_from_x", seeds=(0,)),
             Figure("without the contrastive loss: FactorVAE score", _VAE, "factors/factor_vae", seeds=(0,)),
         ),
+    ),
+    Method(
+        name="lambda-orthogonality",
+        area="represent",
+        title="Lambda-orthogonality: compatible embeddings",
+        paper="λ-Orthogonality Regularization for Compatible Representation Learning",
+        arxiv=("2509.16664",),
+        summary=(
+            "Replaces the embedding model of a store of vectors without recomputing the store: maps between the old "
+            "and the new space, fitted to a sample of items by both models, the backward one orthogonal up to a "
+            "threshold.  Recall is predicted before any vector is recomputed, and an order says what to re-embed first."
+        ),
+        module="subspace_jax.represent.lambda_orthogonality",
+        configs=("represent/compatible_digits",),
+        command="subspace-jax upgrade --old old.npz --new new.npz --out work/upgrade",
+        figures=(
+            Figure(
+                "recall@10 of mapped WordLlama vectors in MiniLM's space, over the best least-squares map",
+                _DOCSTRINGS,
+                "mapped_over_least_squares",
+                at_least=0.95,
+                seeds=(0,),
+            ),
+            Figure("the same recall", _DOCSTRINGS, "mapped", seeds=(0,)),
+            Figure("the same minus no map", _DOCSTRINGS, "mapped_minus_unmapped", at_least=0.1, seeds=(0,)),
+            Figure(
+                "area under the backfill curve, minus that of random order",
+                _DOCSTRINGS,
+                "area_minus_random",
+                at_least=0.0,
+                seeds=(0,),
+            ),
+            Figure("largest error of the predicted curve", _DOCSTRINGS, "curve_error", at_most=0.02, seeds=(0,)),
+            Figure("residual of the backward map on digits, threshold 0.5", _digits("lam05"), "residual", 0.35, 0.65),
+            Figure("the same, threshold 1", _digits("lam1"), "residual", 0.85, 1.15),
+            Figure(
+                "new queries in the old gallery, CMC-1: threshold 1 minus 0",
+                _digits("lam1"),
+                "retrieval/cross_cmc1",
+                at_least=0.03,
+                minus=_digits("lam0"),
+            ),
+            Figure(
+                "new vectors mapped backward minus the new model itself, CMC-1, threshold 1",
+                _digits("lam1"),
+                "retrieval/kept_minus_new",
+                at_least=-0.03,
+            ),
+            Figure(
+                "the same, unconstrained",
+                _digits("unconstrained"),
+                "retrieval/kept_minus_new",
+                at_most=-0.05,
+            ),
+        ),
+        needs=("wordllama", "minilm"),
     ),
 )

@@ -1,5 +1,6 @@
 """Metrics: arrays or texts in, numbers out."""
 
+from subspace_jax.metrics.backfill import backfill_curve, update_gain
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
 from subspace_jax.metrics.disentanglement import (
@@ -27,6 +28,7 @@ from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_
 __all__ = [
     "DCI",
     "FactorVAEScore",
+    "backfill_curve",
     "balanced_probe_accuracy",
     "bleu",
     "choice_accuracy",
@@ -63,6 +65,7 @@ __all__ = [
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "update_gain",
 ]
 
 

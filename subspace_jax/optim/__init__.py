@@ -1,6 +1,7 @@
 """Optax transforms."""
 
 from subspace_jax.optim._basis import Basis
+from subspace_jax.optim.lambda_orthogonality import add_lambda_orthogonality
 from subspace_jax.optim.lora.adaprelora import AdaPreLoRAOptions, AdaPreLoRAState, adaprelora, scale_by_adaprelora
 from subspace_jax.optim.lora.lora_plus import LoRAPlusState, lora_plus, scale_by_lora_plus
 from subspace_jax.optim.lora.lora_pro import LoRAProOptions, LoRAProState, lora_pro, scale_by_lora_pro
@@ -56,6 +57,7 @@ __all__ = [
     "ScaledGDLoRAState",
     "ScaledGradientState",
     "adaprelora",
+    "add_lambda_orthogonality",
     "apollo",
     "apollo_mini",
     "compress",

@@ -191,6 +191,12 @@ _PROJECTED = {"public": "low_rank_projection", "factory": projected_momentum, **
 _GALORE = {"public": "galore", "factory": optim.galore, **_KERNELS, "static": _STATIC}
 _FIRA = {**_GALORE, "public": "fira", "factory": optim.fira}
 
+
+def near_orthogonal_descent(learning_rate, weight=0.5, lam=1.0, kappa=20.0):
+    regularizer = optim.add_lambda_orthogonality(weight, lam, kappa)
+    return optax.chain(regularizer, optax.scale_by_learning_rate(learning_rate))
+
+
 _PAIRS = {
     "params": pairs_of_factors,
     "layout": {"q": {"a": P(None, "data"), "b": P(None, None, "model")}, "other": P("data", "model")},
@@ -307,6 +313,12 @@ ENTRIES = (
         static=("rank", "refresh_every"),
         kwargs={"rank": 2, "refresh_every": 5},
         **_KERNELS,
+    ),
+    Entry(
+        "add-lambda-orthogonality",
+        public="add_lambda_orthogonality",
+        factory=near_orthogonal_descent,
+        **{**_KERNELS, "needs_params": True},
     ),
     Entry("quantized-momentum", public="quantize_state", factory=quantized_momentum, **_KERNELS),
     Entry("quantized-int8", public="quantize_state", factory=quantized_galore, static=("dtype",), **_KERNELS),

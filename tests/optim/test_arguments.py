@@ -11,6 +11,7 @@ from subspace_jax import optim
 
 # What a transform cannot do without.
 NEEDED = {
+    "add_lambda_orthogonality": {"weight": 1.0, "lam": 1.0},
     "low_rank_projection": {"inner": optax.sgd(0.1), "rank": 2},
     "quantize_state": {"inner": optax.adam(0.1), "dtype": "int8"},
     "with_geometry": {"euclidean_tx": optax.sgd(0.1), "grassmann_tx": optax.sgd(0.1)},
@@ -34,9 +35,9 @@ TRANSFORMS = [
 SHARES = ("b1", "b2", "momentum", "dampening")
 AT_LEAST_0 = (
     *("eps", "weight_decay", "lr_factor", "relative_rate", "embedding_rate", "reg", "delta", "decay"),
-    *("damping_rel", "damping_abs", "eps_rel"),
+    *("damping_rel", "damping_abs", "eps_rel", "weight", "lam"),
 )
-ABOVE_0 = ("ratio", "clip_rms", "clip_norm", "skip_rms", "update_cap")
+ABOVE_0 = ("ratio", "clip_rms", "clip_norm", "skip_rms", "update_cap", "kappa")
 INTEGERS = ("rank", "refresh_every", "rounds", "proj_rank", "sketch_rank", "max_history")
 NONE_MEANS_OFF = ("b1", "momentum", "max_history", "embedding_rate", "clip_rms", "clip_norm", "skip_rms", "update_cap")
 

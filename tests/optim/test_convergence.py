@@ -61,8 +61,8 @@ def test_a_parabola_is_descended(entry):
     def rate(count):
         return 0.1 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / NUM_STEPS))
 
-    undecayed = {**entry.kwargs, "weight_decay": 0.0} if "weight_decay" in arguments_of(entry) else entry.kwargs
-    tx = dataclasses.replace(entry, kwargs=undecayed).make(rate)
+    penalties = {name: 0.0 for name in ("weight", "weight_decay") if name in arguments_of(entry)}
+    tx = dataclasses.replace(entry, kwargs={**entry.kwargs, **penalties}).make(rate)
     loss, start = loss_of(entry), entry.params()
 
     @jax.jit

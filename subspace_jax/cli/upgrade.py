@@ -1,0 +1,125 @@
+"""The command that changes an embedding model without recomputing the store of vectors."""
+
+import argparse
+from pathlib import Path
+
+from subspace_jax.cli import shared
+
+_UPGRADE = """
+    subspace-jax upgrade --old old.npz --new new.npz --out work/upgrade        # some thousand items by both models
+    subspace-jax upgrade --old old.npy --new new.npy --out work/upgrade --gallery store.npy --queries today.npy
+    subspace-jax upgrade --maps work/upgrade --gallery shard2.npy --out work/shard2
+    subspace-jax upgrade --maps work/a_to_b work/b_to_c --gallery store_a.npy --check a.npy b.npy c.npy \\
+        --out work/a_to_c
+
+    Files hold vectors [items, n] of float16, float32 or float64: .npy, or .npz with features (as `subspace-jax
+    features` writes), vectors or embeddings.  Row i of --old and of --new is the same item.
+
+    Two ways to use what is written: the store is mapped forward (--gallery), and queries of the new model search it at
+    once; re-embed it then item by item in the order of order.npy, and report.html says how recall rises on the way.  Or
+    the store stays as it is, and vectors of the new model, queries and new items, are mapped backward (--queries).
+    """
+
+
+def add_commands(commands) -> None:
+    """Adds ``upgrade``."""
+    summary = "change an embedding model: map a store of old vectors to the new model's space, and predict recall"
+    parser = shared.add_command(commands, "upgrade", summary, _upgrade, _UPGRADE)
+    parser.add_argument("--old", metavar="FILE", help="vectors of a sample of items by the old model")
+    parser.add_argument("--new", metavar="FILE", help="vectors of the same items in the same order by the new model")
+    parser.add_argument(
+        "--labels", metavar="FILE", help="their classes: .npy, or .npz with labels (default: clusters of k-means)"
+    )
+    parser.add_argument(
+        "--maps", nargs="+", metavar="DIR", help="instead of --old and --new: earlier upgrades, the oldest first"
+    )
+    help_text = "with --maps: vectors of the same items by each model, the oldest first"
+    parser.add_argument("--check", nargs="+", metavar="FILE", help=help_text)
+    parser.add_argument("--gallery", metavar="FILE", help="stored old vectors to map forward, of any number")
+    parser.add_argument("--queries", metavar="FILE", help="new vectors to map backward")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for maps, report and mapped vectors")
+    parser.add_argument(
+        "--metric", choices=("cosine", "l2"), default="cosine", help="how the store compares vectors (default: cosine)"
+    )
+    parser.add_argument("--k", type=int, default=10, help="neighbours that recall counts (default: 10)")
+    parser.add_argument(
+        "--lam", type=float, default=0.5, help="how far the backward map may be from orthogonal (default: 0.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax import train
+    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax.represent.lambda_orthogonality import report
+
+    _check(args)
+    out = train.writable_folder(args.out)
+    given = (("gallery", args.gallery), ("queries", args.queries))
+    streams = {name: upgrades.open_vectors(name, path) for name, path in given if path is not None}
+    items = streams["gallery"].shape[0] if args.gallery else None
+    chain, record, tables, files = (_chained if args.maps else _fitted)(args, out, items)
+    upgrades.save_maps(out, chain, record)
+    files = ["maps.safetensors: the maps, float32", "upgrade.json: what they are, and all figures", *files]
+    print("\n\n".join(table.text() for table in tables), end="\n\n" if tables else "", flush=True)
+    for name, source in streams.items():
+        direction = "forward" if name == "gallery" else "backward"
+        written = upgrades.map_store(chain, source, out, direction=direction, progress=not args.quiet)
+        files += [f"{path.name}: {_PURPOSES[path.name]}" for path in written]
+    report.write_report(out, chain, tables, files)
+    print("\n".join([f"Wrote to {out}:", *(f"  {file}" for file in files), "  report.html: all of this as a page"]))
+
+
+_PURPOSES = {
+    "gallery.npy": "the stored vectors in the new space, in their order",
+    "order.npy": "numbers of the stored vectors in the order in which to re-embed them",
+    "queries.npy": "the new vectors in the old space, in their order",
+}
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.maps and (args.old or args.new or args.labels):
+        raise ValueError("--maps: joins earlier upgrades, and takes no --old, --new or --labels; --check measures it")
+    if not args.maps and not (args.old and args.new):
+        raise ValueError("--old, --new: expected both, the vectors of the same items by both models; or --maps")
+    if args.check and not args.maps:
+        raise ValueError("--check: is for --maps")
+    if args.check and len(args.check) != len(args.maps) + 1:
+        raise ValueError(
+            f"--check: expected {len(args.maps) + 1} files for {len(args.maps)} upgrades, a file for each model; got "
+            f"{len(args.check)}"
+        )
+
+
+def _fitted(args: argparse.Namespace, out: Path, items: int | None):
+    """Fits the maps to pairs; returns chain, record, tables and a line for each file."""
+    import dataclasses
+
+    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax.represent.lambda_orthogonality import report
+
+    old, new = (upgrades.open_vectors(name, path).read() for name, path in (("old", args.old), ("new", args.new)))
+    labels = None if args.labels is None else upgrades.read_labels(args.labels, len(old))
+    settings = upgrades.UpgradeSettings(args.metric, args.k, args.lam, args.seed)
+    chain, found = upgrades.fit_upgrade(old, new, labels, settings)
+    report.write_curve(found, out)
+    record = {"pairs": len(old), "settings": dataclasses.asdict(settings), "prediction": found._asdict()}
+    tables = [report.summary_table(found, items), report.curve_table(found)]
+    return chain, record, tables, ["curve.png, curve.csv: recall over the share of re-embedded items"]
+
+
+def _chained(args: argparse.Namespace, out: Path, items: int | None):
+    """Reads and joins the maps of earlier upgrades; returns the same."""
+    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax.represent.lambda_orthogonality import report
+
+    chains, records = zip(*(upgrades.load_maps(folder) for folder in args.maps), strict=True)
+    chain, record, tables = upgrades.joined(chains, args.maps), {"links": args.maps}, []
+    if len(chains) > 1 and all("prediction" in other for other in records):
+        tables.append(report.links_table(records, args.maps))
+    if args.check:
+        spaces = [upgrades.open_vectors("check", path).read() for path in args.check]
+        record["check"] = upgrades.check_chain(chains, spaces, args.k)
+        tables.append(report.chain_table(record["check"], args.maps, args.k))
+    return chain, record, tables, []
