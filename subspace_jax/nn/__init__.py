@@ -66,12 +66,13 @@ from subspace_jax.nn.models.vit.model import vision_transformer_apply, vision_tr
 from subspace_jax.nn.params import ParamSpec
 
 if TYPE_CHECKING:
-    from subspace_jax.nn.layers.modules import CosineHead, GrassmannHead, Linear, SoftmaxHead
+    from subspace_jax.nn.layers.modules import BatchNorm, CosineHead, GrassmannHead, Linear, SoftmaxHead
     from subspace_jax.nn.models.small import MLP, ConvNet
     from subspace_jax.nn.module import Model
 
 __all__ = [
     "MLP",
+    "BatchNorm",
     "BertConfig",
     "BertOutput",
     "CausalLMConfig",
@@ -167,6 +168,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BatchNorm": "layers.modules",
     "CosineHead": "layers.modules",
     "GrassmannHead": "layers.modules",
     "Linear": "layers.modules",

@@ -77,7 +77,7 @@ def test_multi_positive_infonce_averages_over_anchors_and_counts_those_without_p
 
 
 @pytest.mark.parametrize("loss", [split_loss, contrastive])
-@pytest.mark.parametrize("block_size", [7, 20])
+@pytest.mark.parametrize("block_size", [7, pytest.param(20, marks=pytest.mark.slow)])
 def test_blocks_of_keys_give_the_loss_and_the_gradient_of_all_keys_at_once(loss, block_size, labelled):
     in_blocks = jax.jit(jax.value_and_grad(functools.partial(loss, block_size=block_size)))(*labelled)
     at_once = jax.jit(jax.value_and_grad(loss))(*labelled)
@@ -114,8 +114,8 @@ def test_supervised_infonce_of_two_equal_positives_among_orthogonal_vectors_is_n
     chex.assert_trees_all_close(split_loss(3 * z, labels), split_loss(z, labels), rtol=1e-6)
 
 
-@pytest.mark.parametrize("block_size", [8, 64])
-def test_memory_of_supervised_contrastive_is_that_of_a_block(block_size):
+def test_memory_of_supervised_contrastive_is_that_of_a_block():
+    block_size = 64
     shape = jax.ShapeDtypeStruct((2048, 16), jnp.float32)
     labels = jax.ShapeDtypeStruct((2048,), jnp.int32)
     step = jax.jit(jax.value_and_grad(functools.partial(contrastive, block_size=block_size)))

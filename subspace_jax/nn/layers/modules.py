@@ -1,4 +1,4 @@
-"""Flax NNX modules of layers: a linear layer, and classification heads over it.
+"""Flax NNX modules of layers: a linear layer, batch normalization, and classification heads.
 
 The Grassmann head is that of "Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
 Representation" (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547).
@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from subspace_jax.linalg import random_orthonormal, working_dtype
+from subspace_jax.nn.layers.batch_norm import batch_norm
 from subspace_jax.nn.layers.heads import cosine_logits, grassmann_logits
 from subspace_jax.nn.layers.linear import linear
 
@@ -48,6 +49,30 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         return linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization, see :func:`subspace_jax.nn.batch_norm`; a new module normalizes by running statistics.
+
+    Args:
+      features: Number of channels.
+      axis: Logical name of the channels.
+    """
+
+    def __init__(self, features: int, *, axis: str | None = None):
+        ones, zeros = (make((features,), jnp.float32) for make in (jnp.ones, jnp.zeros))
+        self.scale, self.bias = nnx.Param(ones, axes=(axis,)), nnx.Param(zeros, axes=(axis,))
+        self.mean, self.var = nnx.BatchStat(zeros, axes=(axis,)), nnx.BatchStat(ones, axes=(axis,))
+        self.use_running_average = True
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes ``[batch, ..., features]``; in training mode it updates the running statistics."""
+        held = [part.get_value() for part in (self.scale, self.bias, self.mean, self.var)]
+        y, (mean, var) = batch_norm(x, *held, train=not self.use_running_average)
+        if not self.use_running_average:
+            self.mean.set_value(mean)
+            self.var.set_value(var)
+        return y
 
 
 class GrassmannHead(nnx.Module):

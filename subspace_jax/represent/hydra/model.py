@@ -12,28 +12,6 @@ from subspace_jax import nn
 from subspace_jax.represent.hydra.core import pair_gate
 
 
-class BatchNorm(nnx.Module):
-    """Batch normalization, see :func:`subspace_jax.nn.batch_norm`; a new module normalizes by running statistics.
-
-    Args:
-      features: Number of channels.
-    """
-
-    def __init__(self, features: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
-        self.use_running_average = True
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes ``[batch, ..., features]``; in training mode it updates the running statistics."""
-        held = [part.get_value() for part in (self.scale, self.bias, self.mean, self.var)]
-        y, (mean, var) = nn.batch_norm(x, *held, train=not self.use_running_average)
-        if not self.use_running_average:
-            self.mean.set_value(mean)
-            self.var.set_value(var)
-        return y
-
-
 class Perceptron(nnx.Module):
     """Linear layers with batch normalization and a ReLU between them.
 
@@ -46,7 +24,7 @@ class Perceptron(nnx.Module):
     def __init__(self, in_features: int, features: Sequence[int], *, rngs: nnx.Rngs):
         widths = (in_features, *features)
         self.layers = nnx.List(nn.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(widths))
-        self.norms = nnx.List(BatchNorm(width) for width in features[:-1])
+        self.norms = nnx.List(nn.BatchNorm(width) for width in features[:-1])
         self.out_features = widths[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +47,7 @@ class Projector(nnx.Module):
 
     def __init__(self, in_features: int, hidden: int = 2048, out: int = 256, *, rngs: nnx.Rngs):
         self.hidden = nn.Linear(in_features, hidden, rngs=rngs)
-        self.norm = BatchNorm(hidden)
+        self.norm = nn.BatchNorm(hidden)
         self.out = nn.Linear(hidden, out, axes=("mlp", "embed"), use_bias=False, rngs=rngs)
         self.scale, self.bias = nnx.Param(jnp.ones(out)), nnx.Param(jnp.zeros(out))
 
@@ -102,7 +80,7 @@ class PairGate(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (num_classes, embed_dim), jnp.float32))
-        self.norm1, self.norm2 = BatchNorm(embed_dim), BatchNorm(hidden)
+        self.norm1, self.norm2 = nn.BatchNorm(embed_dim), nn.BatchNorm(hidden)
         self.dense1 = nn.Linear(embed_dim, hidden, axes=(None, None), rngs=rngs)
         self.dense2 = nn.Linear(hidden, features, axes=(None, None), rngs=rngs)
         self.fuse = fuse

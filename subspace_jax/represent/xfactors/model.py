@@ -124,24 +124,6 @@ class MLPDecoder(nnx.Module):
         return jax.nn.sigmoid(self.body(z).reshape(-1, *self.image_shape))
 
 
-class _Norm(nnx.Module):
-    """Batch normalization over the channels; of the global batch where it is sharded."""
-
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32), axes=("mlp",))
-        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32), axes=("mlp",))
-        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32), axes=("mlp",))
-        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32), axes=("mlp",))
-        self.use_running_average = True
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        state = (v.get_value() for v in (self.scale, self.bias, self.mean, self.var))
-        y, (mean, var) = nn.batch_norm(x, *state, train=not self.use_running_average)
-        self.mean.set_value(mean)
-        self.var.set_value(var)
-        return y
-
-
 class _Conv(nnx.Module):
     """A convolution of 3 x 3 with bias; with ``up`` a transposed one of 4 x 4 that doubles the image."""
 
@@ -168,7 +150,7 @@ class _ConvNorm(nnx.Module):
 
     def __init__(self, channels: int, out: int, *, strides: int = 1, up: bool = False, rngs: nnx.Rngs):
         self.conv = _Conv(channels, out, strides=strides, up=up, rngs=rngs)
-        self.norm = _Norm(out)
+        self.norm = nn.BatchNorm(out, axis="mlp")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.leaky_relu(self.norm(self.conv(x)))
@@ -179,7 +161,7 @@ class _Block(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.convs = nnx.List(_Conv(channels, channels, rngs=rngs) for _ in range(2))
-        self.norms = nnx.List(_Norm(channels) for _ in range(2))
+        self.norms = nnx.List(nn.BatchNorm(channels, axis="mlp") for _ in range(2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.norms[0](self.convs[0](x)))
