@@ -26,7 +26,7 @@ from subspace_jax.represent.linear_probe import linear_probe as fixed_probe
 
 EPOCHS, STEPS, BATCH_SIZE = 20, 60, 256
 RATES = (1e-3, 1e-2)
-RANK = 4
+RANK, REDUCTION = 4, 4
 # Up to where the nearest key decides, and up to where the cache outweighs cosines that are multiplied by 100.
 BETAS, ALPHAS = tip_grid((12.0, 50.0), (50, 25))
 
@@ -72,7 +72,8 @@ def _zero_shot(draw: Draw) -> Classifier:
 
 
 def _clip_adapter(draw: Draw) -> Classifier:
-    start = ClipAdapter(draw.text.shape[1], rngs=nnx.Rngs(draw.key))
+    width = draw.text.shape[1]  # of few dimensions in a subspace
+    start = ClipAdapter(width, reduction=min(REDUCTION, width), rngs=nnx.Rngs(draw.key))
 
     def fit(order: np.ndarray, tx: optax.GradientTransformation) -> Classifier:
         adapter, _ = fit_clip_adapter(start, draw.train, draw.text, order, scale=draw.scale, tx=tx)
@@ -137,7 +138,7 @@ def _logistic(draw: Draw) -> Classifier:
 
 METHODS = {
     "zero-shot": FewShotMethod(_zero_shot, lambda m, classes, n: 0),
-    "clip-adapter": FewShotMethod(_clip_adapter, lambda m, classes, n: 2 * n * (n // 4)),
+    "clip-adapter": FewShotMethod(_clip_adapter, lambda m, classes, n: 2 * n * max(1, n // REDUCTION)),
     "residual": FewShotMethod(_residual(None), lambda m, classes, n: classes * n),
     "low-rank-residual": FewShotMethod(_residual(RANK), lambda m, classes, n: min(RANK, classes, n) * (classes + n)),
     "tip": FewShotMethod(_tip(False), lambda m, classes, n: m),
