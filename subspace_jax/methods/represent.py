@@ -3,7 +3,7 @@
 from subspace_jax.methods.records import Figure, Method, train
 
 _SHIFTED_DIGITS = "python -m pytest tests/represent/test_few_shot_figures.py -k digits"
-_DOCSTRINGS = "python -m pytest tests/represent/test_few_shot_figures.py -k docstring"
+_DOCSTRINGS_BY_MODULE = "python -m pytest tests/represent/test_few_shot_figures.py -k docstring"
 
 
 def _few_shot(name: str, command: str, metric: str, at_least: float | None = None) -> Figure:
@@ -220,7 +220,7 @@ METHODS = (
             _few_shot("the same, accuracy of Tip-F", _SHIFTED_DIGITS, "tip_f_4"),
             _few_shot(
                 "MiniLM, docstrings by module, 16 shots, 3 draws: best of Tip, Tip-F and probe minus zero-shot",
-                _DOCSTRINGS,
+                _DOCSTRINGS_BY_MODULE,
                 "docstrings_gain",
                 0.1,
             ),
