@@ -146,4 +146,4 @@ def test_the_openmoji_config_builds_a_run_on_its_pictures():
 def test_targets_that_do_not_fit_the_layout_are_refused():
     make = functools.partial(xfactors.make_xfactors, layout=LAYOUT, image_shape=(4, 4, 1), network="mlp", widths=(8,))
     with pytest.raises(ValueError, match="targets: expected one factor for each of the blocks"):
-        xfactors.XFactorsTask(make, (0,))
+        xfactors.XFactorsTask(make, (0,), xfactors.XFactorsConfig())
