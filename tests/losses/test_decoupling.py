@@ -171,6 +171,7 @@ fit = jax.jit(lambda key, x, y: decoupling.fit_probe(
 ).params)  # fmt: skip
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax raises float32 to int32 powers
 def test_codelength_is_below_uniform_for_domains_that_can_be_told_and_not_for_random_ones():
     rng = np.random.default_rng(0)
