@@ -182,7 +182,7 @@ def _draw(panels: Mapping[str, tuple[np.ndarray, list, np.ndarray]], output: str
 
     sizes = [(len(left), len(top)) for left, top, _ in panels.values()]
     width = sum(columns + 1.6 for _, columns in sizes) * 0.62
-    figure = Figure(figsize=(max(width, 2.5), (max(rows for rows, _ in sizes) + 1.9) * 0.62), layout="constrained")
+    figure = Figure(figsize=(max(width, 2.5), (max(rows for rows, _ in sizes) + 2.3) * 0.62), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[columns + 1.3 for _, columns in sizes])[0]
     for axis, (title, (left, top, cells)) in zip(axes, panels.items(), strict=True):
         axis.set_title(title, fontsize=9)
