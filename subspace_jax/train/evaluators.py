@@ -136,7 +136,14 @@ class Evaluations:
                 batches.close()
             if found[name_of_set] is None:
                 raise ValueError(f"data.evaluate: the set {name_of_set!r} gave no batch")
-        return on_first_process(lambda: figures(f"finish of {name!r}", evaluator.finish(**found)))
+
+        def finish():
+            values = figures(f"finish of {name!r}", evaluator.finish(**found))
+            if taken := sorted(_FIELDS_OF_ROWS & values.keys()):
+                raise ValueError(f"finish of {name!r}: {taken} name fields of a row; expected other names")
+            return values
+
+        return on_first_process(finish)
 
     def _placed(self, batches):
         place = batch_sharding(auto_mesh(self._mesh), self._rules)
@@ -194,6 +201,7 @@ def _rows(results: Iterable[tuple[PyTree, jax.Array]]) -> PyTree | None:
 
 
 _REDUCTIONS = {"sum": _sum, "rows": _rows}
+_FIELDS_OF_ROWS = {"phase", "split", "step"}  # of the metrics log, beside the values
 
 
 def evaluate(

@@ -159,6 +159,7 @@ def test_fit_refuses_what_a_task_returns(method, returned, message, fit, tmp_pat
     [
         (lambda x: x, {"rank": "high"}, "finish of 'rank': expected scalars and arrays of numbers, got rank='high'"),
         (lambda x: x, 0.5, "finish of 'rank': expected a dict of scalars and arrays, got float"),
+        (lambda x: x, {"split": 0.5}, r"finish of 'rank': \['split'\] name fields of a row; expected other names"),
         (np.sum, {}, r"collect: expected arrays with 16 examples as first axis, got shapes \[\(\)\]"),
     ],
 )
