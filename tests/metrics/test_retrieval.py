@@ -8,6 +8,10 @@ import pytest
 
 from subspace_jax import metrics
 
+cmc = jax.jit(metrics.cmc, static_argnames=("ks", "exclude_self"))
+retrieval_map = jax.jit(metrics.retrieval_map, static_argnames="exclude_self")
+recall_at_k = jax.jit(metrics.recall_at_k, static_argnames="ks")
+
 
 @pytest.mark.parametrize("name", ["self", "other"])
 def test_cmc_and_retrieval_map_give_the_golden_values(x64, golden, name):
@@ -15,9 +19,9 @@ def test_cmc_and_retrieval_map_give_the_golden_values(x64, golden, name):
     labels = jnp.asarray(vectors["labels_gallery"])
     query_labels = labels if name == "self" else jnp.asarray(vectors["labels_query_other"])
     pairs = (jnp.asarray(vectors[f"query_{name}"]), jnp.asarray(vectors["gallery"]), query_labels, labels)
-    cmc = metrics.cmc(*pairs, range(1, 6), exclude_self=name == "self")
-    chex.assert_trees_all_close(cmc, jnp.asarray(vectors[f"cmc_{name}"]), atol=1e-12)
-    found = metrics.retrieval_map(*pairs, exclude_self=name == "self")
+    shares = cmc(*pairs, ks=(1, 2, 3, 4, 5), exclude_self=name == "self")
+    chex.assert_trees_all_close(shares, jnp.asarray(vectors[f"cmc_{name}"]), atol=1e-12)
+    found = retrieval_map(*pairs, exclude_self=name == "self")
     chex.assert_trees_all_close(found, jnp.float64(vectors[f"map_{name}"]), atol=1e-12)
 
 
@@ -31,26 +35,26 @@ def clusters():
 
 def test_metrics_of_separated_classes_are_one(clusters):
     x, labels = clusters
-    assert float(metrics.retrieval_map(x, x, labels, labels, exclude_self=True)) == pytest.approx(1)
-    chex.assert_trees_all_close(metrics.recall_at_k(x, labels, (1, 4)), jnp.ones(2))
+    assert float(retrieval_map(x, x, labels, labels, exclude_self=True)) == pytest.approx(1)
+    chex.assert_trees_all_close(recall_at_k(x, labels, ks=(1, 4)), jnp.ones(2))
 
 
 def test_cmc_grows_with_k_and_without_exclusion_finds_the_query_itself(clusters):
     _, labels = clusters
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((100, 4)), jnp.float32)
-    shares = metrics.recall_at_k(noise, labels, (1, 2, 5, 500))
+    shares = recall_at_k(noise, labels, ks=(1, 2, 5, 500))
     assert np.all(np.diff(shares) >= 0)
     assert float(shares[0]) < 0.5
     assert float(shares[-1]) == 1
-    assert float(metrics.cmc(noise, noise, labels, labels, (1,))[0]) == 1
+    assert float(cmc(noise, noise, labels, labels, ks=(1,))[0]) == 1
 
 
 def test_queries_without_a_match_do_not_count(clusters):
     x, labels = clusters
     own = labels.at[0].set(99).at[1].set(98)
-    chex.assert_trees_all_close(metrics.cmc(x, x, own, labels, (1,), exclude_self=True), jnp.ones(1))
-    assert float(metrics.retrieval_map(x, x, own, labels)) == pytest.approx(1)
-    assert np.isnan(metrics.cmc(x[:2], x, own[:2], labels, (1,))[0])
+    chex.assert_trees_all_close(cmc(x, x, own, labels, ks=(1,), exclude_self=True), jnp.ones(1))
+    assert float(retrieval_map(x, x, own, labels)) == pytest.approx(1)
+    assert np.isnan(cmc(x[:2], x, own[:2], labels, ks=(1,))[0])
 
 
 @pytest.mark.parametrize("name", ["cmc", "retrieval_map"])

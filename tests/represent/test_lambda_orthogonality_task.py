@@ -31,6 +31,7 @@ def problem():
     return compat.CompatTask(3, 4, compat.CompatSettings(weights=(1.0, 1.0, 0.1, 1.0))), own
 
 
+@pytest.mark.slow
 class TestCompat(TaskContract):
     def make(self):
         return problem()

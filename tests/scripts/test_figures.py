@@ -94,7 +94,7 @@ def test_tables_of_readme_and_pages_are_those_of_the_measured_figures():
 
 
 def test_main_names_methods_close_to_an_unknown_one(capsys):
-    for name, message in (("svfitt", "did you mean svfit?"), ("nonsense", "there are gcr, dora, ")):
+    for name, message in (("svfitt", "did you mean svfit?"), ("nonsense", "there are gcr, ")):
         with pytest.raises(SystemExit) as stop:
             figures.main(["--only", "gcr", name])
         assert stop.value.code == 2
