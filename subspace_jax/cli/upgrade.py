@@ -58,6 +58,8 @@ def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
     out = train.writable_folder(args.out)
     given = (("gallery", args.gallery), ("queries", args.queries))
     streams = {name: upgrades.open_vectors(name, path) for name, path in given if path is not None}
+    if not args.maps:
+        _check_widths(args, streams)
     items = streams["gallery"].shape[0] if args.gallery else None
     chain, record, tables, files = (_chained if args.maps else _fitted)(args, out, items)
     upgrades.save_maps(out, chain, record)
@@ -78,7 +80,28 @@ _PURPOSES = {
 }
 
 
+def _check_widths(args: argparse.Namespace, streams: dict) -> None:
+    """Raises before the fit what the mapping of a file of another width would raise after it."""
+    from subspace_jax.represent import lambda_orthogonality as upgrades
+
+    for name, of in (("gallery", "old"), ("queries", "new")):
+        width = upgrades.open_vectors(of, getattr(args, of)).shape[1]
+        if name in streams and streams[name].shape[1] != width:
+            raise ValueError(
+                f"--{name}: expected vectors of the width {width} of --{of}, got width {streams[name].shape[1]}"
+            )
+
+
 def _check(args: argparse.Namespace) -> None:
+    out = Path(args.out).expanduser().resolve()
+    if any(Path(folder).expanduser().resolve() == out for folder in args.maps or ()):
+        raise ValueError(
+            f"--out: expected another folder than those of --maps, whose files it would replace, got {out}"
+        )
+    read = [args.old, args.new, args.labels, args.gallery, args.queries, *(args.check or ())]
+    written = {out / name for name in _PURPOSES}
+    if own := [path for path in read if path and Path(path).expanduser().resolve() in written]:
+        raise ValueError(f"--out: expected a folder in which no file is replaced that is read, got that of {own[0]}")
     if args.maps and (args.old or args.new or args.labels):
         raise ValueError("--maps: joins earlier upgrades, and takes no --old, --new or --labels; --check measures it")
     if not args.maps and not (args.old and args.new):

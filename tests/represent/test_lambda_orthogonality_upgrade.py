@@ -264,6 +264,18 @@ def test_fit_upgrade_refuses_what_can_not_serve(error, change):
             ["--maps", "{root}/up", "--queries", "{root}/other_old.npy"],
         ),
         (
+            "--gallery: expected vectors of the width 6 of --old, got width 8",
+            ["--old", "{root}/old.npz", "--new", "{root}/new.npy", "--gallery", "{root}/new.npy"],
+        ),
+        (
+            "--out: expected another folder than those of --maps, whose files it would replace",
+            ["--maps", "{root}/up", "--out", "{root}/up"],
+        ),
+        (
+            "--out: expected a folder in which no file is replaced that is read, got that of {root}/gallery.npy",
+            ["--maps", "{root}/up", "--gallery", "{root}/gallery.npy", "--out", "{root}"],
+        ),
+        (
             "check: expected vectors of widths [6, 8], a file for each model, got [6, 7]",
             ["--maps", "{root}/up", "--check", "{root}/other_old.npy", "{root}/other_middle.npy"],
         ),
