@@ -91,14 +91,9 @@ class CausalLMTask(train.Task):
         return loss, (variables, metrics)
 
     def loss_and_states(self, params, variables, batch, *, key=None, layers=()):
-        """Returns loss and metrics of :meth:`loss`, and some hidden states ``[layers, batch, length, d]``.
+        """Returns loss and metrics of :meth:`loss`, and the hidden states of ``layers``.
 
-        Args:
-          params: The parameters.
-          variables: Not used.
-          batch: The batch.
-          key: Not used.
-          layers: Which of the hidden states of :func:`subspace_jax.nn.causal_lm_apply`; None is returned for none.
+        These are of :func:`subspace_jax.nn.causal_lm_apply`, ``[layers, batch, length, d]``; None for no layers.
         """
         del variables, key
         nll, hits, hidden = self._scored(params, batch, layers)

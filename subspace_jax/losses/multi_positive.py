@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import unit_vectors, working_dtype
+from subspace_jax.linalg import times, unit_vectors, working_dtype
 
 _MASKED = -1e30  # a score that adds nothing to a logarithm of a sum, and is finite so that gradients are
 
@@ -49,7 +49,8 @@ def supervised_infonce(
     def add(carry, keys, is_key):
         others, positives, count = carry
         z_keys, of_keys, at = keys
-        scores = jnp.clip(z @ z_keys.T / temperature, -clip, clip)
+        # In full precision: a temperature of 0.03 makes errors of cosines 33 times as large.
+        scores = jnp.clip(times(z, z_keys.T) / temperature, -clip, clip)
         other = is_key[None] & (index[:, None] != at[None])
         positive = other & (labels[:, None] == of_keys[None])
         count = count + jnp.sum(positive, axis=1, dtype=jnp.int32)
@@ -98,7 +99,7 @@ def supervised_contrastive(
     def add(carry, block, is_key):
         every, positives, count = carry
         vectors, of_keys = block
-        scores = anchors @ vectors.T / temperature
+        scores = times(anchors, vectors.T) / temperature
         positive = is_key[None] & (labels[:, None] == of_keys[None])
         positives = positives + jnp.sum(jnp.where(positive, scores, 0.0), axis=1)
         return _add_logsumexp(every, scores, is_key[None]), positives, count + jnp.sum(positive, 1, dtype=jnp.int32)

@@ -92,7 +92,7 @@ def public_names():
 
 
 def test_site_builds_strictly_and_documents_every_public_name_functions_before_states(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     html = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))

@@ -70,7 +70,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], f"{where}: content")
     for name in ("role", "content"):
-        if not isinstance(message.get(name) or "", str):
+        if message.get(name) is not None and not isinstance(message[name], str):
             raise ValueError(f"{where}: field {name!r}: expected text, got {_form(message[name])}")
     return message
 

@@ -1,11 +1,16 @@
 """What compatible vectors are worth: retrieval across two models, and what a map changes of the new one."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import linalg, metrics, train
 from subspace_jax.represent.lambda_orthogonality.core import backfill_order, class_means
+
+if TYPE_CHECKING:
+    from subspace_jax.represent.lambda_orthogonality.task import CompatTask
 
 _SHARES = tuple(i / 10 for i in range(11))
 
@@ -24,7 +29,7 @@ class Retrieval(train.Evaluator):
     sets, reduce = ("train", "eval"), "rows"
     metrics = ("cross_cmc1", "cross_map", "forward_cmc1", "backfill_area")
 
-    def __init__(self, task):
+    def __init__(self, task: "CompatTask"):
         self._task = task
 
     def collect(self, model, batch, *, key):

@@ -1,12 +1,16 @@
 """What the codes say about the factors: nearest neighbours for each subspace, and all scores of disentanglement."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from subspace_jax import linalg, metrics, train
 from subspace_jax.represent.xfactors.core import SubspaceLayout
+
+if TYPE_CHECKING:
+    from subspace_jax.represent.xfactors.task import XFactorsTask
 
 NEIGHBOURS = 5
 _EPS = 1e-8
@@ -18,14 +22,14 @@ class FactorScores(train.Evaluator):
     """Codes of the sets "train" and "eval" at the end of training, scored by :func:`factor_scores`.
 
     Args:
-      task: An :class:`~subspace_jax.represent.xfactors.task.XFactorsTask`.
+      task: The task.
     """
 
     sets = ("train", "eval")
     reduce = "rows"
     last = True
 
-    def __init__(self, task):
+    def __init__(self, task: "XFactorsTask"):
         self._task = task
 
     def collect(self, model, batch, *, key):

@@ -13,7 +13,7 @@ from subspace_jax.represent.xfactors.data import FactorImages
 from subspace_jax.represent.xfactors.model import swap_factor
 from subspace_jax.represent.xfactors.task import XFactorsTask, images_of
 
-REST = "rest"  # the residual code in the place of a factor
+REST = "rest"  # the name of the residual code among the factors
 _MOST_COLUMNS = 8
 _GAP = 0.12
 

@@ -54,6 +54,7 @@ def test_parquet_files_hold_conversations_without_the_fields_that_are_null(tmp_p
         ({"messages": [*HELLO, {"from": "gpt"}]}, r"messages\[2\]: no field 'role'; there are \['from'\]"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: no field 'content'; there are \['role'\]"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: field 'content': expected text, got null"),
+        ({"messages": [{"role": "user", "content": 0}]}, r"messages\[0\]: field 'content': expected text, got int"),
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]: field 'content': expected text, got int"),
         (part(), r"messages\[0\]: content: expected a text, or parts of the type 'text', got an empty list"),
         (part({}), r"messages\[0\]: content\[0\]: expected a part of the type 'text', got the type None"),
