@@ -78,21 +78,18 @@ def sample_pairs(
     index = jnp.arange(batch, dtype=jnp.int32)
 
     def of_anchor(anchor):
-        i, x, label = anchor
+        x, label = anchor
         distances = pairwise_distances(x[None], m)[0]
-        same = labels == label
-        barred = same | (distances < cutoff)
+        barred = (labels == label) | (distances < cutoff)
         last = distances + (1 + jnp.max(distances))  # behind all others, in the same order
         _, negatives = jax.lax.top_k(-jnp.where(barred, last, distances), count)
-        positives, _ = jax.lax.top_k(-jnp.where(same & (index != i), index, batch), count)
-        return -positives, jnp.sort(negatives).astype(jnp.int32)
+        return jnp.sort(negatives).astype(jnp.int32)
 
-    anchors = (index, m, labels)
     if block_size is None:
-        positives, negatives = jax.vmap(of_anchor)(anchors)
+        negatives = jax.vmap(of_anchor)((m, labels))
     else:
-        positives, negatives = jax.lax.map(of_anchor, anchors, batch_size=block_size)
-    return Pairs(jnp.repeat(index, count), positives.reshape(-1), negatives.reshape(-1))
+        negatives = jax.lax.map(of_anchor, (m, labels), batch_size=block_size)
+    return Pairs(jnp.repeat(index, count), _positives(labels, count).reshape(-1), negatives.reshape(-1))
 
 
 def margin_loss(
@@ -141,6 +138,22 @@ def margin_loss(
     # An anchor that lacks positives has the index behind the last example in their place.
     balanced = jnp.max(pairs.positives) < m.shape[0]
     return jnp.where(balanced, loss, jnp.nan), MarginTerms(total, active)
+
+
+def _positives(labels: jax.Array, count: int) -> jax.Array:
+    """Returns the first ``count`` others of each example's label, int32 ``[batch, count]``; ``batch`` for missing ones.
+
+    Reads them off the sorted labels: ``top_k`` of integers would sort ``batch`` of them for each anchor on CPUs.
+    """
+    labels, batch = jnp.asarray(labels), labels.shape[0]
+    order = jnp.argsort(labels, stable=True).astype(jnp.int32)
+    grouped = labels[order]
+    start = jnp.searchsorted(grouped, grouped).astype(jnp.int32)[:, None]
+    rank, nth = jnp.arange(batch, dtype=jnp.int32)[:, None] - start, jnp.arange(count, dtype=jnp.int32)[None]
+    members = start + nth + (nth >= rank).astype(jnp.int32)  # without the example itself
+    there = grouped.at[members].get(mode="clip") == grouped[:, None]
+    others = jnp.where(there & (members < batch), order.at[members].get(mode="clip"), batch)
+    return jnp.zeros_like(others).at[order].set(others, unique_indices=True)
 
 
 def _check(m: jax.Array, labels: jax.Array, per_class: int, cutoff: float, block_size: int | None) -> None:
