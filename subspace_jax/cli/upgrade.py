@@ -1,9 +1,15 @@
 """The command that changes an embedding model without recomputing the store of vectors."""
 
 import argparse
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from subspace_jax.cli import shared
+
+log = logging.getLogger(__name__)
 
 _UPGRADE = """
     subspace-jax upgrade --old old.npz --new new.npz --out work/upgrade        # some thousand items by both models
@@ -52,25 +58,54 @@ def add_commands(commands) -> None:
 def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax import train
     from subspace_jax.represent import lambda_orthogonality as upgrades
-    from subspace_jax.represent.lambda_orthogonality import report
 
     _check(args)
-    out = train.writable_folder(args.out)
     given = (("gallery", args.gallery), ("queries", args.queries))
     streams = {name: upgrades.open_vectors(name, path) for name, path in given if path is not None}
     if not args.maps:
         _check_widths(args, streams)
+    out = train.writable_folder(args.out)
+    with _all_or_nothing(out) as folder:
+        files = _write(args, folder, streams)
+    print("\n".join([f"Wrote to {out}:", *(f"  {file}" for file in files), "  report.html: all of this as a page"]))
+
+
+def _write(args: argparse.Namespace, folder: Path, streams: dict) -> list[str]:
+    """Computes and writes all files; returns a line for each but the report."""
+    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax.represent.lambda_orthogonality import report
+
     items = streams["gallery"].shape[0] if args.gallery else None
-    chain, record, tables, files = (_chained if args.maps else _fitted)(args, out, items)
-    upgrades.save_maps(out, chain, record)
+    chain, record, tables, files = (_chained if args.maps else _fitted)(args, folder, items)
+    upgrades.save_maps(folder, chain, record)
     files = ["maps.safetensors: the maps, float32", "upgrade.json: what they are, and all figures", *files]
     print("\n\n".join(table.text() for table in tables), end="\n\n" if tables else "", flush=True)
     for name, source in streams.items():
         direction = "forward" if name == "gallery" else "backward"
-        written = upgrades.map_store(chain, source, out, direction=direction, progress=not args.quiet)
+        written = upgrades.map_store(chain, source, folder, direction=direction, progress=not args.quiet)
         files += [f"{path.name}: {_PURPOSES[path.name]}" for path in written]
-    report.write_report(out, chain, tables, files)
-    print("\n".join([f"Wrote to {out}:", *(f"  {file}" for file in files), "  report.html: all of this as a page"]))
+    report.write_report(folder, chain, tables, files)
+    return files
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """Yields a folder in ``out`` whose files are moved there once all are written, the report last.
+
+    A run that fails so leaves nothing, and one that is killed a folder that the next run removes.
+    """
+    from subspace_jax.train.lock import locked
+
+    folder = out / "unfinished"
+    with locked(out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".html"):
+                path.replace(out / path.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 _PURPOSES = {
@@ -106,6 +141,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--maps: joins earlier upgrades, and takes no --old, --new or --labels; --check measures it")
     if not args.maps and not (args.old and args.new):
         raise ValueError("--old, --new: expected both, the vectors of the same items by both models; or --maps")
+    if args.maps and len(args.maps) == 1 and not (args.gallery or args.queries or args.check):
+        raise ValueError("--maps: of one upgrade there is nothing to do without --gallery, --queries or --check")
     if args.check and not args.maps:
         raise ValueError("--check: is for --maps")
     if args.check and len(args.check) != len(args.maps) + 1:
@@ -120,12 +157,16 @@ def _fitted(args: argparse.Namespace, out: Path, items: int | None):
     import dataclasses
 
     from subspace_jax.represent import lambda_orthogonality as upgrades
-    from subspace_jax.represent.lambda_orthogonality import report
+    from subspace_jax.represent.lambda_orthogonality import report, stream
 
     old, new = (upgrades.open_vectors(name, path).read() for name, path in (("old", args.old), ("new", args.new)))
+    for name, path, h in (("old", args.old, old), ("new", args.new, new)):
+        stream.check_informative(f"{name}: {path}", h, args.metric)
     labels = None if args.labels is None else upgrades.read_labels(args.labels, len(old))
     settings = upgrades.UpgradeSettings(args.metric, args.k, args.lam, args.seed)
     chain, found = upgrades.fit_upgrade(old, new, labels, settings)
+    if found.at_chance:
+        log.warning(report.AT_CHANCE, args.old, args.new)
     report.write_curve(found, out)
     record = {"pairs": len(old), "settings": dataclasses.asdict(settings), "prediction": found._asdict()}
     tables = [report.summary_table(found, items), report.curve_table(found)]

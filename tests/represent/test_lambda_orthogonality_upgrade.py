@@ -35,10 +35,15 @@ def folder(tmp_path_factory):
     old, _, new = vectors(PAIRS)
     np.savez(root / "old.npz", features=old)
     np.save(root / "new.npy", new.astype(np.float64))
+    np.save(root / "alike.npy", np.ones_like(new))
     for name, x in zip(("old", "middle", "new"), vectors(90, seed=1), strict=True):
         np.save(root / f"other_{name}.npy", x)
     files = ["--gallery", root / "other_old.npy", "--queries", root / "other_new.npy"]
-    with jax.numpy_dtype_promotion("standard"):  # Optax raises float32 to int32 powers
+    # What a killed run of an earlier try has left.
+    (root / "up" / "unfinished").mkdir(parents=True)
+    (root / "up" / "unfinished" / "gallery.1234.partial.npy").touch()
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:  # Optax: float32 to int32 powers
+        patch.setattr(maps, "_STEPS", 150)
         assert run(root, *files, "--out", root / "up") == 0
     return root
 
@@ -108,6 +113,9 @@ def test_the_command_maps_both_ways_and_its_prediction_holds_for_other_items(fol
     assert "data:image/png;base64," in page
     assert f"{said['backward']:.3f}" in page
     assert (folder / "up" / "curve.csv").read_text().count("\n") == 12
+    assert "Warning" not in page
+    kinds = {path.suffix for path in (folder / "up").iterdir()}
+    assert kinds == {".safetensors", ".json", ".png", ".csv", ".npy", ".html"}  # what was left is gone
 
 
 @pytest.mark.slow
@@ -158,9 +166,52 @@ def test_a_store_with_nan_names_the_vectors_and_leaves_no_file(folder, tmp_path,
     np.save(tmp_path / "store.npy", old)
     source = upgrades.open_vectors("gallery", tmp_path / "store.npy")
     chain, _ = upgrades.load_maps(folder / "up")
-    with pytest.raises(ValueError, match="gallery: expected finite vectors, got NaN or infinity in 2: vector 45, 61"):
+    with pytest.raises(
+        ValueError, match=r"store\.npy: expected finite vectors, got NaN or infinity in 2: vector 45, 61"
+    ):
         upgrades.map_store(chain, source, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_that_fails_leaves_nothing_and_keeps_what_an_earlier_one_wrote(folder, tmp_path, capsys):
+    store = np.load(folder / "other_old.npy")
+    store[45, 2] = np.inf
+    np.save(tmp_path / "store.npy", store)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "upgrade.json").write_text("earlier")
+    assert run(folder, "--maps", folder / "up", "--gallery", tmp_path / "store.npy", "--out", tmp_path / "out") == 2
+    assert f"gallery: {tmp_path}/store.npy: expected finite vectors, got NaN" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["upgrade.json"]
+    assert (tmp_path / "out" / "upgrade.json").read_text() == "earlier"
+
+
+def prediction(mapped, items=400):
+    return predict.Prediction(
+        10, items, (0.0, 1.0), {name: (mapped, 1.0) for name in ("worst", "typical", "random")}, {
+            name: 0.5 for name in ("worst", "typical", "random")
+        }, "worst", 0.3, 0.0, 0.2, 0.9, (100, 200, items), (0.6, 0.5, mapped),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("mapped", "items", "suspected"), [(0.02, 400, True), (0.12, 400, False), (0.6, 20, True)])
+def test_the_command_warns_of_a_sample_in_which_recall_is_that_of_chance(
+    mapped, items, suspected, folder, tmp_path, monkeypatch, caplog
+):
+    found = prediction(mapped, items)
+    assert found.at_chance == suspected
+    chain, _ = upgrades.load_maps(folder / "up")
+    monkeypatch.setattr(upgrades, "fit_upgrade", lambda *_: (chain, found))
+    assert run(folder, "--out", tmp_path) == 0
+    told = f"Row i of {folder}/old.npz and row i of {folder}/new.npy have to be the same item"
+    assert (told in caplog.text) == suspected
+    assert ("Warning: the old vectors tell next to nothing" in (tmp_path / "report.html").read_text()) == suspected
+
+
+@pytest.mark.slow
+def test_the_recall_of_shuffled_pairs_is_that_of_chance():
+    old, _, new = vectors(PAIRS)
+    with jax.numpy_dtype_promotion("standard"):
+        assert upgrades.fit_upgrade(np.random.default_rng(0).permutation(old), new)[1].at_chance
 
 
 def test_upgrades_are_chained_and_each_link_is_told_its_cost(folder, tmp_path, capsys):
@@ -225,6 +276,9 @@ def test_labels_that_can_not_serve_are_refused(error, labels, tmp_path):
     [
         ("old, new: expected the vectors of the same .* got 200 old and 199 new", {"new": vectors(PAIRS)[2][:199]}),
         ("new: expected finite vectors, got NaN or infinity in 1: vector 7", {"new": np.nan}),
+        ("new: expected vectors that differ, got 200 times that of vector 0", {"new": np.ones((PAIRS, NEW))}),
+        ("old: expected vectors of width 2 or more, got width 1", {"old": np.ones((PAIRS, 1))}),
+        ("old: expected vectors with a direction, got zeros alone in 1: vector 199", {"old": np.eye(PAIRS)[:, :-1]}),
         ("old, new: expected at least 20 pairs", {"old": vectors(9)[0], "new": vectors(9)[2]}),
         (r"labels: expected one of each pair, \[200\], got shape \[3\]", {"labels": np.arange(3)}),
         ("metric: expected one of .* got 'dot'", {"settings": upgrades.UpgradeSettings(metric="dot")}),
@@ -252,8 +306,16 @@ def test_fit_upgrade_refuses_what_can_not_serve(error, change):
             "--check: expected 2 files for 1 upgrades, a file for each model; got 1",
             ["--maps", "{root}/up", "--check", "a"],
         ),
+        ("--maps: of one upgrade there is nothing to do without", ["--maps", "{root}/up"]),
+        (
+            "new: {root}/alike.npy: expected vectors that differ, got 200 times that of vector 0",
+            ["--old", "{root}/old.npz", "--new", "{root}/alike.npy"],
+        ),
         ("--check: is for --maps", ["--old", "{root}/old.npz", "--new", "{root}/new.npy", "--check", "a"]),
-        ("maps: {root}/none: expected maps.safetensors and upgrade.json", ["--maps", "{root}/none"]),
+        (
+            "maps: {root}/none: expected maps.safetensors and upgrade.json",
+            ["--maps", "{root}/none", "--check", "a", "b"],
+        ),
         ("gallery: {root}/none.npy: no such file", ["--maps", "{root}/up", "--gallery", "{root}/none.npy"]),
         (
             "gallery: expected vectors of the oldest model, of width 6; got 7",
@@ -322,9 +384,7 @@ def test_files_without_vectors_are_refused(tmp_path):
 
 
 def test_recall_among_more_items_is_read_off_a_line_over_their_logarithm():
-    found = predict.Prediction(
-        10, 400, (0.0, 1.0), {"random": (0.4, 1.0)}, {}, "worst", 0.3, 0.0, 0.2, 0.9, (100, 200, 400), (0.6, 0.5, 0.4)
-    )
+    found = prediction(0.4)
     assert found.recall_among(800) == pytest.approx(0.3)
     assert found.recall_among(10**9) == 0
     assert "about 0.300 of 800: an extrapolation" in report.summary_table(found, 800).text()

@@ -65,6 +65,16 @@ class Prediction(NamedTuple):
         """Recall of new queries among old vectors that are mapped forward, before any is re-embedded."""
         return self.curves["random"][0]
 
+    @property
+    def at_chance(self) -> bool:
+        """Whether mapped vectors are found hardly more often than by chance, as where old and new rows are not paired.
+
+        Chance finds ``k`` of all other items.  That and 2 % of the rest are allowed, and 2.5 standard errors over the
+        queries, whose hits count as one: neighbours are often found together.
+        """
+        chance = self.k / (self.items - 1)
+        return self.mapped < chance + 0.02 * (1 - chance) + 2.5 * (chance * (1 - chance) / self.items) ** 0.5
+
     def recall_among(self, items: int) -> float:
         """Recall among mapped vectors of another number of items, by a line over the logarithm of their number."""
         slope, start = np.polyfit(np.log(self.sizes), self.recalls, 1)

@@ -13,6 +13,11 @@ from subspace_jax.represent.lambda_orthogonality.predict import Prediction
 
 # The orders of re-embedding, in words.
 _TITLES = {"worst": "worst first", "typical": "typical first", "random": "random order"}
+# What is said of a sample in which the maps find nothing, of two files.
+AT_CHANCE = (
+    "the old vectors tell next to nothing about the new ones of the same items: recall is that of chance. Row i of %s "
+    "and row i of %s have to be the same item; see whether one of them was sorted, shuffled or filtered"
+)
 CURVE, TABLE, REPORT = "curve.png", "curve.csv", "report.html"
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; padding: .3em 0; }
@@ -69,6 +74,8 @@ def summary_table(found: Prediction, gallery: int | None = None) -> Table:
     note = f"Recall falls with the items among which is searched: mapped forward it is {each}."
     if gallery is not None and gallery > found.items:
         note += f" A line through these gives about {found.recall_among(gallery):.3f} of {gallery}: an extrapolation."
+    if found.at_chance:
+        note += f" Warning: {AT_CHANCE % ('--old', '--new')}."
     caption = f"Recall@{found.k} of the new model's own {found.k} nearest, predicted among {found.items} items"
     return Table(caption, ("", f"recall@{found.k}"), tuple(rows), note)
 

@@ -50,7 +50,7 @@ class StoredVectors(NamedTuple):
                     raise ValueError(f"{self.name}: {self.path}: cut off after vector {start}") from error
                 with np.errstate(over="ignore"):
                     block = block.astype(np.float32)
-                check_finite(self.name, block, start)
+                check_finite(f"{self.name}: {self.path}", block, start)
                 yield block
 
     def read(self) -> np.ndarray:
@@ -113,8 +113,28 @@ def check_finite(name: str, vectors: np.ndarray, start: int = 0) -> None:
     """Raises ValueError where a vector holds NaN or infinity, with the numbers of the first ones."""
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
-        some = ", ".join(str(start + i) for i in wrong[:5]) + ", ..." * (len(wrong) > 5)
-        raise ValueError(f"{name}: expected finite vectors, got NaN or infinity in {len(wrong)}: vector {some}")
+        raise ValueError(
+            f"{name}: expected finite vectors, got NaN or infinity in {len(wrong)}: vector {_some(start + wrong)}"
+        )
+
+
+def check_informative(name: str, vectors: np.ndarray, metric: str) -> None:
+    """Raises ValueError where vectors can't be told apart: a width of 1, one vector for all, or no direction.
+
+    Args:
+      name: What to call them.
+      vectors: ``[vectors, n]``.
+      metric: "cosine", for which a vector of zeros has no direction, or "l2".
+    """
+    if vectors.shape[1] < 2:
+        raise ValueError(f"{name}: expected vectors of width 2 or more, got width {vectors.shape[1]}")
+    if len(vectors) > 1 and np.all(vectors == vectors[:1]):
+        raise ValueError(f"{name}: expected vectors that differ, got {len(vectors)} times that of vector 0")
+    zero = np.flatnonzero(~vectors.any(axis=1))
+    if metric == "cosine" and len(zero):
+        raise ValueError(
+            f"{name}: expected vectors with a direction, got zeros alone in {len(zero)}: vector {_some(zero)}"
+        )
 
 
 def map_blocks(
@@ -155,6 +175,10 @@ def map_blocks(
                 bar.update(len(block))
                 start = stop
     return scores
+
+
+def _some(numbers: np.ndarray) -> str:
+    return ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
 
 
 def _member(name: str, path: pathlib.Path, names: tuple[str, ...]) -> str:

@@ -30,7 +30,12 @@ from subspace_jax.represent.lambda_orthogonality.maps import (
     widths,
 )
 from subspace_jax.represent.lambda_orthogonality.predict import FOLDS, Prediction, predict
-from subspace_jax.represent.lambda_orthogonality.stream import StoredVectors, check_finite, map_blocks
+from subspace_jax.represent.lambda_orthogonality.stream import (
+    StoredVectors,
+    check_finite,
+    check_informative,
+    map_blocks,
+)
 
 MAPS, RECORD = "maps.safetensors", "upgrade.json"
 _PAIRS_A_CENTER, _MOST_CENTERS = 25, 256
@@ -75,7 +80,8 @@ def fit_upgrade(
       The maps, a chain of one, and the prediction.
 
     Raises:
-      ValueError: The vectors are not paired, too few or not finite, the labels are not theirs, or a setting is out of
+      ValueError: The vectors are not paired, too few, not finite or all alike, one of them has no direction under the
+        cosine or a width is 1, the labels are not theirs, or a setting is out of
         range.
     """
     if settings.metric not in METRICS:
@@ -87,6 +93,7 @@ def fit_upgrade(
         raise ValueError(f"old, new: expected at least {least} pairs, better some thousand; got {len(old)}")
     for name, h in (("old", old), ("new", new)):
         check_finite(name, h)
+        check_informative(name, h, settings.metric)
     old, new = (prepared(jnp.asarray(h, jnp.float32), settings.metric) for h in (old, new))
     center_key, map_key, predict_key = jax.random.split(jax.random.key(settings.seed), 3)
     if labels is None:
