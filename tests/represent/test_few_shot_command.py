@@ -47,8 +47,8 @@ def run(files, out, *arguments):
 def test_few_shot_prints_and_writes_a_table_and_compiles_once_for_each_number_of_shots(files, tmp_path, capsys):
     before = fit_steps._cache_size()
     methods = "--methods=zero-shot,tip,tip-f"
-    assert run(files, tmp_path / "out", methods, "--shots=5,1", "--seeds=3", f"--source={files}/support.npz") == 0
-    # One program of tip-f for each number of shots, not for each of six draws.
+    assert run(files, tmp_path / "out", methods, "--shots=5,1", "--seeds=2", f"--source={files}/support.npz") == 0
+    # One program of tip-f for each number of shots, not for each of four draws.
     assert fit_steps._cache_size() == before + 2
     printed, progress = capsys.readouterr()
     lines = printed.splitlines()
@@ -86,15 +86,23 @@ def test_compare_few_shot_never_validates_on_shots_and_keeps_a_seed_s_validation
         seen[len(draw.train.labels)] = (draw.train, draw.validation)
         return lambda queries: queries[:, :3]
 
-    monkeypatch.setitem(fs.METHODS, "zero-shot", fs.METHODS["zero-shot"]._replace(fit=fit))
+    monkeypatch.setitem(fs.METHODS, "tip", fs.METHODS["tip"]._replace(fit=fit))
     sets = [represent.read_features(files / f"{name}.npz") for name in ("support", "query", "text")]
-    fs.compare_few_shot(*sets, fs.Comparison((4, 6), 1, ("zero-shot",)))
+    fs.compare_few_shot(*sets, fs.Comparison((4, 6), 1, ("tip",)))
     (few, validation), (many, same) = seen[12], seen[18]
     np.testing.assert_array_equal(validation.labels, np.repeat(np.arange(3), 4))
     np.testing.assert_array_equal(validation.features, same.features)
     rows = {tuple(np.asarray(x)) for x in many.features}
     assert {tuple(np.asarray(x)) for x in few.features} < rows
     assert rows.isdisjoint({tuple(np.asarray(x)) for x in same.features})
+
+
+def test_compare_few_shot_takes_no_examples_that_no_method_needs(files):
+    sets = [represent.read_features(files / f"{name}.npz") for name in ("support", "query", "text")]
+    (row,) = fs.compare_few_shot(*sets, fs.Comparison((99,), 1, ("zero-shot",)))  # of each class there are 10
+    assert row.accuracies == fs.compare_few_shot(*sets, fs.Comparison((1,), 1, ("zero-shot",)))[0].accuracies
+    (row,) = fs.compare_few_shot(*sets[:2], None, fs.Comparison((10,), 1, ("zero-shot",)))
+    assert row.mean > 0.9
 
 
 @pytest.mark.slow
@@ -113,7 +121,11 @@ def test_every_method_of_the_table_is_better_than_texts_that_confuse_two_classes
     [
         ("--shots: expected numbers separated by commas, got 'few'", ["--shots=few"]),
         ("shots: expected numbers of at least 1", ["--shots=0,1"]),
-        ("shots: expected at most the examples of every class, got 12", ["--shots=8"]),
+        (
+            "shots: 8 of each class and 4 others to validate on take 12 examples, but class 'cat' has 10 ",
+            ["--shots=8,2"],
+        ),
+        ("shots: 11 of each class take 11 examples, but class", ["--shots=11", "--methods=zero-shot,logistic"]),
         ("methods: expected some of zero-shot, clip-adapter", ["--methods=tap"]),
         ("seeds: expected at least 1", ["--seeds=0"]),
         ("scale: expected a positive number", ["--scale=0"]),
@@ -123,7 +135,9 @@ def test_every_method_of_the_table_is_better_than_texts_that_confuse_two_classes
         ("nothing.npz: no such file", ["--text=nothing.npz"]),
         ("text: expected features of width 8, that of the support, got 7", ["--text=WIDTH"]),
         ("query: expected the support's classes in its order, 'owl'; got 'emu'", ["--query=CLASSES"]),
+        ("query: expected the support's classes in its order, 'cat'; got '0'; a file without", ["--query=UNNAMED"]),
         ("query features: expected finite vectors other than 0", ["--query=ZERO"]),
+        ("support features: expected vectors that differ, got 6 times the first", ["--support=ALIKE", "--shots=1"]),
         ("labels: expected an example of each of 3 classes, none of", ["--text=FEW", "--shots=1"]),
     ],
 )
@@ -133,6 +147,8 @@ def test_few_shot_refuses_by_name_what_can_t_serve(files, tmp_path, capsys, mess
     wrong = {
         "WIDTH": represent.Features(x[:, 1:], labels, NAMES),
         "CLASSES": represent.Features(x, labels, ("cat", "dog", "emu")),
+        "UNNAMED": represent.Features(x, labels, tuple("012")),
+        "ALIKE": represent.Features(x, labels, NAMES),
         "ZERO": represent.Features(x * np.arange(6, dtype=np.float32)[:, None], labels, NAMES),
         "FEW": represent.Features(x, labels % 2, NAMES),
     }

@@ -52,7 +52,9 @@ def test_fit_prompts_moves_the_context_alone_and_lowers_the_loss(clip, per_class
     assert start.context.shape == ((3, 2, config.text.width) if per_class else (2, config.text.width))
     # Near the texts' own vectors, moved by what all have in common.
     labels = np.tile(np.arange(3), 4)
-    features = encode(start(embeddings))[labels] + 0.3 * jax.random.normal(jax.random.key(1), (12, 1))
+    features = jax.jit(lambda encode, x: encode(x))(encode, start(embeddings))[labels] + 0.3 * jax.random.normal(
+        jax.random.key(1), (12, 1)
+    )
     order = np.tile(np.arange(12), (10, 1))
     shots = fs.Shots(features, labels)
     trained, losses = fs.fit_prompts(start, encode, embeddings, shots, order, scale=10.0)

@@ -97,11 +97,12 @@ def compare_few_shot(
     """Measures few-shot methods on the same draws.
 
     A draw takes from each class of the support set the training shots, and up to four further examples on which
-    methods choose their settings; nothing is ever chosen on the query set.  Draws of a seed are nested: the shots of a
-    smaller number are the first of those of a larger one, and the validation examples are the same.
+    methods choose their settings, where one does; nothing is ever chosen on the query set.  Draws of a seed are nested:
+    the shots of a smaller number are the first of those of a larger one, and the validation examples are the same.
 
     Args:
-      support: Labelled features to draw from; of each class at least ``max(shots) + min(4, max(shots))``.
+      support: Labelled features to draw from; of each class at least ``max(shots) + min(4, max(shots))``, or
+        ``max(shots)`` where no method chooses settings.
       query: Labelled features to classify.
       text: Embeddings of texts about the classes, one or more of each, which give the prototypes.  Where None, the
         prototypes are the mean directions of the classes' training shots, and "zero-shot" is the nearest class mean.
@@ -112,13 +113,12 @@ def compare_few_shot(
       A row for each method and number of shots, methods in the order given.
 
     Raises:
-      ValueError: Sets differ in width or classes, a class has too few examples, a feature is zero, or a setting can't
-        serve.
+      ValueError: Sets differ in width or classes, a class has too few examples, a feature is zero, those of the
+        support are all alike, or a setting can't serve.
     """
     num_classes = len(support.class_names)
     _check(support, query, text, how)
-    most = max(how.shots)
-    drawn = most + min(VALIDATION_SHOTS, most)
+    drawn, aside = _examples_of_class(support, text, how)
     keys = [jax.random.key(seed) for seed in range(how.seeds)]
     draws = [sample_shots(key, support.labels, drawn, num_classes) for key in keys]
     prototypes = None if text is None else class_prototypes(text.features, text.labels, num_classes)
@@ -128,7 +128,8 @@ def compare_few_shot(
         for shots in how.shots:
             accuracies = []
             for key, indices in zip(keys, draws, strict=True):
-                draw = _draw(support, indices, shots, prototypes, key)._replace(scale=how.scale, cache=how.cache)
+                draw = _draw(support, indices, (shots, min(aside, shots)), prototypes, key)
+                draw = draw._replace(scale=how.scale, cache=how.cache)
                 draw, queries = _projected(draw, jnp.asarray(query.features), how.subspace)
                 predicted = np.argmax(np.asarray(method.fit(draw)(queries)), axis=1)
                 accuracies.append(float(np.mean(predicted == query.labels)))
@@ -217,10 +218,27 @@ def _distances(x: jax.Array, y: jax.Array, sigma: jax.Array) -> tuple[jax.Array,
     return metrics.mmd2(x, y, sigma), metrics.coral(x, y), metrics.frechet_distance(x, y), metrics.mean_gap(x, y)
 
 
-def _draw(support: Features, indices: np.ndarray, shots: int, prototypes: Any, key: jax.Array) -> Draw:
-    aside = min(VALIDATION_SHOTS, shots)
+def _examples_of_class(support: Features, text: Features | None, how: Comparison) -> tuple[int, int]:
+    """Returns how many examples of each class a draw takes, and how many of these validate."""
+    counts = np.bincount(support.labels, minlength=len(support.class_names))
+    least = int(np.argmin(counts))
+    most = max(how.shots)
+    if text is not None and not how.subspace.startswith("cca") and set(how.methods) == {"zero-shot"}:
+        return max(1, min(most, int(counts[least]))), 0  # the shots have no say
+    aside = min(VALIDATION_SHOTS, most) if any(METHODS[name].validates for name in how.methods) else 0
+    if counts[least] < most + aside:
+        more = f" and {aside} others to validate on" if aside else ""
+        raise ValueError(
+            f"shots: {most} of each class{more} take {most + aside} examples, but class "
+            f"{support.class_names[least]!r} has {counts[least]} in the support"
+        )
+    return most + aside, aside
+
+
+def _draw(support: Features, indices: np.ndarray, sizes: tuple[int, int], prototypes: Any, key: jax.Array) -> Draw:
+    shots, aside = sizes
     parts = []
-    for chosen in (indices[:, :shots], indices[:, -aside:]):
+    for chosen in (indices[:, :shots], indices[:, indices.shape[1] - aside :]):
         rows = chosen.ravel()
         parts.append(Shots(jnp.asarray(support.features[rows]), support.labels[rows]))
     if prototypes is None:
@@ -259,9 +277,15 @@ def _check(support: Features, query: Features, text: Features | None, how: Compa
                 (pair for pair in zip(support.class_names, other.class_names, strict=False) if len(set(pair)) > 1),
                 (f"{len(support.class_names)} classes", f"{len(other.class_names)} classes"),
             )
-            raise ValueError(f"{name}: expected the support's classes in its order, {first[0]!r}; got {first[1]!r}")
+            unnamed = other.class_names == tuple(map(str, range(len(other.class_names))))
+            hint = "; a file without class_names has numbers for names" if unnamed else ""
+            raise ValueError(
+                f"{name}: expected the support's classes in its order, {first[0]!r}; got {first[1]!r}{hint}"
+            )
         check_lengths(f"{name} features", other.features)
     check_lengths("support features", support.features)
+    if np.all(support.features == support.features[:1]):
+        raise ValueError(f"support features: expected vectors that differ, got {len(support.features)} times the first")
     if not how.shots or min(how.shots) < 1:
         raise ValueError(f"shots: expected numbers of at least 1, got {how.shots}")
     if how.seeds < 1:

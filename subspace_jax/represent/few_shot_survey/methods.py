@@ -61,10 +61,12 @@ class FewShotMethod(NamedTuple):
     Attributes:
       fit: Maps a draw to a classifier, which maps features ``[examples, n]`` to logits ``[examples, classes]``.
       capacity: Maps examples, classes and width to the dimension ``v`` of :func:`vc_width`; 0 where nothing is fitted.
+      validates: Whether it chooses settings on the validation examples.
     """
 
     fit: Callable[[Draw], Classifier]
     capacity: Callable[[int, int, int], int]
+    validates: bool = True
 
 
 def _zero_shot(draw: Draw) -> Classifier:
@@ -137,14 +139,14 @@ def _logistic(draw: Draw) -> Classifier:
 
 
 METHODS = {
-    "zero-shot": FewShotMethod(_zero_shot, lambda m, classes, n: 0),
+    "zero-shot": FewShotMethod(_zero_shot, lambda m, classes, n: 0, validates=False),
     "clip-adapter": FewShotMethod(_clip_adapter, lambda m, classes, n: 2 * n * max(1, n // REDUCTION)),
     "residual": FewShotMethod(_residual(None), lambda m, classes, n: classes * n),
     "low-rank-residual": FewShotMethod(_residual(RANK), lambda m, classes, n: min(RANK, classes, n) * (classes + n)),
     "tip": FewShotMethod(_tip(False), lambda m, classes, n: m),
     "tip-f": FewShotMethod(_tip(True), lambda m, classes, n: m),
     "linear-probe": FewShotMethod(_linear_probe, lambda m, classes, n: n + 1),
-    "logistic": FewShotMethod(_logistic, lambda m, classes, n: n + 1),
+    "logistic": FewShotMethod(_logistic, lambda m, classes, n: n + 1, validates=False),
 }
 
 
