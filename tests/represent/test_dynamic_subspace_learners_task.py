@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import chex
 import jax
@@ -19,6 +24,7 @@ from subspace_jax.train.host import run_on_host
 from ..train.common import Interrupted, assert_same_bits
 from ..train.task_battery import StopAt, TaskContract, one_device
 
+ROOT = pathlib.Path(__file__).parents[2]
 NUM_EXAMPLES, EPOCH_STEPS = 64, 4
 MARGIN = {"per_class": 4, "beta": 1.2, "margin": 0.2, "cutoff": 0.5}
 
@@ -323,3 +329,30 @@ def test_learners_are_split_on_a_mesh_too(tmp_path):
     result = train.fit(dataclasses.replace(run, phases=(phase,), workdir=tmp_path, mesh=mesh, progress=False))
     assert result.metrics["learners/several"] == 1
     assert result.metrics["recall_at_1"] >= 0.95
+
+
+@pytest.mark.slow
+def test_two_processes_split_learners_and_cluster_examples_alike(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.represent.worker"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index), port, str(tmp_path / f"{index}.npz"), str(tmp_path / "run")],
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    one, two = (dict(np.load(tmp_path / f"{index}.npz")) for index in range(2))
+    chex.assert_trees_all_equal(one, two)
+    assert one["learner_id"].max() > 0
+    assert len(np.unique(one["assignment"])) == one["learner_id"].max() + 1
+    assert one["recall"] >= 0.95

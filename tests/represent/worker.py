@@ -1,5 +1,11 @@
-"""One of two processes of ``test_features.py``: ``python -m tests.represent.worker INDEX PORT OUT``."""
+"""One of two processes of a test: ``python -m tests.represent.worker INDEX PORT OUT [WORKDIR]``.
 
+Without a folder for a run it writes the features of ``test_features.py``, else the learners of
+``test_dynamic_subspace_learners_task.py``.
+"""
+
+import dataclasses
+import pathlib
 import sys
 
 import jax
@@ -24,9 +30,26 @@ def features(*, eval_batch_size=768):
     return represent.features_of(phase.task, state, phase.data.evaluate["eval"]())
 
 
+def learners(workdir):
+    """Ends ten epochs of learners, of which one is split; returns arrays that host code decides on."""
+    config = train.load_config("represent/digits_learners:dynamic")
+    config.learners.patience = 1
+    run = train.build(config)
+    (phase,) = run.phases
+    phase = phase._replace(num_steps=10 * phase.round_steps)
+    found = train.fit(dataclasses.replace(run, phases=(phase,), workdir=pathlib.Path(workdir), progress=False))
+    variables = found.state.variables
+    return {
+        "learner_id": np.asarray(variables["model"]["embedding"]["learner_id"]),
+        "assignment": np.asarray(variables["assignment"]),
+        "kernel": np.asarray(found.state.params["embedding"]["kernel"]),
+        "recall": found.metrics["recall_at_1"],
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
-    values, labels = features()
-    np.savez(sys.argv[3], features=values, labels=labels)
+    arrays = learners(sys.argv[4]) if sys.argv[4:] else dict(zip(("features", "labels"), features(), strict=True))
+    np.savez(sys.argv[3], **arrays)
