@@ -24,6 +24,9 @@ _UPGRADE = """
     Two ways to use what is written: the store is mapped forward (--gallery), and queries of the new model search it at
     once; re-embed it then item by item in the order of order.npy, and report.html says how recall rises on the way.  Or
     the store stays as it is, and vectors of the new model, queries and new items, are mapped backward (--queries).
+
+    On one core: about 20 seconds for 1,000 pairs, a minute for 5,000 of widths 256 and 384; of more, 5,000 are drawn
+    for the prediction.  Mapping a million vectors of width 384 takes about 20 seconds more.
     """
 
 
@@ -68,6 +71,8 @@ def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
     with _all_or_nothing(out) as folder:
         files = _write(args, folder, streams)
     print("\n".join([f"Wrote to {out}:", *(f"  {file}" for file in files), "  report.html: all of this as a page"]))
+    if not streams:
+        print("No vectors were mapped: --maps with this folder and --gallery or --queries maps some.")
 
 
 def _write(args: argparse.Namespace, folder: Path, streams: dict) -> list[str]:

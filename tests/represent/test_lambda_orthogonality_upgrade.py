@@ -195,13 +195,14 @@ def prediction(mapped, items=400):
 
 @pytest.mark.parametrize(("mapped", "items", "suspected"), [(0.02, 400, True), (0.12, 400, False), (0.6, 20, True)])
 def test_the_command_warns_of_a_sample_in_which_recall_is_that_of_chance(
-    mapped, items, suspected, folder, tmp_path, monkeypatch, caplog
+    mapped, items, suspected, folder, tmp_path, monkeypatch, caplog, capsys
 ):
     found = prediction(mapped, items)
     assert found.at_chance == suspected
     chain, _ = upgrades.load_maps(folder / "up")
     monkeypatch.setattr(upgrades, "fit_upgrade", lambda *_: (chain, found))
     assert run(folder, "--out", tmp_path) == 0
+    assert "No vectors were mapped: --maps with this folder" in capsys.readouterr().out
     told = f"Row i of {folder}/old.npz and row i of {folder}/new.npy have to be the same item"
     assert (told in caplog.text) == suspected
     assert ("Warning: the old vectors tell next to nothing" in (tmp_path / "report.html").read_text()) == suspected
