@@ -17,6 +17,10 @@ _FEW_SHOT = """
     encoder that belongs to the image encoder:
     subspace-jax features --model work/models/minilm --texts classes.jsonl --out work/classes.npz
 
+    On one core, all methods with the default shots and draws take about two minutes for ten classes of features of
+    width 384; --methods zero-shot takes seconds.  Beside the shots, methods that choose settings take up to four
+    examples of each class of the support.
+
     Without --text, the prototype of a class is the mean of its shots, and "zero-shot" the nearest of these means.
     """
 

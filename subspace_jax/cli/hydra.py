@@ -8,7 +8,7 @@ _CLASS_GATES = """
     subspace-jax class-gates --workdir work/hydra                 # after: train --config represent/hydra_digits
     subspace-jax class-gates --workdir work/hydra --best --out work/gates
 
-    Writes the gates [classes, classes, d] as OUT.npz and a picture of them as OUT.png.
+    Writes the gates [classes, classes, d] as OUT.npz and a picture of them as OUT.png; takes some ten seconds.
     """
 
 
