@@ -7,6 +7,8 @@ from subspace_jax.cli import shared
 _ATTENTION = """
     subspace-jax attention --workdir work/shapes             # a run of represent/shape_texture
     subspace-jax attention --workdir work/shapes --best --images 32 --out maps.png
+
+    Takes some ten seconds, most of them for opening the run.
     """
 
 
