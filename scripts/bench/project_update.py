@@ -30,13 +30,14 @@ from subspace_jax.interpret import safety_subspaces as ss
 FRACS = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHAPES = ((256, 1024), (512, 2048), (1024, 4096))
 ALLOWED = 1e-3
-_PEAK = (
-    "import resource, sys\n"
-    "from subspace_jax.cli.main import main\n"
-    "status = main(sys.argv[1:])\n"
-    "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
-    "sys.exit(status)\n"
-)
+# Of this process alone: what getrusage tells includes the parent's at the time of the fork.
+_PEAK = """
+import sys
+from subspace_jax.cli.main import main
+if main(sys.argv[1:]):
+    sys.exit(2)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 
 
 def ours(weights):
@@ -69,7 +70,7 @@ def peak_of(shape, count):
             arguments += [f"--{name}", str(folder / name)]
         command = [sys.executable, "-c", _PEAK, "project-update", *arguments]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(told.rsplit("peak ", 1)[1])
+    return 1024 * int(told.splitlines()[-1])
 
 
 def main(argv=None):

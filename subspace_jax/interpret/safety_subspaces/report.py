@@ -54,8 +54,8 @@ def draw(report: FolderReport, folder: str | os.PathLike) -> pathlib.Path:
     names = {"top": "leading directions", "random": "directions of Gaussian values", "random_k": "drawn directions"}
     left.plot(report.fracs, inside, "-o", markersize=3, label=names[report.settings.basis])
     left.plot(report.fracs, report.random, "--", color="C7", label="expected of random directions")
-    for frac in report.written:
-        left.axvline(frac, color="C3", linewidth=0.8)
+    for i, frac in enumerate(report.written):
+        left.axvline(frac, color="C3", linewidth=0.8, label=None if i else "models written")
     left.set(xlabel="fraction of the directions", ylabel="share of the squared update", xlim=(0, 1), ylim=(0, 1.02))
     left.legend(fontsize="small")
     at = report.fracs.index(shown_fraction(report))
@@ -68,8 +68,8 @@ def draw(report: FolderReport, folder: str | os.PathLike) -> pathlib.Path:
     for i, (style, label) in enumerate((("o", "in the directions"), ("_", "expected of random ones")), start=1):
         right.plot([own[i] / own[0] for own in moved.values()], style, label=label, color="C0" if i == 1 else "C7")
     few = max(1, len(moved) // 20)
-    right.set_xticks(range(0, len(moved), few), list(moved)[::few], rotation=90, fontsize=6)
-    right.set(ylabel="share of the squared update", ylim=(0, None), title=f"fraction {report.fracs[at]:g}")
+    right.set_xticks(range(0, len(moved), few), list(moved)[::few], rotation=90, fontsize=7)
+    right.set(ylabel="share of the squared update", ylim=(0, None), title=f"by layer, at fraction {report.fracs[at]:g}")
     right.legend(fontsize="small")
     file = pathlib.Path(folder) / PICTURE
     with train.replacing(file) as partial:
