@@ -110,10 +110,7 @@ def project_params(
     finetuned: PyTree,
     frac: float,
     method: Method,
-    *,
-    basis: Basis = "top",
-    key: jax.Array | None = None,
-    side: Side = "output",
+    **options: Any,
 ) -> tuple[PyTree, ProjectionMetrics]:
     """Keeps the part of fine-tuning that is in the directions of alignment, or the rest of it.
 
@@ -126,9 +123,7 @@ def project_params(
       finetuned: The same tree after fine-tuning, which began at ``aligned``.
       frac: Fraction of the directions, in (0, 1].
       method: "same", "orth" or "opp".
-      basis: "top", "random" or "random_k".
-      key: Key of the controls; each leaf has its own of it.
-      side: "output" or "input", for kernels ``[in, out]``.
+      **options: ``basis``, ``key``, ``side`` and ``groups`` of :func:`task_modes`.
 
     Returns:
       Parameters in the dtypes of ``finetuned``, computed in float32 or wider, and the metrics.  Leaves that are not
@@ -138,7 +133,7 @@ def project_params(
       ValueError: The trees or shapes differ, a leaf is empty or, where its values are known, not finite; other
         arguments: see :func:`project_update`.
     """
-    return task_modes(base, aligned, finetuned, basis=basis, key=key, side=side).project(frac, method)
+    return task_modes(base, aligned, finetuned, **options).project(frac, method)
 
 
 def task_modes(
@@ -154,12 +149,12 @@ def task_modes(
     """Decomposes the reference update ``aligned - base``, for projections of ``finetuned - aligned``.
 
     Args:
-      base: See :func:`project_params`, as for the other arguments.
-      aligned: Parameters.
-      finetuned: Parameters.
-      basis: The directions.
-      key: Key of the controls.
-      side: Their space.
+      base: See :func:`project_params`.
+      aligned: See :func:`project_params`.
+      finetuned: See :func:`project_params`.
+      basis: "top"; or a control, "random" or "random_k", see :func:`project_update`.
+      key: Key of the controls; each leaf or group has its own of it.
+      side: Whose space the directions are of, "output" or "input", for kernels ``[in, out]``.
       groups: Returns the name of a group for a path such as ``"layers/0/q/kernel"``, or None.  Leaves of a group, whose
         spaces must be of one dimension, share the directions of their updates side by side.
 
