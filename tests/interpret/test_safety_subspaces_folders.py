@@ -147,6 +147,7 @@ def test_project_update_refuses_folders_that_can_not_serve(folders, tmp_path, ca
     ("error", "more"),
     [
         ("frac: expected a fraction", ["--frac", "1.5"]),
+        ("--frac: expected fractions that differ", ["--frac", "0.5", "0.50"]),
         ("base: no such folder", ["--base", "{out}/nowhere"]),
         ("--out: expected another folder than that of --tuned", ["--out", "{tuned}"]),
     ],

@@ -138,6 +138,8 @@ def project_folders(
     check_choice("side", settings.side, Side)
     for frac in settings.fracs:
         num_directions(frac, 1)
+    if len({f"{frac:g}" for frac in settings.fracs}) < len(settings.fracs):
+        raise ValueError(f"--frac: expected fractions that differ in six digits, got {settings.fracs}")
     folders = {"base": pathlib.Path(base), "aligned": pathlib.Path(aligned), "tuned": pathlib.Path(tuned)}
     stored = {name: interop.open_folder(folder) for name, folder in folders.items()}
     _check_tensors(folders, stored)
@@ -165,6 +167,7 @@ def project_folders(
                 expected += float(found[0].uu) * np.array(weights[name].random)
                 for frac, put in puts.items():
                     put(name, np.asarray(_written(leaf, frac, settings, last)))
+                del leaf  # or the next weight would be decomposed beside it
             else:
                 for put in puts.values():
                     put(name, np.asarray(last.read()))
