@@ -22,6 +22,7 @@ from subspace_jax.cli import (
     output,
     plan,
     processes,
+    project_update,
     shared,
     train,
     upgrade,
@@ -33,7 +34,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
-    "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
+    "study": ("attention", "class-gates", "factors", "intrinsic-dimension", "project-update"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -104,6 +105,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         factors,
         hydra,
         interpret,
+        project_update,
         plan,
         info,
     ):

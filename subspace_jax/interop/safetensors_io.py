@@ -4,12 +4,13 @@ A file is eight bytes with the length of a header, the header in JSON, and the b
 ``safetensors`` validates a file; tensors are read through memory maps of our own, as its slices are copies.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -146,6 +147,24 @@ def write_safetensors(
       ValueError: The format has no name for a dtype, or a tensor differs from ``shapes``.
       OSError: Writing failed.
     """
+    with safetensors_writer(file, shapes) as put:
+        for name, tensor in zip(shapes, tensors, strict=True):
+            put(name, tensor)
+
+
+@contextlib.contextmanager
+def safetensors_writer(
+    file: str | os.PathLike, shapes: Mapping[str, tuple[Sequence[int], np.dtype]]
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Yields a function that writes a tensor, in any order, so that several files can be written side by side.
+
+    Args:
+      file: See :func:`write_safetensors`, as for what is raised.
+      shapes: Name to shape and dtype.
+
+    Raises:
+      ValueError: Also where a tensor has not been written in the end.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in shapes.items():
         if name == "__metadata__":
@@ -157,14 +176,23 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    left = set(shapes)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for (name, (shape, dtype)), tensor in zip(shapes.items(), tensors, strict=True):
+
+        def put(name: str, tensor: np.ndarray) -> None:
+            shape, dtype = shapes[name]
             if tensor.shape != tuple(shape) or tensor.dtype != np.dtype(dtype):
                 raise ValueError(
                     f"{name}: expected {tuple(shape)} {np.dtype(dtype)}, got {tensor.shape} {tensor.dtype}"
                 )
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
             stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            left.discard(name)
+
+        yield put
+        if left:
+            raise ValueError(f"{file}: tensors that were not written: {some(sorted(left))}")
         stream.flush()
         os.fsync(stream.fileno())
 

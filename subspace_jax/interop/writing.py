@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.interop.safetensors_io import some, write_safetensors
+from subspace_jax.interop.safetensors_io import safetensors_writer, some, write_safetensors
 from subspace_jax.interop.tensors import Path, PyTree, TensorLayout, TensorName, stored_shape, to_stored
 from subspace_jax.nn.params import spec_shapes
 
@@ -52,7 +52,7 @@ def write_checkpoint(
         for _ in fetch:
             pass
     else:
-        with replacing(folder, _is_checkpoint_file) as new:
+        with replacing(folder, is_checkpoint_file) as new:
             write_side_files(new, side_files or {})
             (new / "config.json").write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
             write_weights(new, shapes, fetch, shard_bytes)
@@ -79,6 +79,35 @@ def write_weights(
     files = _split(shapes, shard_bytes)
     for file, names in files.items():
         write_safetensors(folder / file, {name: shapes[name] for name in names}, itertools.islice(tensors, len(names)))
+    _write_index(folder, shapes, files)
+
+
+@contextlib.contextmanager
+def weights_writer(
+    folder: pathlib.Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]], shard_bytes: int = SHARD_BYTES
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Yields a function that writes a tensor of a folder, so that several folders can be written side by side.
+
+    Args:
+      folder: See :func:`write_weights`, as for the other arguments.
+      shapes: Name to shape and dtype.
+      shard_bytes: Largest size of a file.
+
+    Raises:
+      ValueError: A tensor differs from ``shapes``, or has not been written in the end.
+      OSError: Writing failed.
+    """
+    files, puts = _split(shapes, shard_bytes), {}
+    with contextlib.ExitStack() as stack:
+        for file, names in files.items():
+            put = stack.enter_context(safetensors_writer(folder / file, {name: shapes[name] for name in names}))
+            puts |= dict.fromkeys(names, put)
+        yield lambda name, tensor: puts[name](name, tensor)
+    _write_index(folder, shapes, files)
+
+
+def _write_index(folder: pathlib.Path, shapes: Mapping[str, Any], files: Mapping[str, list[str]]) -> None:
+    """Writes the index of several files."""
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(_nbytes(*entry) for entry in shapes.values())},
@@ -182,5 +211,6 @@ def replacing(folder: pathlib.Path, is_ours: Callable[[str], bool]) -> Iterator[
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_checkpoint_file(name: str) -> bool:
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name in a folder is of its checkpoint, which another one replaces."""
     return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))

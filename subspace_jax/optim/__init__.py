@@ -25,6 +25,7 @@ from subspace_jax.optim.projected.galore import galore, scale_by_galore
 from subspace_jax.optim.projected.gpm import GPMBasis, gpm_update, gradient_projection_memory, project_out
 from subspace_jax.optim.projected.online_subspace import OnlineSubspaceState, online_subspace_descent
 from subspace_jax.optim.projected.options import ProjectionOptions
+from subspace_jax.optim.projected.project_gradient import project_gradient
 from subspace_jax.optim.projected.projection import LowRankProjectionState, low_rank_projection
 from subspace_jax.optim.quantized_state import QuantizedState, quantize_state
 from subspace_jax.optim.random_subspace.subspace import (
@@ -74,6 +75,7 @@ __all__ = [
     "lora_rite",
     "low_rank_projection",
     "online_subspace_descent",
+    "project_gradient",
     "project_out",
     "projection_matrix",
     "quantize_state",

@@ -152,6 +152,14 @@ def descent_outside(learning_rate, bases):
     return optax.chain(optim.project_out(bases), optax.scale_by_learning_rate(learning_rate))
 
 
+def outputs_but_for_embeddings(path: str, shape: tuple[int, ...]) -> jax.Array | None:
+    return None if "embedding" in path or len(shape) < 2 else jnp.eye(shape[-1], 2)
+
+
+def descent_of_outputs(learning_rate, bases, mode="orth"):
+    return optax.chain(optim.project_gradient(bases, mode), optax.scale_by_learning_rate(learning_rate))
+
+
 def projected_momentum(
     learning_rate, side="std", method="subspace_iteration", moments="keep", refresh_every=2, fallback=None
 ):
@@ -296,6 +304,14 @@ ENTRIES = (
         factory=descent_outside,
         static=("bases",),
         kwargs={"bases": axis_but_for_embeddings},
+        **_KERNELS,
+    ),
+    Entry(
+        "project-gradient",
+        public="project_gradient",
+        factory=descent_of_outputs,
+        static=("bases", "mode"),
+        kwargs={"bases": outputs_but_for_embeddings},
         **_KERNELS,
     ),
     Entry(

@@ -16,6 +16,7 @@ NEEDED = {
     "quantize_state": {"inner": optax.adam(0.1), "dtype": "int8"},
     "with_geometry": {"euclidean_tx": optax.sgd(0.1), "grassmann_tx": optax.sgd(0.1)},
     "project_out": {"bases": None},
+    "project_gradient": {"bases": None},
     "gradient_projection_memory": {"learning_rate": 0.1, "bases": None},
     "scale_by_riemannian_sgd": {"step_size": 0.1},
     "scale_by_riemannian_adam": {"step_size": 0.1},

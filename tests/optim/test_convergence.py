@@ -14,7 +14,10 @@ from .registry import METHODS, orthonormal, pairs_of_factors
 NUM_STEPS = 600
 
 # What leaves a subspace alone ends where that lets it.
-_HELD = ("project_out", "gradient_projection_memory")
+_HELD = {
+    **dict.fromkeys(("project_out", "gradient_projection_memory"), (..., slice(2), slice(None))),
+    "project_gradient": (..., slice(2)),
+}
 
 
 def loss_of(entry):
@@ -34,8 +37,9 @@ def loss_of(entry):
             rest = jnp.sum(jnp.square(params["other"] - target["other"]))
             return jnp.sum(jnp.square(q["a"] @ q["b"] - goal["a"] @ goal["b"])) + rest
         if entry.public in _HELD:
-            held = {name: x.at[..., :2, :].set(0) if name != "embedding" else x for name, x in params.items()}
-            goal = {name: x.at[..., :2, :].set(0) if name != "embedding" else x for name, x in target.items()}
+            where = _HELD[entry.public]
+            held = {name: x.at[where].set(0) if name != "embedding" else x for name, x in params.items()}
+            goal = {name: x.at[where].set(0) if name != "embedding" else x for name, x in target.items()}
             return sum(jnp.sum(jnp.square(held[name] - goal[name])) for name in params)
         return sum(
             jnp.sum(jnp.square(x - t)) for x, t in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True)

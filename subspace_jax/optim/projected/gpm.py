@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from subspace_jax import linalg
 from subspace_jax.optim import _checks
 from subspace_jax.optim._arrays import automatic, spec_of
+from subspace_jax.optim.projected._bases import with_bases
 
 PyTree = Any
 BasisRule = Callable[[str, tuple[int, ...]], "jax.Array | GPMBasis | None"]
@@ -53,24 +54,7 @@ def project_out(bases: PyTree | BasisRule) -> optax.GradientTransformationExtraA
       >>> old = jax.numpy.eye(8)[:, :3]
       >>> tx = optax.chain(optim.project_out({"kernel": old, "bias": None}), optax.sgd(0.1))
     """
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        paths, structure = jax.tree_util.tree_flatten_with_path(updates)
-        if params is not None and jax.tree.structure(params) != structure:
-            raise ValueError(
-                f"updates: expected the structure of params, {jax.tree.structure(params)}, got {structure}"
-            )
-        names = [_checks.path_name(path) for path, _ in paths]
-        if callable(bases):
-            found = [bases(name, g.shape) for name, (_, g) in zip(names, paths, strict=True)]
-        else:
-            found = structure.flatten_up_to(bases)
-        rows = zip(names, paths, found, strict=True)
-        results = [g if m is None else _without(name, g, m) for name, (_, g), m in rows]
-        return structure.unflatten(results), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return with_bases(bases, _without)
 
 
 def gradient_projection_memory(
