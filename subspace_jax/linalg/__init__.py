@@ -27,13 +27,22 @@ from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
 from subspace_jax.linalg.stacks import of_each
+from subspace_jax.linalg.subspace_overlap import (
+    EnergyBasis,
+    MSOResult,
+    energy_basis,
+    mode_subspace_overlap,
+    subspace_overlap,
+)
 from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
 from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
+    "EnergyBasis",
     "FDState",
     "KMeans",
+    "MSOResult",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",
@@ -42,6 +51,7 @@ __all__ = [
     "cholesky_qr",
     "cholesky_qr2",
     "cos_sqrt",
+    "energy_basis",
     "expm",
     "expm_action",
     "eye_like",
@@ -52,6 +62,7 @@ __all__ = [
     "hadamard_matrix",
     "hosvd",
     "kmeans",
+    "mode_subspace_overlap",
     "nan_for_infinite",
     "nearest_rows",
     "of_each",
@@ -73,6 +84,7 @@ __all__ = [
     "singular",
     "spectral",
     "subspace_iteration",
+    "subspace_overlap",
     "times",
     "tucker_product",
     "unit_vectors",
