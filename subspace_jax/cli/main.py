@@ -14,6 +14,7 @@ from subspace_jax.cli import (
     few_shot,
     hydra,
     info,
+    inspect,
     interpret,
     language,
     language_generate,
@@ -33,7 +34,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
-    "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
+    "study": ("attention", "class-gates", "factors", "inspect", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -103,6 +104,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         attention,
         factors,
         hydra,
+        inspect,
         interpret,
         plan,
         info,

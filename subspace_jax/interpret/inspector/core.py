@@ -1,0 +1,260 @@
+"""What an update did to a weight: its rank, how concentrated it is, and which directions are new."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from subspace_jax.interpret.inspector.matrix import (
+    Decomposition,
+    Rows,
+    as_rows,
+    decompose,
+    small_gram,
+)
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of which the share of energy is reported
+TOP, THRESHOLD = 10, 0.5  # intruder dimensions: vectors looked at, and the cosine
+LEADING = 16  # directions of base and update that are compared
+_SKETCH = {"block": RANKS[-1] + 8, "steps": 2}
+_ACCURATE = {"block": LEADING, "steps": 8}
+_LANCZOS = 48  # steps of the bound on cosines
+_SAFETY = 1.1  # on an estimate of a random matrix's largest singular value, which fluctuates
+
+
+class UpdateSpectrum(NamedTuple):
+    """The spectrum of an update.
+
+    Attributes:
+      singular_values: ``[r]`` float64, descending.
+      complete: Whether these are all; else the ``r`` largest, from below.
+      norm: Frobenius norm of the update.
+      floor: Singular values up to this may come from rounding.
+      rank: Number of singular values above the floor.
+      rank_is_bound: Whether all that were computed are above it, so that the rank may be larger.
+      stable_rank: Squared Frobenius norm over the squared largest singular value.
+      effective_rank: Exponential of the entropy of the singular values over their sum (Roy and Vetterli, EUSIPCO 2007);
+        those that were not computed count as equal, of the energy that is left.
+      kept: Rank to the share of the squared norm that the best approximation of this rank has.
+    """
+
+    singular_values: np.ndarray
+    complete: bool
+    norm: float
+    floor: float
+    rank: int
+    rank_is_bound: bool
+    stable_rank: float
+    effective_rank: float
+    kept: dict[int, float]
+
+
+class Intruders(NamedTuple):
+    """High-ranking singular vectors of a tuned weight that resemble none of the base's.
+
+    Attributes:
+      count: How many certainly are intruder dimensions: no singular vector of the base has the cosine of the threshold.
+      undecided: How many may be one, as the bounds on the largest cosine enclose the threshold.
+      low: Lower bounds on the largest cosine, ``[top]``.
+      high: Upper bounds; equal where the base is decomposed exactly.
+      side: "left" or "right": of which side of the weight, the smaller one.
+    """
+
+    count: int
+    undecided: int
+    low: np.ndarray
+    high: np.ndarray
+    side: str
+
+
+def decompose_update(delta: ArrayLike | Rows) -> Decomposition:
+    """Decomposes an update ``[m, n]``, at least 256 singular values; see :func:`decompose`."""
+    delta = as_rows(delta)
+    return decompose(delta, min(LEADING, *delta.shape), **_SKETCH)
+
+
+def decompose_weight(weight: ArrayLike | Rows) -> Decomposition:
+    """Decomposes a weight ``[m, n]``, its leading directions accurately; see :func:`decompose`."""
+    weight = as_rows(weight)
+    return decompose(weight, min(LEADING, *weight.shape), **_ACCURATE)
+
+
+def update_spectrum(
+    update: ArrayLike | Rows | Decomposition,
+    shape: tuple[int, int] | None = None,
+    *,
+    norm: float | None = None,
+    noise: float = 0.0,
+) -> UpdateSpectrum:
+    """Rank, effective ranks and shares of energy of an update.
+
+    Args:
+      update: The update ``[m, n]``, or its decomposition.
+      shape: ``(m, n)`` of a decomposition.
+      norm: Frobenius norm, where it is known; else that of the array, or of the singular values.
+      noise: Largest singular value that rounding of the stored weights may have, see :func:`rounding_floor`.  Rounding
+        of the computation, ``4 sqrt(max(m, n)) eps`` times the largest singular value in float32, is added as a second
+        floor.
+
+    Raises:
+      ValueError: The update is no matrix, or zero.
+    """
+    if not isinstance(update, Decomposition):
+        rows = as_rows(update)
+        shape, update = rows.shape, decompose_update(rows)
+        if norm is None:
+            norm = math.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for _, x in rows.blocks()))
+    s, (m, n) = update.s, shape
+    known = float(np.sum(s**2))
+    total = known if norm is None else max(norm**2, known)
+    if not s[0] > 0:
+        raise ValueError("update: is zero, so it has no spectrum")
+    floor = max(noise, 4 * math.sqrt(max(m, n)) * float(np.finfo(np.float32).eps) * s[0])
+    rank = int(np.sum(s > floor))
+    kept = np.cumsum(s**2) / total
+    return UpdateSpectrum(
+        singular_values=s,
+        complete=update.complete,
+        norm=math.sqrt(total),
+        floor=floor,
+        rank=rank,
+        rank_is_bound=not update.complete and rank == len(s),
+        stable_rank=total / float(s[0]) ** 2,
+        effective_rank=_effective_rank(s, 0.0 if update.complete else total - known, min(m, n) - len(s)),
+        kept={r: float(min(kept[min(r, len(s)) - 1], 1.0)) for r in RANKS if r < 2 * len(s)},
+    )
+
+
+def _effective_rank(s: np.ndarray, left: float, count: int) -> float:
+    tail = math.sqrt(left / count) if left > 0 and count > 0 else 0.0
+    total = float(s.sum()) + tail * count
+    p = s[s > 0] / total
+    entropy = -float(np.sum(p * np.log(p)))
+    if tail:
+        entropy -= count * (tail / total) * math.log(tail / total)
+    return math.exp(entropy)
+
+
+def rounding_floor(row_variances: np.ndarray, column_variances: np.ndarray) -> float:
+    """Bound on the largest singular value of a matrix of independent rounding errors.
+
+    ``1.1 (max_i sqrt(sum_j v_ij) + max_j sqrt(sum_i v_ij))``: the leading terms for independent centred entries of
+    variances ``v`` (Bandeira and van Handel, arXiv 1408.6185), and a tenth for what the largest singular value
+    fluctuates.
+
+    Args:
+      row_variances: Sums of the entries' variances over each row, ``[m]``.
+      column_variances: The same over each column, ``[n]``.
+    """
+    return _SAFETY * (math.sqrt(float(np.max(row_variances))) + math.sqrt(float(np.max(column_variances))))
+
+
+def intruder_dimensions(
+    base: ArrayLike | Rows,
+    tuned: ArrayLike | Rows,
+    *,
+    top: int = TOP,
+    threshold: float = THRESHOLD,
+    decomposed: Decomposition | None = None,
+) -> Intruders:
+    """Counts intruder dimensions: leading singular vectors of the tuned weight unlike any of the base's.
+
+    A vector counts if its absolute cosine with every singular vector of the base is below the threshold (Shuttleworth
+    et al., arXiv 2410.21228).  The vectors of the smaller side are compared, where the paper takes those of the left
+    side: those of the larger side of a base of full rank leave a null space, in which no singular vector is defined.
+
+    A base whose smaller side is wider than 1024 is not decomposed whole.  For each vector ``y`` Lanczos steps with the
+    Gram matrix give the first moments of its spectral measure, which has mass ``cos^2`` at the square of each singular
+    value; no measure of these moments has more mass at a point than its Christoffel function there, whose largest value
+    is the upper bound.
+
+    Args:
+      base: ``[m, n]``.
+      tuned: ``[m, n]``.
+      top: Number of leading singular vectors of the tuned weight.
+      threshold: The cosine.
+      decomposed: The base's :func:`decompose_weight`, where it is at hand.
+
+    Raises:
+      ValueError: Shapes differ, or ``top`` or ``threshold`` is out of range.
+    """
+    base, tuned = as_rows(base), as_rows(tuned)
+    if base.shape != tuned.shape:
+        raise ValueError(f"base, tuned: expected one shape, got {base.shape} and {tuned.shape}")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, got {top}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a cosine in (0, 1], got {threshold}")
+    decomposed = decompose_weight(base) if decomposed is None else decomposed
+    top = min(top, *base.shape)
+    known = getattr(decomposed, base.side)
+    vectors = getattr(decompose_weight(tuned), base.side)[:, :top]
+    low = np.max(np.abs(known[:, : None if decomposed.complete else LEADING].T @ vectors), axis=0)
+    high = low if decomposed.complete else np.maximum(low, cosine_bound(base, vectors))
+    low, high = (np.minimum(np.asarray(x, np.float64), 1.0) for x in (low, high))
+    below = high < threshold
+    return Intruders(int(below.sum()), int(np.sum(~below & (low < threshold))), low, high, base.side)
+
+
+def cosine_bound(matrix: ArrayLike | Rows, vectors: np.ndarray, steps: int = _LANCZOS) -> np.ndarray:
+    """Upper bounds on the largest absolute cosine of vectors with any singular vector of a matrix.
+
+    See :func:`intruder_dimensions`.
+
+    Args:
+      matrix: ``[m, n]``.
+      vectors: Unit vectors of its smaller side, ``[min(m, n), k]``.
+      steps: Lanczos steps.
+
+    Returns:
+      ``[k]``, up to float32 rounding of the matrix.
+    """
+    matrix = as_rows(matrix)
+    alphas, betas, lengths = _lanczos(matrix, np.asarray(vectors, np.float64), min(steps, min(matrix.shape)))
+    return np.asarray(
+        [
+            math.sqrt(_largest_mass(alpha[:length], beta[: length - 1]))
+            for alpha, beta, length in zip(alphas.T, betas.T, lengths, strict=True)
+        ]
+    )
+
+
+def _lanczos(matrix: Rows, vectors: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Coefficients ``[steps, k]`` of Lanczos' recurrences from each vector alone, and each one's number of steps."""
+    basis = [vectors / np.linalg.norm(vectors, axis=0)]
+    alphas, betas, lengths = [], [], np.full(vectors.shape[1], steps)
+    scale = 0.0
+    for step in range(steps):
+        now = small_gram(matrix, basis[-1]).astype(np.float64)
+        scale = max(scale, float(np.max(np.linalg.norm(now, axis=0))))
+        alphas.append(np.sum(basis[-1] * now, axis=0))
+        for _ in range(2):
+            for other in basis:
+                now -= other * np.sum(other * now, axis=0)
+        beta = np.linalg.norm(now, axis=0)
+        betas.append(beta)
+        # The space is exhausted, to rounding of the products.
+        ended = beta <= 1e-6 * scale
+        lengths = np.where(ended, np.minimum(lengths, step + 1), lengths)
+        if (lengths <= step + 1).all():
+            break
+        basis.append(now / np.where(beta > 0, beta, 1.0))
+    return np.asarray(alphas), np.asarray(betas), np.minimum(lengths, len(alphas))
+
+
+def _largest_mass(alpha: np.ndarray, beta: np.ndarray) -> float:
+    """Largest value of the Christoffel function, the inverse of the sum of squared orthonormal polynomials."""
+    jacobi = np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1)
+    nodes = np.linalg.eigvalsh(jacobi)
+    if len(nodes) == 1:
+        return 1.0
+    # Below and above all nodes the function falls off.
+    between = np.linspace(0, 1, 17)[:-1]
+    points = np.append((nodes[:-1, None] + np.diff(nodes)[:, None] * between).ravel(), nodes[-1])
+    before, now, total = np.zeros_like(points), np.ones_like(points), np.ones_like(points)
+    for k in range(len(alpha) - 1):
+        last = beta[k - 1] if k else 0.0
+        before, now = now, ((points - alpha[k]) * now - last * before) / beta[k]
+        total += now**2
+    return float(np.max(1 / total))
