@@ -1,6 +1,7 @@
 """The command that says what an update changed in a model."""
 
 import argparse
+from pathlib import Path
 
 from subspace_jax.cli import shared
 
@@ -39,8 +40,11 @@ def add_commands(commands) -> None:
 
 
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
+    from subspace_jax.interop.peft.config import read_fields
     from subspace_jax.interpret import inspector
 
+    for folder in args.adapters:
+        read_fields(Path(folder).expanduser())
     sources = [*args.tuned, *args.adapters]
     if not sources:
         raise ValueError("TUNED, --adapter: expected the folder of a tuned model or of an adapter, got none")

@@ -246,15 +246,26 @@ def _lanczos(matrix: Rows, vectors: np.ndarray, steps: int) -> tuple[np.ndarray,
 def _largest_mass(alpha: np.ndarray, beta: np.ndarray) -> float:
     """Largest value of the Christoffel function, the inverse of the sum of squared orthonormal polynomials."""
     jacobi = np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1)
-    nodes = np.linalg.eigvalsh(jacobi)
+    nodes, vectors = np.linalg.eigh(jacobi)
     if len(nodes) == 1:
         return 1.0
-    # Below and above all nodes the function falls off.
-    between = np.linspace(0, 1, 17)[:-1]
-    points = np.append((nodes[:-1, None] + np.diff(nodes)[:, None] * between).ravel(), nodes[-1])
+    # At the nodes it is Gauss' weights; the recurrence is unstable there, where a node has converged.
+    found = float(np.max(np.square(vectors[0])))
+    # Below and above all nodes the function falls off.  Its peaks are near nodes, and narrow where these converged.
+    near = np.concatenate([np.linspace(0.0, 1.0, 17), 0.6 ** np.arange(2, 40), 1 - 0.6 ** np.arange(2, 40)])
+    points = np.unique(nodes[:-1, None] + np.diff(nodes)[:, None] * near)
+    for _ in range(4):
+        mass = _christoffel(points, alpha, beta)
+        best = int(np.argmax(mass))
+        found = max(found, float(mass[best]))
+        points = np.linspace(points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)], 33)
+    return found
+
+
+def _christoffel(points: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
     before, now, total = np.zeros_like(points), np.ones_like(points), np.ones_like(points)
     for k in range(len(alpha) - 1):
         last = beta[k - 1] if k else 0.0
         before, now = now, ((points - alpha[k]) * now - last * before) / beta[k]
         total += now**2
-    return float(np.max(1 / total))
+    return 1 / total

@@ -105,6 +105,7 @@ def rank_curves(curves: Mapping[str, Mapping[int, float]], title: str) -> str:
 
 
 def _figure(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    width = max(width, 12 + 7.8 * len(title))
     return (
         f'<svg role="img" aria-label="{html.escape(title)}" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
