@@ -18,6 +18,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of which the share of energy is re
 TOP, THRESHOLD = 10, 0.5  # intruder dimensions: vectors looked at, and the cosine
 LEADING = 16  # directions of base and update that are compared
 _SKETCH = {"block": RANKS[-1] + 8, "steps": 2}
+SKETCHED = _SKETCH["block"] * _SKETCH["steps"]  # singular values of an update of a wide weight
 _ACCURATE = {"block": LEADING, "steps": 8}
 _LANCZOS = 48  # steps of the bound on cosines
 _SAFETY = 1.1  # on an estimate of a random matrix's largest singular value, which fluctuates
@@ -57,7 +58,7 @@ class Intruders(NamedTuple):
       count: How many certainly are intruder dimensions: no singular vector of the base has the cosine of the threshold.
       undecided: How many may be one, as the bounds on the largest cosine enclose the threshold.
       low: Lower bounds on the largest cosine, ``[top]``.
-      high: Upper bounds; equal where the base is decomposed exactly.
+      high: Upper bounds; equal where the base is decomposed exactly, otherwise 1 where ``low`` is above the threshold.
       side: "left" or "right": of which side of the weight, the smaller one.
     """
 
@@ -69,7 +70,7 @@ class Intruders(NamedTuple):
 
 
 def decompose_update(delta: ArrayLike | Rows) -> Decomposition:
-    """Decomposes an update ``[m, n]``, at least 256 singular values; see :func:`decompose`."""
+    """Decomposes an update ``[m, n]``, all singular values, or the 528 largest of a wide one; see :func:`decompose`."""
     delta = as_rows(delta)
     return decompose(delta, min(LEADING, *delta.shape), **_SKETCH)
 
@@ -191,8 +192,10 @@ def intruder_dimensions(
     known = getattr(decomposed, base.side)
     vectors = getattr(decompose_weight(tuned), base.side)[:, :top]
     low = np.max(np.abs(known[:, : None if decomposed.complete else LEADING].T @ vectors), axis=0)
-    high = low if decomposed.complete else np.maximum(low, cosine_bound(base, vectors))
-    low, high = (np.minimum(np.asarray(x, np.float64), 1.0) for x in (low, high))
+    low = np.minimum(np.asarray(low, np.float64), 1.0)
+    high = low if decomposed.complete else np.ones_like(low)
+    if not decomposed.complete and (open_ := low < threshold).any():
+        high[open_] = np.clip(cosine_bound(base, vectors[:, open_]), low[open_], 1.0)
     below = high < threshold
     return Intruders(int(below.sum()), int(np.sum(~below & (low < threshold))), low, high, base.side)
 

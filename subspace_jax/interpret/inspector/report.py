@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from subspace_jax import train
-from subspace_jax.interpret.inspector.core import LEADING, RANKS
+from subspace_jax.interpret.inspector.core import LEADING, RANKS, SKETCHED
 from subspace_jax.interpret.inspector.matrix import EXACT
 from subspace_jax.interpret.inspector.study import Inspection, WeightChange
 from subspace_jax.interpret.inspector.svg import heat_map, rank_curves, shown
@@ -272,7 +272,7 @@ def _legend(inspection: Inspection) -> str:
         "Norm of the update over the base's": "Frobenius norms; the colours are logarithmic.",
         "Rank above rounding": (
             "Singular values of the difference above what rounding of the stored weights, and of the computation, can "
-            f"make. A rank of {RANKS[-1] + 8} or more of wide weights is a lower bound."
+            f"make. Of weights wider than {EXACT}, {SKETCHED} are computed, and a rank of so many is a lower bound."
         ),
         "Effective rank": "Exponential of the entropy of the singular values over their sum.",
         f"Energy kept by rank {_KEPT}": f"Share of the squared norm that the best approximation of rank {_KEPT} has.",
