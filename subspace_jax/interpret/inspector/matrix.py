@@ -4,6 +4,7 @@ Products with the weight are JAX's; factorizations, which are narrow, are NumPy'
 loops over blocks, so nothing here is to be traced.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from jax.typing import ArrayLike
 from subspace_jax import linalg
 
 EXACT = 1024  # smaller sides up to this width are decomposed exactly
-_BLOCK = 2**25  # entries of a block of rows: 128 MiB in float32
+_HELD = 2**26  # entries of a matrix that is in memory as a whole: 256 MiB in float32
+_BLOCK = 2**21  # entries of a block of rows of a larger one
 
 
 class Rows(NamedTuple):
@@ -64,8 +66,8 @@ class Decomposition(NamedTuple):
 
 
 def block_rows(shape: tuple[int, int]) -> int:
-    """Rows of a block of a matrix of this shape."""
-    return max(1, min(shape[0], _BLOCK // max(shape[1], 1)))
+    """Rows of a block of a matrix of this shape: all where it is small enough to be held in memory."""
+    return shape[0] if math.prod(shape) <= _HELD else max(1, _BLOCK // shape[1])
 
 
 def as_rows(matrix: ArrayLike | Rows) -> Rows:
@@ -77,13 +79,17 @@ def as_rows(matrix: ArrayLike | Rows) -> Rows:
     if isinstance(matrix, Rows):
         if matrix.step < matrix.shape[0]:
             return matrix
-        matrix = matrix.read(0, matrix.shape[0])
+        return _held(jnp.asarray(matrix.read(0, matrix.shape[0]), jnp.float32))
     x = jnp.asarray(matrix)
     if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"matrix: expected floating point [m, n], got {x.dtype} {list(x.shape)}")
     x = x.astype(jnp.float32)
     if not bool(jnp.isfinite(x).all()):
         raise ValueError("matrix: expected finite values, got NaN or infinity")
+    return _held(x)
+
+
+def _held(x: jax.Array) -> Rows:
     return Rows(x.shape, lambda start, stop: x[start:stop] if stop - start < len(x) else x, len(x))
 
 
