@@ -75,10 +75,19 @@ def test_update_spectrum_of_a_part_of_the_singular_values_says_so():
     part = inspector.Decomposition(s[:8], np.zeros((M, 8)), np.zeros((N, 8)), False)
     found = inspector.update_spectrum(part, (M, N), norm=math.sqrt(N))
     assert (found.rank, found.rank_is_bound) == (8, True)
-    # The tail of equal ones is guessed right.
+    # The tail of equal ones is found.
     assert found.effective_rank == pytest.approx(N)
     assert found.stable_rank == pytest.approx(N)
     assert found.kept[8] == pytest.approx(0.25)
+
+
+def test_update_spectrum_guesses_the_effective_rank_of_a_gaussian_matrix_from_its_leading_values():
+    s = np.linalg.svd(gaussian(20, 200, 160), compute_uv=False)
+    part = inspector.Decomposition(s[:40], np.zeros((200, 40)), np.zeros((160, 40)), False)
+    whole = inspector.Decomposition(s, np.zeros((200, 160)), np.zeros((160, 160)), True)
+    norm = float(np.linalg.norm(s))
+    found, true = (inspector.update_spectrum(d, (200, 160), norm=norm).effective_rank for d in (part, whole))
+    assert found == pytest.approx(true, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from subspace_jax.interpret.inspector.matrix import (
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of which the share of energy is reported
 TOP, THRESHOLD = 10, 0.5  # intruder dimensions: vectors looked at, and the cosine
 LEADING = 16  # directions of base and update that are compared
-_SKETCH = {"block": RANKS[-1] + 8, "steps": 2}
-SKETCHED = _SKETCH["block"] * _SKETCH["steps"]  # singular values of an update of a wide weight
+SKETCHED = RANKS[-1] + 8  # singular values of an update of a wide weight
+_SKETCH = {"block": SKETCHED, "steps": 2}
 _ACCURATE = {"block": LEADING, "steps": 8}
 _LANCZOS = 48  # steps of the bound on cosines
 _SAFETY = 1.1  # on an estimate of a random matrix's largest singular value, which fluctuates
@@ -36,7 +36,7 @@ class UpdateSpectrum(NamedTuple):
       rank_is_bound: Whether all that were computed are above it, so that the rank may be larger.
       stable_rank: Squared Frobenius norm over the squared largest singular value.
       effective_rank: Exponential of the entropy of the singular values over their sum (Roy and Vetterli, EUSIPCO 2007);
-        those that were not computed count as equal, of the energy that is left.
+        those that were not computed are taken to fall like a power, from the last to zero, with the energy left.
       kept: Rank to the share of the squared norm that the best approximation of this rank has.
     """
 
@@ -70,9 +70,13 @@ class Intruders(NamedTuple):
 
 
 def decompose_update(delta: ArrayLike | Rows) -> Decomposition:
-    """Decomposes an update ``[m, n]``, all singular values, or the 528 largest of a wide one; see :func:`decompose`."""
+    """Decomposes an update ``[m, n]``, all singular values, or the 264 largest of a wide one; see :func:`decompose`."""
     delta = as_rows(delta)
-    return decompose(delta, min(LEADING, *delta.shape), **_SKETCH)
+    found = decompose(delta, min(LEADING, *delta.shape), **_SKETCH)
+    if found.complete:
+        return found
+    # Those beyond the block, of the last step alone, are far too small.
+    return found.leading(SKETCHED)._replace(s=found.s[:SKETCHED])
 
 
 def decompose_weight(weight: ArrayLike | Rows) -> Decomposition:
@@ -128,13 +132,13 @@ def update_spectrum(
 
 
 def _effective_rank(s: np.ndarray, left: float, count: int) -> float:
-    tail = math.sqrt(left / count) if left > 0 and count > 0 else 0.0
-    total = float(s.sum()) + tail * count
-    p = s[s > 0] / total
-    entropy = -float(np.sum(p * np.log(p)))
-    if tail:
-        entropy -= count * (tail / total) * math.log(tail / total)
-    return math.exp(entropy)
+    if left > 0 and count > 0:
+        # The power whose mean square is that of what is left; 0 where that is as much as the last value's.
+        power = max(0.0, (count * s[-1] ** 2 / left - 1) / 2)
+        tail = (1 - (np.arange(count) + 0.5) / count) ** power
+        s = np.concatenate([s, tail * math.sqrt(left / float(np.sum(tail**2)))])
+    p = s[s > 0] / s.sum()
+    return math.exp(-float(np.sum(p * np.log(p))))
 
 
 def rounding_floor(row_variances: np.ndarray, column_variances: np.ndarray) -> float:

@@ -137,7 +137,7 @@ def headline(changes: Sequence[WeightChange]) -> str:
     base = math.hypot(*(c.base_norm for c in changes))
     matrices = [c for c in changed if c.spectrum is not None]
     if base:
-        text += f"; the norm of all changes is {norms / base:.3g} of the weights'"
+        text += f"; the norm of all changes is {norms / base:.3g} of these weights'"
     if not matrices:
         return f"{text}."
     ranks = sorted(c.spectrum.rank for c in matrices)
