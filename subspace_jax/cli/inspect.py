@@ -7,14 +7,14 @@ from subspace_jax.cli import shared
 
 _INSPECT = """
     subspace-jax inspect work/models/smollm2 --adapter work/dora/adapter --out work/inspection
-    subspace-jax inspect base tuned --out report.html         # folders of one architecture, or GPT-2's, Llama's ...
-    subspace-jax inspect base tuned_a tuned_b --adapter lora --out work/three     # and how the updates overlap
+    subspace-jax inspect base tuned --out report.html                          # two folders of one architecture
+    subspace-jax inspect base tuned_a tuned_b --adapter lora --out work/three  # and how the updates overlap
 
     Folders are those of Hugging Face, with safetensors; config.json is not read.  Adapters are LoRA or DoRA in the
     format of PEFT, which `finetune` and `export` write too.
 
-    One weight at a time is in memory.  1.1 billion parameters take some minutes on two cores, SmolLM2's 135 million
-    about two.
+    One weight at a time is in memory.  A billion parameters take some minutes on two cores, a LoRA of SmolLM2's 135
+    million half a minute.
     """
 
 

@@ -282,6 +282,20 @@ def test_inspect_refuses_another_architecture_and_nan_and_writes_no_report(write
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_open_updates_labels_each_by_the_shortest_end_of_its_path_that_differs(write, write_adapter, tmp_path):
+    base = folders.open_base(write("base", weights()))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    tensors = factors("model.layers.0.mlp.up_proj", 48, 32)
+    sources = [write_adapter(name, tensors) for name in ("one/adapter", "two/adapter")]
+    updates = folders.open_updates(base, sources)
+    assert [(update.label, update.source) for update in updates] == [
+        ("one/adapter", sources[0]),
+        ("two/adapter", sources[1]),
+    ]
+    assert folders.open_updates(base, sources[:1])[0].label == "adapter"
+
+
 def test_open_updates_passes_over_buffers_copies_of_a_tied_table_and_prefixes_of_gpt2(write):
     base = {"h.0.attn.c_proj.weight": gaussian(0, 4, 4), "wte.weight": gaussian(1, 5, 4)}
     tuned = {f"transformer.{name}": x for name, x in base.items()}

@@ -66,10 +66,7 @@ def open_updates(base: Mapping[str, StoredTensor], sources: list[str]) -> list[U
       FileNotFoundError: A folder or file does not exist.
       ValueError: A folder is of another architecture, an adapter does not fit the base, or a file is damaged.
     """
-    names = [pathlib.Path(source).name or source for source in sources]
-    labels = [name if names.count(name) == 1 else source for name, source in zip(names, sources, strict=True)]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"expected each update once, got {twice[0]} twice")
+    labels = _labels(sources)
     opened = []
     for label, source in zip(labels, sources, strict=True):
         folder = pathlib.Path(source).expanduser()
@@ -77,6 +74,18 @@ def open_updates(base: Mapping[str, StoredTensor], sources: list[str]) -> list[U
         changes = (_adapter_changes if is_adapter else _folder_changes)(base, folder)
         opened.append(Update(label, str(source), changes))
     return opened
+
+
+def _labels(sources: list[str]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    paths = [pathlib.Path(source).expanduser().absolute() for source in sources]
+    if twice := [source for source, path in zip(sources, paths, strict=True) if paths.count(path) > 1]:
+        raise ValueError(f"expected each update once, got {twice[0]} twice")
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        labels = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _folder_changes(base: Mapping[str, StoredTensor], folder: pathlib.Path) -> dict[str, Change]:

@@ -29,7 +29,9 @@ def shown(value: float) -> str:
         return "–"
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
-    return f"{value:.3f}" if 0.01 <= abs(value) < 10 else f"{value:.1f}" if 10 <= abs(value) < 1e5 else f"{value:.0e}"
+    if not 0.001 <= abs(value) < 1e5:
+        return f"{value:.0e}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, *, log: bool = False) -> str:
