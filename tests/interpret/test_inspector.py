@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from subspace_jax.interpret import inspector
-from subspace_jax.interpret.inspector import matrix
+from subspace_jax.interpret.inspector import changes, matrix
 
 # All of one shape, and its transpose, as each compiles.
 M, N = 48, 32
@@ -115,6 +115,20 @@ def test_update_spectrum_finds_a_planted_rank_above_the_rounding_floor(dtype, ra
     spacing *= 2.0 ** (23 - {np.float32: 23, np.float16: 10}.get(dtype, 7))
     noise = inspector.rounding_floor((spacing**2 / 12).sum(1), (spacing**2 / 12).sum(0))
     assert inspector.update_spectrum(delta, noise=noise).rank == rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relative", [0.003, 0.01, 0.03, 0.1])
+def test_a_planted_rank_of_one_in_a_wide_bfloat16_weight_is_not_joined_by_errors_that_follow_it(relative):
+    # Where an edit is about the spacing, its rounding is a function of it, of a higher rank.
+    base = (0.02 * gaussian(21, 1536, 1536)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    edit = 0.02 * relative * gaussian(22, 1536, 1) @ gaussian(23, 1, 1536)
+    tuned = (base + edit).astype(ml_dtypes.bfloat16).astype(np.float32)
+    variance = sum(changes._rounding_variance(x, np.dtype(ml_dtypes.bfloat16)) for x in (base, tuned))
+    coarse = variance[(tuned - base) ** 2 <= 13.5 * variance].sum()
+    floor = inspector.rounding_floor(variance.sum(1), variance.sum(0), coarse)
+    s = inspector.decompose(tuned - base, 2, block=16, steps=4).s
+    assert int(np.sum(s > floor)) == 1
 
 
 def test_rounding_floor_bounds_the_singular_values_of_rounding_closely():

@@ -97,7 +97,7 @@ class _Dense:
         return Rows(self.shape, lambda a, b: np.asarray(read(a, b), np.float32), block_rows(self.shape))
 
     def _scan_rows(self, dtypes: tuple[np.dtype, ...]) -> Scan:
-        base = norm = 0.0
+        base = norm = coarse = 0.0
         row_variances, column_variances = [], np.zeros(self.shape[1])
         for start, stop in _slices(self.shape, _SCANNED):
             old, new = read_rows(self.base, start, stop), self.tuned_rows(start, stop)
@@ -107,7 +107,10 @@ class _Dense:
             variance = sum(_rounding_variance(x, dtype) for x, dtype in zip((old, new), dtypes, strict=True))
             row_variances.append(variance.sum(axis=1, dtype=np.float64))
             column_variances += variance.sum(axis=0, dtype=np.float64)
-        return Scan(math.sqrt(base), math.sqrt(norm), rounding_floor(np.concatenate(row_variances), column_variances))
+            # A change of up to one and a half spacings: the variance is a sixth of the squared spacing.
+            coarse += float(np.sum(variance, where=np.square(difference) <= 13.5 * variance, dtype=np.float64))
+        floor = rounding_floor(np.concatenate(row_variances), column_variances, coarse)
+        return Scan(math.sqrt(base), math.sqrt(norm), floor)
 
 
 @dataclass(frozen=True)
