@@ -1,6 +1,5 @@
 """What a fine-tuning or an adapter changed in a model: ranks, directions and intruder dimensions of each weight."""
 
-from subspace_jax.interpret.inspector.changes import Scan
 from subspace_jax.interpret.inspector.core import (
     Intruders,
     UpdateSpectrum,
@@ -22,7 +21,6 @@ __all__ = [
     "Intruders",
     "Overlaps",
     "Rows",
-    "Scan",
     "UpdateSpectrum",
     "WeightChange",
     "cosine_bound",

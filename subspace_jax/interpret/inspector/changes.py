@@ -1,5 +1,6 @@
 """A stored weight and what an update makes of it: a second stored weight, or low-rank factors."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -162,9 +163,10 @@ class LowRankChange(_Dense):
         if self.magnitude is None:
             return rows
         if self.of_columns:
-            return rows * (self.magnitude / self._column_norms())
+            return rows * (self.magnitude / self._column_norms)
         return rows * (self.magnitude[start:stop] / np.linalg.norm(rows, axis=1))[:, None]
 
+    @functools.cached_property
     def _column_norms(self) -> np.ndarray:
         squares = sum(np.square(self._sum(a, b)).sum(axis=0) for a, b in _slices(self.shape, _SCANNED))
         return np.sqrt(squares)
