@@ -86,7 +86,7 @@ def load_peft_adapter(folder: str | os.PathLike, config: Config, *, untie: bool 
         if (folder / "adapter_model.bin").exists():
             raise ValueError(f"{folder}: adapter_model.bin is pickled, and reading it may run any code; convert it")
         raise FileNotFoundError(f"{folder}: has no {TENSORS}")
-    tensors = _tensors_by_name(folder / TENSORS)
+    tensors = tensors_by_name(folder / TENSORS)
     with _naming(folder / CONFIG):
         check_fields(fields)
         meant = written_out(fields, config, tensors)
@@ -160,8 +160,12 @@ def _array(parts: list[tuple[StoredTensor, tuple[int, ...], int | None]], shape:
     return array
 
 
-def _tensors_by_name(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors by their names without prefix, name of the adapter, and suffix of DoRA's magnitude."""
+def tensors_by_name(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of an adapter's file by name, without prefix, adapter's name and suffix of DoRA's magnitude.
+
+    Raises:
+      ValueError: A name lacks the prefix, or two are the same.
+    """
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in read_header(file)[0].items():
         if not name.startswith(_PREFIX):
