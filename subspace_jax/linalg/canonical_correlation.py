@@ -67,8 +67,35 @@ def cca(x: jax.Array, y: jax.Array, k: int | None = None, *, eps: float = 0.0) -
             f"x, y: expected more examples than columns, for otherwise all correlations are 1; got {n} examples of "
             f"{width} columns; eps > 0 shrinks them instead"
         )
-    (qx, tx, mean_x), (qy, ty, mean_y) = (_whitened(a, eps) for a in (x, y))
+    (qx, tx, mean_x), (qy, ty, mean_y) = (whitened_columns(a, eps) for a in (x, y))
     return _of_whitened(gram(qx, qy), tx, ty, mean_x, mean_y, k)
+
+
+def whitened_columns(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An orthonormal basis of what the centered columns span.
+
+    Without a ridge it does not depend on the columns' units.
+
+    Args:
+      x: ``[n, p]``, float32 or float64.
+      eps: See :func:`cca`.
+
+    Returns:
+      The basis ``z [n, r]`` with ``r = min(n, p)``, with columns of length 1 (less by a ridge), and 0 for linearly
+      dependent directions; weights ``t [p, r]`` with ``z sqrt(n - 1) = centered(x) t``; and the means ``[p]``.
+
+    Raises:
+      ValueError: ``x`` is no matrix.
+      TypeError: ``x`` is neither float32 nor float64.
+    """
+    centered, mean = centered_columns(x)
+    scale = jnp.broadcast_to(binary_scale(centered, 0 if eps == 0 else None), (1, x.shape[1]))
+    root = jnp.sqrt(jnp.asarray(max(x.shape[0] - 1, 1), x.dtype))
+    q, r = jnp.linalg.qr(nan_for_infinite(centered / scale))
+    u, s, vt = _thin_svd(r)
+    s = s / root
+    weights = _inverse_sqrt(s, jnp.square(s), eps, scale, max(x.shape))
+    return times(q, u) * (s * weights)[None], vt.T * weights[None] / scale.T, mean
 
 
 def cca_from_covariance(
@@ -116,21 +143,6 @@ def _check_settings(x: jax.Array, y: jax.Array, k: int | None, eps: float, large
         raise ValueError(f"k: expected 1 to {largest}, the number of correlations, got {k}")
     if not eps >= 0:
         raise ValueError(f"eps: expected 0 or more, got {eps}")
-
-
-def _whitened(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ``z`` with columns of length 1 (less by a ridge), ``t`` with ``z sqrt(n - 1) = centered(x) t``, the mean.
-
-    Without a ridge the result does not depend on the columns' units, and they are brought to one size first.
-    """
-    centered, mean = centered_columns(x)
-    scale = jnp.broadcast_to(binary_scale(centered, 0 if eps == 0 else None), (1, x.shape[1]))
-    root = jnp.sqrt(jnp.asarray(max(x.shape[0] - 1, 1), x.dtype))
-    q, r = jnp.linalg.qr(nan_for_infinite(centered / scale))
-    u, s, vt = _thin_svd(r)
-    s = s / root
-    weights = _inverse_sqrt(s, jnp.square(s), eps, scale, max(x.shape))
-    return times(q, u) * (s * weights)[None], vt.T * weights[None] / scale.T, mean
 
 
 def _inverse_root(c: jax.Array, eps: float) -> jax.Array:

@@ -22,6 +22,13 @@ from subspace_jax.metrics.disentanglement_votes import (
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
+from subspace_jax.metrics.representation_similarity import (
+    cca_mean,
+    linear_regression_r2,
+    procrustes_similarity,
+    pwcca,
+    svcca,
+)
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -32,6 +39,7 @@ __all__ = [
     "backfill_curve",
     "balanced_probe_accuracy",
     "bleu",
+    "cca_mean",
     "choice_accuracy",
     "class_separation_r2",
     "cmc",
@@ -53,6 +61,7 @@ __all__ = [
     "kernel_cka",
     "l1_importance",
     "linear_cka",
+    "linear_regression_r2",
     "match_assignments",
     "mdl_bits",
     "mean_gap",
@@ -62,7 +71,9 @@ __all__ = [
     "mutual_information_matrix",
     "normalized_mutual_info",
     "perplexity",
+    "procrustes_similarity",
     "proxy_a_distance",
+    "pwcca",
     "rbf_kernel",
     "recall_at_k",
     "retrieval_map",
@@ -70,6 +81,7 @@ __all__ = [
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "svcca",
     "unbiased_hsic",
     "update_gain",
 ]
