@@ -71,6 +71,19 @@ def lcs_knn(x: jax.Array, y: jax.Array, *, k: int = 10) -> jax.Array:
       TypeError: As :func:`mutual_knn`.
     """
     of_x, of_y, dtype = _both(x, y, k)
+    return jnp.mean(common_subsequences(of_x, of_y).astype(dtype))
+
+
+def common_subsequences(of_x: jax.Array, of_y: jax.Array) -> jax.Array:
+    """Lengths of the longest common subsequences of two lists of neighbours of each example.
+
+    Args:
+      of_x: ``[n, k]`` integers.
+      of_y: ``[n, l]`` integers.
+
+    Returns:
+      ``[n]`` int32.
+    """
 
     def add(lengths, column):
         """Extends the lists of ``x`` by one neighbour: ``lengths[:, j]`` is that with the first j of ``y``."""
@@ -79,9 +92,8 @@ def lcs_knn(x: jax.Array, y: jax.Array, *, k: int = 10) -> jax.Array:
         longest = jax.lax.cummax(matched, axis=1)
         return jnp.concatenate([lengths[:, :1], longest], axis=1), None
 
-    start = jnp.zeros((of_x.shape[0], k + 1), jnp.int32)
-    lengths, _ = jax.lax.scan(add, start, of_x.T)
-    return jnp.mean(lengths[:, -1].astype(dtype))
+    start = jnp.zeros((of_y.shape[0], of_y.shape[1] + 1), jnp.int32)
+    return jax.lax.scan(add, start, of_x.T)[0][:, -1]
 
 
 def cknna(x: jax.Array, y: jax.Array, *, k: int = 10, biased: bool = False) -> jax.Array:

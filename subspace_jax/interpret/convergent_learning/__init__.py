@@ -8,6 +8,13 @@ from subspace_jax.interpret.convergent_learning.clustering import (
     eigengap,
     ward_cluster,
 )
+from subspace_jax.interpret.convergent_learning.compare import (
+    FAST_MEASURES,
+    MEASURES,
+    Score,
+    compare,
+    stream_moments,
+)
 from subspace_jax.interpret.convergent_learning.information import mutual_information_matrix
 from subspace_jax.interpret.convergent_learning.matching import Matching, follow_loops, max_match, overlap, semi_match
 from subspace_jax.interpret.convergent_learning.sparse import SparseMap, sparse_predict, sparse_predict_correlations
@@ -23,7 +30,10 @@ from subspace_jax.interpret.convergent_learning.statistics import (
 )
 
 __all__ = [
+    "FAST_MEASURES",
+    "MEASURES",
     "Matching",
+    "Score",
     "SparseMap",
     "SpectralEmbedding",
     "UnitClusters",
@@ -32,6 +42,7 @@ __all__ = [
     "between_correlation",
     "bipartite_spectral",
     "cluster_units",
+    "compare",
     "eigengap",
     "follow_loops",
     "max_match",
@@ -40,6 +51,7 @@ __all__ = [
     "semi_match",
     "sparse_predict",
     "sparse_predict_correlations",
+    "stream_moments",
     "unit_stats_finalize",
     "unit_stats_init",
     "unit_stats_merge",
