@@ -12,10 +12,12 @@ from subspace_jax.interpret.convergent_learning.compare import (
     FAST_MEASURES,
     MEASURES,
     Score,
+    check_measures,
     compare,
     stream_moments,
 )
 from subspace_jax.interpret.convergent_learning.information import mutual_information_matrix
+from subspace_jax.interpret.convergent_learning.layers import LayerComparison, compare_layers, read_layers
 from subspace_jax.interpret.convergent_learning.matching import Matching, follow_loops, max_match, overlap, semi_match
 from subspace_jax.interpret.convergent_learning.sparse import SparseMap, sparse_predict, sparse_predict_correlations
 from subspace_jax.interpret.convergent_learning.statistics import (
@@ -32,6 +34,7 @@ from subspace_jax.interpret.convergent_learning.statistics import (
 __all__ = [
     "FAST_MEASURES",
     "MEASURES",
+    "LayerComparison",
     "Matching",
     "Score",
     "SparseMap",
@@ -41,13 +44,16 @@ __all__ = [
     "UnitStats",
     "between_correlation",
     "bipartite_spectral",
+    "check_measures",
     "cluster_units",
     "compare",
+    "compare_layers",
     "eigengap",
     "follow_loops",
     "max_match",
     "mutual_information_matrix",
     "overlap",
+    "read_layers",
     "semi_match",
     "sparse_predict",
     "sparse_predict_correlations",
