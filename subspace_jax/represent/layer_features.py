@@ -129,6 +129,6 @@ def _is_causal(path: str | os.PathLike) -> bool:
     """Whether a folder is that of a causal language model: that of a text encoder has no config of one."""
     try:
         interop.read_config(path)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return False
     return True
