@@ -8,7 +8,7 @@
 ``linear_cka``  linear CKA, of features; peers: NumPy by kernels [n, n], which is what most code does, by features, and
                 ``ckatorch`` and ``rsatoolbox`` where they can be imported (rsatoolbox: the cosine of centered
                 dissimilarities, another measure of the same cost)
-``debiased``    debiased linear CKA; peer: NumPy by kernels
+``debiased``    debiased linear CKA; peers: NumPy by kernels, ``ckatorch``
 ``null``        linear CKA of 100 shuffles; peer: NumPy by features, 100 times
 
   ratio  seconds of the peer divided by those of subspace_jax; medians over rounds in which all take turns
@@ -110,10 +110,10 @@ def ckatorch(op, x, y):
     import torch
     from ckatorch.core import cka_base
 
-    if op != "linear_cka" or len(x) > 16_000:
+    if op not in ("linear_cka", "debiased") or len(x) > 16_000:
         return None
     x, y = torch.from_numpy(x), torch.from_numpy(y)
-    return lambda: cka_base(x, y, kernel="linear", method="fro_norm").numpy()
+    return lambda: cka_base(x, y, kernel="linear", unbiased=op == "debiased", method="fro_norm").numpy()
 
 
 def rsatoolbox(op, x, y):

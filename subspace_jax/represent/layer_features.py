@@ -54,10 +54,10 @@ def layer_features_of_texts(
         config, params = interop.load_causal_lm(path, shardings=shardings)
     else:
         encoder = interop.load_text_encoder(path, shardings=shardings)
-        config, params, max_length = encoder.config, encoder.params, min(max_length, encoder.max_length)
-        before, after = [tokenizer.bos_id], [tokenizer.eos_id]
-    if not isinstance(config, nn.BertConfig | nn.CausalLMConfig):
-        raise ValueError(f"model: {path}: expected BERT or a causal language model, got embeddings without layers")
+        config, params = encoder.config, encoder.params
+        if not isinstance(config, nn.BertConfig):
+            raise ValueError(f"model: {path}: expected BERT or a causal language model, got embeddings without layers")
+        before, after, max_length = [tokenizer.bos_id], [tokenizer.eos_id], min(max_length, encoder.max_length)
     check_vocabulary(tokenizer, config.vocab_size)
 
     def prepare(text):

@@ -95,6 +95,7 @@ def test_compare_is_reproducible_and_calls_progress_for_every_shuffle():
     assert sum(done) == 3 * 15
 
 
+@pytest.mark.slow
 def test_compare_streams_what_follows_from_covariances_and_shuffles_a_subset():
     x, y = gaussian(0, 100, P) + 30, gaussian(1, 100, P)
     y += x @ gaussian(2, P, P)

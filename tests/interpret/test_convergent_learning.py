@@ -74,6 +74,7 @@ def test_matchings_and_loops_are_golden(golden, x64):
     np.testing.assert_array_equal(wide.columns, g["rect_cols"])
 
 
+@pytest.mark.slow
 def test_max_match_under_jit_is_that_of_the_host():
     c = jnp.asarray(gaussian(0, 6, 8), jnp.float32)
     compiled, host = jax.jit(convergent.max_match)(c), convergent.max_match(c)
@@ -166,6 +167,7 @@ def test_mutual_information_is_golden(golden, x64):
         np.testing.assert_allclose(joint / joint.sum(), hist / hist.sum(), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_mutual_information_without_bias_is_near_0_for_independent_units_and_0_for_dead_ones():
     x, y = (np.maximum(gaussian(seed, 180, 15), 0) for seed in (0, 1))
     x[:, 0] = 0

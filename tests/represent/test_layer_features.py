@@ -29,6 +29,7 @@ def test_layer_features_of_texts_are_means_of_hidden_states_of_bert(bert):  # no
         np.testing.assert_allclose(found[name][4], state[0].mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layer_features_of_texts_take_a_causal_language_model(tmp_path):
     config = nn.CausalLMConfig.tiny(num_layers=2, vocab_size=len(WORDS))
     interop.save_causal_lm(tmp_path / "lm", config, nn.init_params(jax.random.key(0), config))
@@ -44,7 +45,8 @@ def test_layer_features_of_texts_refuse_embeddings_without_layers(static):  # no
         represent.layer_features_of_texts(static, TEXTS)
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_layer_features_of_images_are_means_of_hidden_states(tmp_path, name):
     (tmp_path / "model").mkdir()
     for file in ("config.json", "model.safetensors"):
