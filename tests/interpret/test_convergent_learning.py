@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from subspace_jax import linalg, metrics
 from subspace_jax.interpret import convergent_learning as convergent
+from subspace_jax.interpret.convergent_learning.information import one_hot_bins, unit_edges
 
 update = jax.jit(convergent.unit_stats_update)
 finalize = jax.jit(convergent.unit_stats_finalize)
@@ -156,8 +158,6 @@ def test_mutual_information_is_golden(golden, x64):
     for name, bias in (("mi_nats", "none"), ("mi_bias_corrected", "reference")):
         found = information(x, y, bins, bias=bias)
         np.testing.assert_allclose(found[tuple(g["pairs"].T)], g[name], atol=1e-9)
-    from subspace_jax.interpret.convergent_learning.information import one_hot_bins, unit_edges
-
     of = jax.jit(lambda v: (unit_edges(v, bins), one_hot_bins(v, unit_edges(v, bins))))
     for (i, j), edges_x, edges_y, hist in zip(g["pairs"], g["x_edges"], g["y_edges"], g["hist"], strict=True):
         (own_x, ones_x), (own_y, ones_y) = of(x[:, i]), of(y[:, j])
@@ -251,6 +251,19 @@ def test_cluster_units_finds_planted_groups_by_the_eigengap(x64):
     np.testing.assert_array_equal(
         labels[:, None] == labels[None], np.r_[groups, other][:, None] == np.r_[groups, other]
     )
+
+
+def test_every_public_name_of_the_method_exists():
+    own = (
+        "unit_stats_init unit_stats_update unit_stats_finalize between_correlation semi_match max_match follow_loops "
+        "mutual_information_matrix sparse_predict SparseMap bipartite_spectral ward_cluster compare"
+    )
+    for module, names in (
+        (convergent, own),
+        (linalg, "cca CCAResult"),
+        (metrics, "svcca pwcca cca_mean linear_cka kernel_cka procrustes_similarity linear_regression_r2"),
+    ):
+        assert set(names.split()) <= set(module.__all__)
 
 
 ONES = jnp.ones((6, 2))
