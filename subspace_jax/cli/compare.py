@@ -53,11 +53,11 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     layers = _names(args.layers)
     x = _features(args, args.a, layers)
     y = _features(args, args.b, layers if args.layers_b is None else _names(args.layers_b))
-    settings = {"permutations": args.permutations, "null_examples": args.null_examples, "k": args.k, "seed": args.seed}
+    null = convergent.Null(args.permutations, args.null_examples, args.seed)
     total = len(x) * len(y) * (args.permutations + 1)
     with tqdm(total=total, unit="shuffle", disable=True if args.quiet else None) as bar:
         try:
-            found = convergent.compare_layers(x, y, measures=measures, progress=bar.update, **settings)
+            found = convergent.compare_layers(x, y, measures=measures, null=null, k=args.k, progress=bar.update)
         except ValueError as error:
             raise ValueError(f"{args.a}, {args.b}: {error}") from error
     files = ["compare.json: all numbers", "report.html: all of this as a page"]
@@ -66,7 +66,7 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
         files.append("layers.png: heat maps over the layers")
     else:
         shared.write_result(out, _scalars(found))
-    report.write_report(found, out, {"a": args.a, "b": args.b, **settings})
+    report.write_report(found, out, {"a": args.a, "b": args.b, "null": null._asdict(), "k": args.k})
     print("\n\n".join(report.table_text(*table) for table in report.tables(found)))
     print("\n".join(report.constant_lines(found)), end="\n" if found.constant else "")
     print("\n".join([f"Wrote to {os.path.abspath(out)}:", *(f"  {file}" for file in files)]))

@@ -51,7 +51,7 @@ def METRICS(x, y):
 
 @pytest.fixture(scope="module")
 def related():
-    return convergent.compare(*pair(), k=5, permutations=49)
+    return convergent.compare(*pair(), k=5, null=convergent.Null(49))
 
 
 def test_compare_has_the_values_of_the_metrics(related):
@@ -82,14 +82,17 @@ def test_compare_finds_what_is_related_and_calibrates_equal_representations_to_1
         assert related[name].p_value <= 0.1, name
         assert 0 < related[name].calibrated < 1
     x, _ = pair()
-    for name, score in convergent.compare(x, x, k=5, permutations=49).items():
+    for name, score in convergent.compare(x, x, k=5, null=convergent.Null(49)).items():
         np.testing.assert_allclose([score.value, score.calibrated], 1, atol=1e-4, err_msg=name)
         assert score.p_value == 1 / 50, name
 
 
 def test_compare_is_reproducible_and_calls_progress_for_every_shuffle():
     done = []
-    twice = [convergent.compare(*pair(), k=5, permutations=14, seed=seed, progress=done.append) for seed in (3, 3, 4)]
+    twice = [
+        convergent.compare(*pair(), k=5, null=convergent.Null(14, seed=seed), progress=done.append)
+        for seed in (3, 3, 4)
+    ]
     assert twice[0] == twice[1]
     assert twice[0]["linear_cka"].null_mean != twice[2]["linear_cka"].null_mean
     assert sum(done) == 3 * 15
@@ -99,7 +102,7 @@ def test_compare_is_reproducible_and_calls_progress_for_every_shuffle():
 def test_compare_streams_what_follows_from_covariances_and_shuffles_a_subset():
     x, y = gaussian(0, 100, P) + 30, gaussian(1, 100, P)
     y += x @ gaussian(2, P, P)
-    found = convergent.compare(x, y, k=5, permutations=9, null_examples=N)
+    found = convergent.compare(x, y, k=5, null=convergent.Null(9, N))
     expected = METRICS(*map(jnp.asarray, (x, y)))
     subset = {"debiased_cka", "rbf_cka", "debiased_rbf_cka", "mutual_knn", "cycle_knn", "lcs_knn", "cknna"}
     for name, score in found.items():
@@ -112,7 +115,9 @@ def test_compare_streams_what_follows_from_covariances_and_shuffles_a_subset():
 
 def test_compare_says_what_is_trivial_where_examples_are_no_more_than_columns():
     trivial = ("cca_r2", "r2_x_from_y", "r2_y_from_x")
-    found = convergent.compare(gaussian(0, 8, 9), gaussian(1, 8, 3), measures=(*trivial, "linear_cka"), permutations=4)
+    found = convergent.compare(
+        gaussian(0, 8, 9), gaussian(1, 8, 3), measures=(*trivial, "linear_cka"), null=convergent.Null(4)
+    )
     for name in ("cca_r2", "r2_y_from_x"):
         assert np.isnan([found[name].value, found[name].calibrated, found[name].p_value]).all()
         assert found[name].note.startswith("trivial: x spans all 8 examples")
@@ -127,7 +132,7 @@ def test_compare_of_independent_features_is_calibrated(n):
     repeats, found = 200, {}
     for seed in range(repeats):
         x, y = gaussian(2 * seed, n, 64), gaussian(2 * seed + 1, n, 64)
-        for name, score in convergent.compare(x, y, permutations=39, seed=seed).items():
+        for name, score in convergent.compare(x, y, null=convergent.Null(39, seed=seed)).items():
             found.setdefault(name, []).append((score.calibrated, score.p_value))
     rng = np.random.default_rng(0)
     for name, values in found.items():
@@ -158,9 +163,17 @@ VARIED = gaussian(0, 8, 2)
         (lambda: convergent.compare(VARIED, VARIED * np.nan, k=3), ValueError, "y: .* in example 0"),
         (lambda: convergent.compare(VARIED, VARIED, measures=["cka"]), ValueError, "measures: expected some of"),
         (lambda: convergent.compare(VARIED, VARIED, measures=[]), ValueError, "measures: expected at least one"),
-        (lambda: convergent.compare(VARIED, VARIED, permutations=0), ValueError, "permutations: expected at least 1"),
+        (
+            lambda: convergent.compare(VARIED, VARIED, null=convergent.Null(0)),
+            ValueError,
+            "null.permutations: expected at least 1",
+        ),
         (lambda: convergent.compare(VARIED, VARIED, k=8), ValueError, "k: expected 2 to 7 neighbours of 8"),
-        (lambda: convergent.compare(VARIED, VARIED, null_examples=3), ValueError, "null_examples: expected at least 5"),
+        (
+            lambda: convergent.compare(VARIED, VARIED, null=convergent.Null(examples=3)),
+            ValueError,
+            "null.examples: expected at least 5",
+        ),
     ],
 )
 def test_compare_refuses(call, error, message):
@@ -189,7 +202,7 @@ def test_compare_command_writes_a_table_and_its_numbers(files, capsys):
     assert "report.html" in shown
     scores = json.loads((out / "compare.json").read_text())["pairs"][0]["scores"]
     result = json.loads((out / "result.json").read_text())
-    own = convergent.compare(*pair(), k=5, permutations=9)
+    own = convergent.compare(*pair(), k=5, null=convergent.Null(9))
     assert scores.keys() == own.keys()
     np.testing.assert_allclose(scores["cknna"]["value"], own["cknna"].value, rtol=1e-6)
     np.testing.assert_allclose(result["calibrated_debiased_cka"], own["debiased_cka"].calibrated, rtol=1e-6)

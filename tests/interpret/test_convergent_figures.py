@@ -69,7 +69,7 @@ def test_two_networks_for_digits_converge_to_like_units(record_property):
     for a, b in zip(range(0, 2 * PAIRS, 2), range(1, 2 * PAIRS, 2), strict=True):
         x, y = (h[:, h.std(axis=0) > 1e-4] for h in (hidden[a], hidden[b]))
         measures = ("linear_cka", "debiased_cka", "semi_match", "max_match")
-        found = convergent.compare(x, y, measures=measures, permutations=19)
+        found = convergent.compare(x, y, measures=measures, null=convergent.Null(19))
         own = convergent.max_match(convergent.between_correlation(jnp.asarray(logits[a]), jnp.asarray(logits[b])))
         matched, cka = found["max_match"], found["linear_cka"]
         rows.append(
@@ -114,7 +114,7 @@ def test_two_mnist_networks_are_compared_as_their_authors_report(x64, record_pro
     np.testing.assert_array_equal(semi.columns, [0, 1, 2, 3, 4, 5, 6, 7, 9, 9])
     record_property("mnist_max_match", float(matched.values.mean()))
     # The same from a stream, and calibrated.
-    found = convergent.compare(np.asarray(x), np.asarray(y), permutations=19, null_examples=1000)
+    found = convergent.compare(np.asarray(x), np.asarray(y), null=convergent.Null(19, 1000))
     np.testing.assert_allclose(found["linear_cka"].value, 0.437452, atol=1e-5)
     np.testing.assert_allclose(found["cca_mean"].value, np.mean(rho), atol=1e-5)
     assert all(score.p_value == 1 / 20 for score in found.values())

@@ -11,6 +11,7 @@ from subspace_jax.interpret.convergent_learning.clustering import (
 from subspace_jax.interpret.convergent_learning.compare import (
     FAST_MEASURES,
     MEASURES,
+    Null,
     Score,
     check_measures,
     compare,
@@ -36,6 +37,7 @@ __all__ = [
     "MEASURES",
     "LayerComparison",
     "Matching",
+    "Null",
     "Score",
     "SparseMap",
     "SpectralEmbedding",

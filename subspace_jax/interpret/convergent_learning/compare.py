@@ -27,6 +27,23 @@ _BLOCK_BYTES = 2**25
 _FEWEST = 5
 
 
+class Null(NamedTuple):
+    """The representations without anything in common that others are held against.
+
+    Attributes:
+      permutations: Number of shuffles of the examples; the least p-value is ``1 / (permutations + 1)``.
+      examples: Most examples of a shuffle; None for all.
+      seed: Of the shuffles, and of the random subset of examples.
+    """
+
+    permutations: int = 199
+    examples: int | None = 2000
+    seed: int = 0
+
+
+_NULL = Null()
+
+
 class Score(NamedTuple):
     """A similarity of two representations.
 
@@ -57,10 +74,8 @@ def compare(
     y: np.ndarray,
     *,
     measures: Sequence[str] = MEASURES,
-    permutations: int = 199,
-    null_examples: int | None = 2000,
+    null: Null = _NULL,
     k: int = 10,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Score]:
     """Compares two representations of the same examples by many measures, each with a permutation null.
@@ -69,17 +84,15 @@ def compare(
     in common; the null has the same width, examples and spectra, and nothing in common.  The p-value is exact for any
     distribution of independent examples (Phipson and Smyth, 2010).
 
-    More examples than ``null_examples`` are streamed in blocks for what follows from covariances; kernels and
+    More examples than ``null.examples`` are streamed in blocks for what follows from covariances; kernels and
     neighbours, and the null of all measures, are of a random subset.
 
     Args:
       x: ``[n, p]`` real numbers, such as a memory-mapped file.
       y: ``[n, q]``, of the same examples.
       measures: Names from :data:`MEASURES`.
-      permutations: Number of shuffles; the least p-value is ``1 / (permutations + 1)``.
-      null_examples: Most examples of the null; None for all.
+      null: The shuffles.
       k: Neighbours of the neighbourhood measures.
-      seed: Of the shuffles and the subset.
       progress: Called with the number of shuffles done since the last call.
 
     Returns:
@@ -96,12 +109,12 @@ def compare(
     if len(y) != n:
         raise ValueError(f"x, y: expected the same examples, got {n} and {len(y)}")
     measures = check_measures(measures)
-    if permutations < 1:
-        raise ValueError(f"permutations: expected at least 1, got {permutations}")
-    rng = np.random.default_rng(seed)
-    count = n if null_examples is None else min(n, null_examples)
+    if null.permutations < 1:
+        raise ValueError(f"null.permutations: expected at least 1, got {null.permutations}")
+    rng = np.random.default_rng(null.seed)
+    count = n if null.examples is None else min(n, null.examples)
     if count < _FEWEST:
-        raise ValueError(f"null_examples: expected at least {_FEWEST}, got {null_examples}")
+        raise ValueError(f"null.examples: expected at least {_FEWEST}, got {null.examples}")
     if set(measures) & set(scores.NEIGHBORS) and not 2 <= k < count:
         raise ValueError(f"k: expected 2 to {count - 1} neighbours of {count} examples, got {k}")
     rows = np.arange(n) if count == n else np.sort(rng.choice(n, count, replace=False))
@@ -112,7 +125,7 @@ def compare(
             raise ValueError(f"{name}: expected units that vary, got {a.shape[1]} constant ones")
     whole = {} if count == n else _streamed(x, y, measures)
     sides = [_prepare(a, measures, k) for a in some]
-    orders = np.stack([np.arange(count), *(rng.permutation(count) for _ in range(permutations))]).astype(np.int32)
+    orders = np.stack([np.arange(count), *(rng.permutation(count) for _ in range(null.permutations))]).astype(np.int32)
     values = _scores_of_orders(*sides, orders, measures, progress)
     trivial = _trivial(sides, count, k)
     return {name: _summary(values[name], whole.get(name), (n, count), trivial.get(name, "")) for name in measures}
