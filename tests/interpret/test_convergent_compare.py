@@ -187,7 +187,8 @@ def files(tmp_path_factory):
     x, y = pair()
     np.save(folder / "a.npy", x)
     np.savez(folder / "b.npz", first=y, second=gaussian(9, N, P), labels=np.arange(N))
-    np.savez(folder / "c.npz", early=x, late=x + gaussian(3, N, P), class_names=np.array(["a"]))
+    dead = x * (np.arange(P) != 2)
+    np.savez(folder / "c.npz", early=x, dead=dead, class_names=np.array(["a"]))
     np.save(folder / "short.npy", x[:20])
     return folder
 
@@ -216,10 +217,12 @@ def test_compare_command_draws_heat_maps_over_layers(files, capsys):
     command = ["compare", files / "c.npz", files / "b.npz", "--out", out, "--permutations", "9", "--quiet"]
     assert main([*map(str, command), "--measures", "debiased_cka,semi_match"]) == 0
     assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
-    assert "data:image/png;base64," in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "1 constant unit in layer dead of A" in page
     found = json.loads((out / "compare.json").read_text())
     assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
-        ("early", "first"), ("early", "second"), ("late", "first"), ("late", "second")
+        ("early", "first"), ("early", "second"), ("dead", "first"), ("dead", "second")
     ]  # fmt: skip
     assert re.search("early +first", capsys.readouterr().out)
 

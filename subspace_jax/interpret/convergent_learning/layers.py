@@ -12,6 +12,7 @@ from subspace_jax.interpret.convergent_learning.compare import FAST_MEASURES, ME
 
 # Arrays of a file of features that are none.
 _OTHERS = ("labels", "class_names")
+_ROWS = 4096
 
 
 class LayerComparison(NamedTuple):
@@ -110,6 +111,14 @@ def compare_layers(
     constant = {}
     for side, layers in (("x", x), ("y", y)):
         for name, features in layers.items():
-            if count := int((np.ptp(np.asarray(features[:20000]), axis=0) == 0).sum()):
+            if count := _constant_units(features):
                 constant[side, name] = count
     return LayerComparison(tuple(x), tuple(y), found, constant)
+
+
+def _constant_units(x: np.ndarray) -> int:
+    """Returns the number of columns whose entries are all equal, read in blocks."""
+    constant = np.ones(x.shape[1], bool)
+    for start in range(0, len(x), _ROWS):
+        constant &= (np.asarray(x[start : start + _ROWS]) == x[0]).all(axis=0)
+    return int(constant.sum())
