@@ -186,7 +186,8 @@ def stream_moments(x: np.ndarray, y: np.ndarray) -> UnitMoments:
     dtype = _dtype(x) if _dtype(x) == _dtype(y) else jnp.float32
     stats = unit_stats_init(x.shape[1], y.shape[1], dtype)
     for block in _blocks(x, y):
-        stats = _update(stats, *block)
+        # Waited for, so that blocks do not queue up in memory.
+        stats = jax.block_until_ready(_update(stats, *block))
     return _finalize(stats)
 
 
