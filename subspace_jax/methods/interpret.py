@@ -8,6 +8,7 @@ _PLANTED = "python -m pytest tests/interpret/test_safety_subspaces_figures.py"
 def _planted(name: str, metric: str, at_least: float | None = None, at_most: float | None = None) -> Figure:
     return Figure(name, _PLANTED, metric, at_least=at_least, at_most=at_most, seeds=(0,))
 
+_CONVERGENT = "python -m pytest tests/interpret/test_convergent_figures.py"
 
 METHODS = (
     Method(
@@ -60,6 +61,38 @@ METHODS = (
             _planted("MSO at 0.9 of alignment and harmful updates", "mso_alignment_harmful"),
             _planted("MSO at 0.9 of useful and harmful updates", "mso_useful_harmful"),
             _planted("its random baseline", "mso_random"),
+        name="convergent-learning",
+        area="interpret",
+        title="Convergent learning: do two networks learn the same",
+        paper="Convergent Learning: Do different neural networks learn the same representations?",
+        arxiv=("1511.07543", "1706.05806", "1806.05759", "1905.00414", "2108.01661"),
+        summary=(
+            "Compares the representations of two networks: which units, groups of units and subspaces correspond, and "
+            "similarities (CKA, CCA, SVCCA, PWCCA, Procrustes, neighbours), each beside the mean of shuffled examples, "
+            "with a p-value."
+        ),
+        module="subspace_jax.interpret.convergent_learning",
+        configs=(),
+        command="subspace-jax compare a.npz b.npz --out work/compare",
+        figures=(
+            Figure(
+                "two networks for digits, the worst of three pairs: mean correlation of matched hidden units",
+                _CONVERGENT,
+                "max_match",
+                at_least=0.55,
+                seeds=(0,),
+            ),
+            Figure("the same over that of shuffled examples", _CONVERGENT, "max_match_over_shuffled", 5.0, seeds=(0,)),
+            Figure("linear CKA of the hidden units", _CONVERGENT, "linear_cka", at_least=0.9, seeds=(0,)),
+            Figure("the same of shuffled examples", _CONVERGENT, "linear_cka_shuffled", seeds=(0,)),
+            Figure("debiased linear CKA, calibrated", _CONVERGENT, "calibrated_debiased_cka", seeds=(0,)),
+            Figure(
+                "share of logits matched with that of their own class",
+                _CONVERGENT,
+                "logits_matched_with_their_own",
+                at_least=1.0,
+                seeds=(0,),
+            ),
         ),
     ),
 )

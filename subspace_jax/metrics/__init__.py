@@ -1,6 +1,8 @@
 """Metrics: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.backfill import backfill_curve, update_gain
+from subspace_jax.metrics.chamfer import chamfer_distance
+from subspace_jax.metrics.cka import cka, unbiased_cka
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
 from subspace_jax.metrics.disentanglement import (
@@ -21,6 +23,15 @@ from subspace_jax.metrics.disentanglement_votes import (
 )
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
+from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
+from subspace_jax.metrics.neighbor_agreement import cknna, clip_outliers, cycle_knn, lcs_knn, mutual_knn
+from subspace_jax.metrics.representation_similarity import (
+    cca_mean,
+    linear_regression_r2,
+    procrustes_similarity,
+    pwcca,
+    svcca,
+)
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -31,10 +42,16 @@ __all__ = [
     "backfill_curve",
     "balanced_probe_accuracy",
     "bleu",
+    "cca_mean",
+    "chamfer_distance",
     "choice_accuracy",
+    "cka",
+    "cknna",
     "class_separation_r2",
+    "clip_outliers",
     "cmc",
     "coral",
+    "cycle_knn",
     "d_int",
     "d_int_bootstrap",
     "dci_from_importance",
@@ -47,8 +64,13 @@ __all__ = [
     "final_number",
     "frechet_distance",
     "histogram_discretize",
+    "hsic",
     "intra_class_variability",
+    "kernel_cka",
     "l1_importance",
+    "lcs_knn",
+    "linear_cka",
+    "linear_regression_r2",
     "match_assignments",
     "mdl_bits",
     "mean_gap",
@@ -56,15 +78,22 @@ __all__ = [
     "mmd2",
     "modularity",
     "mutual_information_matrix",
+    "mutual_knn",
     "normalized_mutual_info",
     "perplexity",
+    "procrustes_similarity",
     "proxy_a_distance",
+    "pwcca",
+    "rbf_kernel",
     "recall_at_k",
     "retrieval_map",
     "rouge_l",
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "svcca",
+    "unbiased_cka",
+    "unbiased_hsic",
     "update_gain",
 ]
 

@@ -14,6 +14,7 @@ from subspace_jax.represent.features_file import Features, read_features, save_f
 from subspace_jax.represent.few_shot import FewShot, few_shot
 from subspace_jax.represent.gcr.model import Classifier, make_classifier
 from subspace_jax.represent.gcr.task import ClassifierTask
+from subspace_jax.represent.layer_features import layer_features_of_images, layer_features_of_texts
 from subspace_jax.represent.linear_probe import (
     Examples,
     LinearProbe,
@@ -46,6 +47,8 @@ __all__ = [
     "features_of_texts",
     "few_shot",
     "fit_linear",
+    "layer_features_of_images",
+    "layer_features_of_texts",
     "linear_probe",
     "make_classifier",
     "make_feature_step",

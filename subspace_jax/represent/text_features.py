@@ -21,7 +21,7 @@ from subspace_jax.represent.features_file import Features
 PyTree = Any
 
 # Marks padding in the tokens of a batch.
-_PADDING = -1
+PADDING = -1
 # Texts up to this length share batches, and so do those between a power of two and the next one.
 _SHORT = 16
 
@@ -121,7 +121,7 @@ def open_text_model(
     check_vocabulary(tokenizer, encoder.config.vocab_size)
 
     def compute(params: PyTree, inputs: jax.Array) -> jax.Array:
-        mask = inputs != _PADDING
+        mask = inputs != PADDING
         tokens = jnp.where(mask, inputs, 0)
         if isinstance(encoder.config, nn.BertConfig):
             states = nn.bert_apply(encoder.config, params, tokens, attention_mask=mask, dtype=dtype).tokens
@@ -197,7 +197,7 @@ def features_of_texts(
 
 def _rows(examples: list[tuple[int, np.ndarray]]) -> dict[str, np.ndarray]:
     """Pads the tokens of texts to the longest; ``labels`` are the indices of the texts."""
-    rows = np.full((len(examples), max(1, *(len(tokens) for _, tokens in examples))), _PADDING, np.int32)
+    rows = np.full((len(examples), max(1, *(len(tokens) for _, tokens in examples))), PADDING, np.int32)
     for row, (_, tokens) in zip(rows, examples, strict=True):
         row[: len(tokens)] = tokens
     return {"inputs": rows, "labels": np.array([i for i, _ in examples], np.int32)}
