@@ -55,8 +55,6 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax.interpret.compositional_linear import label_table, probes, report
     from subspace_jax.represent import lambda_orthogonality as files
 
-    if args.splits < 1:
-        raise ValueError(f"--splits: expected at least 1, got {args.splits}")
     settings = report.ReportSettings(args.fraction, args.splits, probes.ProbeSettings(epochs=args.epochs), args.method)
     table = label_table.read_label_table(args.labels)
     opened = {path: files.open_vectors("features", path) for path in args.features}
@@ -66,7 +64,7 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
                 f"--features: {path} has {stored.shape[0]} vectors, and {args.labels} labels of {len(table.labels)} "
                 "examples; expected one label for each vector"
             )
-    vectors = {path: stored.read() for path, stored in opened.items()}
+    vectors = {path: _read(path, stored) for path, stored in opened.items()}
     out = train.writable_folder(args.out)
     found = []
     for path, x in vectors.items():
@@ -91,3 +89,10 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
     shared.write_result(out, scalars)
     report.plot_geometry(found, table, out / "geometry.png")
     print(f"Wrote table.json, result.json and geometry.png to {out}")
+
+
+def _read(path: str, stored):
+    try:
+        return stored.read()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -2,6 +2,8 @@
 
 from subspace_jax.methods.records import Figure, Method
 
+_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py -k pictures"
+
 METHODS = (
     Method(
         name="intrinsic-dimension",
@@ -26,6 +28,35 @@ METHODS = (
                 at_most=170,
                 seeds=(0,),
             ),
+        ),
+    ),
+    Method(
+        name="compositional-linear",
+        area="interpret",
+        title="Compositional representations",
+        paper="Compositional Generalization Requires Linear, Orthogonal Representations in Vision Embedding Models",
+        arxiv=("2602.24264", "2302.14383"),
+        summary=(
+            "Measures how far embeddings are from the form that compositional generalisation needs: a sum of one "
+            "vector per concept value, orthogonal across concepts, each concept of low rank; and how well linear "
+            "probes do on combinations of values that they never saw."
+        ),
+        module="subspace_jax.interpret.compositional_linear",
+        configs=(),
+        command="subspace-jax compositional --features features.npz --labels labels.csv --out work/compositional",
+        figures=(
+            Figure(
+                "rank correlation of projected R2 with accuracy on new combinations, seven representations of pictures",
+                _PICTURES,
+                "spearman",
+                at_least=0.8,
+                seeds=(0,),
+            ),
+            Figure("projected R2 of ideal factors with noise", _PICTURES, "ideal_r2", at_least=0.95, seeds=(0,)),
+            Figure("their accuracy on new combinations", _PICTURES, "ideal_accuracy", at_least=0.95, seeds=(0,)),
+            Figure("accuracy of a supervised network's features", _PICTURES, "supervised_accuracy", seeds=(0,)),
+            Figure("accuracy of pixels", _PICTURES, "pixels_accuracy", seeds=(0,)),
+            Figure("accuracy of five random layers", _PICTURES, "random5_accuracy", seeds=(0,)),
         ),
     ),
 )

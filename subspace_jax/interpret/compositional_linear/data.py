@@ -40,7 +40,7 @@ def orthogonal_factor_embedding(
       key: Random key.
       n_values: Number of values of each concept.
       d: Width.
-      ranks: Dimension of each concept's subspace; ``min(2, n - 1)`` by default.
+      ranks: Dimension of each concept's subspace; ``n - 1`` by default, so that every value is linearly readable.
       noise: Standard deviation of Gaussian noise in each coordinate.
 
     Returns:
@@ -52,7 +52,7 @@ def orthogonal_factor_embedding(
         a mean of 0 span, or the subspaces do not fit into ``d``.
     """
     n_values = tuple(map(int, n_values))
-    ranks = tuple(min(2, n - 1) for n in n_values) if ranks is None else tuple(ranks)
+    ranks = tuple(n - 1 for n in n_values) if ranks is None else tuple(ranks)
     if not n_values or min(n_values) < 2:
         raise ValueError(f"n_values: expected 2 or more for each concept, got {n_values}")
     if len(ranks) != len(n_values) or any(not 1 <= r < n for r, n in zip(ranks, n_values, strict=False)):

@@ -49,12 +49,24 @@ class ProbeSettings:
       learning_rate: Of Adam; falls to 0 along half a cosine, epoch by epoch.
       validation: Share of the examples that are held out to choose the weights of each probe among ten stages of the
         training; 0 takes those at its end.
+
+    Raises:
+      ValueError: A setting is out of range.
     """
 
     epochs: int = 500
     batch: int = 256
     learning_rate: float = 1e-2
     validation: float = 0.0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: expected a share from 0 and below 1, got {self.validation}")
 
 
 class Split(NamedTuple):
@@ -111,19 +123,14 @@ def fit_concept_probes(
       The probes, float32, or float64 for float64 embeddings.
 
     Raises:
-      ValueError: As :func:`concept_factors`; the embeddings are all the same; or a setting is out of range.
+      ValueError: As :func:`concept_factors`; the embeddings are all the same; or no example is left to train on.
       TypeError: As :func:`concept_factors`.
     """
     check_examples(x, labels, n_values)
     check_varies(x)
-    for name, low in (("epochs", 1), ("batch", 1)):
-        if getattr(settings, name) < low:
-            raise ValueError(f"{name}: expected at least {low}, got {getattr(settings, name)}")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a number above 0, got {settings.learning_rate}")
     held = round(settings.validation * len(x))
-    if not 0 <= settings.validation < 1 or held >= len(x):
-        raise ValueError(f"validation: expected a share from 0 and below 1, got {settings.validation}")
+    if held >= len(x):
+        raise ValueError(f"validation: expected examples to train on, got {held} of {len(x)} held out")
     x, mean, scale, training = _start(x, tuple(n_values))
     for number in range(_stages(settings)):
         training = _stage(training, key, number, x, labels, settings, held)

@@ -16,6 +16,7 @@ from subspace_jax.interpret.compositional_linear.probes import (
     ProbeSettings,
     compositional_accuracy,
     fit_concept_probes,
+    split_combinations,
 )
 from subspace_jax.interpret.compositional_linear.stream import array_blocks, decompose, decomposition_r2
 from subspace_jax.interpret.compositional_linear.structure import (
@@ -31,16 +32,23 @@ class ReportSettings:
     """What is measured.
 
     Attributes:
-      fraction: Share of the combinations that probes are fitted to, the others are tested on.
+      fraction: Share of the combinations that probes are fitted to; they are tested on the others.
       splits: Random divisions of the combinations.
       probes: How probes are trained.
       method: Factors, see :func:`concept_factors`.
+
+    Raises:
+      ValueError: There is no division.
     """
 
     fraction: float = 0.1
     splits: int = 3
     probes: ProbeSettings = field(default_factory=ProbeSettings)
     method: str = "means"
+
+    def __post_init__(self):
+        if self.splits < 1:
+            raise ValueError(f"splits: expected at least 1, got {self.splits}")
 
 
 class Geometry(NamedTuple):
@@ -102,10 +110,11 @@ def measure_geometry(
         raise ValueError(f"labels: expected 2 concepts or more, got {len(n_values)}: {', '.join(table.names)}")
     if len(x) != len(labels):
         raise ValueError(f"{name}: expected embeddings of {len(labels)} examples, one for each label, got {len(x)}")
+    keys = jax.random.split(key, settings.splits + 1)
+    split_combinations(keys[1], labels, settings.fraction)  # refused before anything is computed
     progress("factors")
     found = decompose(array_blocks(x, labels), n_values, settings.method)
     r2 = {"raw": decomposition_r2(found, whiten=False).r2, "whitened": decomposition_r2(found).r2}
-    keys = jax.random.split(key, settings.splits + 1)
     on_device, known = jnp.asarray(x), jnp.asarray(labels)
     probes = fit_concept_probes(
         keys[0],
@@ -163,8 +172,8 @@ def geometry_table(found: Sequence[Geometry], table: LabelTable) -> str:
         lines.append(f"{own.name:<{size}}" + "".join(f"{value:>11.3f}" for value in scores))
     first = found[0]
     lines.append(
-        f"Labels at random give about {first.r2['chance']:.3f} of raw and whitened R2; the commonest values an accuracy "
-        f"of {first.accuracy['chance']:.3f}."
+        f"Labels at random give about {first.r2['chance']:.3f} of raw and whitened R2; the commonest values an "
+        f"accuracy of {first.accuracy['chance']:.3f}."
     )
     width = max(8, *map(len, table.names))
     lines += ["", f"{'features':<{size}}  {'concept':<{width}}{'values':>8}{'rank 95%':>10}{'accuracy':>10}"]
