@@ -52,11 +52,11 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
     from subspace_jax import train
-    from subspace_jax.interpret.compositional_linear import label_table, probes, report
+    from subspace_jax.interpret import compositional_linear as cl
     from subspace_jax.represent import lambda_orthogonality as files
 
-    settings = report.ReportSettings(args.fraction, args.splits, probes.ProbeSettings(epochs=args.epochs), args.method)
-    table = label_table.read_label_table(args.labels)
+    settings = cl.ReportSettings(args.fraction, args.splits, cl.ProbeSettings(epochs=args.epochs), args.method)
+    table = cl.read_label_table(args.labels)
     opened = {path: files.open_vectors("features", path) for path in args.features}
     for path, stored in opened.items():
         if stored.shape[0] != len(table.labels):
@@ -74,8 +74,8 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
             if not args.quiet:
                 print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-        found.append(report.measure_geometry(jax.random.key(args.seed), x, table, name, settings, show))
-    print(report.geometry_table(found, table))
+        found.append(cl.measure_geometry(jax.random.key(args.seed), x, table, name, settings, show))
+    print(cl.geometry_table(found, table))
     described = {"names": table.names, "values": table.values, "settings": dataclasses.asdict(settings)}
     with train.replacing(out / "table.json") as partial:
         rows = [own._asdict() for own in found]
@@ -87,7 +87,7 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
         scalars |= {f"{before}{which}": own.factor_cosines[which] for which in ("within", "across")}
         scalars |= {f"{before}accuracy": own.accuracy["mean"]}
     shared.write_result(out, scalars)
-    report.plot_geometry(found, table, out / "geometry.png")
+    cl.plot_geometry(found, table, out / "geometry.png")
     print(f"Wrote table.json, result.json and geometry.png to {out}")
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from subspace_jax.cli.main import main
 from subspace_jax.interpret import compositional_linear as cl
-from subspace_jax.interpret.compositional_linear import label_table
 
 QUICK = ["--quiet", "--epochs", "20", "--splits", "1", "--fraction", "0.5"]
 
@@ -33,13 +32,13 @@ def run(*arguments):
 
 
 def test_read_label_table_numbers_texts_and_integers(folder):
-    table = label_table.read_label_table(folder / "labels.csv")
+    table = cl.read_label_table(folder / "labels.csv")
     assert (table.names, table.values) == (("colour", "size"), (("blue", "green", "red"), ("0", "10")))
     given = np.load(folder / "labels.npy")
     assert np.array_equal(table.labels, np.stack([np.asarray([2, 1, 0])[given[:, 0]], given[:, 1]], axis=1))
-    assert np.array_equal(label_table.read_label_table(folder / "labels.npy").labels, given)
+    assert np.array_equal(cl.read_label_table(folder / "labels.npy").labels, given)
     np.savez(folder / "labels.npz", labels=given[:, 0], factors=3 * given)
-    assert np.array_equal(label_table.read_label_table(folder / "labels.npz").labels, given)
+    assert np.array_equal(cl.read_label_table(folder / "labels.npz").labels, given)
 
 
 def test_the_command_writes_scores_of_each_set_of_features_and_a_picture(folder, tmp_path, capsys):
@@ -76,7 +75,7 @@ def test_read_label_table_names_file_line_and_column_of_what_is_wrong(tmp_path, 
     path = tmp_path / "labels.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        label_table.read_label_table(path)
+        cl.read_label_table(path)
     assert str(path) in str(caught.value)
 
 

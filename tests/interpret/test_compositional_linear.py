@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg
 from subspace_jax.interpret import compositional_linear as cl
-from subspace_jax.interpret.compositional_linear import stream
 
 N_VALUES = (4, 3, 2)
 
@@ -37,14 +36,14 @@ def test_factors_scores_cosines_and_ranks_are_golden(name, golden, x64):
     chex.assert_trees_all_close(
         cl.span_r2(x, labels, n_values, weights), jnp.stack([g[f"span_r2_{i}"] for i in concepts]), atol=1e-9
     )
-    found = stream.decompose(stream.array_blocks(np.asarray(x), np.asarray(labels), rows=24), n_values)
+    found = cl.decompose(cl.array_blocks(np.asarray(x), np.asarray(labels), rows=24), n_values)
     for kind, projector in (("raw", None), ("projected", basis)):
         for whiten, suffix in ((False, ""), (True, "_whitened")):
             sst = float(g[f"{kind}_sst{suffix}"])
             tolerances = {"r2": 1e-4 if whiten else 1e-5, "sse": 1e-5 * sst, "sst": 1e-5 * sst}
             for score in (
                 cl.linear_factorization_r2(x, labels, n_values, whiten, projector),
-                stream.decomposition_r2(found, whiten, projector),
+                cl.decomposition_r2(found, whiten, projector),
             ):
                 for which, tolerance in tolerances.items():
                     assert abs(float(getattr(score, which)) - g[f"{kind}_{which}{suffix}"]) < tolerance
@@ -87,7 +86,7 @@ def test_r2_of_a_balanced_grid_falls_by_the_share_of_the_interaction_and_sums_of
     score = cl.linear_factorization_r2(x, grid.labels, N_VALUES, whiten=False)
     assert abs(score.sse - direction * jnp.sum(interaction**2)) < 1e-9
     factors = cl.concept_factors(x, grid.labels, N_VALUES)
-    parts = sum(jnp.sum(c[:, None] * m**2) for m, c in zip(factors.means, factors.counts, strict=True))
+    parts = sum(jnp.sum(c[:, None].astype(float) * m**2) for m, c in zip(factors.means, factors.counts, strict=True))
     assert abs(score.sse + parts - score.sst) < 1e-9
     assert max(float(jnp.max(jnp.abs(jnp.sum(m, axis=0)))) for m in factors.means) < 1e-12
 
@@ -95,9 +94,10 @@ def test_r2_of_a_balanced_grid_falls_by_the_share_of_the_interaction_and_sums_of
 def test_whitened_r2_survives_linear_maps_and_raw_r2_rotations_shifts_and_scales(x64):
     grid = additive(noise=0.5)
     raw, white = (cl.linear_factorization_r2(grid.x, grid.labels, N_VALUES, w).r2 for w in (False, True))
-    mapped = grid.x @ jax.random.normal(jax.random.key(2), (12, 12)) + 7
+    turns = [linalg.random_orthonormal(jax.random.key(i), 12, 12, dtype=jnp.float64) for i in (2, 3)]
+    mapped = grid.x @ turns[0] @ jnp.diag(jnp.linspace(0.2, 5, 12)) @ turns[1] + 7
     assert abs(cl.linear_factorization_r2(mapped, grid.labels, N_VALUES).r2 - white) < 1e-6
-    rotated = 1e-6 * (grid.x @ linalg.random_orthonormal(jax.random.key(3), 12, 12, dtype=jnp.float64) - 2)
+    rotated = 1e-6 * (grid.x @ turns[0] - 2)
     assert abs(cl.linear_factorization_r2(rotated, grid.labels, N_VALUES, False).r2 - raw) < 1e-9
     assert abs(raw - white) > 0.01
 
@@ -120,9 +120,9 @@ def test_concept_factors_by_least_squares_are_exact_where_combinations_are_unbal
     x, labels = grid.x[rows], grid.labels[rows]
     assert cl.linear_factorization_r2(x, labels, N_VALUES, False).r2 < 0.99
     assert abs(cl.linear_factorization_r2(x, labels, N_VALUES, False, method="lstsq").r2 - 1) < 1e-9
-    blocks = stream.array_blocks(np.asarray(x), np.asarray(labels), rows=7)
-    streamed = stream.decompose(blocks, N_VALUES, "lstsq")
-    assert abs(stream.decomposition_r2(streamed, whiten=False).r2 - 1) < 1e-9
+    blocks = cl.array_blocks(np.asarray(x), np.asarray(labels), rows=7)
+    streamed = cl.decompose(blocks, N_VALUES, "lstsq")
+    assert abs(cl.decomposition_r2(streamed, whiten=False).r2 - 1) < 1e-9
     factors = cl.concept_factors(x, labels, N_VALUES, "lstsq")
     chex.assert_trees_all_close(cl.reconstruct(factors, labels), x - jnp.mean(x, axis=0)[None], atol=1e-9)
     for means, counts in zip(factors.means, factors.counts, strict=True):
@@ -181,12 +181,12 @@ def test_factors_scores_and_decomposition_of_sharded_examples_equal_those_of_one
             cl.concept_factors(grid.x, grid.labels, N_VALUES, method),
             atol=1e-5,
         )
-    one, many = (stream.decompose(lambda pair=pair: [pair], N_VALUES) for pair in ((grid.x, grid.labels), (x, labels)))
+    one, many = (cl.decompose(lambda pair=pair: [pair], N_VALUES) for pair in ((grid.x, grid.labels), (x, labels)))
     chex.assert_trees_all_close(many, one, atol=1e-4)
     for whiten in (False, True):
         expected = cl.linear_factorization_r2(grid.x, grid.labels, N_VALUES, whiten)
         assert abs(cl.linear_factorization_r2(x, labels, N_VALUES, whiten).r2 - expected.r2) < 1e-5
-        assert abs(stream.decomposition_r2(many, whiten).r2 - expected.r2) < 1e-5
+        assert abs(cl.decomposition_r2(many, whiten).r2 - expected.r2) < 1e-5
 
 
 X, LABELS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32), np.asarray([[0, 1], [1, 0]] * 3)
@@ -242,14 +242,14 @@ def with_nan():
         (lambda: cl.probe_span([with_nan()]), ValueError, "NaN or infinity in concept 0"),
         (lambda: cl.probe_span([0 * X]), ValueError, "expected a singular value above"),
         (lambda: cl.span_r2(X, LABELS, (2, 2), [X]), ValueError, "weights: expected those of 2 concepts, got 1"),
-        (lambda: stream.decompose(lambda: [], (2, 2)), ValueError, "blocks: expected 2 examples or more, got 0"),
+        (lambda: cl.decompose(lambda: [], (2, 2)), ValueError, "blocks: expected 2 examples or more, got 0"),
         (
-            lambda: stream.decompose(iter([[(X, LABELS)], []]).__next__, (2, 2)),
+            lambda: cl.decompose(iter([[(X, LABELS)], []]).__next__, (2, 2)),
             ValueError,
             "blocks: expected the 6 examples of the first pass in the second, got 0",
         ),
         (
-            lambda: stream.decomposition_r2(stream.decompose(lambda: [(0 * X, LABELS)], (2, 2))),
+            lambda: cl.decomposition_r2(cl.decompose(lambda: [(0 * X, LABELS)], (2, 2))),
             ValueError,
             "expected embeddings that differ",
         ),

@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 
 from subspace_jax import interop, losses, nn, represent
 from subspace_jax.interpret import compositional_linear as cl
-from subspace_jax.interpret.compositional_linear import label_table, report
 from subspace_jax.represent import xfactors
 
 pytestmark = pytest.mark.slow
@@ -97,19 +96,19 @@ def test_factors_of_openmoji_in_dinov2_small_beside_an_untrained_encoder_and_pix
         pytest.skip("needs `subspace-jax fetch dinov2-small`")
     people = xfactors.openmoji(112)
     images = np.round(255 * people.images).astype(np.uint8)
-    table = label_table.LabelTable(people.factors, people.names, people.values)
+    table = cl.LabelTable(people.factors, people.names, people.values)
     config, _ = interop.load_vision(DINO)
     untrained = nn.init_params(jax.random.key(0), config)
     small = people.images.reshape(len(images), 14, 8, 14, 8, 3).mean(axis=(2, 4)).reshape(len(images), -1)
     sets = {"dinov2": dino_features(images), "untrained": dino_features(images, untrained), "pixels": small}
-    settings = report.ReportSettings(0.5, 1, cl.ProbeSettings(epochs=100))
+    settings = cl.ReportSettings(0.5, 1, cl.ProbeSettings(epochs=100))
     found = {}
     for name, x in sets.items():
-        found[name] = report.measure_geometry(jax.random.key(0), np.asarray(x, np.float32), table, name, settings)
+        found[name] = cl.measure_geometry(jax.random.key(0), np.asarray(x, np.float32), table, name, settings)
         record_property(f"{name}_r2_raw", found[name].r2["raw"])
         record_property(f"{name}_r2_projected", found[name].r2["projected"])
         record_property(f"{name}_across", found[name].factor_cosines["across"])
         record_property(f"{name}_accuracy", found[name].accuracy["mean"])
-    print(report.geometry_table(list(found.values()), table))
+    print(cl.geometry_table(list(found.values()), table))
     assert found["dinov2"].factor_cosines["across"] < found["dinov2"].factor_cosines["within"]
     assert found["dinov2"].accuracy["mean"] > found["untrained"].accuracy["mean"]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.svm import SVC
+from scipy.optimize import nnls
 
 from subspace_jax.interpret import compositional_linear as cl
 
@@ -78,21 +78,29 @@ def test_compositional_accuracy_of_an_ideal_grid_is_1_and_of_noise_that_of_chanc
 
 
 def hard_margin(x, labels):
-    """Probes by hard-margin support vector machines, one for each binary concept."""
-    weights, biases = [], []
+    """Probes by hard-margin support vector machines, one for each binary concept.
+
+    Solved exactly, as least-distance programs by non-negative least squares; a libsvm with a C that large never ends.
+    """
+    weights, biases, size = [], [], 30.0  # the bias is a weight of a constant so large that it costs little
     for own in labels.T:
-        svm = SVC(kernel="linear", C=1e8, tol=1e-9).fit(x, own)
-        weights.append(jnp.asarray(np.outer([-0.5, 0.5], svm.coef_[0])))
-        biases.append(jnp.asarray([-0.5, 0.5]) * svm.intercept_[0])
+        rows = np.where(own, 1.0, -1.0)[:, None] * np.c_[x, np.full(len(x), size)]
+        matrix, goal = np.r_[rows.T, np.ones((1, len(x)))], np.zeros(rows.shape[1] + 1)
+        goal[-1] = 1
+        residual = matrix @ nnls(matrix, goal)[0] - goal
+        *normal, offset = -residual[:-1] / residual[-1]
+        weights.append(jnp.asarray(np.outer([-0.5, 0.5], normal)))
+        biases.append(jnp.asarray([-0.5, 0.5]) * size * offset)
     return cl.ConceptProbes(tuple(weights), tuple(biases))
 
 
 def test_margin_probes_of_any_valid_support_agree_on_orthogonal_factors_alone(x64):
     n_values, rng = (2, 2, 2, 2), np.random.default_rng(0)
     grid = cl.orthogonal_factor_embedding(jax.random.key(4), n_values, 12)
+    signs = jnp.sum(2.0 * grid.labels - 1, axis=1, keepdims=True)
     x = {
         "orthogonal": grid.x,
-        "oblique": grid.x @ jax.random.normal(jax.random.key(5), (12, 12)),
+        "oblique": grid.x + signs * jax.random.normal(jax.random.key(5), (1, 12)),
         "non-linear": jax.random.normal(jax.random.key(6), (16, 12)),
     }
     supports = [rng.permutation(16)[:9] for _ in range(20)]  # 2^(k-1) + 1: each value occurs

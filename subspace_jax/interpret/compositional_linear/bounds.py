@@ -11,6 +11,7 @@ import numpy as np
 
 from subspace_jax.interpret.compositional_linear.checks import check_weights
 from subspace_jax.interpret.compositional_linear.probes import ConceptProbes
+from subspace_jax.linalg import times
 
 _MOST_COMBINATIONS = 4096
 # A margin up to this is one of rounding: the region is empty, or has no interior.
@@ -133,12 +134,18 @@ def stability_gap(probes: Sequence[ConceptProbes], x: jax.Array) -> StabilityGap
     for i in range(len(probes[0].weights)):
         found = jnp.stack([jax.nn.softmax(own.logits(x)[i], axis=1) for own in probes])
         weights = jnp.stack([own.weights[i] - jnp.mean(own.weights[i], axis=0, keepdims=True) for own in probes])
-        flat = weights.reshape(len(probes), -1)
-        unit = flat / jnp.linalg.norm(flat, axis=1, keepdims=True)
-        distances, cosines = [], []
-        for a, b in itertools.combinations(range(len(probes)), 2):
-            distances.append(0.5 * jnp.max(jnp.sum(jnp.abs(found[a] - found[b]), axis=1)))
-            cosines.append(jnp.abs(jnp.sum(unit[a] * unit[b])))
-        posterior.append(jnp.max(jnp.stack(distances)))
-        direction.append(jnp.min(jnp.stack(cosines)))
+        gaps = _gaps(found, weights.reshape(len(probes), -1))
+        posterior.append(gaps[0])
+        direction.append(gaps[1])
     return StabilityGap(jnp.stack(posterior), jnp.stack(direction))
+
+
+@jax.jit
+def _gaps(posteriors: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest total variation distance of posteriors ``[probes, points, values]``, and least cosine of weights."""
+
+    def farthest(own):
+        return 0.5 * jnp.max(jnp.sum(jnp.abs(posteriors - own[None]), axis=2))
+
+    unit = weights / jnp.linalg.norm(weights, axis=1, keepdims=True)
+    return jnp.max(jax.lax.map(farthest, posteriors)), jnp.min(jnp.abs(times(unit, unit.T)))

@@ -93,7 +93,7 @@ def shape_pictures() -> ConceptGrid:
     for picture, (shape, radius, top, left) in zip(pictures, labels, strict=True):
         down, right = abs(rows - _FIRST - _STEP * top), abs(columns - _FIRST - _STEP * left)
         r = RADII[radius]
-        inside = (np.maximum(down, right) <= r, down**2 + right**2 <= r * r, down + right <= r)
+        inside = (np.maximum(down, right) <= r, down**2 + right**2 <= (r + 0.5) ** 2, down + right <= r)
         picture[:] = inside[shape]
     names = ("shape", "radius", "vertical", "horizontal")
     return ConceptGrid(jnp.asarray(pictures.reshape(len(labels), -1)), jnp.asarray(labels), n_values, names)

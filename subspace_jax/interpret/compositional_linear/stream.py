@@ -106,7 +106,8 @@ def decomposition_r2(
         if basis.ndim != 2 or basis.shape[0] != len(total):
             raise ValueError(f"projector: expected [{len(total)}, r], got shape {list(basis.shape)}")
         total, residual = basis.T @ total @ basis, basis.T @ residual @ basis
-    if not np.trace(total) > 0:
+    rounding = 16 * jnp.finfo(found.factors.means[0].dtype).eps * np.linalg.norm(found.mean)
+    if not np.trace(total) > found.examples * rounding**2:
         raise ValueError(f"x: expected embeddings that differ, got the same one in all {found.examples} examples")
     if whiten:
         variances, directions = np.linalg.eigh(total / (found.examples - 1))

@@ -78,7 +78,11 @@ def effective_rank(factors: Factors, share: float = 0.95) -> jax.Array:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
+    return _ranks(factors, share)
 
+
+@functools.partial(jax.jit, static_argnums=1)
+def _ranks(factors, share):
     def rank(means):
         # Rows of values without examples are 0 and change no singular value.
         squares = jnp.square(jnp.linalg.svd(means, compute_uv=False))
