@@ -2,7 +2,7 @@
 
 from subspace_jax.methods.records import Figure, Method
 
-_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py -k pictures"
+_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py"
 
 METHODS = (
     Method(

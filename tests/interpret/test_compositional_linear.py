@@ -20,7 +20,9 @@ def additive(d=12, noise=0.0):
     return cl.orthogonal_factor_embedding(jax.random.key(0), N_VALUES, d, (2, 2, 1), noise)
 
 
-@pytest.mark.parametrize("name", ["exact", "noisy", "noisy_hole"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("exact", "noisy")), "noisy_hole"]
+)
 def test_factors_scores_cosines_and_ranks_are_golden(name, golden, x64):
     g = golden(f"compositional-linear/factorization_{name}")
     x, labels, n_values = jnp.asarray(g["X"]), jnp.asarray(g["labels"]), tuple(map(int, g["n_values"]))

@@ -39,6 +39,7 @@ def test_fit_concept_probes_separates_an_additive_grid_on_any_scale_and_weights_
     chex.assert_trees_all_close(other.logits(100 * grid.x + 5), probes.logits(grid.x), atol=2e-2)
 
 
+@pytest.mark.slow
 def test_fit_concept_probes_keeps_the_best_stage_of_each_concept_on_examples_held_out():
     grid = cl.orthogonal_factor_embedding(jax.random.key(1), N_VALUES, 12, noise=0.3)
     held = cl.ProbeSettings(epochs=40, batch=8, learning_rate=0.05, validation=0.25)
@@ -46,11 +47,17 @@ def test_fit_concept_probes_keeps_the_best_stage_of_each_concept_on_examples_hel
     own = jax.random.permutation(jax.random.split(jax.random.key(0))[0], 24)[:6]
     right = np.mean(np.asarray(probes.predict(grid.x[own])) == np.asarray(grid.labels[own]), axis=0)
     assert np.all(right >= 0.5)
-    with pytest.raises(ValueError, match="validation: expected a share from 0 and below 1, got 1"):
-        cl.fit_concept_probes(jax.random.key(0), grid.x, grid.labels, N_VALUES, cl.ProbeSettings(validation=1.0))
-    for name, value in (("epochs", 0), ("batch", 0), ("learning_rate", 0.0)):
+
+
+def test_probe_settings_out_of_range_are_refused():
+    for name, value in (("epochs", 0), ("batch", 0), ("learning_rate", 0.0), ("validation", 1.0), ("validation", -0.1)):
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            cl.fit_concept_probes(jax.random.key(0), grid.x, grid.labels, N_VALUES, cl.ProbeSettings(**{name: value}))
+            cl.ProbeSettings(**{name: value})
+    x, labels = jnp.asarray([[0.0], [1.0]]), jnp.asarray([[0], [1]])
+    with pytest.raises(ValueError, match="validation: expected examples to train on, got 2 of 2 held out"):
+        cl.fit_concept_probes(jax.random.key(0), x, labels, (2,), cl.ProbeSettings(validation=0.9))
+    with pytest.raises(ValueError, match="expected embeddings that differ"):
+        cl.fit_concept_probes(jax.random.key(0), 0 * x, labels, (2,))
 
 
 def test_split_combinations_puts_each_combination_on_one_side():
@@ -173,7 +180,7 @@ def test_two_level_logits_have_the_rank_of_the_bound():
     assert abs(score.r2 - 1) < 1e-5
 
 
-def test_pictures_and_digits_are_full_grids():
+def test_shape_pictures_are_a_full_grid():
     pictures = cl.shape_pictures()
     assert (pictures.x.shape, pictures.n_values) == ((225, 400), (3, 3, 5, 5))
     assert len(np.unique(pictures.x, axis=0)) == 225
@@ -181,11 +188,15 @@ def test_pictures_and_digits_are_full_grids():
     assert by_label[0, 0, 0, 0].sum() == 25
     assert by_label[2, 0, 0, 0].sum() == 13
     assert np.array_equal(by_label[1, 2, 3, 0], by_label[1, 2, 0, 3].T)
+    features = cl.random_relu_features(jax.random.key(0), pictures.x, 2, 8)
+    assert features.shape == (225, 8)
+    assert float(jnp.min(features)) == 0
+
+
+@pytest.mark.slow
+def test_transformed_digits_are_a_full_grid():
     digits = cl.transformed_digits(2)
     assert (digits.x.shape, digits.n_values) == ((160, 64), (10, 4, 2))
     counts = cl.concept_factors(digits.x, digits.labels, digits.n_values).counts
     assert [set(map(int, c)) for c in counts] == [{16}, {40}, {80}]
     assert np.allclose(digits.x[:20] + digits.x[20:40], 1)
-    features = cl.random_relu_features(jax.random.key(0), digits.x, 2, 8)
-    assert features.shape == (160, 8)
-    assert float(jnp.min(features)) == 0
