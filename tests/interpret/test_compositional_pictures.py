@@ -12,7 +12,7 @@ from subspace_jax.interpret import compositional_linear as cl
 
 pytestmark = pytest.mark.slow
 
-WIDTH = 400
+WIDTH, SPLITS = 256, 5
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def standard_promotion():
 
 def measured(x, labels, n_values):
     """Whitened R^2 in the span of probes of all examples, and accuracy of probes of a tenth of the combinations."""
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), SPLITS + 1)
     probes = cl.fit_concept_probes(keys[0], x, labels, n_values)
     score = cl.linear_factorization_r2(x, labels, n_values, projector=cl.probe_span(probes.weights))
     right = [cl.compositional_accuracy(own, x, labels, n_values).mean for own in keys[1:]]

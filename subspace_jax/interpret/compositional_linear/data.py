@@ -45,7 +45,8 @@ def orthogonal_factor_embedding(
 
     Returns:
       The grid, each combination once, the last concept varying fastest; float32, or float64 where 64-bit types are
-      enabled.  The vectors of a concept have a mean of 0 over its values.
+      enabled.  The vectors of a concept have a mean of 0 over its values: they are a regular simplex with edges of
+      length ``sqrt(2)``, or a random projection of one to a lower rank.
 
     Raises:
       ValueError: There are fewer than two values of a concept, a rank is below 1 or above ``n - 1``, which vectors with
@@ -67,7 +68,7 @@ def orthogonal_factor_embedding(
     start = 0
     for i, (n, rank) in enumerate(zip(n_values, ranks, strict=True)):
         codes = jax.random.normal(jax.random.fold_in(of_factors, i), (n, rank), dtype)
-        codes = codes - jnp.mean(codes, axis=0, keepdims=True)
+        codes = linalg.positive_qr(codes - jnp.mean(codes, axis=0, keepdims=True))[0]
         x = x + linalg.times(codes, basis[:, start : start + rank].T)[labels[:, i]]
         start += rank
     return ConceptGrid(x, jnp.asarray(labels), n_values, tuple(f"concept {i}" for i in range(len(n_values))))
