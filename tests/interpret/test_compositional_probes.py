@@ -76,6 +76,7 @@ def test_split_combinations_puts_each_combination_on_one_side():
         cl.split_combinations(jax.random.key(0), labels[:, 0])
 
 
+@pytest.mark.slow
 def test_compositional_accuracy_of_an_ideal_grid_is_1_and_of_noise_that_of_chance():
     grid = cl.orthogonal_factor_embedding(jax.random.key(2), (2, 2, 2, 2), 12)
     found = cl.compositional_accuracy(jax.random.key(0), grid.x, grid.labels, (2, 2, 2, 2), 9 / 16, QUICK)
