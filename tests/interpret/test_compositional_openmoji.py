@@ -35,7 +35,7 @@ def dino_features(images, params=None):
     return represent.extract_features(model.step, params, batches, mesh=model.mesh)[0]
 
 
-def test_factors_of_openmoji_in_dinov2_small_beside_an_untrained_encoder_and_pixels(record_property):
+def test_factors_of_openmoji_in_dinov2_small_beside_an_untrained_encoder_and_pixels(record_property, tmp_path):
     if not DINO.is_dir():
         pytest.skip("needs `subspace-jax fetch dinov2-small`")
     people = xfactors.openmoji(112)
@@ -56,5 +56,6 @@ def test_factors_of_openmoji_in_dinov2_small_beside_an_untrained_encoder_and_pix
         record_property(f"{name}_across", found[name].factor_cosines["across"])
         record_property(f"{name}_accuracy", found[name].accuracy["mean"])
     print(cl.geometry_table(list(found.values()), table))
+    cl.plot_geometry(list(found.values()), table, tmp_path / "geometry.png")
     assert found["dinov2"].factor_cosines["across"] < found["dinov2"].factor_cosines["within"]
     assert found["dinov2"].accuracy["mean"] > found["untrained"].accuracy["mean"]
