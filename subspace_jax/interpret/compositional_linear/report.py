@@ -197,11 +197,11 @@ def plot_geometry(found: Sequence[Geometry], table: LabelTable, path: str | os.P
         row[0].set_xticks(range(len(table.names)), table.names, rotation=45, ha="right")
         row[0].set_yticks(range(len(table.names)), table.names)
         figure.colorbar(picture, ax=row[0], shrink=0.8)
-        scores = {"raw": "raw", "whitened": "whitened", "projected": "in the probes'\nspan, whitened"}
+        scores = ("raw", "whitened", "projected")
         values = [own.r2[which] for which in scores] + [own.accuracy["mean"]]
-        bars = row[1].bar([*scores.values(), "compositional\naccuracy"], values, color=["C0", "C0", "C0", "C1"])
+        bars = row[1].bar([*scores, "accuracy"], values, color=["C0", "C0", "C0", "C1"])
         row[1].bar_label(bars, fmt="%.2f", fontsize=8)
-        row[1].set(title="R2 and accuracy", ylim=(min(0, *values), 1.1))
+        row[1].set(title="R2, and accuracy on new combinations", ylim=(min(0, *values), 1.1))
         row[1].tick_params(axis="x", labelsize=8)
         row[2].bar(table.names, table.n_values, color="0.85", label="values")
         bars = row[2].bar(table.names, own.ranks, color="C2", label="directions for 95 %")
