@@ -154,6 +154,7 @@ def losses_of(x, labels, n_values):
     )
 
 
+@pytest.mark.slow
 def test_losses_are_the_scores_and_their_gradients_are_finite_also_with_values_without_examples(x64):
     grid = additive()
     x = grid.x + jax.random.normal(jax.random.key(5), grid.x.shape)

@@ -19,6 +19,7 @@ def standard_promotion():
         yield
 
 
+@pytest.mark.slow
 def test_fit_concept_probes_separates_an_additive_grid_on_any_scale_and_weights_have_no_common_part():
     grid = cl.orthogonal_factor_embedding(jax.random.key(1), N_VALUES, 12)
     done = []
