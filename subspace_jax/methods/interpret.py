@@ -9,6 +9,7 @@ def _planted(name: str, metric: str, at_least: float | None = None, at_most: flo
     return Figure(name, _PLANTED, metric, at_least=at_least, at_most=at_most, seeds=(0,))
 
 _CONVERGENT = "python -m pytest tests/interpret/test_convergent_figures.py"
+_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py"
 
 METHODS = (
     Method(
@@ -93,6 +94,32 @@ METHODS = (
                 at_least=1.0,
                 seeds=(0,),
             ),
+        name="compositional-linear",
+        area="interpret",
+        title="Compositional representations",
+        paper="Compositional Generalization Requires Linear, Orthogonal Representations in Vision Embedding Models",
+        arxiv=("2602.24264", "2302.14383"),
+        summary=(
+            "Measures how far embeddings are from the form that compositional generalisation needs: a sum of one "
+            "vector per concept value, orthogonal across concepts, each concept of low rank; and how well linear "
+            "probes do on combinations of values that they never saw."
+        ),
+        module="subspace_jax.interpret.compositional_linear",
+        configs=(),
+        command="subspace-jax compositional --features features.npz --labels labels.csv --out work/compositional",
+        figures=(
+            Figure(
+                "rank correlation of projected R2 with accuracy on new combinations, seven representations of pictures",
+                _PICTURES,
+                "spearman",
+                at_least=0.8,
+                seeds=(0,),
+            ),
+            Figure("projected R2 of ideal factors with noise", _PICTURES, "ideal_r2", at_least=0.95, seeds=(0,)),
+            Figure("their accuracy on new combinations", _PICTURES, "ideal_accuracy", at_least=0.95, seeds=(0,)),
+            Figure("accuracy of a supervised network's features", _PICTURES, "supervised_accuracy", seeds=(0,)),
+            Figure("accuracy of pixels", _PICTURES, "pixels_accuracy", seeds=(0,)),
+            Figure("accuracy of five random layers", _PICTURES, "random5_accuracy", seeds=(0,)),
         ),
     ),
 )
