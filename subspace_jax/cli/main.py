@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from subspace_jax.cli import (
     attention,
+    attention_operators,
     factors,
     fetch,
     few_shot,
@@ -33,7 +34,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
-    "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
+    "study": ("attention", "attention-operators", "class-gates", "factors", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -101,6 +102,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         few_shot,
         upgrade,
         attention,
+        attention_operators,
         factors,
         hydra,
         interpret,

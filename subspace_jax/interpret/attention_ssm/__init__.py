@@ -11,6 +11,7 @@ from subspace_jax.interpret.attention_ssm.gradients import (
     highway_input,
 )
 from subspace_jax.interpret.attention_ssm.heads import HeadBank, Modes, apply_heads, coefficients_of
+from subspace_jax.interpret.attention_ssm.language_model import LayerMeasure, layer_factors, measure_layers
 from subspace_jax.interpret.attention_ssm.model import FactorizedAttention
 from subspace_jax.interpret.attention_ssm.rank import (
     Factors,
@@ -38,6 +39,7 @@ __all__ = [
     "Factors",
     "GradientDecay",
     "HeadBank",
+    "LayerMeasure",
     "LinearSSM",
     "Modes",
     "RankReport",
@@ -56,6 +58,8 @@ __all__ = [
     "interaction_operator",
     "interaction_rank",
     "lag_operators",
+    "layer_factors",
+    "measure_layers",
     "spectral_radius",
     "ssm_associative_scan",
     "ssm_convolve",

@@ -26,9 +26,7 @@ class _Span(NamedTuple):
     basis: np.ndarray
 
 
-def heads_from_lags(
-    lags: jax.Array, k: int | None = None, basis: str = "svd", *, tol: float | None = None
-) -> HeadBank:
+def heads_from_lags(lags: jax.Array, k: int | None = None, basis: str = "svd", *, tol: float | None = None) -> HeadBank:
     """Returns heads whose operators at each lag are those given (arXiv 2512.15115, head-count theorem).
 
     As many heads as the interaction rank are necessary and enough, with free coefficients; nothing is claimed of
@@ -40,7 +38,8 @@ def heads_from_lags(
       basis: "svd": orthonormal operators; "pivoted": some of the operators given, chosen one by one; "companion": the
         first of them that are independent; "modal": decays that explain all of them, read from the operators alone,
         which gives recurrences.  The latter two are exact or refused, and take no ``k``.
-      tol: Relative threshold of singular values that are 0; ``10 max(n, p d) eps`` by default.
+      tol: Relative threshold of singular values that are 0; ``10 sqrt(max(n, p d)) eps`` by default, about what the
+        rounding of the operators makes of a 0.
 
     Returns:
       The heads, in the dtype of ``lags``, at least float32.  There are more of "modal" than the interaction rank where
@@ -54,7 +53,7 @@ def heads_from_lags(
     _check_options(k, basis, tol)
     own = np.asarray(lags, np.float64)
     flat = own.reshape(len(own), -1)
-    tol = 10 * max(flat.shape) * _eps(lags) if tol is None else tol
+    tol = 10 * np.sqrt(max(flat.shape)) * float(jnp.finfo(_dtype(lags)).eps) if tol is None else tol
     u, s, vt = np.linalg.svd(flat, full_matrices=False)
     span = _Span(u * s, vt)
     if basis == "modal":
@@ -78,7 +77,7 @@ def heads_from_ssm(
       k: Number of heads, see :func:`heads_from_lags`.
       basis: See :func:`heads_from_lags`; "modal" takes the eigenvalues of ``A``, equal ones together: a real one is a
         head, a complex pair two.
-      tol: See :func:`heads_from_lags`.
+      tol: See :func:`heads_from_lags`; ``eps`` is that of float64, as the layer is taken to be exact.
 
     Returns:
       The heads, in the dtype of the layer.
@@ -92,7 +91,7 @@ def heads_from_ssm(
     _check_options(k, basis, tol)
     real = jnp.real(ssm.B)
     p, d = ssm.C.shape[0], ssm.B.shape[1]
-    tol = 10 * max(n, p * d) * _eps(real) if tol is None else tol
+    tol = 10 * np.sqrt(max(n, p * d)) * np.finfo(np.float64).eps if tol is None else tol
     if basis == "modal":
         decays, residues = _decays_of_ssm(ssm)
         first = np.sum(residues.real, axis=0) + _skip(ssm)
@@ -106,10 +105,6 @@ def _check_options(k: int | None, basis: str, tol: float | None) -> None:
     check_tolerance(tol)
     if k is not None and basis in ("modal", "companion"):
         raise ValueError(f"k: the basis {basis!r} has as many heads as it needs; expected None, got {k}")
-
-
-def _eps(x: jax.Array) -> float:
-    return float(jnp.finfo(_dtype(x)).eps)
 
 
 def _dtype(x: jax.Array) -> np.dtype:
@@ -135,7 +130,7 @@ def _span_of_ssm(ssm: LinearSSM, n: int) -> _Span:
     flat = np.reshape(sampled, (len(sampled), p * d))
     _, s, basis = np.linalg.svd(flat, full_matrices=False)
     basis = basis[: max(1, int(np.sum(s > np.finfo(np.float64).eps * s[0])))]
-    # coordinates[l, h] = <basis_h, Re C A^l B> = Re <(A^T)^j C^T basis_h, A^(l - j) B>, for l - j multiples of the size.
+    # coordinates[l, h] = <basis_h, Re C A^l B> = Re <(A^T)^j C^T basis_h, A^(l - j) B>, l - j a multiple of the size.
     size = int(np.ceil(np.sqrt(n)))
     left = [np.einsum("pN,hpd->hNd", c, basis.reshape(-1, p, d))]
     for _ in range(size - 1):
@@ -257,7 +252,9 @@ def _modal_bank(
     coef = np.real(phase * decay[None].astype(np.complex128) ** np.arange(n)[:, None])
     coef[0] += direct
     complex_dtype = np.result_type(dtype, np.complex64)
-    modes = Modes(*(jnp.asarray(x.astype(to)) for x, to in ((decay, complex_dtype), (phase, complex_dtype), (direct, dtype))))
+    modes = Modes(
+        *(jnp.asarray(x.astype(to)) for x, to in ((decay, complex_dtype), (phase, complex_dtype), (direct, dtype)))
+    )
     return HeadBank(jnp.asarray(coef.astype(dtype)), jnp.asarray(values.astype(dtype)), modes)
 
 

@@ -183,6 +183,7 @@ def _weights(head: AttentionHead, x: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(np.tril(np.ones((n, n), bool)), scores, -jnp.inf), axis=-1)
 
 
+@jax.jit
 def _jacobian(head: AttentionHead, x: jax.Array, i: int | jax.Array, j: int | jax.Array) -> jax.Array:
     n, scale = len(x), 1 / np.sqrt(head.query.shape[0])
     query, keys = einsum("kd,d->k", head.query, x[i]), einsum("kd,nd->nk", head.key, x)

@@ -1,5 +1,6 @@
 """Heads with coefficients of the lag alone, applied by a matrix, by FFT, or by a recurrence."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ class HeadBank(NamedTuple):
     """Heads ``y_i = sum_h sum_j coef[i - j, h] values[h] x_j``.
 
     Attributes:
-      coef: Coefficients by lag, ``[n, k]`` from lag 0; of a bank that is not causal ``[2 n - 1, k]`` from lag ``1 - n``.
+      coef: Coefficients by lag, ``[n, k]`` from lag 0; ``[2 n - 1, k]`` from lag ``1 - n`` where tokens see later ones.
       values: Operators, ``[k, p, d]``, which act on columns.
       modes: The recurrences that the coefficients follow, or None.
     """
@@ -73,7 +74,9 @@ def apply_heads(
     n, dtype = x.shape[-2], working_dtype(x)
     tokens, values = x.astype(dtype), bank.values.astype(dtype)
     if mode == "recurrent":
-        return _recurrent(bank.modes, values, tokens, axis_name).astype(x.dtype)
+        to = np.result_type(dtype, np.complex64)
+        modes = Modes(bank.modes.decay.astype(to), bank.modes.phase.astype(to), bank.modes.direct.astype(dtype))
+        return _recurrent(modes, values, tokens, axis_name).astype(x.dtype)
     coef = bank.coef.astype(dtype)
     if causal:
         coef = jnp.concatenate([jnp.zeros((n - 1, coef.shape[1]), dtype), coef[:n]])
@@ -112,12 +115,14 @@ def _check(bank: HeadBank, x: jax.Array, mode: str, causal: bool, axis_name: str
         raise ValueError(f"x: expected at most {lags} tokens, as many as the bank has lags, got {x.shape[-2]}")
 
 
+@jax.jit
 def _toeplitz(coef: jax.Array, values: jax.Array, x: jax.Array) -> jax.Array:
     n = x.shape[-2]
     lag = np.arange(n)[:, None] - np.arange(n)[None, :]
     return einsum("ijk,...jkp->...ip", coef[lag + n - 1], einsum("...nd,kpd->...nkp", x, values))
 
 
+@jax.jit
 def _fft(coef: jax.Array, values: jax.Array, x: jax.Array) -> jax.Array:
     n = x.shape[-2]
     filters = jnp.fft.rfft(coef, 2 * n, axis=0)
@@ -138,14 +143,15 @@ def _fft(coef: jax.Array, values: jax.Array, x: jax.Array) -> jax.Array:
     return y[..., n - 1 : 2 * n - 1, :]
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def _recurrent(modes: Modes, values: jax.Array, x: jax.Array, axis_name: str | None) -> jax.Array:
-    n, dtype = x.shape[-2], x.dtype
+    n = x.shape[-2]
     size = min(_CHUNK, n)
     # Zeros before the first token change nothing, and leave the last state where it is.
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(-n % size, 0), (0, 0)])
     chunks = jnp.moveaxis(padded.reshape(*x.shape[:-2], -1, size, x.shape[-1]), -3, 0)
     lag = np.arange(size)[:, None] - np.arange(size)[None, :]
-    own = coefficients_of(modes, size).astype(dtype)
+    own = coefficients_of(modes, size)
     within = jnp.where((lag >= 0)[..., None], own[np.maximum(lag, 0)], 0)
     steps = jnp.arange(size, dtype=jnp.int32)
     onward, full = _powers(modes.decay, steps + 1), _powers(modes.decay, jnp.full(1, size, jnp.int32))[0]
@@ -155,12 +161,12 @@ def _recurrent(modes: Modes, values: jax.Array, x: jax.Array, axis_name: str | N
         heads = einsum("...id,kpd->...ikp", tokens, values)
         y = einsum("ijk,...jkp->...ip", within, heads) + _read_state(modes, onward, state)
         # Real and imaginary parts by themselves: the heads' outputs are real.
-        parts = einsum("zik,...ikp->z...kp", jnp.stack([backward.real, backward.imag]).astype(dtype), heads)
-        return _along_heads(full, state) * state + jax.lax.complex(*parts).astype(state.dtype), y
+        parts = einsum("zik,...ikp->z...kp", jnp.stack([backward.real, backward.imag]), heads)
+        return _along_heads(full, state) * state + jax.lax.complex(*parts), y
 
-    start = jnp.zeros((*x.shape[:-2], *values.shape[:2]), onward.dtype)
-    if axis_name is not None:
-        start = jax.lax.pcast(start, axis_name, to="varying")
+    # Made of tokens, so that under shard_map it varies over the same mesh axes.
+    nothing = (0 * chunks[0][..., :1, :1]).astype(onward.dtype)
+    start = jnp.broadcast_to(nothing, (*x.shape[:-2], *values.shape[:2]))
     state, ys = jax.lax.scan(step, start, chunks)
     y = jnp.moveaxis(ys, 0, -3).reshape(*x.shape[:-2], -1, values.shape[1])[..., -n:, :]
     if axis_name is None:

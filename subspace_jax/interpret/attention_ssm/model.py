@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from subspace_jax import nn
 from subspace_jax.interpret.attention_ssm._checks import check_tokens
@@ -22,9 +21,9 @@ _CHUNK = 128
 class FactorizedAttention(nnx.Module):
     """Attention ``y_i = sum_h sum_j f_h(i, j) V_h x_j`` with an operator ``V_h`` for each head.
 
-    The coefficients are ``softmax_j(q_i . k_j / sqrt(head_dim))``; ``phi(q_i) . phi(k_j)`` with ``phi = elu + 1``
+    The coefficients are ``softmax_j(q_i . k_j / sqrt(d))``; ``phi(q_i) . phi(k_j)`` with ``phi = elu + 1``
     ("linear", linear in the length); or free parameters of ``i - j`` ("toeplitz", by FFT).  Multi-head attention with
-    an output projection is the case ``V_h = W_O^h W_V^h``, of rank ``head_dim`` at most.
+    an output projection is the case ``V_h = W_O^h W_V^h``, of rank at most the width of a head.
 
     Args:
       in_features: Width of the tokens, ``d``.
@@ -32,9 +31,7 @@ class FactorizedAttention(nnx.Module):
       heads: Number of heads; the interaction rank is at most this.
       kind: "softmax", "linear" or "toeplitz".
       causal: Whether a token sees itself and earlier ones only.
-      head_dim: Width of queries and keys; ``in_features`` by default.
       length: Longest sequence of "toeplitz".
-      param_dtype: Dtype of the parameters.
       rngs: Random number generators; the ``params`` stream is used.
 
     Raises:
@@ -49,9 +46,7 @@ class FactorizedAttention(nnx.Module):
         kind: str = "softmax",
         causal: bool = True,
         *,
-        head_dim: int | None = None,
         length: int | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if kind not in KINDS:
@@ -62,17 +57,17 @@ class FactorizedAttention(nnx.Module):
             raise ValueError(f"length: 'toeplitz' has a parameter for each lag; expected at least 1, got {length}")
         self.kind, self.causal, self.heads = kind, causal, heads
         draw = jax.nn.initializers.normal(1 / math.sqrt(in_features))
-        values = draw(rngs.params(), (heads, out_features, in_features), param_dtype)
+        values = draw(rngs.params(), (heads, out_features, in_features))
         self.value = nnx.Param(values, axes=("heads", None, "embed"))
         if kind == "toeplitz":
             lags = length if causal else 2 * length - 1
-            coef = jax.nn.initializers.normal(1 / math.sqrt(lags))(rngs.params(), (lags, heads), param_dtype)
+            coef = jax.nn.initializers.normal(1 / math.sqrt(lags))(rngs.params(), (lags, heads))
             self.coef = nnx.Param(coef, axes=(None, "heads"))
             return
-        self.head_dim = in_features if head_dim is None else head_dim
+        self.head_dim = in_features
         shape = (in_features, heads * self.head_dim)
-        self.query = nnx.Param(draw(rngs.params(), shape, param_dtype), axes=("embed", "heads"))
-        self.key = nnx.Param(draw(rngs.params(), shape, param_dtype), axes=("embed", "heads"))
+        self.query = nnx.Param(draw(rngs.params(), shape), axes=("embed", "heads"))
+        self.key = nnx.Param(draw(rngs.params(), shape), axes=("embed", "heads"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens ``[batch, n, d]`` to ``[batch, n, p]``."""
@@ -88,9 +83,7 @@ class FactorizedAttention(nnx.Module):
             return _linear_attention(_positive(query), _positive(key), value, self.causal).astype(x.dtype)
         # One width for queries, keys and values, which the library's attention has.
         widths = self.head_dim, value.shape[-1]
-        query, key, value = (
-            jnp.pad(y, [(0, 0)] * 3 + [(0, max(widths) - y.shape[-1])]) for y in (query, key, value)
-        )
+        query, key, value = (jnp.pad(y, [(0, 0)] * 3 + [(0, max(widths) - y.shape[-1])]) for y in (query, key, value))
         mixed = nn.attention(query, key, value, causal=self.causal, scale=1 / math.sqrt(self.head_dim))
         return jnp.sum(mixed[..., : widths[1]], axis=2, dtype=working_dtype(x)).astype(x.dtype)
 

@@ -12,7 +12,7 @@ from subspace_jax.linalg import working_dtype
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 # Powers whose norms a decay bound takes one by one; larger ones are bounded by products of these.
-_EXACT_POWERS = 64
+_EXACT_POWERS = 16_384
 
 
 class LinearSSM(NamedTuple):
@@ -69,12 +69,17 @@ def ssm_associative_scan(ssm: LinearSSM, x: jax.Array) -> jax.Array:
     check_ssm(ssm)
     check_tokens(x, ssm.B.shape[1])
     own, drive = _driven(ssm._replace(A=_diagonal(ssm.A)), x)
-    decay = jnp.broadcast_to(own.A, (len(drive), *(1,) * (drive.ndim - 2), len(own.A)))
+    return _read(own, _states_of_diagonal(own.A, drive), x)
+
+
+@jax.jit
+def _states_of_diagonal(a: jax.Array, drive: jax.Array) -> jax.Array:
+    decay = jnp.broadcast_to(a, (len(drive), *(1,) * (drive.ndim - 2), len(a)))
 
     def after(first, second):
-        return first[0] * second[0], second[0] * first[1] + second[1]
+        return first[0] * second[0], jnp.broadcast_to(second[0], second[1].shape) * first[1] + second[1]
 
-    return _read(own, jax.lax.associative_scan(after, (decay, drive))[1], x)
+    return jax.lax.associative_scan(after, (decay, drive))[1]
 
 
 def ssm_convolve(ssm: LinearSSM, x: jax.Array) -> jax.Array:
@@ -215,11 +220,14 @@ def dense_transition(ssm: LinearSSM) -> np.ndarray:
 def _growth(scaled: np.ndarray) -> float:
     """Returns an upper bound of ``||M^l||`` over all ``l``, for ``M`` of spectral radius below 1."""
     power, most = np.eye(len(scaled), dtype=scaled.dtype), 1.0
-    for _ in range(_EXACT_POWERS):
-        most = max(most, float(np.linalg.norm(power, 2)))
-        power = power @ scaled
     # With ||M^L|| <= 1 no later power exceeds the largest of the first L, as M^(q L + r) = (M^L)^q M^r.
-    while (norm := float(np.linalg.norm(power, 2))) > 1:
+    for _ in range(_EXACT_POWERS):
+        power = power @ scaled
+        # The Frobenius norm is an upper bound of the spectral one, which takes a decomposition.
+        if np.linalg.norm(power) <= 1:
+            return most
+        most = max(most, float(np.linalg.norm(power)))
+    while (norm := float(np.linalg.norm(power))) > 1:
         most *= norm
         power = power @ power
     return most
