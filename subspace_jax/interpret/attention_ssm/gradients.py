@@ -34,8 +34,8 @@ class GradientDecay(NamedTuple):
     Attributes:
       half_distance: First distance from which on the norms stay at half of the largest or less; the number of
         distances where they don't.
-      log_slope: Slope of the logarithm of the norms over the last half of the distances, by least squares, a distance;
-        of a linear state-space layer the logarithm of its spectral radius.
+      log_slope: Slope of the logarithm of the norms over the last half of the distances that have a gradient, by least
+        squares; of a linear state-space layer about the logarithm of its spectral radius.  NaN of a single distance.
     """
 
     half_distance: jax.Array
@@ -118,10 +118,13 @@ def gradient_decay(profile: jax.Array) -> GradientDecay:
     distance = np.arange(n, dtype=np.int32)
     above = profile > jnp.max(profile) / 2
     half = jnp.max(jnp.where(above, distance + 1, 0))
-    late = distance[n // 2 :].astype(profile.dtype)
-    centered = late - np.mean(late)
-    logs = jnp.log(jnp.maximum(profile[n // 2 :], jnp.finfo(profile.dtype).tiny))
-    return GradientDecay(half, jnp.sum(centered * logs) / np.sum(np.square(centered)))
+    # Beyond a window, or the powers of a nilpotent matrix, there is nothing to fit.
+    last = jnp.max(jnp.where(profile > 0, distance + 1, 0))
+    late = ((profile > 0) & (distance >= last // 2)).astype(profile.dtype)
+    steps = jnp.asarray(distance, profile.dtype)
+    centered = late * (steps - jnp.sum(late * steps) / jnp.sum(late))
+    logs = jnp.log(jnp.where(profile > 0, profile, 1))
+    return GradientDecay(half, jnp.sum(centered * logs) / jnp.sum(jnp.square(centered)))
 
 
 def highway_input(key: jax.Array, n: int, d: int, distance: int, score: float = 64.0) -> jax.Array:

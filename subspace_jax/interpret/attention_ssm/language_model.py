@@ -76,7 +76,9 @@ def layer_factors(config: nn.CausalLMConfig, params: PyTree, tokens: jax.Array, 
     """
     if not 0 <= layer < config.num_layers:
         raise ValueError(f"layer: expected 0 to {config.num_layers - 1}, got {layer}")
-    return _factors_of(config, _inputs_of(config, params, tokens, _hidden(config, params, tokens), layer))
+    inputs = _inputs_of(config, params, tokens, _hidden(config, params, tokens), layer)
+    with jax.default_matmul_precision("highest"):
+        return _factors_of(config, inputs)
 
 
 def measure_layers(
@@ -95,8 +97,10 @@ def measure_layers(
     found = []
     with progress_bar(config.num_layers, 0, show=progress) as bar:
         for layer in range(config.num_layers):
-            own = jax.device_get(_measure(config, _inputs_of(config, params, tokens, hidden, layer)))
-            if not all(np.isfinite(x).all() for x in jax.tree.leaves(own)):
+            inputs = _inputs_of(config, params, tokens, hidden, layer)
+            with jax.default_matmul_precision("highest"):
+                own = jax.device_get(_measure(config, inputs))
+            if not (np.isfinite(own.singular_values).all() and np.isfinite(own.profile).all()):
                 raise ValueError(f"model: the attention of layer {layer} gives NaN or infinity")
             numbers = {name: x.item() if np.ndim(x) == 0 else x for name, x in own._asdict().items()}
             found.append(LayerMeasure(**numbers))
