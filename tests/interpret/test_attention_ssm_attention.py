@@ -31,25 +31,33 @@ def layer(kind, causal=True, heads=2, d=5, p=3):
     return own
 
 
+@jax.jit
+def ranks_of(coef, values):
+    found = ops.interaction_operator(lambda _: ops.Factors(coef, values), None)
+    return ops.interaction_rank(found), ops.factored_interaction_rank(ops.Factors(coef, values))
+
+
 def test_causal_attention_and_its_interaction_rank_are_golden(golden, x64):
     g = golden("attention-ssm/attention_ops")
     x, heads = jnp.asarray(g["X"]), heads_of(g)
     single = ops.AttentionHead(jnp.asarray(g["WQ"]), jnp.asarray(g["WK"]), heads.value[0])
+    values = heads.value
+    attend = jax.jit(ops.causal_attention)
     for params, name in ((single, "single"), (heads, "multi")):
-        chex.assert_trees_all_close(ops.causal_attention(params, x), g[f"{name}_y"], atol=1e-11)
-        coef = jnp.asarray(g[f"{name}_alpha"]).reshape(-1, 12, 12)
-        values = params.value.reshape(-1, 4, 5)
-        found = ops.interaction_operator(lambda _, c=coef, v=values: ops.Factors(c, v), x)
-        report, factored = ops.interaction_rank(found), ops.factored_interaction_rank(ops.Factors(coef, values))
+        chex.assert_trees_all_close(attend(params, x), g[f"{name}_y"], atol=1e-11)
+        # One head beside two that no token attends to.
+        coef = np.zeros((3, 12, 12))
+        coef[: 1 if name == "single" else 3] = g[f"{name}_alpha"]
+        report, factored = ranks_of(coef, values)
         assert int(report.k) == int(factored.k) == g[f"{name}_span"]
-        chex.assert_trees_all_close(factored.singular_values, report.singular_values[: len(values)], atol=1e-11)
+        chex.assert_trees_all_close(factored.singular_values, report.singular_values[:3], atol=1e-11)
         chex.assert_trees_all_close(factored.effective_rank, report.effective_rank, atol=1e-9)
     chex.assert_trees_all_close(report.singular_values[:6], g["multi_singular_values"], atol=1e-10)
-    tied = ops.Factors(coef, jnp.broadcast_to(values[:1], values.shape))
-    assert ops.factored_interaction_rank(tied).k == 1
+    tied = np.broadcast_to(g["V_heads"][:1], values.shape)
+    assert [int(report.k) for report in ranks_of(coef, tied)] == [1, 1]
     # An output projection mixes heads into operators of lower rank, and their number stays.
-    low = jnp.einsum("hpk,hkd->hpd", drawn(3, 4, 2), drawn(3, 2, 5, seed=1))
-    assert ops.factored_interaction_rank(ops.Factors(coef, low)).k == 3
+    low = np.einsum("hpk,hkd->hpd", drawn(3, 4, 2), drawn(3, 2, 5, seed=1))
+    assert [int(report.k) for report in ranks_of(coef, low)] == [3, 3]
 
 
 def test_attention_jacobian_is_golden_and_that_of_reverse_mode(golden, x64):
@@ -70,56 +78,65 @@ def test_attention_jacobian_is_golden_and_that_of_reverse_mode(golden, x64):
 def test_gradient_profile_of_a_layer_of_states_is_the_norms_of_its_operators(golden, x64):
     g = golden("attention-ssm/linear_ssm")
     ssm, x = ops.LinearSSM(*(jnp.asarray(g[f"c_dense_{m}"]) for m in "ABCD")), jnp.asarray(g["X"])
-    profile = jax.jit(lambda x: ops.gradient_profile(lambda x: ops.ssm_scan(ssm, x), x))(x)
+    fn = functools.partial(ops.ssm_scan, ssm)
+    profile, earlier = jax.jit(lambda x: [ops.gradient_profile(fn, x, query=q) for q in (-1, 4)])(x)
     chex.assert_trees_all_close(profile, g["c_dense_grad_norm_by_lag"], atol=1e-10)
-    earlier = ops.gradient_profile(lambda x: ops.ssm_scan(ssm, x), x, query=4)
     chex.assert_trees_all_close(earlier, g["c_dense_grad_norm_by_lag"][:5], atol=1e-10)
 
 
 def test_gradient_decay_gives_half_distance_and_slope():
-    found = ops.gradient_decay(jnp.asarray(8 * 0.5 ** np.arange(12.0), jnp.float32))
+    decay, halves = jax.jit(ops.gradient_decay), 0.5 ** np.arange(8, dtype=np.float32)
+    found = decay(8 * halves)
     assert found.half_distance == 1
     assert found.log_slope == pytest.approx(np.log(0.5), rel=1e-5)
-    assert ops.gradient_decay(jnp.asarray([1.0, 0.2, 0.9, 0.1, 0.1])).half_distance == 3
-    assert ops.gradient_decay(jnp.ones(5)) == (5, 0)
-    windowed = jnp.asarray([*(0.5 ** np.arange(4.0)), 0, 0, 0, 0], jnp.float32)
-    assert ops.gradient_decay(windowed).log_slope == pytest.approx(np.log(0.5), rel=1e-5)
+    assert decay(np.asarray([1.0, 0.2, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1], np.float32)).half_distance == 3
+    assert decay(np.ones(8, np.float32)) == (8, 0)
+    windowed = np.where(np.arange(8) < 4, halves, 0)
+    assert decay(windowed).log_slope == pytest.approx(np.log(0.5), rel=1e-5)
 
 
 def test_highway_input_has_half_the_attention_at_every_distance(golden, x64):
     g = golden("attention-ssm/attention_ops")
     n, d, v = 12, 5, jnp.asarray(g["V_heads"][0])
     head = ops.AttentionHead(jnp.eye(d), jnp.eye(d), v)
-    of_last = jax.jit(lambda x, j: ops.attention_jacobian(head, x, n - 1, j))
-    weigh = jax.jit(lambda x: ops.causal_attention(head._replace(value=jnp.eye(d)), x)[-1])
+
+    @jax.jit
+    def of_last(x, j):
+        attended = ops.causal_attention(head._replace(value=jnp.eye(d)), x)[-1]
+        return jnp.linalg.norm(ops.attention_jacobian(head, x, n - 1, j), 2), attended
+
     for distance, alpha in zip(g["highway_distance"], g["highway_alpha_last_row"], strict=True):
-        x = ops.highway_input(jax.random.key(int(distance)), n, d, int(distance))
-        assert x.dtype == jnp.float64
+        x = np.asarray(ops.highway_input(jax.random.key(int(distance)), n, d, int(distance)))
+        assert x.dtype == np.float64
         scores = x @ x[-1] / np.sqrt(d)
         assert scores[-1] == pytest.approx(64)
-        assert jnp.max(jnp.abs(jnp.delete(scores, np.asarray([n - 1 - distance, n - 1])))) < 1e-12
-        assert jax.nn.softmax(scores)[n - 1 - distance] == pytest.approx(float(alpha), abs=1e-6)
-        chex.assert_trees_all_close(weigh(x), x[-1], atol=1e-9)
-        norm = jnp.linalg.norm(of_last(x, n - 1 - int(distance)), 2)
-        assert norm >= float(g["highway_bound"]) * jnp.linalg.norm(v, 2) - 1e-6
+        assert np.max(np.abs(np.delete(scores, [n - 1 - distance, n - 1]))) < 1e-12
+        weights = np.exp(scores - scores[-1])
+        assert weights[n - 1 - distance] / np.sum(weights) == pytest.approx(float(alpha), abs=1e-6)
+        norm, attended = of_last(x, n - 1 - int(distance))
+        np.testing.assert_allclose(attended, x[-1], atol=1e-9)
+        assert norm >= float(g["highway_bound"]) * np.linalg.norm(v, 2) - 1e-6
 
 
 @pytest.mark.parametrize("kind", ["softmax", "linear", "toeplitz"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_factorized_attention_is_the_sum_of_its_operators(kind, causal, x64, monkeypatch):
     monkeypatch.setattr(ops.model, "_CHUNK", 4)  # a sequence of several chunks
-    own, x = layer(kind, causal), jnp.asarray(drawn(2, 9, 5))
-    operators = ops.interaction_operator(own.factors, x[1])
-    y = nnx.jit(lambda own, x: own(x))(own, x)
-    chex.assert_trees_all_close(y[1], jnp.einsum("ijpd,jd->ip", operators, x[1]), atol=1e-10)
-    # A narrow query beside a wide output too.
-    if kind == "softmax":
-        wide = layer(kind, causal, p=7)
-        expected = jnp.einsum("hij,hpd,jd->ip", *wide.factors(x[0]), x[0])
-        chex.assert_trees_all_close(wide(x)[0], expected, atol=1e-10)
-    assert ops.interaction_rank(operators).k == 2
+    # A narrow query beside a wide output, and the other way round.
+    graph, params = nnx.split(layer(kind, causal, p=3 if causal else 7))
+
+    @jax.jit
+    def run(params, x):
+        own = nnx.merge(graph, params)
+        operators = ops.interaction_operator(own.factors, x[1])
+        return own(x)[1], operators, ops.factored_interaction_rank(own.factors(x[1])).k
+
+    x = drawn(2, 9, 5)
+    y, operators, k = run(params, x)
+    np.testing.assert_allclose(y, np.einsum("ijpd,jd->ip", operators, x[1]), atol=1e-10)
+    assert k == 2
     later = np.triu(np.ones((9, 9), bool), 1)
-    assert bool(jnp.any(operators[later] != 0)) != causal
+    assert np.any(np.asarray(operators)[later] != 0) != causal
 
 
 def test_heads_trained_by_gradient_descent_do_not_beat_the_tail_of_the_spectrum(x64):
