@@ -8,13 +8,14 @@ from subspace_jax.cli import language, shared
 log = logging.getLogger(__name__)
 
 _ATTENTION_OPERATORS = """
-    subspace-jax attention-operators --model work/models/smollm2 --out work/operators   # docstrings; half a minute
+    subspace-jax attention-operators --model work/models/smollm2 --out work/operators   # docstrings; a minute
     subspace-jax attention-operators --model DIR --data some.txt --length 512 --rows 2 --out work/operators
     subspace-jax attention-operators --model DIR --adapter work/run/adapter --out work/tuned
 
     A layer is y_i = sum_h sum_j a_h(i, j) V_h x_j.  For each layer: the interaction rank, which is the dimension of the
     operators that it uses and at most the number of heads; the error that the best half of the heads leaves; the mean
-    distance of attention; and how the gradient of the last output by the inputs falls with distance.
+    distance of attention, and its weight on the first token; and how the gradient of the last output by the inputs falls
+    with distance.
     """
 
 

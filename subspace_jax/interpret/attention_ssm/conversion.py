@@ -117,7 +117,9 @@ def _skip(ssm: LinearSSM) -> np.ndarray:
 
 def _span_of_ssm(ssm: LinearSSM, n: int) -> _Span:
     a = dense_transition(ssm)
-    b, c = (np.asarray(x).astype(a.dtype if np.iscomplexobj(a) else np.result_type(x.dtype, np.float64)) for x in ssm[1:3])
+    b, c = (
+        np.asarray(x).astype(a.dtype if np.iscomplexobj(a) else np.result_type(x.dtype, np.float64)) for x in ssm[1:3]
+    )
     states, p, d = len(a), len(c), b.shape[1]
     count = min(n, states + 1)
     far = np.unique(np.round(np.geomspace(max(count, 1), n, 4 * count)).astype(int) - 1)

@@ -29,6 +29,7 @@ class LayerMeasure(NamedTuple):
       singular_values: ``[heads]``, descending.
       half_error: Relative error of the best half of the heads, rounded up, over all coefficients.
       mean_distance: Mean distance of attention, in tokens.
+      first_token: Mean weight of the first token, of all later ones.
       profile: Spectral norms of the derivative of the last output by the layer's inputs, by distance, mean over rows,
         ``[length]``.
       half_distance: See :class:`GradientDecay`.
@@ -40,6 +41,7 @@ class LayerMeasure(NamedTuple):
     singular_values: np.ndarray
     half_error: float
     mean_distance: float
+    first_token: float
     profile: np.ndarray
     half_distance: int
     log_slope: float
@@ -156,6 +158,7 @@ def _measure(config: nn.CausalLMConfig, layer: _Layer) -> LayerMeasure:
         singular_values=report.singular_values,
         half_error=jnp.sqrt(jnp.sum(energy[-(-config.num_heads // 2) :]) / jnp.sum(energy)),
         mean_distance=jnp.mean(einsum("hbij,ij->hbi", factors.coef, back)),
+        first_token=jnp.mean(factors.coef[:, :, 1:, 0]),
         profile=profile,
         half_distance=decay.half_distance,
         log_slope=decay.log_slope,

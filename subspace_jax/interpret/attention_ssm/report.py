@@ -11,15 +11,16 @@ from subspace_jax import train
 from subspace_jax.interpret.attention_ssm.language_model import LayerMeasure
 
 RECORD, PICTURE = "operators.json", "operators.png"
-_HEAD = ("layer", "rank", "effective", "half error", "mean distance", "half-distance", "log slope")
+_HEAD = ("layer", "rank", "effective", "half error", "mean distance", "first token", "half-distance", "log slope")
 
 
 def layers_table(layers: Sequence[LayerMeasure]) -> str:
     """Returns a table of the layers as text."""
     rows = [_HEAD]
     for i, own in enumerate(layers):
-        numbers = (own.rank, f"{own.effective_rank:.2f}", f"{own.half_error:.3f}", f"{own.mean_distance:.1f}")
-        rows.append((str(i), *map(str, numbers), str(own.half_distance), f"{own.log_slope:.4f}"))
+        ranks = (f"{own.rank}", f"{own.effective_rank:.2f}", f"{own.half_error:.3f}")
+        distances = (f"{own.mean_distance:.1f}", f"{own.first_token:.3f}", f"{own.half_distance}")
+        rows.append((f"{i}", *ranks, *distances, f"{own.log_slope:.4f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -27,7 +28,7 @@ def layers_table(layers: Sequence[LayerMeasure]) -> str:
 def summary(layers: Sequence[LayerMeasure]) -> dict[str, float]:
     """Returns scalars over all layers: means, and the smallest rank over the number of heads."""
     heads = len(layers[0].singular_values)
-    means = ("effective_rank", "half_error", "mean_distance", "half_distance", "log_slope")
+    means = ("effective_rank", "half_error", "mean_distance", "first_token", "half_distance", "log_slope")
     found = {name: float(np.mean([getattr(own, name) for own in layers])) for name in means}
     return {"rank_over_heads": min(own.rank for own in layers) / heads, "heads": float(heads), **found}
 
@@ -57,17 +58,18 @@ def draw(folder: str | os.PathLike, layers: Sequence[LayerMeasure]) -> pathlib.P
     ranks.barh(where, [own.effective_rank for own in layers], height=0.5, color="C0", label="effective rank")
     ranks.axvline(heads, color="C3", linestyle=":", label="heads")
     ranks.set(xlabel="heads", ylabel="layer", title="How many heads a layer uses")
-    ranks.legend(fontsize="small", loc="lower left")
+    ranks.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     ranks.set_ylim(count - 0.5, -0.5)
     tiny = np.finfo(np.float32).tiny
     shares = np.log10(np.maximum(spectra / np.maximum(spectra[:, :1], tiny), 1e-4))
     falls = np.log10(np.maximum(profiles / np.maximum(profiles.max(axis=1, keepdims=True), tiny), 1e-4))
     panels = (
-        (spectrum, shares, "singular value", "Singular values of the operators"),
-        (gradients, falls, "distance in tokens", "Gradient of the last output by distance"),
+        (spectrum, shares, 1, "singular value", "Singular values of the operators"),
+        (gradients, falls, 0, "distance in tokens", "Gradient of the last output by distance"),
     )
-    for axis, values, label, title in panels:
-        image = axis.imshow(values, aspect="auto", vmin=-4, vmax=0, interpolation="nearest")
+    for axis, values, first, label, title in panels:
+        extent = (first - 0.5, first + values.shape[1] - 0.5, count - 0.5, -0.5)
+        image = axis.imshow(values, aspect="auto", vmin=-4, vmax=0, interpolation="nearest", extent=extent)
         axis.set(xlabel=label, ylabel="layer", title=title)
         figure.colorbar(image, ax=axis, label="log10, relative to the layer's largest")
     path = pathlib.Path(folder) / PICTURE
