@@ -14,8 +14,8 @@ _ATTENTION_OPERATORS = """
 
     A layer is y_i = sum_h sum_j a_h(i, j) V_h x_j.  For each layer: the interaction rank, which is the dimension of the
     operators that it uses and at most the number of heads; the error that the best half of the heads leaves; the mean
-    distance of attention, and its weight on the first token; and how the gradient of the last output by the inputs falls
-    with distance.
+    distance of attention, and its weight on the first token; and how the gradient of the last output by the inputs
+    falls with distance.
     """
 
 
