@@ -12,8 +12,8 @@ from subspace_jax.interpret.attention_ssm.ssm import einsum
 from subspace_jax.linalg import working_dtype
 
 MODES = ("toeplitz", "fft", "recurrent")
-# Tokens of a chunk of the recurrence, and frequencies that are mixed at a time.
-_CHUNK, _FREQUENCIES = 128, 1024
+# Tokens of a chunk of the recurrence, fewest and most, and frequencies that are mixed at a time.
+_CHUNK, _FREQUENCIES = (16, 128), 1024
 
 
 class Modes(NamedTuple):
@@ -51,8 +51,8 @@ def apply_heads(
 
     "toeplitz" forms the matrices ``[k, n, n]`` of the heads, as a reference.  "fft" takes ``k n p d`` multiplications
     and ``(d + p) n log n`` for the transforms.  "recurrent" takes ``k n p d``, in memory that does not grow with ``n``
-    beside tokens and outputs: chunks of 128 tokens by matmuls, with a state ``[k, p]`` between them.  Arrays sharded
-    over the batch or over heads stay so.
+    beside tokens and outputs: chunks of 16 to 128 tokens by matmuls, with a state ``[k, p]`` between them.  Arrays
+    sharded over the batch or over heads stay so.
 
     Args:
       bank: The heads.
@@ -146,7 +146,8 @@ def _fft(coef: jax.Array, values: jax.Array, x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=3)
 def _recurrent(modes: Modes, values: jax.Array, x: jax.Array, axis_name: str | None) -> jax.Array:
     n = x.shape[-2]
-    size = min(_CHUNK, n)
+    # Within a chunk a token costs k p size, which so is no more than the k p d of its values.
+    size = min(n, max(_CHUNK[0], min(_CHUNK[1], x.shape[-1])))
     # Zeros before the first token change nothing, and leave the last state where it is.
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(-n % size, 0), (0, 0)])
     chunks = jnp.moveaxis(padded.reshape(*x.shape[:-2], -1, size, x.shape[-1]), -3, 0)
