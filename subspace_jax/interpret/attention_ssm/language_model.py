@@ -86,7 +86,7 @@ def layer_factors(config: nn.CausalLMConfig, params: PyTree, tokens: jax.Array, 
 def measure_layers(
     config: nn.CausalLMConfig, params: PyTree, tokens: jax.Array, *, progress: bool = False
 ) -> list[LayerMeasure]:
-    """Measures the attention layers of a model one after another, in the memory of one.
+    """Measures the attention layers of a model one after another; the operators of one are in memory at a time.
 
     Arguments: see :func:`layer_factors`; ``n`` is at least 4.
 
