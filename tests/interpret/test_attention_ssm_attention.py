@@ -162,6 +162,7 @@ def test_heads_trained_by_gradient_descent_do_not_beat_the_tail_of_the_spectrum(
     assert errors[-1] <= 1.01 * bound
 
 
+@pytest.mark.slow
 def test_a_layer_trains_on_tokens():
     own, x = ops.FactorizedAttention(4, 4, 2, rngs=nnx.Rngs(0)), jnp.asarray(drawn(4, 8, 4), jnp.float32)
     target = jnp.cumsum(x, axis=1) / jnp.arange(1.0, 9)[None, :, None]

@@ -12,7 +12,7 @@ import pytest
 from subspace_jax import interop, nn
 from subspace_jax.cli.main import main
 from subspace_jax.interpret import attention_ssm as ops
-from subspace_jax.interpret.attention_ssm import language_model
+from subspace_jax.interpret.attention_ssm import language_model, report
 from subspace_jax.nn.params import map_specs
 from tests.nn import lm
 
@@ -103,7 +103,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_attention_operators_writes_a_table_json_and_a_picture(model, tmp_path, capsys):
+def test_attention_operators_writes_a_table_and_json(model, tmp_path, capsys, monkeypatch):
+    # Drawing takes longer than measuring.
+    monkeypatch.setattr(report, "draw", lambda folder, layers: folder / "operators.png")
     options = ["--model", str(model / "model"), "--data", str(model / "some.txt"), "--length", "16", "--rows", "2"]
     assert main(["attention-operators", *options, "--out", str(tmp_path / "out"), "--quiet"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -127,7 +129,6 @@ def test_attention_operators_writes_a_table_json_and_a_picture(model, tmp_path, 
     assert (record["rows"], record["length"], len(record["layers"][0]["profile"])) == (2, 16, 16)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == record["summary"]
     assert record["summary"]["rank_over_heads"] == 1
-    assert (tmp_path / "out" / "operators.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_attention_operators_refuses_bad_input_and_writes_nothing(model, tmp_path, capsys):
@@ -147,6 +148,13 @@ def test_attention_operators_refuses_bad_input_and_writes_nothing(model, tmp_pat
     assert main(["attention-operators", *words]) == 2
     assert "short.txt has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_draw_writes_a_picture_of_layers_of_which_one_has_no_gradient(tmp_path):
+    numbers = (2, 1.5, np.asarray([2.0, 1.0]), 0.4, 3.0, 0.1, np.asarray([1.0, 0.5, 0.1, 0.0]), 1, -0.7)
+    layers = [ops.LayerMeasure(*numbers), ops.LayerMeasure(*numbers)._replace(profile=np.zeros(4))]
+    assert report.draw(tmp_path, layers).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
