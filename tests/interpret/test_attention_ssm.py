@@ -71,7 +71,9 @@ def test_lag_operators_scan_convolution_and_heads_are_golden(case, golden, x64):
         assert error == pytest.approx(g[f"{case}_head_residual_by_count"][k], abs=1e-10)
 
 
-@pytest.mark.parametrize("basis", ["svd", "pivoted", "companion", "modal"])
+@pytest.mark.parametrize(
+    "basis", ["pivoted", "modal", *(pytest.param(x, marks=pytest.mark.slow) for x in ("svd", "companion"))]
+)
 def test_heads_of_every_basis_equal_the_layer_and_a_nilpotent_one_has_no_modes(basis, golden, x64):
     g = golden("attention-ssm/linear_ssm")
     x = jnp.asarray(g["X"])
