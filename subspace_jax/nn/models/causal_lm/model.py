@@ -134,22 +134,22 @@ def causal_lm_apply(
                 value,
                 mask=mask_of(own["window"]) if config.windows_differ else mask,
                 window=config.window,
-                scale=_score_scale(config),
+                scale=score_scale(config),
                 softcap=config.score_softcap,
             )
 
         own_tables = tables
         if local_tables is not None:
             own_tables = jax.tree.map(functools.partial(jnp.where, own["local"]), local_tables, tables)
-        mixed = _attention_block(config, layer["attn"], _norm(config, layer["attn_norm"], x), own_tables, attend)
+        mixed = _attention_block(config, layer["attn"], apply_norm(config, layer["attn_norm"], x), own_tables, attend)
         x = x + _post_norm(config, layer, "attn_post_norm", mixed)
-        inner = mlp(layer["mlp"], _norm(config, layer["mlp_norm"], x), config.activation)
+        inner = mlp(layer["mlp"], apply_norm(config, layer["mlp_norm"], x), config.activation)
         x = options.on_stream(x + _post_norm(config, layer, "mlp_post_norm", inner))
         return (x, cached), (x if capture_hidden else None)
 
     carry = (x, None if cache is None else (cache.keys, cache.values))
-    (x, cached), after = run_layers(block, carry, params["layers"], _layer_inputs(config), options)
-    final = _norm(config, params["norm"], x)
+    (x, cached), after = run_layers(block, carry, params["layers"], layer_inputs(config), options)
+    final = apply_norm(config, params["norm"], x)
 
     return CausalLMOutput(
         final=final,
@@ -178,7 +178,7 @@ def causal_lm_logits(
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _layer_inputs(config: CausalLMConfig) -> dict[str, jax.Array]:
+def layer_inputs(config: CausalLMConfig) -> dict[str, jax.Array]:
     """What differs between layers beside their parameters, ``[layers]`` each."""
     others = {"index": jnp.arange(config.num_layers, dtype=jnp.int32)}
     if config.windows_differ:
@@ -199,36 +199,52 @@ def _embed(config: CausalLMConfig, params: PyTree, tokens: jax.Array, positions:
 
 
 def _attention_block(config: CausalLMConfig, params: PyTree, x: jax.Array, tables, attend) -> jax.Array:
-    def project(x: jax.Array, name: str) -> jax.Array:
+    mixed = attend(*attention_heads(config, params, x, tables))
+    return linear(mixed.reshape(*x.shape[:-1], -1), params["out"]["kernel"], params["out"].get("bias"))
+
+
+def attention_heads(config: CausalLMConfig, params: PyTree, x: jax.Array, tables) -> tuple[jax.Array, ...]:
+    """Returns queries, keys and values of a layer, ``[..., heads or kv_heads, head_dim]``.
+
+    Args:
+      config: The model.
+      params: ``attn`` of a layer.
+      x: Normalized input of the layer, ``[batch, length, d]``.
+      tables: Those of :func:`rope_tables`; None leaves queries and keys as they are.
+    """
+
+    def project(name: str) -> jax.Array:
         return linear(x, params[name]["kernel"], params[name].get("bias"))
 
     heads, kv_heads = config.num_heads, config.num_kv_heads
     if config.fused_qkv:
         ends = [heads * config.head_dim, (heads + kv_heads) * config.head_dim]
-        parts = jnp.split(project(x, "qkv"), ends, axis=-1)
+        parts = jnp.split(project("qkv"), ends, axis=-1)
     else:
-        parts = [project(x, name) for name in ("q", "k", "v")]
+        parts = [project(name) for name in ("q", "k", "v")]
     query, key, value = (
         y.reshape(*y.shape[:-1], n, config.head_dim) for y, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
     )
     if config.qk_norm:
-        query, key = _norm(config, params["q_norm"], query), _norm(config, params["k_norm"], key)
+        query, key = apply_norm(config, params["q_norm"], query), apply_norm(config, params["k_norm"], key)
     if tables is not None:
         query, key = apply_rope(query, tables), apply_rope(key, tables)
-    return project(attend(query, key, value).reshape(*x.shape[:-1], -1), "out")
+    return query, key, value
 
 
-def _norm(config: CausalLMConfig, params: PyTree, x: jax.Array) -> jax.Array:
+def apply_norm(config: CausalLMConfig, params: PyTree, x: jax.Array) -> jax.Array:
+    """Returns ``x [..., d]`` normalized as the model does."""
     if config.norm != "layer":
         return rms_norm(x, params["scale"], config.norm_eps, offset=config.norm == "rms_offset")
     return layer_norm(x, params["scale"], params["bias"], config.norm_eps)
 
 
 def _post_norm(config: CausalLMConfig, layer: PyTree, name: str, x: jax.Array) -> jax.Array:
-    return _norm(config, layer[name], x) if config.post_norms else x
+    return apply_norm(config, layer[name], x) if config.post_norms else x
 
 
-def _score_scale(config: CausalLMConfig) -> float | None:
+def score_scale(config: CausalLMConfig) -> float | None:
+    """Returns the factor of the scores; None for ``1 / sqrt(head_dim)``."""
     if not config.scale_scores:
         return 1.0
     return None if config.score_dim is None else 1 / math.sqrt(config.score_dim)
