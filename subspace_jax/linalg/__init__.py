@@ -2,6 +2,8 @@
 
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
+from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance
+from subspace_jax.linalg.centering import centered_columns
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.frequent_directions import (
     FDState,
@@ -32,6 +34,7 @@ from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
+    "CCAResult",
     "FDState",
     "KMeans",
     "arcsine_ratio",
@@ -39,6 +42,9 @@ __all__ = [
     "broadcast_leading",
     "canonical_signs",
     "canonical_svd",
+    "cca",
+    "cca_from_covariance",
+    "centered_columns",
     "cholesky_qr",
     "cholesky_qr2",
     "cos_sqrt",

@@ -21,6 +21,7 @@ from subspace_jax.metrics.disentanglement_votes import (
 )
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
+from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -47,8 +48,11 @@ __all__ = [
     "final_number",
     "frechet_distance",
     "histogram_discretize",
+    "hsic",
     "intra_class_variability",
+    "kernel_cka",
     "l1_importance",
+    "linear_cka",
     "match_assignments",
     "mdl_bits",
     "mean_gap",
@@ -59,12 +63,14 @@ __all__ = [
     "normalized_mutual_info",
     "perplexity",
     "proxy_a_distance",
+    "rbf_kernel",
     "recall_at_k",
     "retrieval_map",
     "rouge_l",
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "unbiased_hsic",
     "update_gain",
 ]
 
