@@ -1,6 +1,8 @@
 """Metrics: arrays or texts in, numbers out."""
 
 from subspace_jax.metrics.backfill import backfill_curve, update_gain
+from subspace_jax.metrics.chamfer import chamfer_distance
+from subspace_jax.metrics.cka import cka, unbiased_cka
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
 from subspace_jax.metrics.disentanglement import (
@@ -22,6 +24,7 @@ from subspace_jax.metrics.disentanglement_votes import (
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
+from subspace_jax.metrics.neighbor_agreement import cknna, clip_outliers, cycle_knn, lcs_knn, mutual_knn
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
@@ -32,10 +35,15 @@ __all__ = [
     "backfill_curve",
     "balanced_probe_accuracy",
     "bleu",
+    "chamfer_distance",
     "choice_accuracy",
+    "cka",
+    "cknna",
     "class_separation_r2",
+    "clip_outliers",
     "cmc",
     "coral",
+    "cycle_knn",
     "d_int",
     "d_int_bootstrap",
     "dci_from_importance",
@@ -52,6 +60,7 @@ __all__ = [
     "intra_class_variability",
     "kernel_cka",
     "l1_importance",
+    "lcs_knn",
     "linear_cka",
     "match_assignments",
     "mdl_bits",
@@ -60,6 +69,7 @@ __all__ = [
     "mmd2",
     "modularity",
     "mutual_information_matrix",
+    "mutual_knn",
     "normalized_mutual_info",
     "perplexity",
     "proxy_a_distance",
@@ -70,6 +80,7 @@ __all__ = [
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "unbiased_cka",
     "unbiased_hsic",
     "update_gain",
 ]
