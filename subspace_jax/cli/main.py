@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from subspace_jax.cli import (
+    align,
     attention,
     factors,
     fetch,
@@ -33,7 +34,7 @@ _GROUPS = {
     "train": ("train", "eval", "plan"),
     "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
-    "study": ("attention", "class-gates", "factors", "intrinsic-dimension"),
+    "study": ("align", "attention", "class-gates", "factors", "intrinsic-dimension"),
 }
 _EXIT_STATUSES = (
     (0, "done"),
@@ -100,6 +101,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         vision,
         few_shot,
         upgrade,
+        align,
         attention,
         factors,
         hydra,
