@@ -1,6 +1,7 @@
 """Alignment of paired feature spaces: golden vectors, invariances, bounds, and what is refused."""
 
 import functools
+import pathlib
 
 import chex
 import jax
@@ -28,10 +29,9 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def golden_file():
-    with np.load(
-        __file__.replace("interpret/test_platos_cave_3d.py", "golden/platos-cave-3d/subspace_alignment.npz")
-    ) as f:
-        return dict(f)
+    folder = pathlib.Path(__file__).parents[1] / "golden" / "platos-cave-3d"
+    with np.load(folder / "subspace_alignment.npz") as archive:
+        return dict(archive)
 
 
 @functools.cache

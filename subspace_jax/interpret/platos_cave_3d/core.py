@@ -178,19 +178,22 @@ def fit_cca_subspace(xa: jax.Array, ya: jax.Array, k: int = 50, reg: float = 1e-
 def subspace_of_moments(moments: PairMoments, k: int, reg: float, eps: float = 0.0) -> CCASubspace:
     """:func:`fit_cca_subspace` from moments, without its checks of anchors.
 
+    ``reg`` may be traced too, and is not checked then.
+
     Raises:
       ValueError: ``k`` is not between 1 and the smaller width, or a ridge is negative.
     """
     widths = moments.xy.shape
     if not 1 <= k <= min(widths):
         raise ValueError(f"k: expected 1 to {min(widths)}, the smaller of the widths {widths}, got {k}")
-    if not (reg >= 0 and eps >= 0):
+    traced = isinstance(reg, jax.Array)
+    if not eps >= 0 or (not traced and not reg >= 0):
         raise ValueError(f"reg, eps: expected 0 or more, got {reg} and {eps}")
     freedom = jnp.maximum(moments.count - 1, 1)
 
     def with_ridge(scatter):
         covariance = nan_for_infinite(scatter / freedom)
-        ridge = reg * jnp.linalg.eigvalsh(covariance)[-1] if reg else 0.0
+        ridge = reg * jnp.linalg.eigvalsh(covariance)[-1] if traced or reg else 0.0
         return covariance + (ridge + eps) * jnp.eye(len(covariance), dtype=covariance.dtype)
 
     found = cca_from_covariance(with_ridge(moments.xx), moments.xy / freedom, with_ridge(moments.yy), k)

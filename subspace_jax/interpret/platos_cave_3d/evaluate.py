@@ -1,5 +1,6 @@
 """Matching and retrieval of unseen pairs, and the report of an alignment."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -174,6 +175,25 @@ def align(
     if xq.shape[0] != yq.shape[0]:
         raise ValueError(f"xq, yq: expected the same items, got {xq.shape[0]} and {yq.shape[0]}")
     key = jax.random.key(0) if key is None else key
+    found = _aligned(xa, ya, xq, yq, k=k, method=method, reg=reg)
+    scores, full, rest = found[0], found[1], found[2:]
+    return AlignmentReport(
+        method,
+        scores,
+        _match_accuracy(scores, key),
+        retrieval_at_k(scores, RETRIEVAL_KS),
+        _match_accuracy(full, key),
+        retrieval_at_k(full, RETRIEVAL_KS),
+        *rest,
+    )
+
+
+_match_accuracy = jax.jit(match_accuracy)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "method", "reg"))
+def _aligned(xa, ya, xq, yq, *, k, method, reg):
+    """Scores in the subspace and on all features, held-out correlations, the subspace and the map in it."""
     moments = pair_moments(xa, ya)
     sub = subspace_of_moments(moments, k, reg)
     px, py = project_x(sub, xq), project_y(sub, yq)
@@ -181,17 +201,7 @@ def align(
     projected = project_moments(moments, sub)
     scores = scores_by(method, projected, px, py, anchors)
     full = scores_by(method, moments, xq, yq, (xa, ya))
-    return AlignmentReport(
-        method=method,
-        scores=scores,
-        matching=match_accuracy(scores, key),
-        retrieval=retrieval_at_k(scores, RETRIEVAL_KS),
-        full_matching=match_accuracy(full, key),
-        full_retrieval=retrieval_at_k(full, RETRIEVAL_KS),
-        held_out_rho=axis_correlations(pair_moments(px, py)),
-        subspace=sub,
-        translation=affine_of_moments(projected),
-    )
+    return scores, full, axis_correlations(pair_moments(px, py)), sub, affine_of_moments(projected)
 
 
 def scores_by(

@@ -125,20 +125,19 @@ def fit_maps(
     # On one device from here on: the moments of a shard are those of all.
     moments, fit, held = jax.device_put(jax.device_get((moments, pairs.fit, pairs.held)))
     if reg is None:
-        reg = max(RIDGES, key=lambda ridge: float(_held_out(fit, held, k=k, reg=ridge)))
+        reg = RIDGES[int(jnp.argmax(_held_out(fit, held, k=k)))]
     most = min(*widths, pairs.anchors - 1)
     whole = _subspace(moments, k=most, reg=reg)
     queries, sample = (jnp.asarray(pairs.xq), jnp.asarray(pairs.yq)), (jnp.asarray(pairs.xs), jnp.asarray(pairs.ys))
     key = jax.random.key(seed)
     ks = sorted({k, most, *(j for j in _CURVE_KS if j < most)})
-    curve = {j: _numbers(_in_subspace(whole, moments, queries, sample, j, key, method=method)) for j in ks}
-    subspace = {
-        name: curve[k]
-        if name == method
-        else _numbers(_in_subspace(whole, moments, queries, sample, k, key, method=name))
-        for name in METHODS
-    }
-    full = {name: _numbers(_on_features(moments, queries, sample, key, method=name)) for name in METHODS}
+
+    def in_subspace(name, k):
+        return _measured(_in_subspace(whole, moments, queries, sample, k, method=name), key)
+
+    curve = {j: in_subspace(method, j) for j in ks}
+    subspace = {name: curve[k] if name == method else in_subspace(name, k) for name in METHODS}
+    full = {name: _measured(_on_features(moments, queries, sample, method=name), key) for name in METHODS}
     sub = whole.leading(k)
     held_out = axis_correlations(pair_moments(project_x(sub, queries[0]), project_y(sub, queries[1])))
     maps = Maps(sub, affine_of_moments(project_moments(moments, sub)))
@@ -212,30 +211,38 @@ def _check_spread(pairs, reg):
 _subspace = jax.jit(subspace_of_moments, static_argnames=("k", "reg"))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "reg"))
-def _held_out(fit, held, *, k, reg):
-    """Mean correlation of held-out anchors along the directions of the others; a constant direction counts as 0."""
-    correlations = axis_correlations(project_moments(held, subspace_of_moments(fit, k, reg)))
-    return jnp.mean(jnp.where(jnp.isfinite(correlations), correlations, 0))
+@functools.partial(jax.jit, static_argnames="k")
+def _held_out(fit, held, *, k):
+    """Mean correlation of held-out anchors along the directions of the others, for each ridge."""
 
+    def of_ridge(reg):
+        correlations = axis_correlations(project_moments(held, subspace_of_moments(fit, k, reg)))
+        # A direction that is dropped, as there are fewer of them, counts as 0.
+        return jnp.mean(jnp.where(jnp.isfinite(correlations), correlations, 0))
 
-def _numbers(found):
-    return tuple(float(x) for x in jnp.concatenate([found[0][None], found[1]]))
-
-
-def _measured(scores, key):
-    return match_accuracy(scores, key), retrieval_at_k(scores, RETRIEVAL_KS)
+    return jax.lax.map(of_ridge, jnp.asarray(RIDGES, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _in_subspace(whole: CCASubspace, moments: PairMoments, queries, sample, k, key, *, method):
-    """Matching and retrieval in the first ``k`` directions; the others are 0, so that one program serves all ``k``."""
+def _in_subspace(whole: CCASubspace, moments: PairMoments, queries, sample, k, *, method):
+    """Scores in the first ``k`` directions; the others are set to 0, so that one program serves all ``k``."""
     some = (jnp.arange(whole.rho.shape[0]) < k)[None]
     sub = whole._replace(wx=jnp.where(some, whole.wx, 0), wy=jnp.where(some, whole.wy, 0))
     queries, sample = ((project_x(sub, x), project_y(sub, y)) for x, y in (queries, sample))
-    return _measured(scores_by(method, project_moments(moments, sub), *queries, sample), key)
+    return scores_by(method, project_moments(moments, sub), *queries, sample)
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _on_features(moments, queries, sample, key, *, method):
-    return _measured(scores_by(method, moments, *queries, sample), key)
+def _on_features(moments, queries, sample, *, method):
+    return scores_by(method, moments, *queries, sample)
+
+
+@jax.jit
+def _matching_and_retrieval(scores, key):
+    return jnp.concatenate([match_accuracy(scores, key)[None], retrieval_at_k(scores, RETRIEVAL_KS)])
+
+
+def _measured(scores, key):
+    """Matching, then retrieval at 1, 5 and 10."""
+    # What a method can't compare, such as a projection to 0, is like nothing.
+    return tuple(map(float, _matching_and_retrieval(jnp.nan_to_num(scores, nan=-1.0), key)))
