@@ -48,10 +48,10 @@ def _align(args: argparse.Namespace, overrides: list[str]) -> None:
     fitting = {name: getattr(args, name) for name in ("anchors", "k", "method", "reg")}
     if args.map is None and not (args.x and args.y):
         raise ValueError("--x, --y: expected both, features of the same items in two spaces; or --map")
-    if args.map is not None and not (args.x or args.y):
-        raise ValueError("--map: expected --x, --y or both, the features to map")
     if args.map is not None and (given := [f"--{name}" for name, value in fitting.items() if value is not None]):
         raise ValueError(f"--map: applies an earlier alignment, and takes no {', '.join(given)}")
+    if args.map is not None and not (args.x or args.y):
+        raise ValueError("--map: expected --x, --y or both, the features to map")
     if args.top < 1:
         raise ValueError(f"--top: expected 1 or more, got {args.top}")
     sources = {name: open_vectors(name, path) for name in "xy" if (path := getattr(args, name)) is not None}
@@ -93,8 +93,9 @@ def _scalars(found) -> dict[str, float]:
         "top_5": top5,
         "top_10": top10,
         "full_matching": full[0],
+        "full_top_1": full[1],
         "full_top_5": full[2],
-        "rho": float(np.mean(found.rho)),
+        "rho": float(np.nanmean(found.rho)),
         "held_out_rho": float(np.nanmean(found.held_out_rho)),
         "reg": found.reg,
     }

@@ -59,12 +59,11 @@ METHODS = (
             _aligned("matching in 50 directions", "digit", "k50_matching"),
             _aligned("matching with all features", "digit", "k50_full_matching"),
             _aligned(
-                "WordLlama finds MiniLM, 400 docstrings: top-5 retrieval in 50 directions",
-                "docstrings",
-                "docstrings_top_5",
-                0.5,
+                "WordLlama finds MiniLM, 300 anchors: top-1 in 50 directions", "docstrings", "anchors300_top_1", 0.7
             ),
-            _aligned("the same with all features", "docstrings", "docstrings_full_top_5"),
+            _aligned("the same with all features", "docstrings", "anchors300_full_top_1"),
+            _aligned("the same, 1,600 anchors", "docstrings", "anchors1600_top_1"),
+            _aligned("the same with all features, 1,600 anchors", "docstrings", "anchors1600_full_top_1"),
             _aligned(
                 "correlation of distances of descriptions with Chamfer distances", "descriptions", "chamfer_before"
             ),

@@ -96,7 +96,7 @@ def test_report_says_where_correlations_of_anchors_are_over_fitted_and_which_k_i
     curve = {2: (0.1, 0.1, 0.2, 0.3), 4: (0.2, 0.2, 0.3, 0.4), 10: (0.4, 0.3, 0.5, 0.6)}
     found = fit.Found("affine", 4, 1e-3, 60, (20, 14), 40, values, values, curve, (0.9,) * 4, (0.5,) * 4)
     text = report.table(found)
-    assert "Mean canonical correlation 0.900 on the anchors, 0.500 on held-out pairs; ridge 0.001." in text
+    assert "Mean correlation of directions 0.900 on the anchors, 0.500 on held-out pairs; ridge 0.001." in text
     assert "over-fitted (60 anchors for 34 features): go by the held-out ones, or add anchors." in text
     assert "Top-5 by affine is highest, 0.500, with --k 10." in text
     calm = report.table(found._replace(anchors=900, rho=(0.55,) * 4, curve={4: curve[4]}))

@@ -40,7 +40,8 @@ class CCASubspace(NamedTuple):
       mean_y: ``[q]``.
       wx: ``[p, k]``; projected anchors have unit variance, less by the ridge.
       wy: ``[q, k]``.
-      rho: Canonical correlations of the anchors, ``[k]``, descending: too high where there are few for the widths.
+      rho: Canonical correlations of the anchors, ``[k]``, descending: too high where there are few for the widths, and
+        shrunk by a ridge.
     """
 
     mean_x: jax.Array

@@ -35,7 +35,7 @@ from subspace_jax.interpret.platos_cave_3d.evaluate import (
 from subspace_jax.interpret.platos_cave_3d.pairs import Pairs
 
 MAPS, RECORD = "maps.safetensors", "align.json"
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _CURVE_KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -72,7 +72,7 @@ class Found(NamedTuple):
       subspace: For each method, matching, then retrieval at 1, 5 and 10, in the subspace.
       full: The same on the features.
       curve: For each number of directions, the same by ``method``.
-      rho: Correlations of the anchors, ``k`` numbers.
+      rho: Correlations of the projected anchors along each direction, ``k`` numbers, which a ridge does not shrink.
       held_out_rho: Correlations of the queries along the same directions.
     """
 
@@ -139,8 +139,9 @@ def fit_maps(
     subspace = {name: curve[k] if name == method else in_subspace(name, k) for name in METHODS}
     full = {name: _measured(_on_features(moments, queries, sample, method=name), key) for name in METHODS}
     sub = whole.leading(k)
+    projected = project_moments(moments, sub)
     held_out = axis_correlations(pair_moments(project_x(sub, queries[0]), project_y(sub, queries[1])))
-    maps = Maps(sub, affine_of_moments(project_moments(moments, sub)))
+    maps = Maps(sub, affine_of_moments(projected))
     found = Found(
         method=method,
         k=k,
@@ -151,7 +152,7 @@ def fit_maps(
         subspace=subspace,
         full=full,
         curve=curve,
-        rho=tuple(map(float, sub.rho)),
+        rho=tuple(map(float, axis_correlations(projected))),
         held_out_rho=tuple(map(float, held_out)),
     )
     return maps, found

@@ -33,8 +33,10 @@ def _shown(values):
 
 
 def _correlations(found: Found) -> list[str]:
-    rho, held = np.mean(found.rho), np.nanmean(found.held_out_rho)
-    lines = [f"Mean canonical correlation {rho:.3f} on the anchors, {held:.3f} on held-out pairs; ridge {found.reg:g}."]
+    rho, held = np.nanmean(found.rho), np.nanmean(found.held_out_rho)
+    lines = [
+        f"Mean correlation of directions {rho:.3f} on the anchors, {held:.3f} on held-out pairs; ridge {found.reg:g}."
+    ]
     features = sum(found.widths)
     if rho > held + _GAP or found.anchors < 2 * features:
         why = f"{found.anchors} anchors for {features} features"
