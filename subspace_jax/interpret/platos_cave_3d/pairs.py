@@ -78,7 +78,7 @@ def read_pairs(x: Rows, y: Rows, anchors: int | None = None, *, seed: int = 0, p
     anchors = count - queries if anchors is None else anchors
     if not _HELD_PART <= anchors <= count - queries:
         raise ValueError(
-            f"anchors: expected {_HELD_PART} to {count - queries}, {queries} of {count} items being queries"
+            f"anchors: expected {_HELD_PART} to {count - queries}, {queries} of {count} items being queries; got {anchors}"
         )
     roles = _roles(count, queries, anchors, seed)
     sampled = np.flatnonzero(np.isin(roles, (_FIT, _HELD)))[:: -(-anchors // MOST_SAMPLED)]
