@@ -77,9 +77,8 @@ def read_pairs(x: Rows, y: Rows, anchors: int | None = None, *, seed: int = 0, p
     queries = min(MOST_QUERIES, count // 5)
     anchors = count - queries if anchors is None else anchors
     if not _HELD_PART <= anchors <= count - queries:
-        raise ValueError(
-            f"anchors: expected {_HELD_PART} to {count - queries}, {queries} of {count} items being queries; got {anchors}"
-        )
+        most = f"{count - queries}, {queries} of {count} items being queries"
+        raise ValueError(f"anchors: expected {_HELD_PART} to {most}; got {anchors}")
     roles = _roles(count, queries, anchors, seed)
     sampled = np.flatnonzero(np.isin(roles, (_FIT, _HELD)))[:: -(-anchors // MOST_SAMPLED)]
     chosen = {"q": roles == _QUERY, "s": np.isin(np.arange(count), sampled)}
