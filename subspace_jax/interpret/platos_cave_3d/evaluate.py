@@ -148,7 +148,6 @@ def align(
     method: str = "affine",
     *,
     reg: float = 1e-8,
-    key: jax.Array | None = None,
 ) -> AlignmentReport:
     """Aligns two feature spaces in the subspace of anchors, and measures it on other pairs (arXiv 2503.05283).
 
@@ -161,7 +160,9 @@ def align(
       method: "affine" (least squares from ``y`` to ``x``, then cosines), "local-cka" (linear) or "relative" (cosines to
         the anchors).
       reg: See :func:`fit_cca_subspace`.
-      key: Key of :func:`match_accuracy`; 0 by default.
+
+    Returns:
+      The report; columns are matched in an order drawn with key 0, see :func:`match_accuracy`.
 
     Raises:
       ValueError: As :func:`fit_cca_subspace` with ``reg`` above 0; the numbers of queries differ, or the method is
@@ -174,7 +175,7 @@ def align(
     check_queries(xa, ya, xq, yq)
     if xq.shape[0] != yq.shape[0]:
         raise ValueError(f"xq, yq: expected the same items, got {xq.shape[0]} and {yq.shape[0]}")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0)
     found = _aligned(xa, ya, xq, yq, k=k, method=method, reg=reg)
     scores, full, rest = found[0], found[1], found[2:]
     return AlignmentReport(
