@@ -342,6 +342,7 @@ def test_a_constant_feature_is_no_error_with_a_ridge():
 def test_alignment_refuses_other_queries_unknown_choices_and_shapes():
     xa, ya, xq, yq = planted()
     cases = [
+        ("reg: expected more than 0 for 20 anchors", lambda: platos.align(xa[:20], ya[:20], xq, yq, 4, reg=0.0)),
         ("xq, yq: expected the same items, got 24 and 23", lambda: platos.align(xa, ya, xq, yq[1:], 4)),
         (
             "method: expected one of affine, local-cka, relative, got 'cca'",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax.linalg import cca_from_covariance, gram, nan_for_infinite, times, working_dtype
 
@@ -158,21 +159,7 @@ def fit_cca_subspace(xa: jax.Array, ya: jax.Array, k: int = 50, reg: float = 1e-
         feature is constant.
     """
     xa, ya = jnp.asarray(xa), jnp.asarray(ya)
-    check_anchors(xa, ya, k)
-    bare = reg == 0 and eps == 0
-    if bare and xa.shape[0] <= max(xa.shape[1], ya.shape[1]):
-        raise ValueError(
-            f"reg: expected more than 0 for {xa.shape[0]} anchors of widths {xa.shape[1]} and {ya.shape[1]}: their "
-            "covariances are singular, and every correlation is 1"
-        )
-    for name, z in (("xa", xa), ("ya", ya)):
-        if bare and is_known(z):
-            constant = jnp.flatnonzero(jnp.max(z, axis=0) == jnp.min(z, axis=0))
-            if constant.size:
-                raise ValueError(
-                    f"{name}: feature {int(constant[0])} is constant over the anchors, so its variance is 0; drop "
-                    "it, or give reg > 0"
-                )
+    check_anchors(xa, ya, k, reg == 0 and eps == 0)
     return subspace_of_moments(pair_moments(xa, ya), k, reg, eps)
 
 
@@ -263,17 +250,28 @@ def apply_affine(affine: AffineMap, z: jax.Array) -> jax.Array:
     return times(z.astype(affine.R.dtype), affine.R.T) + affine.b[None]
 
 
-def check_anchors(xa: jax.Array, ya: jax.Array, k: int) -> None:
+def check_anchors(xa: jax.Array, ya: jax.Array, k: int, no_ridge: bool) -> None:
     """Raises for anchors from which no subspace of ``k`` directions is found."""
-    if xa.ndim != 2 or ya.ndim != 2 or xa.shape[0] != ya.shape[0]:
-        raise ValueError(
-            f"xa, ya: expected the same anchors [anchors, p] and [anchors, q], got {xa.shape} and {ya.shape}"
-        )
+    check_pairs(xa, ya)
     if not 1 <= k <= min(xa.shape[1], ya.shape[1]):
         raise ValueError(f"k: expected 1 to the smaller of the widths {xa.shape[1]} and {ya.shape[1]}, got {k}")
     if xa.shape[0] <= k:
         raise ValueError(f"xa, ya: expected more anchors than the {k} directions, got {xa.shape[0]}")
     check_finite(xa=xa, ya=ya)
+    if not no_ridge:
+        return
+    if xa.shape[0] <= max(xa.shape[1], ya.shape[1]):
+        raise ValueError(
+            f"reg: expected more than 0 for {xa.shape[0]} anchors of widths {xa.shape[1]} and {ya.shape[1]}: their "
+            "covariances are singular, and every correlation is 1"
+        )
+    for name, z in (("xa", xa), ("ya", ya)):
+        constant = np.flatnonzero(np.ptp(np.asarray(z), axis=0) == 0) if is_known(z) else ()
+        if len(constant):
+            raise ValueError(
+                f"{name}: feature {constant[0]} is constant over the anchors, so its variance is 0; drop it, or give "
+                "reg > 0"
+            )
 
 
 def check_pairs(xa: jax.Array, ya: jax.Array) -> None:

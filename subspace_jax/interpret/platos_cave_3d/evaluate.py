@@ -165,13 +165,13 @@ def align(
       The report; columns are matched in an order drawn with key 0, see :func:`match_accuracy`.
 
     Raises:
-      ValueError: As :func:`fit_cca_subspace` with ``reg`` above 0; the numbers of queries differ, or the method is
+      ValueError: As :func:`fit_cca_subspace`; the numbers of queries differ, or the method is
         unknown.
     """
     xa, ya, xq, yq = (jnp.asarray(z) for z in (xa, ya, xq, yq))
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    check_anchors(xa, ya, k)
+    check_anchors(xa, ya, k, reg == 0)
     check_queries(xa, ya, xq, yq)
     if xq.shape[0] != yq.shape[0]:
         raise ValueError(f"xq, yq: expected the same items, got {xq.shape[0]} and {yq.shape[0]}")
