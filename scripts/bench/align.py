@@ -24,7 +24,7 @@ import memory
 import numpy as np
 
 QUERIES, DIRECTIONS, WIDTH, K = 8, 50, 128, 10
-SIZES = {"local_cka": (200, 800, 3200), "mutual_knn": (2000, 6000, 18_000)}
+SIZES = {"local_cka": (200, 800, 1600), "mutual_knn": (1000, 3000, 9000)}
 QUICK = {"local_cka": (100,), "mutual_knn": (500,)}
 
 

@@ -78,7 +78,9 @@ def test_descriptions_in_the_subspace_know_the_shape(record_property):
     """Distances of descriptions correlate more with Chamfer distances of their point clouds once they are projected."""
     clouds, words, _ = data.point_clouds(jax.random.key(0), 1600)
     powers = [(a, b, c) for a in range(0, 5, 2) for b in range(0, 5, 2) for c in range(0, 5, 2)]
-    moments = jnp.stack([jnp.mean(jnp.prod(clouds ** jnp.asarray(p, jnp.float32), -1), -1) for p in powers[1:]], 1)
+    moments = jnp.stack(
+        [jnp.mean(jnp.prod(clouds ** jnp.asarray(p, jnp.float32)[None, None], -1), -1) for p in powers[1:]], 1
+    )
     report = platos.align(moments[:1400], words[:1400], moments[1400:], words[1400:], 6, reg=1e-4)
     first, second = np.triu_indices(200, 1)
     chamfer = jax.jit(jax.vmap(metrics.chamfer_distance))(clouds[1400 + first], clouds[1400 + second])
