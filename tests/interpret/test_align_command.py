@@ -102,6 +102,9 @@ def test_report_says_where_correlations_of_anchors_are_over_fitted_and_which_k_i
     calm = report.table(found._replace(anchors=900, rho=(0.55,) * 4, curve={4: curve[4]}))
     assert "over-fitted" not in calm
     assert "highest" not in calm
+    assert "the same items" not in calm
+    lost = found._replace(subspace=dict.fromkeys(evaluate.METHODS, (0.02, 0.03, 0.1, 0.26)))
+    assert "Held-out pairs are hardly found: are the rows of both files the same items?" in report.table(lost)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_align_refuses_what_can_not_serve(folder, tmp_path, capsys, error, argum
 def test_align_refuses_nan_few_items_constant_features_and_files_that_it_reads(folder, tmp_path, capsys):
     x, y = np.load(folder / "new_x.npy"), np.load(folder / "new_y.npy")
     cases = {
-        "x: expected finite vectors, got NaN or infinity in 1: vector 7": (
+        "0x.npy: expected finite vectors, got NaN or infinity in 1: vector 7": (
             np.where(np.arange(30)[:, None] == 7, np.nan, x),
             y,
         ),
