@@ -71,6 +71,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/optimizers.py
 	$(PY) scripts/bench/vision.py
 	$(PY) scripts/bench/represent.py
+	$(PY) scripts/bench/align.py
 	$(PY) scripts/bench/adapters.py
 	$(PY) scripts/bench/attention_ssm.py
 

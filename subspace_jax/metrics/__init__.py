@@ -3,6 +3,7 @@
 from subspace_jax.metrics.backfill import backfill_curve, update_gain
 from subspace_jax.metrics.chamfer import chamfer_distance
 from subspace_jax.metrics.cka import cka, unbiased_cka
+from subspace_jax.metrics.cka import cka, median_sigma, unbiased_cka
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
 from subspace_jax.metrics.disentanglement import (
@@ -74,6 +75,7 @@ __all__ = [
     "match_assignments",
     "mdl_bits",
     "mean_gap",
+    "median_sigma",
     "mig",
     "mmd2",
     "modularity",

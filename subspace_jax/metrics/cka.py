@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import gram, pairwise_sq_distances, times
+from subspace_jax.linalg import gram, pairwise_sq_distances, times, working_dtype
 from subspace_jax.metrics._pairs import checked_pair
 
 KERNELS = ("linear", "rbf")
 _PAIRS_AT_A_TIME = 2**22
+_EXAMPLES_OF_A_MEDIAN = 2048
 
 
 def cka(x: jax.Array, y: jax.Array, *, kernel: str = "linear", sigma: jax.typing.ArrayLike = 1.0) -> jax.Array:
@@ -53,6 +54,33 @@ def unbiased_cka(x: jax.Array, y: jax.Array, *, kernel: str = "linear", sigma: j
       TypeError: As :func:`cka`.
     """
     return _ratio(*_hsics(x, y, kernel, sigma, unbiased=True))
+
+
+def median_sigma(x: jax.Array) -> jax.Array:
+    """Width of the kernel "rbf" whose square is the median of the non-zero squared distances of examples.
+
+    Of an even number of distances the lower one, as in arXiv 2401.05224.  Of more than 2,048 examples as many are
+    taken, evenly spaced.
+
+    Args:
+      x: ``[n, p]``, floating point.
+
+    Returns:
+      A scalar, float32 or wider; NaN where all examples are equal.
+
+    Raises:
+      ValueError: There are fewer than 2 examples.
+    """
+    if x.ndim != 2 or x.shape[0] < 2:
+        raise ValueError(f"x: expected two examples [n, p] or more, got {x.shape}")
+    x = x.astype(working_dtype(x))
+    x = x[:: -(-x.shape[0] // _EXAMPLES_OF_A_MEDIAN)]
+    # From the mean as the origin: distances come from inner products.
+    x = x - jnp.mean(x, axis=0, keepdims=True)
+    above = pairwise_sq_distances(x, x)[jnp.triu_indices(x.shape[0], 1)]
+    count = jnp.sum(above > 0)
+    ordered = jnp.sort(jnp.where(above > 0, above, jnp.inf))
+    return jnp.where(count > 0, jnp.sqrt(ordered[(count - 1) // 2]), jnp.nan)
 
 
 def _ratio(kl, kk, ll):

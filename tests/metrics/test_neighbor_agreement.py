@@ -25,11 +25,11 @@ def AGREEMENT(x, y, k=8):
 
 
 @jax.jit
-def ALIGNMENT(x, y):
+def ALIGNMENT(x, y, sigmas=(1.0, 1.0)):
     return {
         "cka_linear": metrics.cka(x, y),
         "cka_unbiased": metrics.unbiased_cka(x, y),
-        "cka_rbf_sigma1": metrics.cka(x, y, kernel="rbf"),
+        "cka_rbf_sigma1": metrics.cka(x, y, kernel="rbf", sigma=jnp.stack(sigmas)),
     }
 
 
@@ -44,6 +44,8 @@ def test_agreement_and_alignment_are_those_of_the_reference_code(golden, x64):
     found = AGREEMENT(a, b, int(file["topk"])) | ALIGNMENT(linalg.unit_vectors(a), linalg.unit_vectors(b))
     for name, value in found.items():
         chex.assert_trees_all_close(value, file[name], atol=1e-6)
+    medians = (metrics.median_sigma(a), metrics.median_sigma(b))
+    chex.assert_trees_all_close(ALIGNMENT(a, b, medians)["cka_rbf_sigma1"], file["cka_rbf_median"], atol=1e-6)
     clipped = metrics.clip_outliers(a, 0.95)
     chex.assert_trees_all_close(clipped, file["outlier_clipped_A_q95"], atol=1e-12)
     assert metrics.clip_outliers(a, 1.0) is a
