@@ -3,7 +3,6 @@
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance, whitened_columns
-from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance
 from subspace_jax.linalg.centering import centered_columns
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.frequent_directions import (
@@ -42,8 +41,8 @@ from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
-    "EnergyBasis",
     "CCAResult",
+    "EnergyBasis",
     "FDState",
     "KMeans",
     "MSOResult",

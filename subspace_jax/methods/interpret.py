@@ -2,22 +2,28 @@
 
 from subspace_jax.methods.records import Figure, Method, golden
 
-_HEADS = "python -m pytest tests/interpret/test_attention_ssm_figures.py"
-_OPERATORS = "subspace-jax attention-operators --model work/models/smollm2"
-
 _PLANTED = "python -m pytest tests/interpret/test_safety_subspaces_figures.py"
 
 
 def _planted(name: str, metric: str, at_least: float | None = None, at_most: float | None = None) -> Figure:
     return Figure(name, _PLANTED, metric, at_least=at_least, at_most=at_most, seeds=(0,))
 
+
 _CONVERGENT = "python -m pytest tests/interpret/test_convergent_figures.py"
-_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py"
 
 
 def _aligned(name: str, part: str, metric: str, at_least: float | None = None) -> Figure:
     command = f"python -m pytest tests/interpret/test_platos_cave_3d_figures.py -k {part}"
     return Figure(name, command, metric, at_least=at_least, seeds=(0,))
+
+
+_PICTURES = "python -m pytest tests/interpret/test_compositional_pictures.py"
+
+
+_HEADS = "python -m pytest tests/interpret/test_attention_ssm_figures.py"
+
+
+_OPERATORS = "subspace-jax attention-operators --model work/models/smollm2"
 
 
 METHODS = (
@@ -71,6 +77,9 @@ METHODS = (
             _planted("MSO at 0.9 of alignment and harmful updates", "mso_alignment_harmful"),
             _planted("MSO at 0.9 of useful and harmful updates", "mso_useful_harmful"),
             _planted("its random baseline", "mso_random"),
+        ),
+    ),
+    Method(
         name="convergent-learning",
         area="interpret",
         title="Convergent learning: do two networks learn the same",
@@ -103,6 +112,46 @@ METHODS = (
                 at_least=1.0,
                 seeds=(0,),
             ),
+        ),
+    ),
+    Method(
+        name="platos-cave-3d",
+        area="interpret",
+        title="Alignment of two feature spaces in a subspace",
+        paper="Escaping Plato's Cave: Towards the Alignment of 3D and Text Latent Spaces",
+        arxiv=("2503.05283", "2401.05224", "2405.07987"),
+        summary=(
+            "Finds low-dimensional subspaces in which the features of two frozen encoders, of shapes and of texts say, "
+            "are correlated, by CCA of some known pairs, aligns them there by an affine map or by local CKA, and "
+            "matches or retrieves unseen items of one with those of the other.  It takes any two paired feature "
+            "matrices."
+        ),
+        module="subspace_jax.interpret.platos_cave_3d",
+        configs=(),
+        command="subspace-jax align --x images.npy --y captions.npy --out work/align",
+        figures=(
+            _aligned("halves of digits, 3 draws: top-5 retrieval in 50 directions", "digit", "k50_top_5", 0.5),
+            _aligned("the same over that with all features", "digit", "top_5_over_full", 1.3),
+            _aligned("the same with all features", "digit", "k50_full_top_5"),
+            _aligned("the same in 5 directions", "digit", "k5_top_5"),
+            _aligned("the same in 50 directions by local CKA", "digit", "local_cka_top_5"),
+            _aligned("the same with all features by local CKA", "digit", "local_cka_full_top_5"),
+            _aligned("matching in 50 directions", "digit", "k50_matching"),
+            _aligned("matching with all features", "digit", "k50_full_matching"),
+            _aligned(
+                "WordLlama finds MiniLM, 300 anchors: top-1 in 50 directions", "docstrings", "anchors300_top_1", 0.7
+            ),
+            _aligned("the same with all features", "docstrings", "anchors300_full_top_1"),
+            _aligned("the same, 1,600 anchors", "docstrings", "anchors1600_top_1"),
+            _aligned("the same with all features, 1,600 anchors", "docstrings", "anchors1600_full_top_1"),
+            _aligned(
+                "correlation of distances of descriptions with Chamfer distances", "descriptions", "chamfer_before"
+            ),
+            _aligned("the same in the subspace", "descriptions", "chamfer_after"),
+        ),
+        needs=("wordllama", "minilm"),
+    ),
+    Method(
         name="compositional-linear",
         area="interpret",
         title="Compositional representations",
@@ -130,6 +179,8 @@ METHODS = (
             Figure("accuracy of pixels", _PICTURES, "pixels_accuracy", seeds=(0,)),
             Figure("accuracy of five random layers", _PICTURES, "random5_accuracy", seeds=(0,)),
         ),
+    ),
+    Method(
         name="attention-ssm",
         area="interpret",
         title="Attention and state-space layers as heads",
@@ -185,40 +236,5 @@ METHODS = (
             Figure("the same, error of the best 5 heads, mean", _OPERATORS, "half_error", seeds=(0,)),
         ),
         needs=("smollm2",),
-        name="platos-cave-3d",
-        area="interpret",
-        title="Alignment of two feature spaces in a subspace",
-        paper="Escaping Plato's Cave: Towards the Alignment of 3D and Text Latent Spaces",
-        arxiv=("2503.05283", "2401.05224", "2405.07987"),
-        summary=(
-            "Finds low-dimensional subspaces in which the features of two frozen encoders, of shapes and of texts say, "
-            "are correlated, by CCA of some known pairs, aligns them there by an affine map or by local CKA, and "
-            "matches or retrieves unseen items of one with those of the other.  It takes any two paired feature "
-            "matrices."
-        ),
-        module="subspace_jax.interpret.platos_cave_3d",
-        configs=(),
-        command="subspace-jax align --x images.npy --y captions.npy --out work/align",
-        figures=(
-            _aligned("halves of digits, 3 draws: top-5 retrieval in 50 directions", "digit", "k50_top_5", 0.5),
-            _aligned("the same over that with all features", "digit", "top_5_over_full", 1.3),
-            _aligned("the same with all features", "digit", "k50_full_top_5"),
-            _aligned("the same in 5 directions", "digit", "k5_top_5"),
-            _aligned("the same in 50 directions by local CKA", "digit", "local_cka_top_5"),
-            _aligned("the same with all features by local CKA", "digit", "local_cka_full_top_5"),
-            _aligned("matching in 50 directions", "digit", "k50_matching"),
-            _aligned("matching with all features", "digit", "k50_full_matching"),
-            _aligned(
-                "WordLlama finds MiniLM, 300 anchors: top-1 in 50 directions", "docstrings", "anchors300_top_1", 0.7
-            ),
-            _aligned("the same with all features", "docstrings", "anchors300_full_top_1"),
-            _aligned("the same, 1,600 anchors", "docstrings", "anchors1600_top_1"),
-            _aligned("the same with all features, 1,600 anchors", "docstrings", "anchors1600_full_top_1"),
-            _aligned(
-                "correlation of distances of descriptions with Chamfer distances", "descriptions", "chamfer_before"
-            ),
-            _aligned("the same in the subspace", "descriptions", "chamfer_after"),
-        ),
-        needs=("wordllama", "minilm"),
     ),
 )

@@ -2,7 +2,6 @@
 
 from subspace_jax.metrics.backfill import backfill_curve, update_gain
 from subspace_jax.metrics.chamfer import chamfer_distance
-from subspace_jax.metrics.cka import cka, unbiased_cka
 from subspace_jax.metrics.cka import cka, median_sigma, unbiased_cka
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
