@@ -43,8 +43,9 @@ def _correlations(found: Found) -> list[str]:
         lines.append(
             f"The correlations of the anchors are over-fitted ({why}): go by the held-out ones, or add anchors."
         )
-    # Top-10 of a share of the queries has a deviation of less than this.
-    if found.subspace[found.method][3] < found.chance[3] + 2 / np.sqrt(found.queries) * found.chance[3] ** 0.5:
+    chance = found.chance[3]
+    # Within two standard deviations of chance.
+    if found.subspace[found.method][3] < chance + 2 * np.sqrt(chance * (1 - chance) / found.queries):
         lines.append("Held-out pairs are hardly found: are the rows of both files the same items?")
     best = max(found.curve, key=lambda k: found.curve[k][2])
     if found.curve[best][2] > found.curve[found.k][2] + 0.02:
