@@ -4,7 +4,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def compare_layers(
     *,
     measures: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
-    **settings,
+    **settings: Any,
 ) -> LayerComparison:
     """Compares each layer of a network with each of another.
 
