@@ -74,6 +74,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/align.py
 	$(PY) scripts/bench/adapters.py
 	$(PY) scripts/bench/attention_ssm.py
+	$(PY) scripts/bench/compare.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
