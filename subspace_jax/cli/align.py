@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
 
 
 def _align(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax.represent.lambda_orthogonality import open_vectors
+    from subspace_jax.data import open_vectors
 
     fitting = {name: getattr(args, name) for name in ("anchors", "k", "method", "reg")}
     if args.map is None and not (args.x and args.y):
@@ -106,9 +106,8 @@ def _mapped(args: argparse.Namespace, sources: dict) -> list[str]:
     import jax
     import numpy as np
 
-    from subspace_jax import train
+    from subspace_jax import data, train
     from subspace_jax.interpret.platos_cave_3d import fit
-    from subspace_jax.represent.lambda_orthogonality import stream
 
     maps = fit.load_maps(args.map)
     apply = {"x": maps.of_x, "y": maps.of_y}
@@ -129,7 +128,8 @@ def _mapped(args: argparse.Namespace, sources: dict) -> list[str]:
             return jax.device_get(project(block)), np.zeros(len(block), np.float32)
 
         path = out / f"{name}.npy"
-        stream.map_blocks(source, path, maps.subspace.rho.shape[0], of_block, progress=not args.quiet)
+        with train.replacing(path) as partial, partial.open("wb") as file:
+            data.map_blocks(source, file, maps.subspace.rho.shape[0], of_block, progress=not args.quiet)
         written.append(f"{name}.npy: {name} in the common space, in which they compare by cosines")
     if len(sources) == 2:
         _write_nearest(out, args.top)

@@ -51,20 +51,19 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
 
     import jax
 
-    from subspace_jax import train
+    from subspace_jax import data, train
     from subspace_jax.interpret import compositional_linear as cl
-    from subspace_jax.represent import lambda_orthogonality as files
 
     settings = cl.ReportSettings(args.fraction, args.splits, cl.ProbeSettings(epochs=args.epochs), args.method)
     table = cl.read_label_table(args.labels)
-    opened = {path: files.open_vectors("features", path) for path in args.features}
+    opened = {path: data.open_vectors("features", path) for path in args.features}
     for path, stored in opened.items():
         if stored.shape[0] != len(table.labels):
             raise ValueError(
                 f"--features: {path} has {stored.shape[0]} vectors, and {args.labels} labels of {len(table.labels)} "
                 "examples; expected one label for each vector"
             )
-    vectors = {path: _read(path, stored) for path, stored in opened.items()}
+    vectors = {path: stored.read() for path, stored in opened.items()}
     out = train.writable_folder(args.out)
     found = []
     for path, x in vectors.items():
@@ -89,10 +88,3 @@ def _compositional(args: argparse.Namespace, overrides: list[str]) -> None:
     shared.write_result(out, scalars)
     cl.plot_geometry(found, table, out / "geometry.png")
     print(f"Wrote table.json, result.json and geometry.png to {out}")
-
-
-def _read(path: str, stored):
-    try:
-        return stored.read()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -59,12 +59,11 @@ def add_commands(commands) -> None:
 
 
 def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
-    from subspace_jax import train
-    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax import data, train
 
     _check(args)
     given = (("gallery", args.gallery), ("queries", args.queries))
-    streams = {name: upgrades.open_vectors(name, path) for name, path in given if path is not None}
+    streams = {name: data.open_vectors(name, path) for name, path in given if path is not None}
     if not args.maps:
         _check_widths(args, streams)
     out = train.writable_folder(args.out)
@@ -122,10 +121,10 @@ _PURPOSES = {
 
 def _check_widths(args: argparse.Namespace, streams: dict) -> None:
     """Raises before the fit what the mapping of a file of another width would raise after it."""
-    from subspace_jax.represent import lambda_orthogonality as upgrades
+    from subspace_jax import data
 
     for name, of in (("gallery", "old"), ("queries", "new")):
-        width = upgrades.open_vectors(of, getattr(args, of)).shape[1]
+        width = data.open_vectors(of, getattr(args, of)).shape[1]
         if name in streams and streams[name].shape[1] != width:
             raise ValueError(
                 f"--{name}: expected vectors of the width {width} of --{of}, got width {streams[name].shape[1]}"
@@ -161,13 +160,14 @@ def _fitted(args: argparse.Namespace, out: Path, items: int | None):
     """Fits the maps to pairs; returns chain, record, tables and a line for each file."""
     import dataclasses
 
+    from subspace_jax import data
     from subspace_jax.represent import lambda_orthogonality as upgrades
-    from subspace_jax.represent.lambda_orthogonality import report, stream
+    from subspace_jax.represent.lambda_orthogonality import report
 
-    old, new = (upgrades.open_vectors(name, path).read() for name, path in (("old", args.old), ("new", args.new)))
+    old, new = (data.open_vectors(name, path).read() for name, path in (("old", args.old), ("new", args.new)))
     for name, path, h in (("old", args.old, old), ("new", args.new, new)):
-        stream.check_informative(f"{name}: {path}", h, args.metric)
-    labels = None if args.labels is None else upgrades.read_labels(args.labels, len(old))
+        data.check_informative(f"{name}: {path}", h, args.metric)
+    labels = None if args.labels is None else data.read_labels(args.labels, len(old))
     settings = upgrades.UpgradeSettings(args.metric, args.k, args.lam, args.seed)
     chain, found = upgrades.fit_upgrade(old, new, labels, settings)
     if found.at_chance:
@@ -180,6 +180,7 @@ def _fitted(args: argparse.Namespace, out: Path, items: int | None):
 
 def _chained(args: argparse.Namespace, out: Path, items: int | None):
     """Reads and joins the maps of earlier upgrades; returns the same."""
+    from subspace_jax import data
     from subspace_jax.represent import lambda_orthogonality as upgrades
     from subspace_jax.represent.lambda_orthogonality import report
 
@@ -188,7 +189,7 @@ def _chained(args: argparse.Namespace, out: Path, items: int | None):
     if len(chains) > 1 and all("prediction" in other for other in records):
         tables.append(report.links_table(records, args.maps))
     if args.check:
-        spaces = [upgrades.open_vectors("check", path).read() for path in args.check]
+        spaces = [data.open_vectors("check", path).read() for path in args.check]
         record["check"] = upgrades.check_chain(chains, spaces, args.k)
         tables.append(report.chain_table(record["check"], args.maps, args.k))
     return chain, record, tables, []

@@ -28,6 +28,7 @@ from subspace_jax.data.sources.folders import image_folder
 from subspace_jax.data.sources.images import Images
 from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
 from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_set, image_source
+from subspace_jax.data.vectors import StoredVectors, check_informative, map_blocks, open_vectors, read_labels
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -36,9 +37,11 @@ __all__ = [
     "ImageSource",
     "Images",
     "Source",
+    "StoredVectors",
     "TrainImage",
     "Transform",
     "UnionOfSubspaces",
+    "check_informative",
     "color_jitter",
     "decode_image",
     "default_data_dir",
@@ -49,13 +52,16 @@ __all__ = [
     "image_set",
     "image_source",
     "load_arrays",
+    "map_blocks",
     "mix_images",
+    "open_vectors",
     "partners",
     "rand_augment",
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
     "read_json_object",
+    "read_labels",
     "resize",
     "standardize",
     "steps_per_epoch",

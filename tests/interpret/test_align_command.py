@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from subspace_jax.cli.main import main
+from subspace_jax.data import open_vectors
 from subspace_jax.interpret.platos_cave_3d import data, evaluate, fit, pairs, report
-from subspace_jax.represent.lambda_orthogonality import open_vectors
 
 COUNT, ANCHORS, K = 200, 150, 4
 

@@ -95,7 +95,7 @@ def test_the_command_refuses_bad_files_and_writes_nothing(folder, tmp_path, caps
         (
             tmp_path / "nan.npy",
             labels,
-            "nan.npy: features: expected finite vectors, got NaN or infinity in 1: vector 7",
+            "nan.npy: expected finite vectors, got NaN or infinity in 1: vector 7",
         ),
         (good, tmp_path / "none.csv", "none.csv: no such file"),
         (good, tmp_path / "labels.txt", "expected a file that ends in .csv, .npy or .npz"),

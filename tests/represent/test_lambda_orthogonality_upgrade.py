@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import losses
+from subspace_jax import data, losses
 from subspace_jax.cli.main import main
 from subspace_jax.represent import lambda_orthogonality as upgrades
-from subspace_jax.represent.lambda_orthogonality import maps, predict, report, stream
+from subspace_jax.represent.lambda_orthogonality import maps, predict, report
 
 PAIRS, OLD, NEW = 200, 6, 8
 
@@ -146,10 +146,10 @@ def test_the_code_of_the_report_applies_the_maps_without_this_library(folder, mo
 
 
 def test_a_store_in_blocks_is_mapped_as_a_whole_one_and_keeps_its_dtype(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 4 * NEW * 40)  # 40, 40 and 10 vectors
+    monkeypatch.setattr(data.vectors, "BLOCK_BYTES", 4 * NEW * 40)  # 40, 40 and 10 vectors
     old = np.load(folder / "other_old.npy").astype(np.float16)
     np.savez_compressed(tmp_path / "store.npz", ids=np.arange(90), vectors=old)
-    source = upgrades.open_vectors("gallery", tmp_path / "store.npz")
+    source = data.open_vectors("gallery", tmp_path / "store.npz")
     assert [len(block) for block in source.blocks(40)] == [40, 40, 10]
     chain, _ = upgrades.load_maps(folder / "up")
     gallery, order = upgrades.map_store(chain, source, tmp_path / "out")
@@ -160,11 +160,11 @@ def test_a_store_in_blocks_is_mapped_as_a_whole_one_and_keeps_its_dtype(folder, 
 
 
 def test_a_store_with_nan_names_the_vectors_and_leaves_no_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 4 * NEW * 40)
+    monkeypatch.setattr(data.vectors, "BLOCK_BYTES", 4 * NEW * 40)
     old = np.load(folder / "other_old.npy")
     old[[45, 61], 2] = np.nan
     np.save(tmp_path / "store.npy", old)
-    source = upgrades.open_vectors("gallery", tmp_path / "store.npy")
+    source = data.open_vectors("gallery", tmp_path / "store.npy")
     chain, _ = upgrades.load_maps(folder / "up")
     with pytest.raises(
         ValueError, match=r"store\.npy: expected finite vectors, got NaN or infinity in 2: vector 45, 61"
@@ -251,25 +251,25 @@ def test_upgrades_are_chained_and_each_link_is_told_its_cost(folder, tmp_path, c
 
 def test_labels_take_the_place_of_clusters(tmp_path):
     np.save(tmp_path / "labels.npy", np.array(["b", "a", "b"]))
-    assert upgrades.read_labels(tmp_path / "labels.npy", 3).tolist() == [1, 0, 1]
+    assert data.read_labels(tmp_path / "labels.npy", 3).tolist() == [1, 0, 1]
     np.savez(tmp_path / "labels.npz", labels=np.array([7, 7, 2]))
-    assert upgrades.read_labels(tmp_path / "labels.npz", 3).tolist() == [1, 1, 0]
+    assert data.read_labels(tmp_path / "labels.npz", 3).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
     ("error", "labels"),
     [
-        ("expected one for each of 3 pairs, got 4", np.arange(4)),
+        ("expected one for each of 3 vectors, got 4", np.arange(4)),
         ("expected two classes or more, got 5 alone", np.full(3, 5)),
-        (r"expected integers or texts \[pairs\], got float64 \[3\]", np.ones(3)),
-        (r"expected integers or texts \[pairs\], got int64 \[3, 1\]", np.ones((3, 1), np.int64)),
-        (r"expected integers or texts \[pairs\], got object \[3\]", np.array([None, 1, 2])),
+        (r"expected integers or texts \[vectors\], got float64 \[3\]", np.ones(3)),
+        (r"expected integers or texts \[vectors\], got int64 \[3, 1\]", np.ones((3, 1), np.int64)),
+        (r"expected integers or texts \[vectors\], got object \[3\]", np.array([None, 1, 2])),
     ],
 )
 def test_labels_that_can_not_serve_are_refused(error, labels, tmp_path):
     np.save(tmp_path / "labels.npy", labels, allow_pickle=True)
     with pytest.raises(ValueError, match=error):
-        upgrades.read_labels(tmp_path / "labels.npy", 3)
+        data.read_labels(tmp_path / "labels.npy", 3)
 
 
 @pytest.mark.parametrize(
@@ -364,24 +364,24 @@ def test_files_without_vectors_are_refused(tmp_path):
     for name, (array, error) in cases.items():
         np.save(tmp_path / name, array)
         with pytest.raises(ValueError, match=error):
-            upgrades.open_vectors("old", tmp_path / name)
+            data.open_vectors("old", tmp_path / name)
     np.savez(tmp_path / "other.npz", ids=np.arange(3))
     with pytest.raises(ValueError, match="expected an array features or vectors or embeddings, got ids"):
-        upgrades.open_vectors("old", tmp_path / "other.npz")
+        data.open_vectors("old", tmp_path / "other.npz")
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises(ValueError, match="can't be read as an array"):
-        upgrades.open_vectors("old", tmp_path / "text.npy")
+        data.open_vectors("old", tmp_path / "text.npy")
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match=r"can't be read as \.npz"):
-        upgrades.open_vectors("old", tmp_path / "text.npz")
+        data.open_vectors("old", tmp_path / "text.npz")
     (tmp_path / "vectors.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"expected a file that ends in \.npy or \.npz"):
-        upgrades.open_vectors("old", tmp_path / "vectors.csv")
+        data.open_vectors("old", tmp_path / "vectors.csv")
     np.save(tmp_path / "short.npy", np.ones((5, 4), np.float32))
-    data = (tmp_path / "short.npy").read_bytes()
-    (tmp_path / "short.npy").write_bytes(data[:-24])
+    content = (tmp_path / "short.npy").read_bytes()
+    (tmp_path / "short.npy").write_bytes(content[:-24])
     with pytest.raises(ValueError, match=re.escape("cut off")):
-        upgrades.open_vectors("old", tmp_path / "short.npy").read()
+        data.open_vectors("old", tmp_path / "short.npy").read()
 
 
 def test_recall_among_more_items_is_read_off_a_line_over_their_logarithm():

@@ -12,7 +12,6 @@ from subspace_jax.represent.lambda_orthogonality.core import (
 from subspace_jax.represent.lambda_orthogonality.maps import Chain, Link, joined, map_backward, map_forward
 from subspace_jax.represent.lambda_orthogonality.model import AffineAdapter, CompatAdapters, OrthogonalAdapter
 from subspace_jax.represent.lambda_orthogonality.predict import Prediction, check_chain
-from subspace_jax.represent.lambda_orthogonality.stream import StoredVectors, open_vectors, read_labels
 from subspace_jax.represent.lambda_orthogonality.task import CompatTask
 from subspace_jax.represent.lambda_orthogonality.upgrade import (
     UpgradeSettings,
@@ -33,7 +32,6 @@ __all__ = [
     "Link",
     "OrthogonalAdapter",
     "Prediction",
-    "StoredVectors",
     "UpgradeSettings",
     "backfill_order",
     "backfill_scores",
@@ -46,8 +44,6 @@ __all__ = [
     "map_backward",
     "map_forward",
     "map_store",
-    "open_vectors",
-    "read_labels",
     "save_maps",
 ]
 

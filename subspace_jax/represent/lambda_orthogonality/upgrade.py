@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax import interop, linalg, train
+from subspace_jax import data, interop, linalg, train
+from subspace_jax.data.vectors import check_finite
 from subspace_jax.represent.lambda_orthogonality.core import (
     Affine,
     CompatParams,
@@ -30,12 +31,6 @@ from subspace_jax.represent.lambda_orthogonality.maps import (
     widths,
 )
 from subspace_jax.represent.lambda_orthogonality.predict import FOLDS, Prediction, predict
-from subspace_jax.represent.lambda_orthogonality.stream import (
-    StoredVectors,
-    check_finite,
-    check_informative,
-    map_blocks,
-)
 
 MAPS, RECORD = "maps.safetensors", "upgrade.json"
 _PAIRS_A_CENTER, _MOST_CENTERS = 25, 256
@@ -93,7 +88,7 @@ def fit_upgrade(
         raise ValueError(f"old, new: expected at least {least} pairs, better some thousand; got {len(old)}")
     for name, h in (("old", old), ("new", new)):
         check_finite(name, h)
-        check_informative(name, h, settings.metric)
+        data.check_informative(name, h, settings.metric)
     old, new = (prepared(jnp.asarray(h, jnp.float32), settings.metric) for h in (old, new))
     center_key, map_key, predict_key = jax.random.split(jax.random.key(settings.seed), 3)
     if labels is None:
@@ -166,7 +161,7 @@ def _link(stored: dict[str, interop.StoredTensor], i: int) -> Link:
 
 def map_store(
     chain: Chain,
-    source: StoredVectors,
+    source: data.StoredVectors,
     folder: str | os.PathLike,
     *,
     direction: str = "forward",
@@ -176,7 +171,7 @@ def map_store(
 
     Args:
       chain: The maps.
-      source: The vectors, from :func:`open_vectors`.
+      source: The vectors, from :func:`subspace_jax.data.open_vectors`.
       folder: Folder to write to.
       direction: "forward" maps stored vectors to the newest space, and also writes the order in which to re-embed them;
         "backward" maps vectors of the newest model to the oldest space.
@@ -210,7 +205,8 @@ def map_store(
     def of_block(x):
         return jax.device_get(apply(chain.links, x))
 
-    scores = map_blocks(source, out, spaces[-1], of_block, progress=progress)
+    with train.replacing(out) as partial, partial.open("wb") as file:
+        scores = data.map_blocks(source, file, spaces[-1], of_block, progress=progress)
     if not forward:
         return [out]
     order = folder / "order.npy"

@@ -9,8 +9,6 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from subspace_jax import train
-
 NAMES = ("features", "vectors", "embeddings")
 BLOCK_BYTES = 2**25
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -81,7 +79,7 @@ def open_vectors(name: str, path: str | os.PathLike) -> StoredVectors:
 
 
 def read_labels(path: str | os.PathLike, count: int) -> np.ndarray:
-    """Reads the labels of pairs: integers or texts, in an ``.npy`` file or as ``labels`` of an ``.npz`` file.
+    """Reads the labels of vectors: integers or texts, in an ``.npy`` file or as ``labels`` of an ``.npz`` file.
 
     Args:
       path: The file.
@@ -99,9 +97,9 @@ def read_labels(path: str | os.PathLike, count: int) -> np.ndarray:
     with _opened(path, member) as file:
         shape, _, dtype = _described("labels", path, file)
         if len(shape) != 1 or dtype.kind not in "iuUS":
-            raise ValueError(f"labels: {path}: expected integers or texts [pairs], got {dtype} {list(shape)}")
+            raise ValueError(f"labels: {path}: expected integers or texts [vectors], got {dtype} {list(shape)}")
         if shape[0] != count:
-            raise ValueError(f"labels: {path}: expected one for each of {count} pairs, got {shape[0]}")
+            raise ValueError(f"labels: {path}: expected one for each of {count} vectors, got {shape[0]}")
         found = np.frombuffer(file.read(), dtype)
     classes, labels = np.unique(found, return_inverse=True)
     if len(classes) < 2:
@@ -138,13 +136,13 @@ def check_informative(name: str, vectors: np.ndarray, metric: str) -> None:
 
 
 def map_blocks(
-    source: StoredVectors, out: str | os.PathLike, width: int, apply: Callable[[np.ndarray], tuple], *, progress: bool
+    source: StoredVectors, file: IO[bytes], width: int, apply: Callable[[np.ndarray], tuple], *, progress: bool
 ) -> np.ndarray:
-    """Writes mapped vectors as ``.npy``, block by block and atomically, in the dtype of the source.
+    """Writes mapped vectors as ``.npy``, block by block, in the dtype of the source.
 
     Args:
       source: The vectors.
-      out: The file to write.
+      file: Takes the bytes.
       width: Width of mapped vectors.
       apply: Maps a block ``[rows, n]`` to vectors ``[rows, width]`` and scores ``[rows]``; all blocks have one shape.
       progress: Whether to show a progress bar.
@@ -153,7 +151,7 @@ def map_blocks(
       The scores, ``[vectors]`` float32.
 
     Raises:
-      ValueError: A vector holds NaN or infinity; nothing is written then.
+      ValueError: A vector holds NaN or infinity, or the source is cut off.
       OSError: The file can't be written.
     """
     from tqdm.auto import tqdm
@@ -162,18 +160,17 @@ def map_blocks(
     rows = min(count, max(1, BLOCK_BYTES // (4 * max(width, source.shape[1]))))
     scores = np.empty(count, np.float32)
     fields = {"descr": source.dtype.str, "fortran_order": False, "shape": (count, width)}
-    with train.replacing(out) as partial, partial.open("wb") as file:
-        np.lib.format.write_array_header_2_0(file, fields)
-        start = 0
-        with tqdm(total=count, unit="vector", unit_scale=True, disable=None if progress else True) as bar:
-            for block in source.blocks(rows):
-                padding = rows - len(block)
-                mapped, score = apply(np.pad(block, ((0, padding), (0, 0))) if padding else block)
-                stop = start + len(block)
-                scores[start:stop] = score[: len(block)]
-                file.write(np.ascontiguousarray(mapped[: len(block)], source.dtype).data)
-                bar.update(len(block))
-                start = stop
+    np.lib.format.write_array_header_2_0(file, fields)
+    start = 0
+    with tqdm(total=count, unit="vector", unit_scale=True, disable=None if progress else True) as bar:
+        for block in source.blocks(rows):
+            padding = rows - len(block)
+            mapped, score = apply(np.pad(block, ((0, padding), (0, 0))) if padding else block)
+            stop = start + len(block)
+            scores[start:stop] = score[: len(block)]
+            file.write(np.ascontiguousarray(mapped[: len(block)], source.dtype).data)
+            bar.update(len(block))
+            start = stop
     return scores
 
 
