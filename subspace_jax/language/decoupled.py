@@ -14,7 +14,8 @@ from subspace_jax.language.adapted import AdaptedLMTask
 from subspace_jax.language.causal_lm import CausalLMTask
 from subspace_jax.losses.decoupling import OnlineDecoupler
 
-_PROBED = 16  # positions of an example that the evaluation takes
+_PROBED = 64  # positions of an example that the evaluation takes
+_FITTED = 4096  # states at most that fit a probe of the evaluation, for its cost on the host
 
 
 class DecoupledLMTask(train.Task):
@@ -126,7 +127,8 @@ class DecoupledLMTask(train.Task):
 class _DomainProbe(train.Evaluator):
     """Balanced accuracy of fresh probes, "target or not", on hidden states at evenly spaced positions.
 
-    Every other example of the set trains the probes, and the rest tests them; the mean is over the chosen layers.
+    Every other example of the set trains the probes and the rest tests them, and the other way round; the mean is over
+    both and over the chosen layers.
     """
 
     reduce = "rows"
@@ -148,15 +150,19 @@ class _DomainProbe(train.Evaluator):
         halves = []
         for first in (0, 1):
             of = domains[first::2].reshape(-1)
-            own = states[first::2].reshape(-1, *states.shape[2:])
-            halves.append((own[of >= 0], of[of >= 0] == self._task.decoupler.target))
-        (train_x, train_y), (test_x, test_y) = halves
-        if any(y.all() or not y.any() for y in (train_y, test_y)):  # too few examples to tell
+            own, of = states[first::2].reshape(-1, *states.shape[2:])[of >= 0], of[of >= 0]
+            halves.append((own, of == self._task.decoupler.target))
+        if any(y.all() or not y.any() for _, y in halves):  # too few examples to tell
             return dict.fromkeys(self.metrics, np.nan)
 
         def mean(weighted):
-            sets = ((train_x[:, i], train_y, test_x[:, i], test_y) for i in range(states.shape[2]))
-            return np.mean([metrics.balanced_probe_accuracy(*own, weighted=weighted) for own in sets])
+            found = []
+            for (train_x, train_y), (test_x, test_y) in (halves, halves[::-1]):
+                fitted = np.random.default_rng(0).permutation(len(train_y))[:_FITTED]
+                for i in range(states.shape[2]):
+                    own = (train_x[fitted, i], train_y[fitted], test_x[:, i], test_y)
+                    found.append(metrics.balanced_probe_accuracy(*own, weighted=weighted))
+            return np.mean(found)
 
         return {"probe_accuracy": mean(False), "weighted_probe_accuracy": mean(True)}
 

@@ -37,6 +37,14 @@ def _weighted(weight: str, variant: str, other: str, at_most: float | None = Non
     )
 
 
+def _of_dialects(name: str, metric: str, at_most: float) -> Figure:
+    weighted, plain = (
+        f"subspace-jax finetune --config represent/decoupling_dialects:smollm2_{variant}" for variant in ("l01", "none")
+    )
+    name = f"{name} of SmolLM2 on dialects of Spanish, weight 0.1, minus none"
+    return Figure(name, weighted, metric, at_most=at_most, seeds=(0, 1), minus=plain)
+
+
 _SPRITES = train("represent/sprites")
 _VAE = train("represent/sprites:vae")
 _DOCSTRINGS = "python -m pytest tests/represent/test_upgrade_docstrings.py"
@@ -254,7 +262,13 @@ METHODS = (
             _weighted("0.01", "l001", "none", at_most=-0.2),
             _weighted("0.1", "l01", "none"),
             _weighted("0.1", "l01", "random", at_most=-0.1),
+            _of_dialects("probe accuracy", "domains/probe_accuracy", -0.02),
+            _of_dialects(
+                "accuracy of a probe that weighs both kinds the same", "domains/weighted_probe_accuracy", -0.02
+            ),
+            _of_dialects("validation loss", "loss", 0.01),
         ),
+        needs=("smollm2",),
     ),
     Method(
         name="xfactors",

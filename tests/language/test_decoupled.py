@@ -102,6 +102,20 @@ def test_pack_rows_gives_every_position_the_domain_of_its_text(config):
         text.pack_rows([text.DomainCompletion("", "x", "b")], text.ByteTokenizer(), 8, domains=("a",))
 
 
+def test_the_probe_of_hidden_states_is_tested_on_both_halves_of_the_examples():
+    task = language.DecoupledLMTask(language.CausalLMTask(CONFIG), DECOUPLER, weight=0.1, layers=(-1,))
+    finish = task.evaluators()["domains"].finish
+    rng = np.random.default_rng(0)
+    domains = rng.integers(-1, 2, (40, 8))
+    states = rng.standard_normal((40, 8, 1, 3)).astype(np.float32)
+    assert finish((states, domains))["probe_accuracy"] == pytest.approx(0.5, abs=0.12)
+    states[..., 0, 0] += 20 * (2 * domains - 1)
+    assert finish((states, domains))["weighted_probe_accuracy"] == 1
+    states[::2, ..., 0, 0] *= -1  # what one half teaches is wrong of the other
+    assert finish((states, domains))["probe_accuracy"] < 0.1
+    assert np.isnan(finish((states, np.ones_like(domains)))["probe_accuracy"])
+
+
 def test_rows_of_a_file_have_their_domain_and_are_held_out_without_it(config, tmp_path):
     examples = text.read_texts(config.data.source)
     assert examples[3] == ("", "the sum of 3 and 3 is 6.")
