@@ -5,7 +5,7 @@
     subspace-jax finetune --config represent/decoupling_dialects:smollm2_l01 --workdir work/dialects_l01
 
 Variants: ``smollm2_none`` (the penalty has no weight) and ``smollm2_l01`` (weight 0.1): SmolLM2 by LoRA, 120 steps,
-some 3 minutes on two free CPU cores.  With the weight, a probe of the last hidden states finds the target less often by
+some minutes on two CPU cores.  With the weight, a probe of the last hidden states finds the target less often by
 at least 0.02, and the validation loss is at most 0.01 higher.  ``none`` and ``l01``, with ``pretrain`` in place of
 ``finetune``: a Llama of 0.8 M parameters that reads bytes, from scratch.  It does not tell the dialects, so that there
 is nothing to remove; see docs/methods/decoupling-probe.md.
