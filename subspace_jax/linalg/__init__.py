@@ -14,6 +14,7 @@ from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.kmeans import KMeans, kmeans
 from subspace_jax.linalg.nearest import nearest_rows, pairwise_sq_distances
 from subspace_jax.linalg.orthonormal import orthonormal_columns
+from subspace_jax.linalg.pair_moments import PairMoments, merge_pair_moments, pair_moments, psum_pair_moments
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.procrustes import orthogonal_procrustes
 from subspace_jax.linalg.products import (
@@ -46,6 +47,7 @@ __all__ = [
     "FDState",
     "KMeans",
     "MSOResult",
+    "PairMoments",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",
@@ -68,6 +70,7 @@ __all__ = [
     "hadamard_matrix",
     "hosvd",
     "kmeans",
+    "merge_pair_moments",
     "mode_subspace_overlap",
     "nan_for_infinite",
     "nearest_rows",
@@ -76,6 +79,7 @@ __all__ = [
     "orthogonal_procrustes",
     "orthonormal_columns",
     "orthonormality_error",
+    "pair_moments",
     "pairwise_sq_distances",
     "polar",
     "polar_step",
@@ -83,6 +87,7 @@ __all__ = [
     "principal_angles",
     "project_to_lambda_ball",
     "projector_distance",
+    "psum_pair_moments",
     "random_orthonormal",
     "randomized_svd",
     "shifted_cholesky_qr3",

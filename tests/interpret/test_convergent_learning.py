@@ -142,7 +142,7 @@ def test_unit_stats_of_eight_devices_are_those_of_one():
         stats = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), stats)
         for rows in (slice(0, 12), slice(12, 20)):
             stats = convergent.unit_stats_update(stats, x[rows], y[rows])
-        return convergent.unit_stats_psum(stats, "data")
+        return linalg.psum_pair_moments(stats, "data")
 
     summed = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P()))(x, y)
     sharding = jax.sharding.NamedSharding(mesh, P("data"))

@@ -24,8 +24,8 @@ SUBSPACE = jax.jit(platos.fit_cca_subspace, static_argnames=("k", "reg", "eps"))
 AFFINE = jax.jit(platos.fit_affine, static_argnames=("ridge", "bias", "orthogonal"))
 LOCAL_CKA = jax.jit(platos.local_cka_scores, static_argnames=("kernel", "chunk"))
 MATCHING = evaluate._match_accuracy  # compiled for `align` too
-MOMENTS = jax.jit(platos.pair_moments)
-MERGED = jax.jit(platos.merge_moments)
+MOMENTS = jax.jit(linalg.pair_moments)
+MERGED = jax.jit(linalg.merge_pair_moments)
 KEY = jax.random.key(0)
 
 
@@ -120,7 +120,7 @@ def test_scores_do_not_depend_on_an_invertible_map_of_either_space_and_permute_w
 
     @functools.partial(jax.jit, static_argnames="method")
     def scores(xa, ya, xq, yq, method):
-        moments = platos.pair_moments(xa, ya)
+        moments = linalg.pair_moments(xa, ya)
         sub = platos.subspace_of_moments(moments, 4, 0.0)
         queries = platos.project_x(sub, xq), platos.project_y(sub, yq)
         return evaluate.scores_by(method, core.project_moments(moments, sub), *queries, None)
@@ -218,7 +218,7 @@ def test_moments_of_blocks_are_those_of_all_pairs_also_far_from_the_origin():
     found = functools.reduce(MERGED, [empty, *parts, empty])
     wide = [np.asarray(z[:144], np.float64) for z in (x, y)]
     both = np.cov(wide[0].T, wide[1].T) * 143
-    expected = platos.PairMoments(144, *(z.mean(0) for z in wide), both[:20, :20], both[:20, 20:], both[20:, 20:])
+    expected = linalg.PairMoments(144, *(z.mean(0) for z in wide), both[:20, :20], both[:20, 20:], both[20:, 20:])
     # Sums of 144 squares of about 5, of entries that are rounded to 3e-5.
     for value, exact in zip(found, expected, strict=True):
         np.testing.assert_allclose(value, exact, rtol=1e-5, atol=0.03)
@@ -229,7 +229,7 @@ def test_a_subspace_of_sharded_anchors_is_that_of_one_device():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
     xa, ya, xq, yq = planted()
-    fit = jax.jit(lambda x, y: platos.subspace_of_moments(platos.pair_moments(x, y), 4, 1e-6))
+    fit = jax.jit(lambda x, y: platos.subspace_of_moments(linalg.pair_moments(x, y), 4, 1e-6))
     scores = jax.jit(lambda q, xa, ya, yq: platos.local_cka_scores(xa, ya, q, yq))
     single = fit(xa[:144], ya[:144])
     sharded = fit(*(jax.device_put(z[:144], rows) for z in (xa, ya)))
@@ -355,9 +355,9 @@ def test_alignment_refuses_other_queries_unknown_choices_and_shapes():
         ("n: expected 1 to 150 of items", lambda: platos.select_anchors(KEY, xa, 151)),
         ("method: expected one of random, kmeans, got 'grid'", lambda: platos.select_anchors(KEY, xa, 5, "grid")),
         ("za, zq: expected features of one width", lambda: platos.stretched(xa, yq)),
-        ("weights: expected one of each pair", lambda: platos.pair_moments(xa, ya, jnp.ones(3))),
-        ("x, y: expected features of the same items", lambda: platos.pair_moments(xa, yq)),
-        ("k: expected 1 to 14", lambda: platos.subspace_of_moments(platos.pair_moments(xa, ya), 0, 0.0)),
+        ("mask: expected", lambda: linalg.pair_moments(xa, ya, jnp.ones(3))),
+        ("x, y: expected pairs", lambda: linalg.pair_moments(xa, yq)),
+        ("k: expected 1 to 14", lambda: platos.subspace_of_moments(linalg.pair_moments(xa, ya), 0, 0.0)),
         ("widths: expected more than the 4 shared", lambda: data.planted_pairs(KEY, 9, 4, (4, 9))),
     ]
     for error, call in cases:

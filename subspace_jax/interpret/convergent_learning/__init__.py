@@ -23,12 +23,9 @@ from subspace_jax.interpret.convergent_learning.matching import Matching, follow
 from subspace_jax.interpret.convergent_learning.sparse import SparseMap, sparse_predict, sparse_predict_correlations
 from subspace_jax.interpret.convergent_learning.statistics import (
     UnitMoments,
-    UnitStats,
     between_correlation,
     unit_stats_finalize,
     unit_stats_init,
-    unit_stats_merge,
-    unit_stats_psum,
     unit_stats_update,
 )
 
@@ -43,7 +40,6 @@ __all__ = [
     "SpectralEmbedding",
     "UnitClusters",
     "UnitMoments",
-    "UnitStats",
     "between_correlation",
     "bipartite_spectral",
     "check_measures",
@@ -62,8 +58,6 @@ __all__ = [
     "stream_moments",
     "unit_stats_finalize",
     "unit_stats_init",
-    "unit_stats_merge",
-    "unit_stats_psum",
     "unit_stats_update",
     "ward_cluster",
 ]

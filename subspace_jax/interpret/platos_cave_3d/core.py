@@ -10,27 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.linalg import cca_from_covariance, gram, nan_for_infinite, times, working_dtype
-
-
-class PairMoments(NamedTuple):
-    """First and second moments of pairs of features.
-
-    Attributes:
-      count: Number of pairs, ``[]``, in the dtype of the others.
-      mean_x: ``[p]``.
-      mean_y: ``[q]``.
-      xx: Sum of products of centred features, ``[p, p]``.
-      xy: ``[p, q]``.
-      yy: ``[q, q]``.
-    """
-
-    count: jax.Array
-    mean_x: jax.Array
-    mean_y: jax.Array
-    xx: jax.Array
-    xy: jax.Array
-    yy: jax.Array
+from subspace_jax.linalg import (
+    PairMoments,
+    cca_from_covariance,
+    gram,
+    nan_for_infinite,
+    pair_moments,
+    times,
+)
 
 
 class CCASubspace(NamedTuple):
@@ -66,61 +53,6 @@ class AffineMap(NamedTuple):
 
     R: jax.Array
     b: jax.Array
-
-
-def pair_moments(x: jax.Array, y: jax.Array, weights: jax.Array | None = None) -> PairMoments:
-    """Moments of pairs, which may be sharded over devices.
-
-    Args:
-      x: ``[n, p]``, floating point.
-      y: Features of the same items, ``[n, q]``.
-      weights: ``[n]``: 1 for pairs that count, 0 for others, such as padding.  All by default.
-
-    Returns:
-      Moments in float32, or float64 if an array is.
-
-    Raises:
-      ValueError: Shapes do not match.
-    """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x, y: expected features of the same items [n, p] and [n, q], got {x.shape} and {y.shape}")
-    if weights is not None and weights.shape != x.shape[:1]:
-        raise ValueError(f"weights: expected one of each pair, {x.shape[:1]}, got {weights.shape}")
-    dtype = working_dtype(x, y)
-    x, y = x.astype(dtype), y.astype(dtype)
-    w = jnp.ones((x.shape[0], 1), dtype) if weights is None else weights[:, None].astype(dtype)
-    count = jnp.sum(w)
-    total = jnp.maximum(count, 1)
-
-    def centred(z):
-        mean = jnp.sum(w * z, axis=0, keepdims=True) / total
-        rest = z - mean
-        # Means of values far from 0 are rounded; what that leaves is centred once more.
-        shift = jnp.sum(w * rest, axis=0, keepdims=True) / total
-        return w * (rest - shift), (mean + shift)[0]
-
-    (x, mean_x), (y, mean_y) = centred(x), centred(y)
-    return PairMoments(count, mean_x, mean_y, gram(x, x), gram(x, y), gram(y, y))
-
-
-def merge_moments(one: PairMoments, other: PairMoments) -> PairMoments:
-    """Moments of two sets of pairs together (Chan, Golub and LeVeque, 1979); either may be empty."""
-    count = one.count + other.count
-    share = other.count / jnp.maximum(count, 1)
-    dx, dy = other.mean_x - one.mean_x, other.mean_y - one.mean_y
-    scale = one.count * share
-
-    def outer(u, v):
-        return scale * u[:, None] * v[None]
-
-    return PairMoments(
-        count=count,
-        mean_x=one.mean_x + share * dx,
-        mean_y=one.mean_y + share * dy,
-        xx=one.xx + other.xx + outer(dx, dx),
-        xy=one.xy + other.xy + outer(dx, dy),
-        yy=one.yy + other.yy + outer(dy, dy),
-    )
 
 
 def project_moments(moments: PairMoments, sub: CCASubspace) -> PairMoments:
@@ -177,7 +109,7 @@ def subspace_of_moments(moments: PairMoments, k: int, reg: float, eps: float = 0
     traced = isinstance(reg, jax.Array)
     if not eps >= 0 or (not traced and not reg >= 0):
         raise ValueError(f"reg, eps: expected 0 or more, got {reg} and {eps}")
-    freedom = jnp.maximum(moments.count - 1, 1)
+    freedom = jnp.maximum(moments.count - 1, 1).astype(moments.xy.dtype)
 
     def with_ridge(scatter):
         covariance = nan_for_infinite(scatter / freedom)
@@ -230,7 +162,7 @@ def affine_of_moments(
     """:func:`fit_affine` from the ``y`` to the ``x`` of moments."""
     if not ridge >= 0 or (ridge and orthogonal):
         raise ValueError(f"ridge: expected 0 or more, and 0 for an orthogonal map, got {ridge}")
-    mx, my, n = moments.mean_x, moments.mean_y, jnp.maximum(moments.count, 1)
+    mx, my, n = moments.mean_x, moments.mean_y, jnp.maximum(moments.count, 1).astype(moments.xy.dtype)
     xy, yy = moments.xy / n, moments.yy / n
     if not bias:
         xy, yy = xy + mx[:, None] * my[None], yy + my[:, None] * my[None]

@@ -11,11 +11,9 @@ from optax import assignment
 from subspace_jax.interpret.platos_cave_3d.core import (
     AffineMap,
     CCASubspace,
-    PairMoments,
     affine_of_moments,
     apply_affine,
     check_anchors,
-    pair_moments,
     project_moments,
     project_x,
     project_y,
@@ -27,6 +25,7 @@ from subspace_jax.interpret.platos_cave_3d.scores import (
     local_cka_of_moments,
     relative_representation,
 )
+from subspace_jax.linalg import PairMoments, pair_moments
 
 METHODS = ("affine", "local-cka", "relative")
 RETRIEVAL_KS = (1, 5, 10)

@@ -14,11 +14,8 @@ from subspace_jax import interop, train
 from subspace_jax.interpret.platos_cave_3d.core import (
     AffineMap,
     CCASubspace,
-    PairMoments,
     affine_of_moments,
     apply_affine,
-    merge_moments,
-    pair_moments,
     project_moments,
     project_x,
     project_y,
@@ -33,6 +30,7 @@ from subspace_jax.interpret.platos_cave_3d.evaluate import (
     scores_by,
 )
 from subspace_jax.interpret.platos_cave_3d.pairs import Pairs
+from subspace_jax.linalg import PairMoments, merge_pair_moments, pair_moments
 
 MAPS, RECORD = "maps.safetensors", "align.json"
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -121,7 +119,7 @@ def fit_maps(
     if int(pairs.fit.count) <= k:
         raise ValueError(f"anchors: expected more than {k * 5 // 4 + 1} for {k} directions, got {pairs.anchors}")
     _check_spread(pairs, reg)
-    moments = merge_moments(pairs.fit, pairs.held)
+    moments = merge_pair_moments(pairs.fit, pairs.held)
     # On one device from here on: the moments of a shard are those of all.
     moments, fit, held = jax.device_put(jax.device_get((moments, pairs.fit, pairs.held)))
     if reg is None:

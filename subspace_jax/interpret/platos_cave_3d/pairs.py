@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import train
-from subspace_jax.interpret.platos_cave_3d.core import PairMoments, merge_moments, pair_moments
+from subspace_jax.linalg import PairMoments, merge_pair_moments, pair_moments
 
 MOST_QUERIES = 500
 MOST_SAMPLED = 1000
@@ -117,13 +117,13 @@ def _roles(count, queries, anchors, seed):
 
 
 def _nothing(p, q):
-    shapes = PairMoments((), (p,), (q,), (p, p), (p, q), (q, q))
-    return PairMoments(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    shapes = ((p,), (q,), (p, p), (p, q), (q, q))
+    return PairMoments(jnp.zeros((), jnp.int32), *(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
 @jax.jit
 def _add(moments, x, y, roles):
     return [
-        merge_moments(one, pair_moments(x, y, (roles == role).astype(jnp.float32)))
+        merge_pair_moments(one, pair_moments(x, y, roles == role))
         for one, role in zip(moments, (_FIT, _HELD), strict=True)
     ]

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.interpret.platos_cave_3d.core import PairMoments, check_finite, check_pairs, pair_moments
-from subspace_jax.linalg import pairwise_sq_distances, times, unit_vectors, working_dtype
+from subspace_jax.interpret.platos_cave_3d.core import check_finite, check_pairs
+from subspace_jax.linalg import PairMoments, pair_moments, pairwise_sq_distances, times, unit_vectors, working_dtype
 from subspace_jax.metrics import median_sigma
 
 KERNELS = ("linear", "rbf")
@@ -89,7 +89,7 @@ def local_cka_scores(
 def local_cka_of_moments(moments: PairMoments, xq: jax.Array, yq: jax.Array) -> jax.Array:
     """:func:`local_cka_scores` with the linear kernel, from moments of the anchors."""
     # In units of the largest deviation: fourth powers of features may leave the range of float32.
-    n = jnp.maximum(moments.count, 1)
+    n = jnp.maximum(moments.count, 1).astype(moments.xy.dtype)
     ux, uy = (jnp.sqrt(jnp.trace(c) / n) for c in (moments.xx, moments.yy))
     d = (xq.astype(ux.dtype) - moments.mean_x[None]) / ux
     e = (yq.astype(uy.dtype) - moments.mean_y[None]) / uy
