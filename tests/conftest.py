@@ -153,3 +153,9 @@ def golden():
             return dict(archive)
 
     return load
+
+
+@pytest.fixture
+def record_property(record_property):
+    """Records numbers of any library as floats, for workers send reports as plain Python objects alone."""
+    return lambda name, value: record_property(name, value if isinstance(value, str) else float(value))
