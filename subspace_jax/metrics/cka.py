@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import gram, pairwise_sq_distances, times, working_dtype
+from subspace_jax.linalg import pairwise_sq_distances, times, working_dtype
 from subspace_jax.metrics._pairs import checked_pair
+from subspace_jax.metrics.kernel_alignment import biased_of_features, unbiased_of_features
 
 KERNELS = ("linear", "rbf")
 _PAIRS_AT_A_TIME = 2**22
@@ -47,7 +48,7 @@ def unbiased_cka(x: jax.Array, y: jax.Array, *, kernel: str = "linear", sigma: j
       sigma: Width of the kernel "rbf".
 
     Returns:
-      A scalar, at most 1 but for rounding and below 0 by chance, float32 or wider.
+      A scalar, at most 1 but for rounding, which may be negative, float32 or wider.
 
     Raises:
       ValueError: As :func:`cka`; or there are fewer than 4 examples.
@@ -94,21 +95,10 @@ def _hsics(x, y, kernel, sigma, *, unbiased):
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     x, y = (z - jnp.mean(z, axis=0, keepdims=True) for z in (x, y))
     if kernel == "linear" and x.shape[0] > max(x.shape[1], y.shape[1]):
-        return [_of_features(a, b, unbiased) for a, b in ((x, y), (x, x), (y, y))]
+        criterion = unbiased_of_features if unbiased else biased_of_features
+        return [criterion(a, b) for a, b in ((x, y), (x, x), (y, y))]
     sigmas = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), (2,))
     return _of_rows(x, y, kernel, sigmas, unbiased)
-
-
-def _of_features(x, y, unbiased):
-    """HSIC of linear kernels of centred features, by the matrix of their products."""
-    n = x.shape[0]
-    squares = jnp.sum(jnp.square(gram(x, y)))
-    if not unbiased:
-        return squares
-    # Rows of centred linear kernels sum to 0, and to minus their diagonal without it.
-    k, l = (jnp.sum(jnp.square(z), axis=1) for z in (x, y))
-    both = jnp.sum(k * l)
-    return (squares - both + jnp.sum(k) * jnp.sum(l) / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
 
 
 def _of_rows(x, y, kernel, sigmas, unbiased):

@@ -91,7 +91,7 @@ def linear_cka(x: jax.Array, y: jax.Array, debiased: bool = False) -> jax.Array:
             f"x, y: expected [n, p] and [n, q] of the same {least} or more examples, got {x.shape} and {y.shape}"
         )
     x, y = _unit_centered(x, y)
-    criterion = _unbiased_linear if debiased else _inner
+    criterion = unbiased_of_features if debiased else biased_of_features
     return criterion(x, y) / jnp.sqrt(criterion(x, x)) / jnp.sqrt(criterion(y, y))
 
 
@@ -155,18 +155,19 @@ def _unit_centered(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return of_one(x), of_one(y)
 
 
-def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``||x^T y||_F^2 = tr(x x^T y y^T)`` by the smaller of the two arrays."""
+def biased_of_features(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``||x^T y||_F^2 = tr(x x^T y y^T)`` of centered columns, by the smaller of the two arrays."""
     if x.shape[0] ** 2 < x.shape[1] * y.shape[1]:
         return jnp.sum(times(x, x.T) * times(y, y.T))
     return jnp.sum(jnp.square(gram(x, y)))
 
 
-def _unbiased_linear(x: jax.Array, y: jax.Array) -> jax.Array:
+def unbiased_of_features(x: jax.Array, y: jax.Array) -> jax.Array:
+    """:func:`unbiased_hsic` of the linear kernels of centered columns."""
     # Rows of a centered kernel sum to 0, so those without the diagonal sum to minus the diagonal.
     n = x.shape[0]
     dx, dy = jnp.sum(jnp.square(x), axis=1), jnp.sum(jnp.square(y), axis=1)
     through = jnp.sum(dx * dy)
     both = jnp.sum(dx) * jnp.sum(dy)
-    trace = _inner(x, y) - through
+    trace = biased_of_features(x, y) - through
     return (trace + both / ((n - 1) * (n - 2)) - 2 / (n - 2) * through) / (n * (n - 3))

@@ -256,8 +256,9 @@ def _trivial(sides: Sequence[scores.Side], count: int, k: int) -> dict[str, str]
 
 def _summary(values: np.ndarray, whole: float | None, counts: tuple[int, int], trivial: str) -> Score:
     n, count = counts
+    of = count if whole is None else n
     if trivial:
-        return Score(whole if whole is not None else math.nan, *[math.nan] * 4, n if whole else count, count, trivial)
+        return Score(math.nan if whole is None else whole, *[math.nan] * 4, of, count, trivial)
     value, null = values[0], values[1:]
     mean = null.mean()
     # What a shuffle gives in another order of operations may differ by rounding.
@@ -268,6 +269,6 @@ def _summary(values: np.ndarray, whole: float | None, counts: tuple[int, int], t
         float(null.std()),
         float((value - mean) / (1 - mean)) if mean < 1 else math.nan,
         float((1 + reached) / (1 + len(null))),
-        count if whole is None else n,
+        of,
         count,
     )

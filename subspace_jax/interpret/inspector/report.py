@@ -177,7 +177,7 @@ def to_text(inspection: Inspection) -> str:
         parts.append("\n".join([f"{label}: {headline(changes)}", *(_lines(head, rows) if rows else [])]))
     if inspection.overlaps is not None:
         head, rows = _overlap_table(inspection)
-        parts.append("\n".join(["Overlap of leading directions (by chance)", *_lines(head, rows)]))
+        parts.append("\n".join(["Overlap of leading directions (of random subspaces)", *_lines(head, rows)]))
     return "\n\n".join(parts)
 
 
@@ -257,7 +257,7 @@ def _overlap_pictures(inspection: Inspection) -> list[str]:
     labels, found = inspection.labels, inspection.overlaps
     return [
         heat_map(found.overlap, labels, labels, "Overlap of leading directions"),
-        heat_map(found.random, labels, labels, "The same by chance"),
+        heat_map(found.random, labels, labels, "The same of random subspaces"),
     ]
 
 

@@ -67,7 +67,7 @@ class Prediction(NamedTuple):
 
     @property
     def at_chance(self) -> bool:
-        """Whether mapped vectors are found hardly more often than by chance, as where old and new rows are not paired.
+        """Whether recall of mapped vectors is at chance level, as where old and new rows are not paired.
 
         Chance finds ``k`` of all other items.  That and 2 % of the rest are allowed, and 2.5 standard errors over the
         queries, whose hits count as one: neighbours are often found together.
