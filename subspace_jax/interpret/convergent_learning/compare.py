@@ -200,8 +200,12 @@ _score_moments = jax.jit(scores.score_moments)
 def _streamed(x: np.ndarray, y: np.ndarray, measures: tuple[str, ...]) -> dict[str, float]:
     """Values that follow from the moments of all examples."""
     wanted = set(measures) & set(scores.OF_MOMENTS)
+    if not wanted:
+        for _ in _blocks(x, y):  # raises for values that are not finite
+            pass
+        return {}
     moments = stream_moments(x, y)
-    found = {name: float(value) for name, value in _score_moments(moments).items()} if wanted else {}
+    found = {name: float(value) for name, value in _score_moments(moments).items()}
     if "max_match" in wanted:
         found["max_match"] = float(max_match(moments.cor_xy).values.mean())
     if len(x) - 1 <= max(x.shape[1], y.shape[1]):
