@@ -75,6 +75,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/adapters.py
 	$(PY) scripts/bench/attention_ssm.py
 	$(PY) scripts/bench/compare.py
+	$(PY) scripts/bench/project_update.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
