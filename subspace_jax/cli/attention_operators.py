@@ -51,10 +51,10 @@ def _operators(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.length > model.max_length:
         raise ValueError(f"--length: expected at most {model.max_length}, the model's, got {args.length}")
     tokens = _rows(args, config, tokenizer)
+    out = train.writable_folder(args.out)
     model, params = models.load_adapted(args.model, args.adapter)
     layers = language_model.measure_layers(model, params, jnp.asarray(tokens), progress=not args.quiet)
     print(report.layers_table(layers), flush=True)
-    out = train.writable_folder(args.out)
     names = ("model", "adapter", "data", "split", "seed")
     about = {name: getattr(args, name) for name in names} | {"rows": len(tokens), "length": args.length}
     written = [report.write_record(out, layers, about), report.draw(out, layers)]
@@ -69,10 +69,9 @@ def _rows(args: argparse.Namespace, config, tokenizer):
     from subspace_jax import language as models
     from subspace_jax.data import text
 
-    config.data.source, config.data.eval_split = args.data, args.split
-    config.data.evaluation = "" if args.data == "docstrings" else args.data
+    config.data.source, config.data.train_split = args.data, args.split
     config.data.chat_template = args.chat_template
-    texts = models.texts_of(config, "eval", tokenizer)
+    texts = models.texts_of(config, "train", tokenizer)
     tokens = []
     for i in np.random.default_rng(args.seed).permutation(len(texts)):
         tokens.extend(text.encode(texts[i], tokenizer)[0].tolist())

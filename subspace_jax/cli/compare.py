@@ -1,9 +1,12 @@
 """The command that compares the representations of two networks."""
 
 import argparse
+import logging
 import os
 
 from subspace_jax.cli import shared
+
+log = logging.getLogger(__name__)
 
 _COMPARE = """
     subspace-jax compare a.npy b.npy --out work/compare          # row i of both is the same example
@@ -49,10 +52,9 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
 
     measures = convergent.check_measures(_names(args.measures)) if args.measures else None
     _check(args)
-    out = train.writable_folder(args.out)
     layers = _names(args.layers)
-    x = _features(args, args.a, layers)
-    y = _features(args, args.b, layers if args.layers_b is None else _names(args.layers_b))
+    x, y = _features(args, layers, layers if args.layers_b is None else _names(args.layers_b))
+    out = train.writable_folder(args.out)
     null = convergent.Null(args.permutations, args.null_examples, args.seed)
     total = len(x) * len(y) * (args.permutations + 1)
     with tqdm(total=total, unit="shuffle", disable=True if args.quiet else None) as bar:
@@ -77,34 +79,56 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    models = [path for path in (args.a, args.b) if os.path.isdir(os.path.expanduser(path))]
+    for argument, path in (("A", args.a), ("B", args.b)):
+        if not path.endswith((".npy", ".npz")):
+            shared.check_model_folder(path, argument)
+    models = [path for path in (args.a, args.b) if _is_folder(path)]
     if models and not (args.text or args.images):
         raise ValueError(f"--text, --images: expected examples for the model {models[0]}")
     if not models and (args.text or args.images):
         raise ValueError("--text, --images: are for models; A and B are files of features")
+    for path in models:  # before the features of the first are computed
+        if args.text and not os.path.isfile(os.path.join(os.path.expanduser(path), "tokenizer.json")):
+            raise ValueError(f"--text: expected a language model or text encoder, and {path} has no tokenizer.json")
     for name in ("permutations", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
 
 
-def _features(args: argparse.Namespace, path: str, layers: tuple[str, ...]) -> dict:
-    """Reads features of a file, or computes those of a model."""
+def _features(args: argparse.Namespace, layers: tuple[str, ...], layers_b: tuple[str, ...]) -> list[dict]:
+    """Reads features of files, then computes those of models: what can be refused early is."""
     from subspace_jax import represent
     from subspace_jax.interpret import convergent_learning as convergent
 
-    if not os.path.isdir(os.path.expanduser(path)):
-        return convergent.read_layers(path, layers)
-    options = {"batch_size": args.batch_size, "progress": not args.quiet}
-    if args.text:
-        texts = represent.read_labelled_texts(args.text).texts
-        found = represent.layer_features_of_texts(path, texts, **options)
-    else:
-        split = args.split or ("" if os.path.isdir(os.path.expanduser(args.images)) else "train")
+    sides = ((args.a, layers), (args.b, layers_b))
+    found = [None if _is_folder(path) else convergent.read_layers(path, names) for path, names in sides]
+    texts = represent.read_labelled_texts(args.text).texts if args.text else None
+    images = None
+    if args.images:
+        split = args.split or ("" if _is_folder(args.images) else "train")
         images = represent.open_labelled_images(args.images, split, args.data_dir)
-        found = represent.layer_features_of_images(path, images, **options)
-    if missing := [name for name in layers if name not in found]:
-        raise ValueError(f"--layers: expected some of {', '.join(found)} of {path}, got {missing[0]!r}")
-    return {name: found[name] for name in layers} if layers else found
+    given, examples = (args.text, texts) if args.text else (args.images, images)
+    for (path, _), side in zip(sides, found, strict=True):
+        if side and examples is not None and (count := len(next(iter(side.values())))) != len(examples):
+            raise ValueError(f"{path}: expected features of the {len(examples)} examples of {given}, got {count}")
+    options = {"batch_size": args.batch_size, "progress": not args.quiet}
+    for i, (path, names) in enumerate(sides):
+        if found[i] is not None:
+            continue
+        if not args.quiet:
+            log.info("%s: features of all layers", path)
+        if texts is not None:
+            computed = represent.layer_features_of_texts(path, texts, **options)
+        else:
+            computed = represent.layer_features_of_images(path, images, **options)
+        if missing := [name for name in names if name not in computed]:
+            raise ValueError(f"--layers: expected some of {', '.join(computed)} of {path}, got {missing[0]!r}")
+        found[i] = {name: computed[name] for name in names} if names else computed
+    return found
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def _scalars(found) -> dict[str, float]:

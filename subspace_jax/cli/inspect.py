@@ -49,6 +49,8 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
     if not sources:
         raise ValueError("TUNED, --adapter: expected the folder of a tuned model or of an adapter, got none")
     options = {"top": args.top, "threshold": args.threshold, "progress": not args.quiet}
+    for folder, argument in ((args.base, "BASE"), *((folder, "TUNED") for folder in args.tuned)):
+        shared.check_model_folder(folder, argument)
     page, data = inspector.output_files(args.out)
     found = inspector.inspect_updates(args.base, sources, **options)
     inspector.write_report(found, page, data)

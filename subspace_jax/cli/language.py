@@ -84,11 +84,10 @@ def _perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax.data import text
 
     config, model, tokenizer = open_model(args)
-    config.data.source, config.data.eval_split = args.data, args.split
-    config.data.evaluation = "" if args.data == "docstrings" else args.data
+    config.data.source, config.data.train_split = args.data, args.split
     config.data.prompt, config.data.completion = args.prompt_field, args.text_field
     config.data.chat_template = args.chat_template
-    rows = text.pack_rows(language.texts_of(config, "eval", tokenizer), tokenizer, min(args.length, model.max_length))
+    rows = text.pack_rows(language.texts_of(config, "train", tokenizer), tokenizer, min(args.length, model.max_length))
     task, params, mesh = _place(args)
     total, count = language.score_rows(task, params, data.eval_batches(rows, batch_size=args.batch_size), mesh)
     print(f"perplexity {float(metrics.perplexity(total, count)):.3f} over {count:.0f} tokens")

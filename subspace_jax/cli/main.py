@@ -190,7 +190,10 @@ def _ending(error: BaseException, trains: bool) -> tuple[int | None, str]:
     if isinstance(error, ValueError | OSError) or (isinstance(error, ImportError) and "pip install" in str(error)):
         # Of a line each; JAX adds longer ones for those who read a traceback.
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
-        return 2, f"{error} ({', '.join(notes)})" if notes else str(error)
+        # Without the number that str() puts before it.
+        plain = isinstance(error, OSError) and error.strerror and error.filename is None
+        message = str(error.strerror if plain else error)
+        return 2, f"{message} ({', '.join(notes)})" if notes else message
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped; the same command resumes from the last checkpoint" if trains else "stopped"
     return processes.ending(error)

@@ -61,6 +61,8 @@ def _project_update(args: argparse.Namespace, overrides: list[str]) -> None:
 
     settings = folders.FolderSettings(tuple(args.frac), args.method, args.basis, args.side, args.seed)
     read = (args.base, args.aligned, args.tuned)
+    for folder, name in zip(read, ("base", "aligned", "tuned"), strict=True):
+        shared.check_model_folder(folder, f"--{name}")
     found = folders.project_folders(*read, args.out, settings, progress=not args.quiet)
     picture = report.draw(found, args.out)
     print(report.text_of(found))

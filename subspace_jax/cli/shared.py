@@ -115,13 +115,13 @@ def check_paths(args: argparse.Namespace) -> None:
         raise ValueError(f"--workdir: expected a folder of the run's own, got {args.workdir!r}, the current one")
 
 
-def check_model_folder(folder: str) -> None:
+def check_model_folder(folder: str, argument: str = "--model") -> None:
     """Raises a FileNotFoundError for a model that is not there; it names the nearest one, or the command for it."""
     if not folder:
-        raise ValueError("--model: expected a folder or GGUF file, as the config names none")
+        raise ValueError(f"{argument}: expected a folder or GGUF file, as the config names none")
     if not _holds_anything(folder):
         what = "nothing in" if os.path.isdir(os.path.expanduser(folder)) else "no"
-        raise FileNotFoundError(f"--model: there is {what} {folder}{_model_hint(folder)}")
+        raise FileNotFoundError(f"{argument}: there is {what} {folder}{_model_hint(folder)}")
 
 
 def _holds_anything(path: str) -> bool:

@@ -37,7 +37,7 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(error.errno, f"workdir: can't write to {folder} ({os.strerror(error.errno or 0)})") from error
+        raise OSError(error.errno, f"can't write to the folder {folder} ({os.strerror(error.errno or 0)})") from error
     return folder
 
 

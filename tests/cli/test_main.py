@@ -236,7 +236,7 @@ def test_methods_and_configs_end_with_status_1_and_a_near_name_where_nothing_mat
 def test_train_names_an_unwritable_workdir(train, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run") == 2
-    assert f"workdir: can't write to {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+    assert f"can't write to the folder {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -125,6 +125,16 @@ def test_compare_says_what_is_trivial_where_examples_are_no_more_than_columns():
         assert np.isfinite(found[name].calibrated)
 
 
+def test_compare_of_more_columns_than_examples_has_the_cka_of_features_and_of_their_shuffles():
+    x, y = gaussian(0, 8, 9), gaussian(1, 8, 12)
+    found = convergent.compare(x, y, measures=("linear_cka", "cca_r2"), null=convergent.Null(3))
+    rng = np.random.default_rng(0)
+    cka = [float(metrics.linear_cka(x, y[order])) for order in (np.arange(8), *(rng.permutation(8) for _ in range(3)))]
+    np.testing.assert_allclose([found["linear_cka"].value, found["linear_cka"].null_mean], [cka[0], np.mean(cka[1:])],
+        rtol=1e-5)  # fmt: skip
+    assert found["cca_r2"].note.startswith("trivial: y spans all 8 examples")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [32, 64, 256])
 def test_compare_of_independent_features_is_calibrated(n):
@@ -190,6 +200,9 @@ def files(tmp_path_factory):
     dead = x * (np.arange(P) != 2)
     np.savez(folder / "c.npz", early=x, dead=dead, class_names=np.array(["a"]))
     np.save(folder / "short.npy", x[:20])
+    (folder / "three.txt").write_text("one\ntwo\nthree\n")
+    (folder / "model").mkdir()
+    (folder / "model" / "tokenizer.json").write_text("{}")
     return folder
 
 
@@ -235,6 +248,12 @@ def test_compare_command_draws_heat_maps_over_layers(files, capsys):
         (["a.npy", "b.npz", "--layers-b", "third"], "expected some of the layers first, second, got 'third'"),
         (["a.npy", "b.npz", "--measures", "cka"], "measures: expected some of"),
         (["a.npy", "b.npz", "--text", "texts.txt"], "--text, --images: are for models"),
+        (["a.npy", "work/models/none"], "B: there is no work/models/none"),
+        (
+            ["a.npy", "model", "--text", "three.txt"],
+            "a.npy: expected features of the 3 examples of three.txt, got 30",
+        ),
+        (["a.npy", ".", "--text", "texts.txt"], "and . has no tokenizer.json"),
         (["a.npy", "."], "--text, --images: expected examples for the model"),
         (["a.npy", "b.npz", "--permutations", "0"], "--permutations: expected at least 1, got 0"),
     ],
@@ -250,10 +269,14 @@ def test_read_layers_refuses_what_holds_no_features(tmp_path):
     np.savez(tmp_path / "odd.npz", labels=np.arange(9))
     np.savez(tmp_path / "uneven.npz", a=np.ones((9, 2)), b=np.ones((8, 2)))
     (tmp_path / "broken.npz").write_bytes(b"PK")
+    (tmp_path / "words.npy").write_text("words")
+    np.save(tmp_path / "complex.npy", np.ones((9, 2), complex))
     for name, message in (
         ("odd.npz", "expected matrices of features"),
         ("uneven.npz", "layers of the same examples"),
         ("broken.npz", "can't be read as .npz"),
+        ("words.npy", "not in the format of numpy.save"),
+        ("complex.npy", "complex: expected real numbers, got complex"),
         ("text.txt", "no such file"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -88,7 +88,7 @@ def test_a_workdir_that_can_not_be_written_is_named(below, tmp_path):
     # Below a regular file, which not even root can make a folder of.
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / below
-    with pytest.raises(OSError, match=f"workdir: can't write to {workdir}"):
+    with pytest.raises(OSError, match=f"can't write to the folder {workdir}"):
         train.run(train.override(classify.default_config(), GOOD), workdir, progress=False)
 
 

@@ -86,7 +86,7 @@ def numbered(columns: Sequence[np.ndarray], names: Sequence[str], where: str = "
 
 def _of_csv(path: pathlib.Path) -> tuple[list[str], list[np.ndarray]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [(number, line) for number, line in enumerate(csv.reader(file), start=1) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"labels: {path}: can't be read as CSV: {error}") from error

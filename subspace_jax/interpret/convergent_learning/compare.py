@@ -126,9 +126,9 @@ def compare(
     whole = {} if count == n else _streamed(x, y, measures)
     sides = [_prepare(a, measures, k) for a in some]
     orders = np.stack([np.arange(count), *(rng.permutation(count) for _ in range(null.permutations))]).astype(np.int32)
-    values = _scores_of_orders(*sides, orders, measures, progress)
     trivial = _trivial(sides, count, k)
-    return {name: _summary(values[name], whole.get(name), (n, count), trivial.get(name, "")) for name in measures}
+    values = _scores_of_orders(*sides, orders, tuple(name for name in measures if name not in trivial), progress)
+    return {name: _summary(values.get(name), whole.get(name), (n, count), trivial.get(name, "")) for name in measures}
 
 
 def check_measures(names: Sequence[str]) -> tuple[str, ...]:
@@ -258,7 +258,7 @@ def _trivial(sides: Sequence[scores.Side], count: int, k: int) -> dict[str, str]
     return notes
 
 
-def _summary(values: np.ndarray, whole: float | None, counts: tuple[int, int], trivial: str) -> Score:
+def _summary(values: np.ndarray | None, whole: float | None, counts: tuple[int, int], trivial: str) -> Score:
     n, count = counts
     of = count if whole is None else n
     if trivial:

@@ -57,6 +57,7 @@ def read_layers(path: str | os.PathLike, layers: Sequence[str] = ()) -> dict[str
         raise ValueError(f"{path}: expected a file that ends in .npy or .npz, or a model's folder")
     try:
         if path.suffix == ".npy":
+            _check_magic(path)
             found = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
             with np.load(path, allow_pickle=False) as archive:
@@ -68,10 +69,20 @@ def read_layers(path: str | os.PathLike, layers: Sequence[str] = ()) -> dict[str
     if missing := [name for name in layers if name not in found]:
         raise ValueError(f"{path}: expected some of the layers {', '.join(found)}, got {missing[0]!r}")
     found = {name: found[name] for name in layers} if layers else found
-    counts = {name: len(check_features(f"{path}: {name}", x)) for name, x in found.items()}
+    try:
+        counts = {name: len(check_features(f"{path}: {name}", x)) for name, x in found.items()}
+    except TypeError as error:  # it is the file that is wrong
+        raise ValueError(str(error)) from error
     if len(set(counts.values())) > 1:
         raise ValueError(f"{path}: expected layers of the same examples, got {counts}")
     return found
+
+
+def _check_magic(path: pathlib.Path) -> None:
+    """Refuses what is no NumPy file before NumPy takes it for a pickle."""
+    with path.open("rb") as file:
+        if file.read(6) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("it is not in the format of numpy.save")
 
 
 def _is_layer(name: str, archive) -> bool:

@@ -34,7 +34,7 @@ _MEANING = {
     "lcs_knn": "common order of neighbours",
     "cknna": "kernel alignment of neighbours",
 }
-_HEAD = ("measure", "value", "shuffled", "calibrated", "p")
+_HEAD = ("measure", "value", "shuffled", "calibrated", "p", "note")
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; padding: .3em 0; }
 td, th { border-bottom: 1px solid #ccc; padding: .25em .8em .25em 0; text-align: left; } img { max-width: 100%; }"""

@@ -29,10 +29,12 @@ FAST = ("linear_cka", "debiased_cka", "cca_r2", *REGRESSION, "semi_match")
 class Linear(NamedTuple):
     """Centered columns ``[n, p]`` of Frobenius norm 1, squared lengths of rows, own criteria of CKA, and correlation's.
 
-    ``standard [n, p]`` has columns of mean 0 and length 1, or 0.
+    ``standard [n, p]`` has columns of mean 0 and length 1, or 0.  Where there are more columns than examples,
+    ``products [n, n]`` are those of the rows; None otherwise.
     """
 
     unit: jax.Array
+    products: jax.Array | None
     squares: jax.Array
     own: jax.Array
     own_debiased: jax.Array
@@ -80,9 +82,10 @@ def prepare(x: jax.Array, measures: tuple[str, ...], k: int) -> Side:
     wanted, n = set(measures), x.shape[0]
     unit = unit_norm(x)
     squares = jnp.sum(jnp.square(unit), axis=1)
-    own = jnp.sum(jnp.square(gram(unit, unit) if x.shape[1] <= n else times(unit, unit.T)))
+    products = None if x.shape[1] <= n else times(unit, unit.T)
+    own = jnp.sum(jnp.square(gram(unit, unit) if products is None else products))
     standard = standardized(x)[0] / jnp.sqrt(jnp.asarray(n, x.dtype))
-    linear = Linear(unit, squares, own, _debiased(own, squares, squares), standard)
+    linear = Linear(unit, products, squares, own, _debiased(own, squares, squares), standard)
     span = leading = kernel = neighborhood = None
     if wanted & {*CCA, *REGRESSION}:
         basis = whitened_columns(x)[0]
@@ -110,6 +113,8 @@ def shuffled(side: Side, order: jax.Array) -> Side:
     """The side with its examples in another order."""
     linear, span, leading, kernel, neighborhood = side
     linear = linear._replace(unit=linear.unit[order], squares=linear.squares[order], standard=linear.standard[order])
+    if linear.products is not None:
+        linear = linear._replace(products=linear.products[order][:, order])
     if span is not None:
         span = span._replace(basis=span.basis[order])
     if leading is not None:
@@ -155,15 +160,17 @@ def _debiased(inner: jax.Array, d: jax.Array, e: jax.Array) -> jax.Array:
 
 
 def _linear(x: Linear, y: Linear, with_svd: bool) -> dict[str, jax.Array]:
-    cross = gram(x.unit, y.unit)
-    inner = jnp.sum(jnp.square(cross))
+    if x.products is not None and y.products is not None:  # n^2 operations instead of n p q
+        inner = jnp.sum(x.products * y.products)
+    else:
+        inner = jnp.sum(jnp.square(gram(x.unit, y.unit)))
     own = jnp.sqrt(x.own_debiased) * jnp.sqrt(y.own_debiased)
     found = {
         "linear_cka": inner / jnp.sqrt(x.own) / jnp.sqrt(y.own),
         "debiased_cka": _debiased(inner, x.squares, y.squares) / own,
     }
     if with_svd:
-        found["procrustes"] = jnp.sum(jnp.linalg.svd(cross, compute_uv=False))
+        found["procrustes"] = jnp.sum(jnp.linalg.svd(gram(x.unit, y.unit), compute_uv=False))
     return found
 
 
