@@ -7,7 +7,7 @@ from pathlib import Path
 from subspace_jax.cli import shared
 
 _ALIGN = """
-    subspace-jax align --x images.npy --y captions.npy --out work/align             # seconds for some thousand pairs
+    subspace-jax align --x images.npy --y captions.npy --out work/align             # half a minute for some thousand pairs
     subspace-jax align --x images.npy --y captions.npy --anchors 3000 --k 20 --method local-cka --out work/align
     subspace-jax align --map work/align --x new_images.npy --y new_captions.npy --out work/found
 
@@ -70,7 +70,7 @@ def _fitted(args: argparse.Namespace, sources: dict) -> list[str]:
         raise ValueError(f"--k: expected 1 to {width}, the smaller width of --x and --y, got {k}")
     out = train.writable_folder(args.out)
     read = pairs.read_pairs(sources["x"], sources["y"], args.anchors, seed=args.seed, progress=not args.quiet)
-    maps, found = fit.fit_maps(read, k, args.method or "affine", reg=args.reg, seed=args.seed)
+    maps, found = fit.fit_maps(read, k, args.method or "affine", reg=args.reg, seed=args.seed, progress=not args.quiet)
     fit.save_maps(out, maps, found)
     report.write_curve(found, out)
     shared.write_result(out, _scalars(found))

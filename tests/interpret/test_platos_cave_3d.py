@@ -23,9 +23,11 @@ MEASURES = {"mutual_knn", "cycle_knn", "lcs_knn", "cka", "unbiased_cka", "cknna"
 SUBSPACE = jax.jit(platos.fit_cca_subspace, static_argnames=("k", "reg", "eps"))
 AFFINE = jax.jit(platos.fit_affine, static_argnames=("ridge", "bias", "orthogonal"))
 LOCAL_CKA = jax.jit(platos.local_cka_scores, static_argnames=("kernel", "chunk"))
+METHODS = evaluate.METHODS
 MATCHING = evaluate._match_accuracy  # compiled for `align` too
 MOMENTS = jax.jit(linalg.pair_moments)
 MERGED = jax.jit(linalg.merge_pair_moments)
+PLANTED = jax.jit(data.planted_pairs, static_argnums=1)
 KEY = jax.random.key(0)
 
 
@@ -39,7 +41,7 @@ def golden_file():
 @functools.cache
 def planted(seed=0):
     """Anchors and queries of both sides: 150 and 24 pairs, widths 20 and 14, 4 shared directions."""
-    x, y = data.planted_pairs(jax.random.key(seed), 174)
+    x, y = PLANTED(jax.random.key(seed), 174)
     return x[:150], y[:150], x[150:], y[150:]
 
 
@@ -52,7 +54,28 @@ def test_every_name_of_the_public_surface_is_there():
 def test_subspace_maps_and_scores_are_those_of_the_reference(golden_file, x64):
     file = {name: jnp.asarray(value) for name, value in golden_file.items()}
     xa, ya, xq, yq = (file[name] for name in ("X_anchor", "Y_anchor", "X_query", "Y_query"))
-    sub = SUBSPACE(xa, ya, k=4, reg=0.0, eps=1e-8)
+    found, scores, (ax, ay, px, py) = in_file(xa, ya, xq, yq)
+    scores |= {
+        "local_cka_linear_sub": LOCAL_CKA(ay, ax, py, px),
+        "local_cka_rbf_sub": LOCAL_CKA(ay, ax, py, px, kernel="rbf", chunk=64),
+    }
+    for name, value in found.items():
+        chex.assert_trees_all_close(value, file[name], atol=1e-6)
+    matching, hits = matching_and_retrieval(jnp.stack(list(scores.values())))
+    for i, (name, value) in enumerate(scores.items()):
+        expected = file[name if name in file else f"sim_{name}"]
+        chex.assert_trees_all_close(value, expected, atol=1e-3 if "rbf" in name else 1e-6)
+        chex.assert_trees_all_close(matching[i], file[f"matching_{name}"], atol=1e-12)
+        chex.assert_trees_all_close(hits[i], file[f"retrieval_top1_5_10_{name}"], atol=1e-12)
+
+
+@jax.jit
+def in_file(xa, ya, xq, yq):
+    """What the file has of a subspace, but local CKA in it, whose programs other tests use too."""
+    sub = platos.fit_cca_subspace(xa, ya, k=4, reg=0.0, eps=1e-8)
+    whole = platos.fit_affine(ya, xa)
+    projected = ax, ay, px, py = (*map(project, (sub,) * 4, "xyxy", (xa, ya, xq, yq)),)
+    relative = (platos.relative_representation(z, a) for z, a in ((yq, ya), (xq, xa)))
     found = {
         "mean_x": sub.mean_x,
         "mean_y": sub.mean_y,
@@ -60,27 +83,22 @@ def test_subspace_maps_and_scores_are_those_of_the_reference(golden_file, x64):
         "proj_x": sub.wx @ sub.wx.T,
         "proj_y": sub.wy @ sub.wy.T,
         "cross_proj": sub.wx @ sub.wy.T,
+        "affine_full_R": whole.R,
+        "affine_full_b": whole.b,
     }
-    whole = AFFINE(ya, xa)
-    found |= {"affine_full_R": whole.R, "affine_full_b": whole.b}
-    ax, ay, px, py = (*map(project, (sub,) * 4, "xyxy", (xa, ya, xq, yq)),)
-    relative = (platos.relative_representation(z, a) for z, a in ((yq, ya), (xq, xa)))
     scores = {
-        "affine_sub": platos.cosine_scores(platos.apply_affine(AFFINE(ay, ax), py), px),
+        "affine_sub": platos.cosine_scores(platos.apply_affine(platos.fit_affine(ay, ax), py), px),
         "affine_full": platos.cosine_scores(platos.apply_affine(whole, yq), xq),
-        "local_cka_linear_sub": LOCAL_CKA(ay, ax, py, px),
-        "local_cka_linear_full": LOCAL_CKA(ya, xa, yq, xq),
-        "local_cka_rbf_sub": LOCAL_CKA(ay, ax, py, px, kernel="rbf", chunk=64),
+        "local_cka_linear_full": platos.local_cka_scores(ya, xa, yq, xq),
         "relative_full": platos.cosine_scores(*relative),
     }
-    for name, value in found.items():
-        chex.assert_trees_all_close(value, file[name], atol=1e-6)
-    for name, value in scores.items():
-        expected = file[name if name in file else f"sim_{name}"]
-        chex.assert_trees_all_close(value, expected, atol=1e-3 if "rbf" in name else 1e-6)
-        chex.assert_trees_all_close(MATCHING(value, KEY), file[f"matching_{name}"], atol=1e-12)
-        hits = platos.retrieval_at_k(value, (1, 5, 10))
-        chex.assert_trees_all_close(hits, file[f"retrieval_top1_5_10_{name}"], atol=1e-12)
+    return found, scores, projected
+
+
+@jax.jit
+def matching_and_retrieval(scores):
+    matching = jax.vmap(lambda own: platos.match_accuracy(own, KEY))(scores)
+    return matching, jax.vmap(lambda own: platos.retrieval_at_k(own, (1, 5, 10)))(scores)
 
 
 def project(sub, side, z):
@@ -169,22 +187,16 @@ def test_spaces_that_are_maps_of_each_other_match_perfectly(golden_file, x64):
     assert MATCHING(scores, KEY) == platos.retrieval_at_k(scores, (1, 5, 10))[0] == 1
 
 
-def test_the_subspace_finds_pairs_that_the_features_hide():
-    for method in ("affine", "local-cka"):
-        report = platos.align(*planted(), 4, method)
-        assert report.matching == 1
-        assert report.full_matching <= 0.75
-        assert np.all(report.held_out_rho > 0.9)
-        assert report.chance_matching == 1 / 24
-        assert report.chance_retrieval == (1 / 24, 5 / 24, 10 / 24)
-        assert report.translation.R.shape == (4, 4)
-
-
-@pytest.mark.slow
-def test_relative_representations_find_pairs_in_the_subspace_too():
-    report = platos.align(*planted(), 4, "relative")
+# The command's tests have the others among the quick ones.
+@pytest.mark.parametrize("method", ["affine", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+def test_the_subspace_finds_pairs_that_the_features_hide(method):
+    report = platos.align(*planted(), 4, method)
     assert report.matching == 1
     assert report.full_matching <= 0.75
+    assert np.all(report.held_out_rho > 0.9)
+    assert report.chance_matching == 1 / 24
+    assert report.chance_retrieval == (1 / 24, 5 / 24, 10 / 24)
+    assert report.translation.R.shape == (4, 4)
 
 
 def test_align_reports_that_correlations_of_anchors_do_not_hold_where_there_are_few():
@@ -196,7 +208,7 @@ def test_align_reports_that_correlations_of_anchors_do_not_hold_where_there_are_
 
 def test_random_scores_match_and_retrieve_by_chance_and_ties_are_stable():
     scores = jax.random.normal(KEY, (24, 24))
-    rolled = jnp.stack([jnp.roll(scores, i, 1) for i in range(24)])
+    rolled = np.stack([np.roll(scores, i, 1) for i in range(24)])
     hits = jax.jit(jax.vmap(lambda scores: platos.retrieval_at_k(scores, (1, 5, 10))))(rolled)
     # Each item is rolled through all ranks once.
     chex.assert_trees_all_close(np.mean(hits, axis=0), np.asarray([1, 5, 10], np.float32) / 24, atol=1e-6)

@@ -93,7 +93,13 @@ class Found(NamedTuple):
 
 
 def fit_maps(
-    pairs: Pairs, k: int = 50, method: str = "affine", *, reg: float | None = None, seed: int = 0
+    pairs: Pairs,
+    k: int = 50,
+    method: str = "affine",
+    *,
+    reg: float | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> tuple[Maps, Found]:
     """Fits maps to the anchors of pairs, and measures on their queries how well items are found.
 
@@ -104,11 +110,14 @@ def fit_maps(
       reg: Ridge, as a share of the largest eigenvalue of each covariance; by default that of :data:`RIDGES` with the
         highest mean correlation along the ``k`` directions on a fifth of the anchors, which the fit leaves out.
       seed: Seed of the order in which equal scores are matched.
+      progress: Whether to show a progress bar.
 
     Raises:
       ValueError: ``k`` exceeds a width, or there are not more anchors to fit to; the method is unknown; ``reg`` is
         negative, or 0 and a covariance is singular.
     """
+    from tqdm.auto import tqdm
+
     widths = pairs.fit.xy.shape
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -122,20 +131,28 @@ def fit_maps(
     moments = merge_pair_moments(pairs.fit, pairs.held)
     # On one device from here on: the moments of a shard are those of all.
     moments, fit, held = jax.device_put(jax.device_get((moments, pairs.fit, pairs.held)))
+    most = min(*widths, pairs.anchors - 1)
+    ks = sorted({k, most, *(j for j in _CURVE_KS if j < most)})
+    bar = tqdm(total=len(ks) + 2 * len(METHODS), unit="score", disable=None if progress else True)
     if reg is None:
         reg = RIDGES[int(jnp.argmax(_held_out(fit, held, k=k)))]
-    most = min(*widths, pairs.anchors - 1)
     whole = _subspace(moments, k=most, reg=reg)
     queries, sample = (jnp.asarray(pairs.xq), jnp.asarray(pairs.yq)), (jnp.asarray(pairs.xs), jnp.asarray(pairs.ys))
     key = jax.random.key(seed)
-    ks = sorted({k, most, *(j for j in _CURVE_KS if j < most)})
+    bar.update()
+
+    def measured(scores):
+        found = _measured(scores, key)
+        bar.update()
+        return found
 
     def in_subspace(name, k):
-        return _measured(_in_subspace(whole, moments, queries, sample, k, method=name), key)
+        return measured(_in_subspace(whole, moments, queries, sample, k, method=name))
 
     curve = {j: in_subspace(method, j) for j in ks}
     subspace = {name: curve[k] if name == method else in_subspace(name, k) for name in METHODS}
-    full = {name: _measured(_on_features(moments, queries, sample, method=name), key) for name in METHODS}
+    full = {name: measured(_on_features(moments, queries, sample, method=name)) for name in METHODS}
+    bar.close()
     sub = whole.leading(k)
     projected = project_moments(moments, sub)
     held_out = axis_correlations(pair_moments(project_x(sub, queries[0]), project_y(sub, queries[1])))

@@ -63,9 +63,11 @@ def write_curve(found: Found, folder: str | os.PathLike) -> None:
         axis.plot(list(found.curve), [values[i] for values in found.curve.values()], "-o", color=color, label=name)
         axis.axhline(found.full[found.method][i], color=color, linestyle="--", label=f"{name}, all features")
         axis.axhline(found.chance[i], color=color, linestyle=":", linewidth=1)
-    axis.axvline(found.k, color="0.7", linewidth=1)
+    axis.axvline(found.k, color="0.7", linewidth=1, label=f"k = {found.k}, of the maps")
     axis.set(xscale="log", xlabel="directions k (dotted: chance)", ylabel=f"share of {found.queries} held-out pairs")
-    axis.set(ylim=(0, 1.02), title=f"{found.method}, {found.anchors} anchors")
+    axis.set(ylim=(0, 1.02), title=f"How often y finds its x, {found.method}, {found.anchors} anchors")
+    axis.set_xticks(list(found.curve), [f"{k}" for k in found.curve])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     with train.replacing(pathlib.Path(folder) / CURVE) as partial:
