@@ -10,6 +10,7 @@ from scipy.optimize import nnls
 from subspace_jax.interpret import compositional_linear as cl
 
 N_VALUES = (4, 3, 2)
+PREDICTED = jax.jit(cl.ConceptProbes.predict)
 QUICK = cl.ProbeSettings(epochs=40, batch=8, learning_rate=0.05)
 
 
@@ -98,8 +99,8 @@ def hard_margin(x, labels):
         goal[-1] = 1
         residual = matrix @ nnls(matrix, goal)[0] - goal
         *normal, offset = -residual[:-1] / residual[-1]
-        weights.append(jnp.asarray(np.outer([-0.5, 0.5], normal)))
-        biases.append(jnp.asarray([-0.5, 0.5]) * size * offset)
+        weights.append(np.outer([-0.5, 0.5], normal))
+        biases.append(np.asarray([-0.5, 0.5]) * size * offset)
     return cl.ConceptProbes(tuple(weights), tuple(biases))
 
 
@@ -116,7 +117,7 @@ def test_margin_probes_of_any_valid_support_agree_on_orthogonal_factors_alone(x6
     labels, found = np.asarray(grid.labels), {}
     for name, points in x.items():
         probes = [hard_margin(np.asarray(points)[own], labels[own]) for own in supports]
-        right = np.mean([np.asarray(own.predict(points)) == labels for own in probes])
+        right = np.mean([np.asarray(PREDICTED(own, points)) == labels for own in probes])
         gap = cl.stability_gap(probes, points)
         score = cl.linear_factorization_r2(points, grid.labels, n_values, False).r2
         found[name] = float(right), float(jnp.min(gap.direction)), float(jnp.max(gap.posterior)), float(score)

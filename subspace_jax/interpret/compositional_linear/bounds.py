@@ -132,17 +132,19 @@ def stability_gap(probes: Sequence[ConceptProbes], x: jax.Array) -> StabilityGap
         raise ValueError(f"x: expected points [points, {probes[0].weights[0].shape[1]}], got shape {list(x.shape)}")
     posterior, direction = [], []
     for i in range(len(probes[0].weights)):
-        found = jnp.stack([jax.nn.softmax(own.logits(x)[i], axis=1) for own in probes])
-        weights = jnp.stack([own.weights[i] - jnp.mean(own.weights[i], axis=0, keepdims=True) for own in probes])
-        gaps = _gaps(found, weights.reshape(len(probes), -1))
+        of_concept = [ConceptProbes((own.weights[i],), (own.biases[i],)) for own in probes]
+        gaps = _gaps(jax.tree.map(lambda *parts: np.stack(parts), *of_concept), x)
         posterior.append(gaps[0])
         direction.append(gaps[1])
     return StabilityGap(jnp.stack(posterior), jnp.stack(direction))
 
 
 @jax.jit
-def _gaps(posteriors: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest total variation distance of posteriors ``[probes, points, values]``, and least cosine of weights."""
+def _gaps(probes: ConceptProbes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest total variation distance of posteriors, and least cosine of weights, of stacked probes of a concept."""
+    posteriors = jax.nn.softmax(jax.vmap(lambda own: own.logits(x)[0])(probes), axis=2)
+    (weights,) = probes.weights
+    weights = (weights - jnp.mean(weights, axis=1, keepdims=True)).reshape(len(weights), -1)
 
     def farthest(own):
         return 0.5 * jnp.max(jnp.sum(jnp.abs(posteriors - own[None]), axis=2))

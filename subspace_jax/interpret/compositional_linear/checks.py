@@ -22,9 +22,13 @@ def check_examples(x: jax.Array, labels: jax.Array, n_values: Sequence[int], lea
     if len(labels) != len(x):
         raise ValueError(f"labels: expected those of {len(x)} examples, got {len(labels)}")
     if is_known(x):
-        wrong = np.flatnonzero(~np.asarray(jnp.all(jnp.isfinite(x), axis=1)))
+        wrong = np.flatnonzero(~np.asarray(_finite_rows(x)))
         if len(wrong):
             raise ValueError(f"x: expected finite embeddings, got NaN or infinity in example {wrong[0]}")
+
+
+_finite_rows = jax.jit(lambda x: jnp.all(jnp.isfinite(x), axis=1))
+_alike = jax.jit(lambda x: jnp.all(x == x[:1]))
 
 
 def check_labels(labels: jax.Array, n_values: Sequence[int]) -> None:
@@ -46,7 +50,7 @@ def check_labels(labels: jax.Array, n_values: Sequence[int]) -> None:
 
 def check_varies(x: jax.Array) -> None:
     """Raises ValueError where all embeddings are the same: there is no variance to explain."""
-    if is_known(x) and bool(jnp.all(x == x[:1])):
+    if is_known(x) and bool(_alike(x)):
         raise ValueError(f"x: expected embeddings that differ, got the same one in all {len(x)} examples")
 
 
@@ -64,7 +68,7 @@ def check_weights(weights: Sequence[jax.Array], d: int | None = None) -> None:
     for i, w in enumerate(weights):
         if w.ndim != 2 or w.shape[1] != d or not w.shape[0]:
             raise ValueError(f"weights: expected [values, {d}] for concept {i}, got shape {list(w.shape)}")
-        if is_known(w) and not bool(jnp.all(jnp.isfinite(w))):
+        if is_known(w) and not np.all(np.asarray(_finite_rows(w))):
             raise ValueError(f"weights: expected finite numbers, got NaN or infinity in concept {i}")
 
 

@@ -1,5 +1,6 @@
 """Full grids of concepts: exact embeddings, small pictures, transformed digits, and random features of them."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -60,18 +61,24 @@ def orthogonal_factor_embedding(
         raise ValueError(f"ranks: expected 1 to n - 1 for concepts of {n_values} values, got {ranks}")
     if sum(ranks) > d:
         raise ValueError(f"d: expected at least the sum of the ranks, {sum(ranks)}, got {d}")
+    x = _embedded(key, noise, n_values, d, ranks, jnp.zeros(()).dtype)
+    labels = jnp.asarray(full_grid(n_values))
+    return ConceptGrid(x, labels, n_values, tuple(f"concept {i}" for i in range(len(n_values))))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _embedded(key, noise, n_values, d, ranks, dtype):
     of_basis, of_factors, of_noise = jax.random.split(key, 3)
-    dtype = jnp.zeros(()).dtype
     basis = linalg.random_orthonormal(of_basis, d, sum(ranks), dtype=dtype)
     labels = full_grid(n_values)
-    x = noise * jax.random.normal(of_noise, (len(labels), d), dtype)
+    x = jnp.asarray(noise, dtype) * jax.random.normal(of_noise, (len(labels), d), dtype)
     start = 0
     for i, (n, rank) in enumerate(zip(n_values, ranks, strict=True)):
         codes = jax.random.normal(jax.random.fold_in(of_factors, i), (n, rank), dtype)
         codes = linalg.positive_qr(codes - jnp.mean(codes, axis=0, keepdims=True))[0]
         x = x + linalg.times(codes, basis[:, start : start + rank].T)[labels[:, i]]
         start += rank
-    return ConceptGrid(x, jnp.asarray(labels), n_values, tuple(f"concept {i}" for i in range(len(n_values))))
+    return x
 
 
 def full_grid(n_values: Sequence[int]) -> np.ndarray:
