@@ -7,7 +7,7 @@ from pathlib import Path
 from subspace_jax.cli import shared
 
 _ALIGN = """
-    subspace-jax align --x images.npy --y captions.npy --out work/align             # half a minute for some thousand pairs
+    subspace-jax align --x images.npy --y captions.npy --out work/align    # half a minute for some thousand pairs
     subspace-jax align --x images.npy --y captions.npy --anchors 3000 --k 20 --method local-cka --out work/align
     subspace-jax align --map work/align --x new_images.npy --y new_captions.npy --out work/found
 

@@ -104,6 +104,29 @@ def compare(
         or an argument is out of range.
       TypeError: A side does not hold real numbers.
     """
+    return compare_prepared(x, y, prepared, measures=measures, null=null, k=k, progress=progress)
+
+
+def prepared(name: str, x: np.ndarray, rows: np.ndarray, measures: tuple[str, ...], k: int) -> scores.Side:
+    """Returns what a comparison needs of the examples ``rows`` of one side; raises as :func:`compare`."""
+    some = jnp.asarray(np.asarray(x[rows]), _dtype(x))
+    _check_values(name, np.asarray(some))
+    if bool(jnp.all(standardized(some)[1] == 0)):
+        raise ValueError(f"{name}: expected units that vary, got {x.shape[1]} constant ones")
+    return _prepare(some, measures, k)
+
+
+def compare_prepared(
+    x: np.ndarray,
+    y: np.ndarray,
+    prepare: Callable[..., scores.Side],
+    *,
+    measures: Sequence[str] = MEASURES,
+    null: Null = _NULL,
+    k: int = 10,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Score]:
+    """As :func:`compare`, with sides by ``prepare``: :func:`prepared`, or one that keeps them."""
     x, y = (check_features(name, a) for name, a in (("x", x), ("y", y)))
     n = len(x)
     if len(y) != n:
@@ -118,13 +141,8 @@ def compare(
     if set(measures) & set(scores.NEIGHBORS) and not 2 <= k < count:
         raise ValueError(f"k: expected 2 to {count - 1} neighbours of {count} examples, got {k}")
     rows = np.arange(n) if count == n else np.sort(rng.choice(n, count, replace=False))
-    some = [jnp.asarray(np.asarray(a[rows]), _dtype(a)) for a in (x, y)]
-    for name, a in zip("xy", some, strict=True):
-        _check_values(name, np.asarray(a))
-        if bool(jnp.all(standardized(a)[1] == 0)):
-            raise ValueError(f"{name}: expected units that vary, got {a.shape[1]} constant ones")
+    sides = [prepare(name, a, rows, measures, k) for name, a in (("x", x), ("y", y))]
     whole = {} if count == n else _streamed(x, y, measures)
-    sides = [_prepare(a, measures, k) for a in some]
     orders = np.stack([np.arange(count), *(rng.permutation(count) for _ in range(null.permutations))]).astype(np.int32)
     trivial = _trivial(sides, count, k)
     values = _scores_of_orders(*sides, orders, tuple(name for name in measures if name not in trivial), progress)

@@ -6,13 +6,24 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from subspace_jax.interpret.convergent_learning.compare import FAST_MEASURES, MEASURES, Score, check_features, compare
+from subspace_jax.interpret.convergent_learning.compare import (
+    FAST_MEASURES,
+    MEASURES,
+    Score,
+    check_features,
+    compare_prepared,
+    prepared,
+)
+from subspace_jax.interpret.convergent_learning.scores import Side
 
 # Arrays of a file of features that are none.
 _OTHERS = ("labels", "class_names")
 _ROWS = 4096
+# Most that is kept of layers, which are compared with several others.
+_KEPT_BYTES = 2**30
 
 
 class LayerComparison(NamedTuple):
@@ -112,11 +123,11 @@ def compare_layers(
     """
     single = len(x) == len(y) == 1
     measures = (MEASURES if single else FAST_MEASURES) if measures is None else measures
-    found = {}
+    found, prepare = {}, _keeping()
     for row, a in x.items():
         for column, b in y.items():
             try:
-                found[row, column] = compare(a, b, measures=measures, progress=progress, **settings)
+                found[row, column] = compare_prepared(a, b, prepare, measures=measures, progress=progress, **settings)
             except ValueError as error:
                 raise ValueError(f"{row} and {column}: {error}") from error
     constant = {}
@@ -125,6 +136,21 @@ def compare_layers(
             if count := _constant_units(features):
                 constant[side, name] = count
     return LayerComparison(tuple(x), tuple(y), found, constant)
+
+
+def _keeping() -> Callable[..., Side]:
+    """Prepares a side as :func:`prepared`, once for all pairs of a layer, as far as memory is meant to hold them."""
+    sides: dict[tuple[str, int], Side] = {}
+
+    def prepare(name, x, *settings):
+        if (key := (name, id(x))) in sides:
+            return sides[key]
+        side = prepared(name, x, *settings)
+        if sum(a.nbytes for a in jax.tree.leaves((side, *sides.values()))) <= _KEPT_BYTES:
+            sides[key] = side
+        return side
+
+    return prepare
 
 
 def _constant_units(x: np.ndarray) -> int:
