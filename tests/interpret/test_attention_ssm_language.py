@@ -103,12 +103,13 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_attention_operators_writes_a_table_and_json(model, tmp_path, capsys, monkeypatch):
+def test_attention_operators_writes_a_table_and_json(model, tmp_path, capsys, caplog, monkeypatch):
     # Drawing takes longer than measuring.
     monkeypatch.setattr(report, "draw", lambda folder, layers: folder / "operators.png")
     options = ["--model", str(model / "model"), "--data", str(model / "some.txt"), "--length", "16", "--rows", "2"]
     assert main(["attention-operators", *options, "--out", str(tmp_path / "out"), "--quiet"]) == 0
     printed = capsys.readouterr().out.splitlines()
+    assert not caplog.records  # such as that texts are trained on
     assert printed[0].split() == [
         "layer",
         "rank",
@@ -139,6 +140,7 @@ def test_attention_operators_refuses_bad_input_and_writes_nothing(model, tmp_pat
         ({"--length": 65}, "--length: expected at most 64"),
         ({"--data": model / "none.txt"}, "none.txt"),
         ({"--model": model / "none"}, "none"),
+        ({"--out": model / "some.txt"}, f"can't write to the folder {model / 'some.txt'} (File exists)"),
     ):
         words = [str(word) for pair in {**good, **change}.items() for word in pair]
         assert main(["attention-operators", *words]) == 2

@@ -34,6 +34,9 @@ def run(*arguments):
 def test_read_label_table_numbers_texts_and_integers(folder):
     table = cl.read_label_table(folder / "labels.csv")
     assert (table.names, table.values) == (("colour", "size"), (("blue", "green", "red"), ("0", "10")))
+    text = (folder / "labels.csv").read_text()
+    (folder / "marked.csv").write_text(text, encoding="utf-8-sig")  # as spreadsheets save it
+    assert cl.read_label_table(folder / "marked.csv").names == table.names
     given = np.load(folder / "labels.npy")
     assert np.array_equal(table.labels, np.stack([np.asarray([2, 1, 0])[given[:, 0]], given[:, 1]], axis=1))
     assert np.array_equal(cl.read_label_table(folder / "labels.npy").labels, given)

@@ -358,8 +358,9 @@ def test_inspect_says_which_folder_or_file_is_missing_or_wrong(write, write_adap
         return capsys.readouterr().err
 
     assert "TUNED, --adapter: expected the folder" in error(base)
-    assert "nowhere: no such folder" in error(base, tmp_path / "nowhere")
-    assert "empty: has neither model.safetensors" in error(base, tmp_path / "empty")
+    assert f"TUNED: there is no {tmp_path}/nowhere" in error(base, tmp_path / "nowhere")
+    assert "BASE: there is no work/models/none" in error("work/models/none", base)
+    assert f"TUNED: there is nothing in {tmp_path}/empty" in error(base, tmp_path / "empty")
     assert "empty: has no adapter_config.json" in error(base, "--adapter", tmp_path / "empty")
     assert "half: has no adapter_model.safetensors" in error(base, "--adapter", tmp_path / "half")
     assert "adapter: is an adapter; expected the folder of a model" in error(adapter, base)

@@ -148,7 +148,7 @@ def test_project_update_refuses_folders_that_can_not_serve(folders, tmp_path, ca
     [
         ("frac: expected a fraction", ["--frac", "1.5"]),
         ("--frac: expected fractions that differ", ["--frac", "0.5", "0.50"]),
-        ("base: no such folder", ["--base", "{out}/nowhere"]),
+        ("--base: there is no ", ["--base", "{out}/nowhere"]),
         ("--out: expected another folder than that of --tuned", ["--out", "{tuned}"]),
     ],
 )
@@ -157,7 +157,7 @@ def test_project_update_refuses_arguments_that_can_not_serve(folders, tmp_path, 
     places = {"out": tmp_path / "base", "tuned": made["tuned"]}
     before = sorted(tmp_path.rglob("*"))
     assert main([*arguments, *(text.format(**places) for text in more)]) == 2
-    assert error.removeprefix("base: ") in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert [file for file in sorted(tmp_path.rglob("*")) if file.is_file()] == [f for f in before if f.is_file()]
 
 

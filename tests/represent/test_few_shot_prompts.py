@@ -13,8 +13,6 @@ from flax import nnx
 from subspace_jax import interop, nn
 from subspace_jax.represent import few_shot_survey as fs
 
-from ..variants import rest_slow
-
 CLIP = pathlib.Path(__file__).parents[1] / "golden" / "interop_vision" / "clip"
 
 
@@ -41,7 +39,8 @@ def test_encode_prompts_of_a_text_s_own_tokens_is_encode_text(clip):
         nn.encode_prompts(config, params, jnp.tile(embeddings, (1, 100, 1)), ends)
 
 
-@pytest.mark.parametrize("per_class", rest_slow([False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("per_class", [False, True])
 def test_fit_prompts_moves_the_context_alone_and_lowers_the_loss(clip, per_class):
     config, params, ids, ends = clip
     embeddings = params["text"]["embed"]["embedding"][ids]

@@ -37,6 +37,7 @@ class TestCompat(TaskContract):
         return problem()
 
 
+@pytest.mark.slow
 def test_retrieval_measures_every_pairing_and_both_orders():
     task, own = problem()
     mesh = train.make_mesh(devices=jax.devices()[:1])
