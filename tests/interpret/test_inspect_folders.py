@@ -15,7 +15,7 @@ from subspace_jax import adapters, interop
 from subspace_jax.cli.main import main
 from subspace_jax.interop.tensors import at, to_stored
 from subspace_jax.interpret import inspector
-from subspace_jax.interpret.inspector import changes, folders, matrix
+from subspace_jax.interpret.inspector import changes, folders, matrix, svg
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KINDS = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "mlp.up_proj": (48, 32)}
@@ -202,6 +202,12 @@ def test_open_updates_reads_of_an_adapter_the_weights_that_the_library_merges(na
             np.testing.assert_allclose(found, value.reshape(found.shape), atol=2e-6, err_msg=tensor.name)
     assert changed_names
     assert changed_names == own.keys() or adapter.config != config
+
+
+def test_shown_numbers_keep_two_digits_or_more():
+    assert [svg.shown(x) for x in (0.00098, 0.00109, 0.5, 3.0, 123456.7, np.nan)] == [
+        "9.8e-04", "0.00109", "0.5", "3", "1.2e+05", "–"
+    ]  # fmt: skip
 
 
 def test_inspect_writes_a_page_with_its_numbers_beside_it(write, tmp_path, capsys):

@@ -132,7 +132,9 @@ def headline(changes: Sequence[WeightChange]) -> str:
     changed = [change for change in changes if change.relative_norm > 0]
     if not changed:
         return f"Nothing changed: all {len(changes)} weights equal those of the base."
-    text = f"{len(changed)} of {len(changes)} weights differ from the base"
+    # An adapter is compared where it has factors, and the base has more weights.
+    count = f"{len(changed)} of {len(changes)}" if len(changed) < len(changes) else f"All {len(changes)} compared"
+    text = f"{count} weights differ from the base"
     norms = math.hypot(*(c.relative_norm * c.base_norm for c in changed if math.isfinite(c.relative_norm)))
     base = math.hypot(*(c.base_norm for c in changes))
     matrices = [c for c in changed if c.spectrum is not None]

@@ -30,7 +30,7 @@ def shown(value: float) -> str:
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
     if not 0.001 <= abs(value) < 1e5:
-        return f"{value:.0e}"
+        return f"{value:.1e}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
