@@ -318,6 +318,7 @@ def test_sample_shots_are_nested_fixed_by_their_key_and_of_each_class():
     assert any((fs.sample_shots(jax.random.key(seed), labels, 3) != many).any() for seed in range(3))
 
 
+@pytest.mark.slow
 def test_residuals_start_at_the_prototypes_and_a_low_rank_is_a_product(sets, standard_promotion):
     shots, _, text = sets
     move = jax.jit(fs.prompt_residual)
