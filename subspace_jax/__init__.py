@@ -18,6 +18,7 @@ _SUBPACKAGES = (
     "linalg",
     "losses",
     "manifolds",
+    "merge",
     "methods",
     "metrics",
     "nn",

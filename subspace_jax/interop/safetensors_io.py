@@ -237,6 +237,40 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredTensor]:
     raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{f', but {some(others)}' if others else ''}")
 
 
+def check_same_tensors(
+    flag: str,
+    folder: str | os.PathLike,
+    tensors: Mapping[str, StoredTensor],
+    like: str | os.PathLike,
+    expected: Mapping[str, StoredTensor],
+) -> None:
+    """Checks that two folders have tensors of the same names and shapes.
+
+    Args:
+      flag: Argument of the folder, for the message, as in ``"--base"``.
+      folder: The folder.
+      tensors: Its tensors.
+      like: The folder that it is compared with.
+      expected: The tensors of that one.
+
+    Raises:
+      ValueError: They differ; the message lists how.
+    """
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{flag}: {folder}: expected the tensors of {like}; missing: {some(missing)}; unexpected: {some(extra)}"
+        )
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        told = [
+            f"{name}: expected shape {expected[name].shape} as in {like}, got {tensors[name].shape}"
+            for name in wrong[:8]
+        ]
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{flag}: {folder}: {'; '.join(told)}{more}")
+
+
 def _open_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredTensor]:
     weight_map = read_json_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import interop, train
-from subspace_jax.interop.safetensors_io import some
+from subspace_jax.interop.safetensors_io import check_same_tensors
 from subspace_jax.interop.writing import is_checkpoint_file, replacing, weights_writer
 from subspace_jax.interpret.safety_subspaces.params import (
     LeafModes,
@@ -249,18 +249,7 @@ def _check_tensors(
     """Raises unless all folders have the same tensors, and the weights differ from one to the next."""
     tuned = stored["tuned"]
     for name in ("base", "aligned"):
-        missing, extra = sorted(tuned.keys() - stored[name].keys()), sorted(stored[name].keys() - tuned.keys())
-        if missing or extra:
-            raise ValueError(
-                f"--{name}: {folders[name]}: expected the tensors of {folders['tuned']}; missing: {some(missing)}; "
-                f"unexpected: {some(extra)}"
-            )
-        for tensor, other in ((tensor, stored[name][key]) for key, tensor in tuned.items()):
-            if tensor.shape != other.shape:
-                raise ValueError(
-                    f"--{name}: {folders[name]}: {tensor.name}: expected shape {tensor.shape} as in "
-                    f"{folders['tuned']}, got {other.shape}"
-                )
+        check_same_tensors(f"--{name}", folders[name], stored[name], folders["tuned"], tuned)
     floats = [name for name, tensor in tuned.items() if jnp.issubdtype(tensor.dtype, jnp.floating)]
     for one, two in (("base", "aligned"), ("aligned", "tuned")):
         if all(stored[one][name].equals(stored[two][name]) for name in floats):
