@@ -23,6 +23,7 @@ from subspace_jax.cli import (
     language,
     language_generate,
     language_runs,
+    merge_models,
     methods,
     output,
     plan,
@@ -37,7 +38,7 @@ from subspace_jax.cli import (
 _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
     "train": ("train", "eval", "plan"),
-    "language models": ("pretrain", "finetune", "merge", "export", "generate", "perplexity"),
+    "language models": ("pretrain", "finetune", "merge", "merge-models", "export", "generate", "perplexity"),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
     "study": (
         "align",
@@ -114,6 +115,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         language_runs,
         language_generate,
         language,
+        merge_models,
         vision,
         few_shot,
         upgrade,

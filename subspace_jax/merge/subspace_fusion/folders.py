@@ -217,19 +217,24 @@ def _opened(models: Sequence[Any], base: Any, fishers: Sequence[Any], out: pathl
     source, first = folders[flag][0], stored[flag][0]
     for flag, found in stored.items():
         for folder, tensors in zip(folders[flag], found, strict=True):
-            check_same_tensors(flag, folder, tensors, source, first)
+            if flag != "fishers":
+                check_same_tensors(flag, folder, tensors, source, first)
             if out.resolve() == folder.resolve():
                 raise ValueError(f"--out: expected another folder than that of {flag}, got {folder}")
     group = [*stored["--base"], *stored["--models"]]
     floats = [name for name, tensor in first.items() if _is_float(tensor)]
-    copied = _copied_head([*group, *stored["fishers"]], floats)
+    copied = _copied_head(group, floats)
+    counted = {name: first[name] for name in floats if name not in copied}
+    fishers = [{name: x for name, x in own.items() if name in counted} for own in stored["fishers"]]
+    for folder, own in zip(folders["fishers"], fishers, strict=True):
+        check_same_tensors("fishers", folder, own, source, counted)
     return _Sources(
         folder=source,
         first=first,
         group=group,
         labels=[f"{flag}: {folder}" for flag in ("--base", "--models") for folder in folders[flag]],
-        fishers=stored["fishers"],
-        counted=[name for name in floats if name not in copied],
+        fishers=fishers,
+        counted=list(counted),
         copied=copied,
         out=out,
         base=bool(base),
