@@ -100,7 +100,9 @@ def test_merge_models_reports_norms_cosines_and_conflicts_of_task_vectors(made, 
     base, *models = trees()
     taus = fusion.task_vectors(base, models)
     one, two = (np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in jax.tree.leaves(tau)]) for tau in taus)
-    np.testing.assert_allclose(report["cosines"][0][1], one @ two / np.linalg.norm(one) / np.linalg.norm(two), rtol=1e-4)
+    np.testing.assert_allclose(
+        report["cosines"][0][1], one @ two / np.linalg.norm(one) / np.linalg.norm(two), rtol=1e-4
+    )
     np.testing.assert_allclose(report["conflicts"], np.mean(one * two < 0), rtol=1e-5)
     found = report["tensors"]["model.norm.weight"]
     want = [np.linalg.norm(tau["model.norm.weight"]) for tau in taus]
@@ -182,7 +184,10 @@ def test_merge_models_refuses_folders_that_can_not_serve(made, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("error", "more"),
     [
-        ("--lam: expected a finite number, or 2, one for each", ["--method", "task-arithmetic", "--lam", "1", "2", "3"]),
+        (
+            "--lam: expected a finite number, or 2, one for each",
+            ["--method", "task-arithmetic", "--lam", "1", "2", "3"],
+        ),
         ("--lam: expected a finite number, got 1.0 2.0", ["--method", "ties", "--lam", "1", "2"]),
         ("--lam: expected a finite number", ["--method", "ties", "--lam", "nan"]),
         ("keep: expected a share", ["--method", "ties", "--keep", "0"]),

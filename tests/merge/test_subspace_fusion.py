@@ -130,7 +130,9 @@ def test_regmean_merge_is_golden(golden, x64):
         own = {"l1.weight": fusion.regmean_stats(jnp.asarray(x[3:]), first)}
         stats.append({**own, "l2.weight": fusion.regmean_stats(jnp.asarray(hidden))})
     for alpha in (1.0, 0.9):
-        merged = jax.jit(lambda m, s, alpha=alpha: fusion.regmean_merge(m, s, alpha=float(np.float32(alpha))))(models, stats)
+        merged = jax.jit(lambda m, s, alpha=alpha: fusion.regmean_merge(m, s, alpha=float(np.float32(alpha))))(
+            models, stats
+        )
         found = {name: np.asarray(leaf).T for name, leaf in merged.items()}
         chex.assert_trees_all_close(found, tree(g, f"regmean/{alpha}"), atol=1e-10)
 
@@ -186,9 +188,7 @@ def test_simple_merges_agree_where_they_must():
     )
     lam = jnp.asarray([0.1, 0.4, -0.2])
     rows = jax.tree.map(lambda _: lam, taus[0])
-    chex.assert_trees_all_equal(
-        fusion.apply_task_vectors(base, taus, rows), fusion.apply_task_vectors(base, taus, lam)
-    )
+    chex.assert_trees_all_equal(fusion.apply_task_vectors(base, taus, rows), fusion.apply_task_vectors(base, taus, lam))
 
 
 def test_counters_are_no_part_of_task_vectors_and_tied_weights_stay_tied():
@@ -330,7 +330,10 @@ STATS = {"up/kernel": fusion.GramStats(jnp.ones((4, 4)), jnp.asarray(1.0))}
         ("mode: expected one of", lambda: fusion.fisher_diagonal(None, BASE, None, "diagonal")),
         ("key: expected a random key", lambda: fusion.fisher_diagonal(None, BASE, None, "sampled")),
         ("fishers: expected one for each of 1", lambda: fusion.fisher_merge([OTHER], [])),
-        ("the sum of the Gram matrices is singular.*alpha < 1 or damping", lambda: fusion.regmean_merge([BASE], [STATS])),
+        (
+            "the sum of the Gram matrices is singular.*alpha < 1 or damping",
+            lambda: fusion.regmean_merge([BASE], [STATS]),
+        ),
         ("alpha: expected a factor", lambda: fusion.regmean_merge([BASE], [STATS], alpha=2.0)),
         ("damping: expected at least 0", lambda: fusion.regmean_merge([BASE], [STATS], damping=-1.0)),
         ("stats: expected those of each", lambda: fusion.regmean_merge([BASE], [])),

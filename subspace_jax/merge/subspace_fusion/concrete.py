@@ -363,5 +363,3 @@ def check_temperature(temperature: float) -> None:
     """Raises ValueError for a temperature that is not above 0."""
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-
-

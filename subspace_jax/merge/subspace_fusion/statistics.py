@@ -234,7 +234,9 @@ def _exact(log_probs: Callable, moving: PyTree, batch: Any, examples: int) -> Py
         def of_class(total, i):
             one = jnp.zeros(size, found.dtype).at[i].set(1).reshape(shape)
             p = jnp.exp(found).reshape(-1)[i]
-            return jax.tree.map(lambda t, g: t + p.astype(t.dtype) * jnp.square(g.astype(t.dtype)), total, *back(one)), None
+            return jax.tree.map(
+                lambda t, g: t + p.astype(t.dtype) * jnp.square(g.astype(t.dtype)), total, *back(one)
+            ), None
 
         return jax.lax.scan(of_class, total, jnp.arange(size))[0], None
 
