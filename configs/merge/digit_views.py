@@ -6,7 +6,7 @@ Variants: ``concrete`` (the default): a mask, trained with fixed coefficients; `
 layer-wise coefficients in turn, then coefficients alone; ``adamerging``: layer-wise coefficients alone.
 
 ``seed`` draws the base and the four networks.  400 steps on unlabelled test images, some seconds on two CPU cores.
-Figure to reach: ``gain``, the accuracy minus that of task arithmetic, at least 0.01 for each of ``seed=0``, ``1``, ``2``.
+Figure to reach: ``gain``, the accuracy minus that of task arithmetic, at least 0.01 for ``seed=0``, ``1``, ``2`` each.
 """
 
 from subspace_jax.merge.subspace_fusion import task

@@ -14,9 +14,9 @@ _MERGE_MODELS = """
     fine-tuned from.  The merged folder has the config, tokenizer and dtypes of the base, or of the first model without
     one; merge.json says how far the models moved, and how far they conflict.
 
-    Memory: some million entries of each model and the tensor that is written.  Time: that of reading all files once, four
-    times for ties; some seconds for models of 135 million parameters on two cores.  fisher needs a causal language
-    model, and one pass forward and backward over --batches batches of text for each.
+    Memory: some million entries of each model and the tensor that is written.  Time: that of reading all files once,
+    four times for ties; some seconds for models of 135 million parameters on two cores.  fisher needs causal language
+    models, and a pass forward and backward over --batches batches of text for each.
     """
 
 

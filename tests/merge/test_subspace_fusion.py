@@ -12,9 +12,12 @@ from subspace_jax.merge.subspace_fusion.concrete import ConcreteSettings, mask_o
 
 from .trees import NAMES, network, random_tree, tree
 
-PUBLIC = """task_vectors apply_task_vectors average task_arithmetic ties_merge fisher_diagonal fisher_merge regmean_stats
-    regmean_merge concrete_mask rescale_mask mask_task_vectors prediction_entropy entropy_objective ConcreteState
-    concrete_task_arithmetic_step concrete_adamerging_step adamerging_step""".split()
+PUBLIC = (
+    *("task_vectors", "apply_task_vectors", "average", "task_arithmetic", "ties_merge", "fisher_diagonal"),
+    *("fisher_merge", "regmean_stats", "regmean_merge", "concrete_mask", "rescale_mask", "mask_task_vectors"),
+    *("prediction_entropy", "entropy_objective", "ConcreteState", "concrete_task_arithmetic_step"),
+    *("concrete_adamerging_step", "adamerging_step"),
+)
 
 
 def test_names_of_the_public_surface_exist_and_are_documented():

@@ -1,7 +1,6 @@
 """Masks and coefficients as a task: the contract, its steps, its configs, and what a run on digits reaches."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -31,7 +30,7 @@ def apply(params, head, t, x):
 def task_of(*trained, **options):
     shapes = jax.eval_shape(models)
     axes = {"kernel": jax.P("embed", "mlp"), "bias": jax.P("mlp")}
-    return module.FusionTask(models, shapes, apply, trained, axes=axes, **options)
+    return module.FusionTask(module.Problem(models, shapes, apply, axes), trained, **options)
 
 
 def data_of(batch_size=16):
@@ -146,8 +145,10 @@ def test_a_run_through_both_phases_resumes_to_the_same_coefficients(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         whole = train.run(config, tmp_path / "whole", progress=False)
 
+        first, second = (
+            dataclasses.replace(train.build(config), workdir=tmp_path / "cut", progress=False) for _ in range(2)
+        )
         with pytest.raises(Interrupted):
-            fit = functools.partial(dataclasses.replace, workdir=tmp_path / "cut", progress=False)
-            train.fit(fit(train.build(config)), (StopAt(5),))
-        resumed = train.fit(fit(train.build(config)))
+            train.fit(first, (StopAt(5),))
+        resumed = train.fit(second)
     chex.assert_trees_all_equal(jax.device_get(resumed.state.params), jax.device_get(whole.state.params))

@@ -1,4 +1,4 @@
-"""Concrete masks of task vectors and merging coefficients, learned from the entropy of predictions (arXiv 2312.06173)."""
+"""Masks of task vectors and merging coefficients, learned from the entropy of predictions (arXiv 2312.06173)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -45,6 +45,9 @@ class ConcreteSettings(NamedTuple):
     clamp: bool = False
 
 
+DEFAULTS = ConcreteSettings()
+
+
 class Optimizers(NamedTuple):
     """Optax transforms of mask logits and of coefficients; None where they are not trained."""
 
@@ -69,7 +72,7 @@ class ConcreteState(NamedTuple):
 
 
 def concrete_init(
-    taus: Sequence[PyTree], txs: Optimizers, *, layerwise: bool = True, settings: ConcreteSettings = ConcreteSettings()
+    taus: Sequence[PyTree], txs: Optimizers, *, layerwise: bool = True, settings: ConcreteSettings = DEFAULTS
 ) -> ConcreteState:
     """The state before the first step: logits 0, and equal coefficients.
 
@@ -115,8 +118,8 @@ def concrete_mask(logits: PyTree, key: jax.Array, temperature: float = 0.5, mode
       logits: Mask logits, an array or a tree.
       key: Random key; leaf ``i`` uses ``fold_in(key, i)``, and the draw does not depend on a mesh.
       temperature: Above 0; low ones bring the entries to 0 and 1.
-      mode: "sample"; "mean" for ``sigmoid(logits)``, which uses neither key nor temperature; or "hard", 1 where a sample
-        is above 0.5 and else 0, a Bernoulli variable of that mean.
+      mode: "sample"; "mean" for ``sigmoid(logits)``, which uses neither key nor temperature; or "hard", 1 where a
+        sample is above 0.5 and else 0, a Bernoulli variable of that mean.
 
     Returns:
       Entries from 0 to 1, in the shapes and dtypes of the logits.
@@ -208,7 +211,7 @@ def concrete_task_arithmetic_step(
     fusion: Fusion,
     apply_fns: Sequence[Apply],
     txs: Optimizers,
-    settings: ConcreteSettings = ConcreteSettings(),
+    settings: ConcreteSettings = DEFAULTS,
 ) -> tuple[ConcreteState, Metrics]:
     """One step of Concrete Task Arithmetic: the mask is trained, the coefficients of the state stay.
 
@@ -235,7 +238,7 @@ def concrete_adamerging_step(
     fusion: Fusion,
     apply_fns: Sequence[Apply],
     txs: Optimizers,
-    settings: ConcreteSettings = ConcreteSettings(),
+    settings: ConcreteSettings = DEFAULTS,
 ) -> tuple[ConcreteState, Metrics]:
     """One step of Concrete AdaMerging, first order: coefficients from their start by one step, then the mask.
 
@@ -268,7 +271,7 @@ def adamerging_step(
     fusion: Fusion,
     apply_fns: Sequence[Apply],
     txs: Optimizers,
-    settings: ConcreteSettings = ConcreteSettings(),
+    settings: ConcreteSettings = DEFAULTS,
 ) -> tuple[ConcreteState, Metrics]:
     """One step of AdaMerging (arXiv 2310.02575): the coefficients are trained, with the mask of ``fusion`` or none.
 

@@ -56,7 +56,7 @@ def task_vectors(
     leaves = dict(entries(base))
     for path, owner in tied.items():
         for name in (path, owner):
-            if name not in leaves or name in tied and name == owner:
+            if name not in leaves or (name == owner and name in tied):
                 raise ValueError(f"tied: expected paths of leaves that are not tied themselves, got {name!r}")
         if leaves[path].shape != leaves[owner].shape:
             raise ValueError(

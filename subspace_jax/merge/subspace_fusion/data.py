@@ -1,6 +1,7 @@
 """Four tasks that conflict: scikit-learn's digits in four views, for one network with a frozen head."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class DigitViews(NamedTuple):
       base: Parameters of the base.
       finetuned: Parameters fine-tuned for each view.
       head: The frozen head ``[64, classes]``, common to all.
-      inputs: Test images in all views, ``[examples, views, 64]`` float32 from -1 to 1; each view has them in an order of its own.
+      inputs: Test images in all views, ``[examples, views, 64]`` float32 from -1 to 1, in an order for each.
       labels: ``[examples, views]`` int32.
     """
 
@@ -71,7 +72,7 @@ def init_params(key: jax.Array) -> Params:
     keys = jax.random.split(key, len(names))
     return {
         name: {"kernel": draw(own, shape), "bias": jnp.zeros(shape[1])}
-        for name, own, shape in zip(names, keys, zip(_WIDTHS, _WIDTHS[1:], strict=False), strict=True)
+        for name, own, shape in zip(names, keys, itertools.pairwise(_WIDTHS), strict=True)
     }
 
 

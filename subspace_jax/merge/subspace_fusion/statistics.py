@@ -188,7 +188,7 @@ def regmean_merge(
             width = kernels[path].shape[-2:-1] if path in kernels else ()
             if found.total.shape[-2:] != width * 2:
                 raise ValueError(
-                    f"stats: expected sums [..., in, in] for a kernel [..., in, out], got {found.total.shape} for {path}"
+                    f"stats: expected sums [..., in, in] for kernels [..., in, out], got {found.total.shape} for {path}"
                 )
 
     def leaf(path, *leaves):

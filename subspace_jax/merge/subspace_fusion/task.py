@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from subspace_jax import train
 from subspace_jax.merge.subspace_fusion.concrete import (
+    DEFAULTS,
     ConcreteSettings,
     Fusion,
     MaskMode,
@@ -47,26 +48,39 @@ class Models(NamedTuple):
     extra: PyTree
 
 
+class Problem(NamedTuple):
+    """What a task merges and how the result is used.
+
+    Attributes:
+      models: Returns the models; called at the start and on resume.
+      shapes: Shapes of the models, as of ``jax.eval_shape(models)``.
+      apply: ``apply(params, extra, t, inputs)`` returns the logits of task ``t``.
+      axes: Logical axes of the parameters; by default nothing is sharded.
+    """
+
+    models: Callable[[], Models]
+    shapes: Models
+    apply: Callable[[PyTree, PyTree, int, jax.Array], jax.Array]
+    axes: PyTree | None = None
+
+
 class FusionTask(train.Task):
     """Trains mask logits, coefficients, or both in turn, by the entropy of predictions without labels.
 
-    Batches hold ``inputs [batch, T, ...]``, examples of each task side by side, and for evaluation ``labels [batch, T]``
-    and ``mask [batch]``.  Where both are trained, coefficients start anew each step and take every other example, and
-    the mask takes the rest: ``tx`` is then ``{"lam": ..., "logits": ...}``.
+    Batches hold ``inputs [batch, T, ...]``, examples of each task side by side, and for evaluation
+    ``labels [batch, T]`` and ``mask [batch]``.  Where both are trained, coefficients start anew each step and take
+    every other example, and the mask takes the rest: ``tx`` is then ``{"lam": ..., "logits": ...}``.
 
     ``variables`` has the base and the task vectors, which no checkpoint holds, and what is fixed: mask logits that
     are not trained, and the key of the mask that is then used.
 
     Args:
-      models: Returns the models; called at the start and on resume.
-      shapes: Shapes of the models, as of ``jax.eval_shape(models)``.
-      apply_fn: ``apply_fn(params, extra, t, inputs)`` returns the logits of task ``t``.
+      problem: What is merged.
       trained: "logits", "lam" or both.
       masked: Whether there is a mask.
       layerwise: Whether there is a coefficient for each task and leaf, or for each task.
       mode: The mask of evaluation, and of coefficients that are trained alone: see :func:`concrete_mask`.
       settings: Constants.
-      axes: Logical axes of the parameters; by default nothing is sharded.
 
     Raises:
       ValueError: Nothing is trained, or logits without a mask, or a constant is out of range.
@@ -76,24 +90,22 @@ class FusionTask(train.Task):
 
     def __init__(
         self,
-        models: Callable[[], Models],
-        shapes: Models,
-        apply_fn: Callable[[PyTree, PyTree, int, jax.Array], jax.Array],
+        problem: Problem,
         trained: Sequence[str],
         *,
         masked: bool = True,
         layerwise: bool = True,
         mode: MaskMode = "mean",
-        settings: ConcreteSettings = ConcreteSettings(),
-        axes: PyTree | None = None,
+        settings: ConcreteSettings = DEFAULTS,
     ):
         if not set(trained) <= {"logits", "lam"} or not trained or ("logits" in trained and not masked):
             raise ValueError(f"trained: expected lam, or logits of a mask, or both, got {tuple(trained)}")
         check_temperature(settings.temperature)
-        self._models, self._shapes, self._apply, self.settings = models, shapes, apply_fn, settings
+        self._models, self._shapes, self._apply, axes = problem
+        self.settings = settings
         self._trained, self._masked, self._layerwise, self._mode = tuple(trained), masked, layerwise, mode
-        self._axes = jax.tree.map(lambda x: P(*(None,) * x.ndim), shapes.base) if axes is None else axes
-        self.num_tasks = len(shapes.finetuned)
+        self._axes = jax.tree.map(lambda x: P(*(None,) * x.ndim), self._shapes.base) if axes is None else axes
+        self.num_tasks = len(self._shapes.finetuned)
         # Merged as they are sharded, entry by entry; what they are merged to is gathered.
         self.ungathered = ("logits", "lam", "base", "taus", "extra", "mask_key")
 
@@ -213,10 +225,10 @@ class FusionTask(train.Task):
 def default_config() -> ConfigDict:
     """Returns the fields of a run on the four views of digits, whose networks ``seed`` draws.
 
-    ``model.method`` is one of :data:`METHODS`.  ``model.adapt_steps`` and ``model.adapt_learning_rate`` are of the phase
-    after "concrete_adamerging" in which the coefficients are trained with a fixed mask; ``model.lam_learning_rate`` is
-    that of the coefficients beside the mask.  ``model.mode`` is the mask of evaluation and of that phase.  Other fields
-    of ``model``: see :class:`ConcreteSettings` and :class:`FusionTask`.
+    ``model.method`` is one of :data:`METHODS`.  ``model.adapt_steps`` and ``model.adapt_learning_rate`` are of the
+    phase of "concrete_adamerging" in which coefficients are trained with a fixed mask, after the one with
+    ``model.lam_learning_rate`` beside the mask.  ``model.mode`` is the mask of evaluation and of that phase.  Other
+    fields of ``model``: see :class:`ConcreteSettings` and :class:`FusionTask`.
     """
     config = train.default_config()
     config.task = "subspace_jax.merge.subspace_fusion.task"
@@ -303,9 +315,7 @@ def _phases(config: ConfigDict) -> list[train.Phase]:
     def task(*trained, masked=True):
         try:
             return FusionTask(
-                models,
-                shapes,
-                lambda params, head, t, x: apply(params, head, x),
+                Problem(models, shapes, lambda params, head, t, x: apply(params, head, x)),
                 trained,
                 masked=masked,
                 layerwise=fields.layerwise,

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from subspace_jax.merge.subspace_fusion import ties
-
 _HALF = 16  # of the 32 bits of a magnitude
 
 
@@ -49,7 +47,7 @@ class Thresholds:
         self._signs += int(np.sign(np.where(np.abs(vectors) >= lows, vectors, 0).sum(axis=0)).sum(dtype=np.int64))
 
     def narrow(self, rank: int) -> None:
-        """Ends a pass; ``rank`` is that of :func:`ties.rank_of_threshold`."""
+        """Ends a pass; ``rank`` is the number of the threshold among the magnitudes, from 1."""
         if not self._prefix:
             self._prefix = [int(np.searchsorted(np.cumsum(counts), rank)) for counts in self._high]
         elif not self.values:

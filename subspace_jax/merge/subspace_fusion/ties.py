@@ -17,9 +17,10 @@ _BITS = 4  # of a threshold that are found in one pass
 def ties_merge(taus: Sequence[PyTree], keep: float = 0.2, combine: Combine = "sum") -> PyTree:
     """Merges task vectors by trimming, electing signs, and combining what agrees with them.
 
-    Each task vector keeps the entries whose magnitude is at least the ``n - int(keep n)``-th smallest of its ``n``, over
-    all leaves together: ``int(keep n) + 1`` entries, more where magnitudes are equal.  The sign of an entry is that of
-    the sum over what was kept; where it is 0, that of the sum of all elected signs.  Entries of that sign are combined.
+    Each task vector keeps the entries whose magnitude is at least the ``n - int(keep n)``-th smallest of its ``n``,
+    over all leaves together: ``int(keep n) + 1`` entries, more where magnitudes are equal.  The sign of an entry is
+    that of the sum over what was kept; where it is 0, that of the sum of all elected signs.  Entries of that sign are
+    combined.
 
     The threshold is exact, and found by counting: nothing is sorted, joined or gathered, so that leaves may be sharded.
 
@@ -45,10 +46,14 @@ def ties_merge(taus: Sequence[PyTree], keep: float = 0.2, combine: Combine = "su
     count = sum(x.size for x in jax.tree.leaves(taus[0]))
     if not 0 < count < 2**31:
         raise ValueError(f"taus: expected from 1 to 2^31 - 1 entries, got {count}")
-    kept = [jax.tree.map(lambda x, low=threshold(tau, keep): trim(x, low), tau) for tau in taus]
+    kept = [_trimmed(tau, threshold(tau, keep)) for tau in taus]
     signs = [jnp.sum(elected(leaves), dtype=jnp.int32) for leaves in zip(*map(jax.tree.leaves, kept), strict=True)]
     majority = jnp.sign(sum(signs))
     return jax.tree.map(lambda *leaves: combined(leaves, majority, combine), *kept)
+
+
+def _trimmed(tau: PyTree, low: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: trim(x, low), tau)
 
 
 def check_ties(keep: float, combine: str) -> None:
