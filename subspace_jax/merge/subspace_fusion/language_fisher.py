@@ -1,8 +1,9 @@
 """The diagonal Fisher information of causal language models on text, written as folders."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,12 +68,14 @@ def write_fishers(
     train.check_batch_size(texts.batch_size, mesh, name="--batch-size")
     files = texts.files * (len(models) // len(texts.files))
     rows = [_rows(folder, file, texts) for folder, file in zip(models, files, strict=True)]
-    written = []
+    written, steps = [], {}
     for i, folder in enumerate(models):
         config, params = interop.load_causal_lm(
             folder, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh), dtype=jnp.float32
         )
-        fisher = _diagonal(config, params, rows[i], texts, mesh, progress)
+        if config not in steps:
+            steps = {config: _step(config, params, mesh)}
+        fisher = _diagonal(steps[config], params, rows[i], texts, mesh, progress)
         del params
         written.append(pathlib.Path(out) / str(i))
         interop.save_causal_lm(written[-1], config, fisher)
@@ -132,23 +135,27 @@ def _rows(folder: str | os.PathLike, file: str, texts: FisherText) -> dict[str, 
     return {name: x[chosen] for name, x in rows.items()}
 
 
-def _diagonal(
-    config: nn.CausalLMConfig, params: PyTree, rows: dict, texts: FisherText, mesh: Mesh, progress: bool
-) -> PyTree:
-    task, sharding = DrawnTokens(config), train.batch_sharding(mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
+def _step(config: nn.CausalLMConfig, params: PyTree, mesh: Mesh) -> Callable:
+    """Returns a jitted function that adds the squared gradient of a batch."""
+    task = DrawnTokens(config)
 
     def add(total, params, batch, key):
         _, gradients = task.gradients(params, {}, batch, key=key, step=jnp.zeros((), jnp.int32))
         return jax.tree.map(lambda t, g: t + jnp.square(g), total, gradients)
 
-    add = train.jit_on_mesh(add, mesh, shardings, donate_argnums=0)
-    total = jax.tree.map(jnp.zeros_like, params)
+    return train.jit_on_mesh(add, mesh, jax.tree.map(lambda x: x.sharding, params), donate_argnums=0)
+
+
+def _diagonal(
+    step: Callable, params: PyTree, rows: dict[str, np.ndarray], texts: FisherText, mesh: Mesh, progress: bool
+) -> PyTree:
+    """The mean over examples of rows, batch by batch."""
+    sharding, total = train.batch_sharding(mesh), jax.tree.map(jnp.zeros_like, params)
     batches = list(data.eval_batches(rows, batch_size=texts.batch_size))
-    with progress_bar(len(batches), 0, show=progress) as bar:
+    with contextlib.closing(progress_bar(len(batches), 0, show=progress)) as bar:
         for i, batch in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(texts.seed), i)
-            total = jax.block_until_ready(add(total, params, train.to_device(batch, sharding), key))
+            total = jax.block_until_ready(step(total, params, train.to_device(batch, sharding), key))
             bar.update()
     count = len(rows["inputs"])
     return jax.tree.map(lambda x: x / count, total)
