@@ -1,7 +1,7 @@
 """The base class of adapter configs: what an adapter method defines for one weight."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -10,6 +10,20 @@ from jax.typing import ArrayLike
 Arrays = dict[str, jax.Array]
 
 _NO_WEIGHTS = ("scale", "bias")
+
+
+class LowRankUpdate(NamedTuple):
+    """What an adapter makes of a weight W: ``(W + a b) diag(gain)``, or ``W + a b`` without a gain.
+
+    Attributes:
+      a: ``[..., rows, r]``; the rows of a convolution's kernel are those of its window and inputs.
+      b: ``[..., r, out]``.
+      gain: ``[..., out]``, or None.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    gain: jax.Array | None = None
 
 
 class AdapterConfig:
@@ -26,6 +40,7 @@ class AdapterConfig:
       per_example: Whether :func:`subspace_jax.adapters.bind_multi_adapter` serves it.
       keeps_base: Whether the frozen part is the weight itself; otherwise the adapter needs
         :func:`subspace_jax.adapters.prepare`.
+      changes_base: Whether the weight of the frozen part differs from that of the model.
       dropout: Probability with which the adapter drops an input feature in training.
       rank: Rank of the update, None where it has none.
     """
@@ -36,6 +51,7 @@ class AdapterConfig:
     quantizable_base: ClassVar[bool] = True
     per_example = False
     keeps_base = True
+    changes_base = False
     dropout = 0.0
     rank: Any
 
@@ -98,9 +114,18 @@ class AdapterConfig:
         del start
         return w
 
-    def scaled_factors(self, base: Any, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Returns ``a``, ``scale * b`` and the gain of the columns, or None; where ``per_example``."""
-        raise ValueError(f"{self} can't be selected by example")
+    def low_rank_update(self, base: Any, arrays: Arrays) -> LowRankUpdate:
+        """Returns what becomes of the weight of the frozen part, which only methods with a gain read.
+
+        Raises:
+          ValueError: The update is not of low rank.
+        """
+        raise ValueError(f"{self} has no low-rank update")
+
+    def update_rank(self, arrays: Arrays) -> int | tuple[int, ...]:
+        """Returns the rank of :meth:`low_rank_update`; a tuple has one for each layer, where lower ones are padded."""
+        del arrays
+        return self.rank
 
     @staticmethod
     def combine(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import kernels, nn
-from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.config import AdapterConfig, Arrays, LowRankUpdate
 from subspace_jax.adapters.convolution import ConvDoRAWeight, conv_norm, dense_kernel
 from subspace_jax.adapters.factors import (
     adapted,
@@ -193,10 +193,10 @@ class DoRA(LoRA):
             back = remove(direction, arrays["a"], arrays["b"], self.scale)
         return back.astype(merged.dtype)
 
-    def scaled_factors(self, base: jax.Array, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def low_rank_update(self, base: Any, arrays: Arrays) -> LowRankUpdate:
         """Returns ``a``, ``scale * b`` and ``magnitude / norm``."""
-        a, b, _ = super().scaled_factors(base, arrays)
-        return a, b, self.bind(base, arrays).gain
+        update = super().low_rank_update(base, arrays)
+        return update._replace(gain=self.bind(base, arrays).gain)
 
     @staticmethod
     def combine(

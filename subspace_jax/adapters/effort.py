@@ -120,6 +120,7 @@ class Effort(AdapterConfig):
     labels: ClassVar = {"u": "factor", "s": "spectrum", "vt": "factor"}
     quantizable_base = False
     keeps_base = False
+    changes_base = True
 
     def __post_init__(self):
         if not isinstance(self.residual, int) or isinstance(self.residual, bool) or self.residual < 1:

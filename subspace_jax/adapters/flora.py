@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from subspace_jax import linalg, nn
-from subspace_jax.adapters.config import AdapterConfig, Arrays
-from subspace_jax.adapters.factors import drop_features, dropout_fields, grouped_matmul
+from subspace_jax.adapters.config import AdapterConfig, Arrays, LowRankUpdate
+from subspace_jax.adapters.factors import drop_features, dropout_fields, grouped_matmul, scaled
 from subspace_jax.adapters.lora import LoRAWeight
+from subspace_jax.adapters.quantized import as_matrix
 from subspace_jax.adapters.structured import StructuredWeight, as_dense, axes_of
 
 FLORA_INITS = ("kaiming_normal", "normal002", "kaiming_uniform")
@@ -207,6 +208,26 @@ class FLoRA(AdapterConfig):
         del kept
         factors = {name: arrays[name] for name in factor_names(len(self.ranks))}
         return FLoRAWeight(merged, arrays["core"], factors, scale=-self.scale).dense()
+
+    def low_rank_update(self, base: jax.Array, arrays: Arrays) -> LowRankUpdate:
+        """Returns factors between which is the smaller rank of a matrix, that of the outputs of a convolution."""
+        del base
+        order = len(self.ranks)
+        if order < 2:
+            raise ValueError(f"the update of a vector is not of low rank; got {self}")
+        core, p0, p1, *window = (arrays[name] for name in ("core", *factor_names(order)))
+        if order > 2 or self.ranks[1] < self.ranks[0]:
+            tensor = linalg.tucker_product(core, [p0, jnp.eye(self.ranks[1], dtype=p0.dtype), *window])
+            tensor = tensor if order < 3 else jnp.moveaxis(tensor, (-order, 1 - order), (-2, -1))
+            a, b = as_matrix(tensor, order - 2), p1.mT
+        else:
+            a, b = p0, linalg.times(core, p1.mT)
+        return LowRankUpdate(a, scaled(b, self.scale))
+
+    def update_rank(self, arrays: Arrays) -> int:
+        """Returns the smaller rank of a matrix, that of the outputs of a convolution."""
+        del arrays
+        return self.ranks[1] if len(self.ranks) > 2 else min(self.ranks)
 
     def _draw(self, key, shape, dtype, fan):
         if self.init == "kaiming_uniform":

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import kernels, nn
-from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.config import AdapterConfig, Arrays, LowRankUpdate
 from subspace_jax.adapters.convolution import ConvLoRAWeight, dense_kernel
 from subspace_jax.adapters.factors import (
     adapted,
@@ -24,6 +24,7 @@ from subspace_jax.adapters.factors import (
 )
 from subspace_jax.adapters.gradient_probes import PROBES, probes_in
 from subspace_jax.adapters.lora_init import INITS, ZERO_UPDATE, init_adapter
+from subspace_jax.adapters.quantized import as_matrix
 from subspace_jax.adapters.structured import StructuredWeight, is_structured
 
 _PROBE_LABELS = dict.fromkeys(PROBES, "factor")
@@ -173,6 +174,11 @@ class LoRA(AdapterConfig):
         return self.init in ZERO_UPDATE
 
     @property
+    def changes_base(self) -> bool:
+        """Whether the frozen part is the weight less the update of the start."""
+        return not self.keeps_base
+
+    @property
     def per_example(self) -> bool:
         """Whether the weight is no convolution."""
         return not self.window
@@ -219,10 +225,13 @@ class LoRA(AdapterConfig):
         """Subtracts the update of the start."""
         return w if self.keeps_base else LoRA.unmerge(self, w, start)
 
-    def scaled_factors(self, base: jax.Array, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Returns ``a``, ``scale * b`` and None."""
+    def low_rank_update(self, base: Any, arrays: Arrays) -> LowRankUpdate:
+        """Returns ``a`` and ``scale * b``."""
         del base
-        return arrays["a"], scaled(arrays["b"], self.scale), None
+        if self.groups > 1:
+            raise ValueError(f"the update of a grouped convolution is not of low rank; got {self}")
+        self.check_factors(arrays)
+        return LowRankUpdate(as_matrix(arrays["a"], self.window), scaled(arrays["b"], self.scale))
 
     @staticmethod
     def combine(

@@ -215,8 +215,8 @@ def _stacked(
         raise ValueError(
             f"settings: {path}: expected LoRA or DoRA of a matrix or table; {refused[0]} can't be selected by example"
         )
-    factors = [None if part is None else part[0].scaled_factors(base, part[1]) for part in parts]
-    gains = [None if own is None else own[2] for own in factors]
+    factors = [None if part is None else part[0].low_rank_update(base, part[1]) for part in parts]
+    gains = [None if own is None else own.gain for own in factors]
     if any(g is None for g in gains) and any(g is not None for g in gains):
         named = ["none" if part is None else part[0].method for part in parts]
         raise ValueError(
@@ -224,7 +224,7 @@ def _stacked(
             f"{named}"
         )
     lead, (inputs, outputs) = base.shape[:-2], base.shape[-2:]
-    width = max(a.shape[-1] for a, _, _ in filter(None, factors))
+    width = max(own.a.shape[-1] for own in factors if own is not None)
     dtype = linalg.working_dtype(base)
 
     def padded(x: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
@@ -234,7 +234,7 @@ def _stacked(
         return jnp.pad(x.astype(dtype), [(0, 0)] * len(lead) + short)
 
     # Behind the axes of stacked layers, over which a scan goes.
-    a = jnp.stack([padded(own and own[0], (inputs, width)) for own in factors], len(lead))
-    b = jnp.stack([padded(own and own[1], (width, outputs)) for own in factors], len(lead))
+    a = jnp.stack([padded(own and own.a, (inputs, width)) for own in factors], len(lead))
+    b = jnp.stack([padded(own and own.b, (width, outputs)) for own in factors], len(lead))
     gain = None if gains[0] is None else jnp.stack(gains, len(lead))
     return MultiAdapterWeight(base, a, b, jnp.broadcast_to(indices, (*lead, *indices.shape)), gain)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from subspace_jax import linalg, nn
-from subspace_jax.adapters.config import AdapterConfig, Arrays
+from subspace_jax.adapters.config import AdapterConfig, Arrays, LowRankUpdate
 from subspace_jax.adapters.structured import StructuredWeight
 
 PARAMS = ("linear", "relu", "log")
@@ -218,6 +218,17 @@ class SVFit(AdapterConfig):
     def attach_start(self, w: jax.Array, start: Arrays) -> SpectralBase:
         """Returns the weight with its singular triplets."""
         return SpectralBase(w, SpectralBases(**start))
+
+    def low_rank_update(self, base: SpectralBase, arrays: Arrays) -> LowRankUpdate:
+        """Returns the left vectors times the changes, and the right vectors."""
+        weight = self.bind(base, arrays)
+        u, shift = base.bases.u, weight.shift
+        u = u.astype(linalg.working_dtype(u, shift))
+        return LowRankUpdate(u * shift.astype(u.dtype)[..., None, :], base.bases.vt)
+
+    def update_rank(self, arrays: Arrays) -> int:
+        """Returns the number of singular values."""
+        return arrays["delta"].shape[-1]
 
     @staticmethod
     def combine(

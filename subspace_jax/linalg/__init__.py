@@ -37,7 +37,7 @@ from subspace_jax.linalg.subspace_overlap import (
     mode_subspace_overlap,
     subspace_overlap,
 )
-from subspace_jax.linalg.svd import canonical_signs, canonical_svd, randomized_svd, subspace_iteration
+from subspace_jax.linalg.svd import canonical_signs, canonical_svd, product_svd, randomized_svd, subspace_iteration
 from subspace_jax.linalg.tucker import hosvd, tucker_product
 from subspace_jax.linalg.versine import versine_sinc_sqrt
 
@@ -85,6 +85,7 @@ __all__ = [
     "polar_step",
     "positive_qr",
     "principal_angles",
+    "product_svd",
     "project_to_lambda_ball",
     "projector_distance",
     "psum_pair_moments",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg._checks import check_matrix
+from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.products import broadcast_leading, gram, nan_for_infinite, times
 from subspace_jax.linalg.qr import positive_qr
 from subspace_jax.linalg.stacks import of_each
@@ -47,6 +48,39 @@ def canonical_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     check_matrix("x", x)
     u, s, vt = of_each(_thin_svd, nan_for_infinite(x))
+    signs = canonical_signs(u)
+    return u * signs[..., None, :], s, vt * signs[..., :, None]
+
+
+def product_svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Thin SVD of ``a b``, which is not formed: two orthonormal bases, and an SVD of the core between them.
+
+    With ``a = q_a r_a`` and ``b^T = q_b r_b`` it is the SVD of ``r_a r_b^T``, at most ``k x k``.  Columns of ``a`` and
+    rows of ``b`` may be dependent, or zero.  No reverse-mode derivative.
+
+    Args:
+      a: ``[..., m, k]``, float32 or float64.
+      b: ``[..., k, n]``, with the leading axes and the dtype of ``a``.
+
+    Returns:
+      ``u [..., m, r]``, ``s [..., r]``, ``vt [..., r, n]`` with ``r = min(m, k, n)`` and canonical signs; the last
+      values are zero up to rounding where the product has a lower rank.
+
+    Raises:
+      ValueError: The shapes do not match.
+      TypeError: The arrays are not both float32 or both float64.
+    """
+    check_matrix("a", a)
+    check_matrix("b", b)
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a, b: expected [..., m, k] and [..., k, n], got {a.shape} and {b.shape}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"b: expected the dtype of a, {a.dtype}, got {b.dtype}")
+    # A factor that is wider than tall spans no more than the unit vectors, which need no basis.
+    left, right = (orthonormal_columns(x) if x.shape[-2] > x.shape[-1] else None for x in (a, b.mT))
+    inner = times(a if left is None else gram(left, a), b if right is None else times(b, right))
+    u, s, vt = of_each(_thin_svd, nan_for_infinite(inner))
+    u, vt = u if left is None else times(left, u), vt if right is None else times(vt, right.mT)
     signs = canonical_signs(u)
     return u * signs[..., None, :], s, vt * signs[..., :, None]
 
