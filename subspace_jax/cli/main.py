@@ -23,6 +23,7 @@ from subspace_jax.cli import (
     language,
     language_generate,
     language_runs,
+    merge_adapters,
     merge_models,
     methods,
     output,
@@ -38,7 +39,16 @@ from subspace_jax.cli import (
 _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
     "train": ("train", "eval", "plan"),
-    "language models": ("pretrain", "finetune", "merge", "merge-models", "export", "generate", "perplexity"),
+    "language models": (
+        "pretrain",
+        "finetune",
+        "merge",
+        "merge-adapters",
+        "merge-models",
+        "export",
+        "generate",
+        "perplexity",
+    ),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
     "study": (
         "align",
@@ -113,6 +123,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         fetch,
         train,
         language_runs,
+        merge_adapters,
         language_generate,
         language,
         merge_models,

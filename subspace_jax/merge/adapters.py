@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -30,11 +30,13 @@ class Adapter(NamedTuple):
       settings: Their rules, see :func:`subspace_jax.adapters.bind`.
       frozen: The frozen tree of :func:`subspace_jax.adapters.prepare`, or a dict of its parts by path, where a config
         keeps more there than the weight, as SVFit does.
+      name: Its name in errors; its number by default.
     """
 
     trainable: PyTree
     settings: Rules
     frozen: PyTree | None = None
+    name: str = ""
 
 
 class AdapterMerge(NamedTuple):
@@ -105,7 +107,7 @@ def merge_adapters(
     how: AdapterMerge | None = None,
     *,
     key: jax.Array | None = None,
-    progress: Any = None,
+    progress: Callable[[int], Any] = lambda matrices: None,
 ) -> MergedAdapter:
     """Merges adapters of one model into one adapter whose update of every weight is the sum of theirs, weighted.
 
@@ -122,7 +124,7 @@ def merge_adapters(
       weights: A number for each, of any sign; ``1 / len(adapters)`` gives the update of the averaged models.
       how: Method, rank and kind; a linear merge of the sum of the ranks by default.
       key: Random key of the sketches of "ties" and ``plain``, ``jax.random.key(0)`` by default.
-      progress: Called without arguments after each weight.
+      progress: Called with the number of matrices that were merged since the last call.
 
     Returns:
       The merged adapter, and what was lost.
@@ -144,16 +146,24 @@ def merge_adapters(
     settings, losses = {}, {}
     for i, (path, own) in enumerate(parts.items()):
         weight = at[path]
-        settings[path], made = _merge_weight(weight, own, weights, how, kind, jax.random.fold_in(key, i))
+        settings[path], made = _merge_weight(weight, own, weights, how, kind, jax.random.fold_in(key, i), progress)
         if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(made)):
             raise ValueError(f"{path}: the merged update is not finite; the weighted gains of a DoRA column cancel")
         kernel = (*weight.shape[:-1], made.a.shape[-1])
         arrays = {"a": made.a.reshape(kernel), "b": made.b, "magnitude": made.magnitude}
         insert(trainable, path, {name: x for name, x in arrays.items() if x is not None})
         losses[path] = Loss(*(np.asarray(x) for x in (made.size, made.spectrum, made.lost)))
-        if progress is not None:
-            progress()
     return MergedAdapter(trainable, {re.compile(re.escape(p)): c for p, c in settings.items()}, losses)
+
+
+def reads_weights(shapes: PyTree, adapters: Sequence[Adapter]) -> bool:
+    """Whether :func:`merge_adapters` reads the weights; raises what it would raise about the adapters.
+
+    Args:
+      shapes: Shapes of the model's parameters.
+      adapters: The adapters.
+    """
+    return any(part.shapes.gain is not None for own in _parts_of(shapes, adapters).values() for part in own)
 
 
 def check_merge(how: AdapterMerge, count: int, weights: Sequence[float]) -> None:
@@ -181,7 +191,7 @@ def _parts_of(params: PyTree, adapters: Sequence[Adapter]) -> dict[str, list[_Pa
         frozen = {} if adapter.frozen is None else bases_of(adapter.frozen)
         chosen = settings_of(adapter.trainable, adapter.settings)
         for path, arrays in adapters_of(adapter.trainable).items():
-            what, config = f"adapter {number}: {path}", chosen[path]
+            what, config = f"{adapter.name or f'adapter {number}'}: {path}", chosen[path]
             if path not in at:
                 lost.append(what)
             elif config.trains_weight or config.changes_base:
@@ -219,9 +229,7 @@ def _fits(shapes: LowRankUpdate, weight: tuple[int, ...]) -> bool:
     return (*lead, rows, out) == (*weight[: len(lead)], math.prod(weight[len(lead) : -1]), weight[-1])
 
 
-def _merge_weight(
-    weight: Any, parts: Sequence[_Part], weights: Sequence[float], how: AdapterMerge, kind: type[LoRA], key: jax.Array
-) -> tuple[LoRA, MergedUpdate]:
+def _merge_weight(weight, parts, weights, how, kind, key, progress) -> tuple[LoRA, MergedUpdate]:
     """Returns the config of the merged adapter of a weight, and its update."""
     configs = tuple(part.config for part in parts)
     operands = [part.base for part in parts], [part.arrays for part in parts]
@@ -232,44 +240,44 @@ def _merge_weight(
     dtype = linalg.working_dtype(*jax.tree.leaves([part.shapes for part in parts]))
     own = jnp.asarray([weights[part.number] for part in parts], dtype)
     gains = any(part.shapes.gain is not None for part in parts)
+    updates, rank = _updates(configs, *operands), int(limits.max())
     window = len(weight.shape) - len(lead) - 2
     matrix = as_matrix(weight, window) if gains or kind is DoRA else None
     if how.method == "linear" and (kind is DoRA or not gains):
-        made = _merge_core(configs, int(limits.max()), *operands, own, jnp.asarray(limits), matrix)
+        made = _merge_core(updates, own, jnp.asarray(limits), rank, matrix)
+        progress(limits.size)
     else:
         keep = how.keep if how.method == "ties" else None
-        made = _merge_layers(key, _jit_updates(configs, *operands), own, limits, matrix, keep)
-    rank, alpha = (tuple(map(int, limits)), tuple(map(float, np.maximum(limits, 1)))) if lead else (None, None)
-    if rank is None or len(set(rank)) == 1:
-        rank, alpha = int(limits.max()), float(limits.max())
+        made = []
+        for i, one in enumerate(_layers(updates, limits, matrix)):
+            made.append(_merge_matrix(jax.random.fold_in(key, i), own, *one, rank=rank, keep=keep))
+            progress(1)
+        made = jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*lead, *xs[0].shape), *made)
+    alpha = float(rank)
+    if np.any(limits < rank):
+        rank, alpha = tuple(map(int, limits)), tuple(map(float, np.maximum(limits, 1)))
     return kind(rank, alpha, window=window), made
 
 
-def _updates(configs: Sequence[AdapterConfig], bases: Sequence[Any], arrays: Sequence[Arrays]) -> list[LowRankUpdate]:
+@functools.partial(jax.jit, static_argnums=0)
+def _updates(configs, bases, arrays) -> list[LowRankUpdate]:
     """The updates of a weight, of one working dtype."""
     updates = [config.low_rank_update(*own) for config, *own in zip(configs, bases, arrays, strict=True)]
     dtype = linalg.working_dtype(*jax.tree.leaves(updates))
     return jax.tree.map(lambda x: x.astype(dtype), updates)
 
 
-_jit_updates = jax.jit(_updates, static_argnums=0)
+# Apart from the configs, so that weights of one shape share a program.
+_merge_core = jax.jit(merge_core, static_argnames="rank")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _merge_core(configs, rank, bases, arrays, weights, limits, base):
-    return merge_core(_updates(configs, bases, arrays), weights, limits, rank, base)
+@functools.partial(jax.jit, static_argnames=("rank", "keep"))
+def _merge_matrix(key, weights, updates, limit, base, *, rank, keep):
+    return merge_dense(key, updates, weights, limit, rank, base=base, keep=keep)
 
 
-_merge_matrix = jax.jit(merge_dense, static_argnames=("rank", "keep"))
-
-
-def _merge_layers(
-    key: jax.Array, updates: list[LowRankUpdate], weights: jax.Array, limits: np.ndarray, base: Any, keep: float | None
-) -> MergedUpdate:
-    """Merges stacked weights as matrices, one at a time."""
-    rank, made = int(limits.max()), []
-    for i, index in enumerate(np.ndindex(limits.shape)):
+def _layers(updates: list[LowRankUpdate], limits: np.ndarray, base: Any) -> Iterator[tuple]:
+    """The updates, the rank and the weight of each of stacked weights."""
+    for index in np.ndindex(limits.shape):
         own, w = jax.tree.map(lambda x, index=index: x[index], (updates, base))
-        limit = jnp.asarray(limits[index])
-        made.append(_merge_matrix(jax.random.fold_in(key, i), own, weights, limit, rank, base=w, keep=keep))
-    return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*limits.shape, *xs[0].shape), *made)
+        yield own, jnp.asarray(limits[index]), w
