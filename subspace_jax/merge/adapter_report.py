@@ -95,7 +95,7 @@ def as_json(report: AdapterReport) -> dict[str, Any]:
         for index in np.ndindex(loss.size.shape)
     ]
     return {
-        "adapters": dict(zip(report.adapters, report.weights, strict=True)),
+        "adapters": [{"folder": f, "weight": w} for f, w in zip(report.adapters, report.weights, strict=True)],
         "base": report.base,
         "method": how.method,
         **({"keep": how.keep} if how.method == "ties" else {}),
