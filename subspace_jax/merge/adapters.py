@@ -45,7 +45,7 @@ class AdapterMerge(NamedTuple):
     Attributes:
       method: "linear", the weighted sum of the updates; or "ties", which trims each update and elects signs first, on
         dense matrices, one weight of one layer at a time.  Its threshold is that of the matrix, and not of the model.
-      rank: Largest rank of the result; the sum of the ranks by default.
+      rank: Largest rank of the result; the sum of the ranks by default.  Only "ties" and ``plain`` use a larger one.
       keep: Share of the entries of an update that "ties" keeps.
       plain: Whether the result is LoRA even where an adapter is DoRA, whose update is not of low rank: then it is an
         approximation.
@@ -232,25 +232,28 @@ def _fits(shapes: LowRankUpdate, weight: tuple[int, ...]) -> bool:
 def _merge_weight(weight, parts, weights, how, kind, key, progress) -> tuple[LoRA, MergedUpdate]:
     """Returns the config of the merged adapter of a weight, and its update."""
     configs = tuple(part.config for part in parts)
-    operands = [part.base for part in parts], [part.arrays for part in parts]
+    bases = [None if isinstance(part.base, jax.ShapeDtypeStruct) else part.base for part in parts]
     a, b, _ = parts[0].shapes
     lead, shape = a.shape[:-2], (a.shape[-2], b.shape[-1])
+    gains = any(part.shapes.gain is not None for part in parts)
+    in_core = how.method == "linear" and (kind is DoRA or not gains)
     ranks = sum(np.broadcast_to(part.config.update_rank(part.arrays), lead) for part in parts)
+    if not in_core and how.rank is not None:
+        ranks = np.where(ranks > 0, how.rank, 0)  # a matrix that is not of low rank
     limits = np.minimum(ranks, min(*shape, how.rank or max(shape))).astype(np.int32)
     dtype = linalg.working_dtype(*jax.tree.leaves([part.shapes for part in parts]))
     own = jnp.asarray([weights[part.number] for part in parts], dtype)
-    gains = any(part.shapes.gain is not None for part in parts)
-    updates, rank = _updates(configs, *operands), int(limits.max())
+    updates, rank = _updates(configs, bases, [part.arrays for part in parts]), int(limits.max())
     window = len(weight.shape) - len(lead) - 2
     matrix = as_matrix(weight, window) if gains or kind is DoRA else None
-    if how.method == "linear" and (kind is DoRA or not gains):
+    if in_core:
         made = _merge_core(updates, own, jnp.asarray(limits), rank, matrix)
         progress(limits.size)
     else:
         keep = how.keep if how.method == "ties" else None
         made = []
-        for i, one in enumerate(_layers(updates, limits, matrix)):
-            made.append(_merge_matrix(jax.random.fold_in(key, i), own, *one, rank=rank, keep=keep))
+        for i, (one, limit, base) in enumerate(_layers(updates, limits, matrix)):
+            made.append(merge_dense(jax.random.fold_in(key, i), one, own, limit, rank, base=base, keep=keep))
             progress(1)
         made = jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*lead, *xs[0].shape), *made)
     alpha = float(rank)
@@ -269,11 +272,6 @@ def _updates(configs, bases, arrays) -> list[LowRankUpdate]:
 
 # Apart from the configs, so that weights of one shape share a program.
 _merge_core = jax.jit(merge_core, static_argnames="rank")
-
-
-@functools.partial(jax.jit, static_argnames=("rank", "keep"))
-def _merge_matrix(key, weights, updates, limit, base, *, rank, keep):
-    return merge_dense(key, updates, weights, limit, rank, base=base, keep=keep)
 
 
 def _layers(updates: list[LowRankUpdate], limits: np.ndarray, base: Any) -> Iterator[tuple]:

@@ -1,5 +1,6 @@
 """Weighted sums of low-rank updates of one weight, as the factors of one low-rank update."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def merge_dense(
 ) -> MergedUpdate:
     """Adds up the updates of one matrix as a matrix, by TIES where ``keep`` is given, and approximates it.
 
-    Holds a matrix for each update; call it for one matrix at a time.
+    Holds a matrix for each update; call it for one matrix at a time, and not under ``jax.jit``.
 
     Args:
       key: Random key of the sketch, see :func:`subspace_jax.linalg.randomized_svd`.
@@ -94,8 +95,21 @@ def merge_dense(
     Returns:
       The merged update, without a magnitude; the spectrum ends at the rank.
     """
-    scaled = [weight * _dense(update, base) for weight, update in zip(weights, updates, strict=True)]
-    total = sum(scaled) if keep is None else ties_merge(scaled, keep, "sum")
+    scaled = _scaled_dense(updates, weights, base)
+    # A program of its own: a fused entry, computed twice and rounded otherwise, may lie below the threshold that it is.
+    return _approximated(key, sum(scaled) if keep is None else _ties(scaled, keep), limit, rank)
+
+
+_ties = jax.jit(ties_merge, static_argnums=1)
+
+
+@jax.jit
+def _scaled_dense(updates, weights, base):
+    return [weight * _dense(update, base) for weight, update in zip(weights, updates, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _approximated(key, total, limit, rank):
     u, s, vt = linalg.randomized_svd(key, total, rank)
     root = jnp.sqrt(jnp.where(jnp.arange(s.size, dtype=limit.dtype) < limit, s, 0))
     a, b = u * root[None, :], root[:, None] * vt

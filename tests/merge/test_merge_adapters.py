@@ -207,6 +207,12 @@ def test_merge_adapters_refuses_what_is_no_low_rank_update_of_the_weight():
 def test_merge_adapters_refuses_nan_and_gains_that_cancel_and_dora_without_weights():
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), adapter("one").trainable)
     refuse(ValueError, "one: q/kernel: expected finite", params(), [adapter("one")._replace(trainable=broken)])
+    # A column without a magnitude: what is scaled by 0 can't be a product with its gain.
+    own = adapter("dora").trainable
+    arrays = own["conv"]["kernel"]
+    own = own | {"conv": {"kernel": arrays | {"magnitude": arrays["magnitude"].at[0].set(0)}}}
+    parts = [adapter("lora"), adapter("dora")._replace(trainable=own)]
+    refuse(ValueError, "conv/kernel: the merged update is not finite; the weighted gains", params(), parts, (0.0, 1.0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params())
     refuse(TypeError, r"params: DoRA needs the weights.*\['q/kernel'\]", shapes, [adapter("two")])
 
