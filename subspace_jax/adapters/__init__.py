@@ -14,7 +14,7 @@ from subspace_jax.adapters.api import (
     roles,
     unmerge,
 )
-from subspace_jax.adapters.config import AdapterConfig
+from subspace_jax.adapters.config import AdapterConfig, LowRankUpdate
 from subspace_jax.adapters.convolution import ConvDoRAWeight, ConvLoRAWeight
 from subspace_jax.adapters.dora import DoRA, DoRAWeight
 from subspace_jax.adapters.effort import Effort, EffortBase, EffortWeight, PrincipalBases
@@ -51,6 +51,7 @@ __all__ = [
     "Int8Weight",
     "LoRA",
     "LoRAWeight",
+    "LowRankUpdate",
     "MultiAdapterWeight",
     "PrincipalBases",
     "SVFit",

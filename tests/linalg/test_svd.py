@@ -90,6 +90,19 @@ def test_randomized_svd_works_in_single_precision():
     chex.assert_trees_all_close(s, np.broadcast_to(SPECTRUM[:4], (2, 4)), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "width", "columns"), [(9, 4, 7), (5, 8, 12), (6, 7, 3)])
+def test_product_svd_is_the_svd_of_the_product(x64, rows, width, columns):
+    a, b = jnp.asarray(gaussian(1, 2, rows, width)), jnp.asarray(gaussian(2, 2, width, columns))
+    # Dependent columns, and zeros.
+    a = a.at[..., 2].set(a[..., 0]).at[..., 1].set(0)
+    u, s, vt = jax.jit(linalg.product_svd)(a, b)
+    wanted = linalg.canonical_svd(a @ b)
+    assert s.shape == (2, min(rows, width, columns))
+    chex.assert_trees_all_close(s, wanted[1][:, : s.shape[-1]], atol=1e-12)
+    chex.assert_trees_all_close((u * s[:, None]) @ vt, a @ b, atol=1e-12)
+    assert max(defect(x) for x in (u, vt.mT)) < 1e-12
+
+
 # Steps of 9 and of 25 in all: each call goes on from where the last one ended.
 @pytest.mark.parametrize(("nine", "many"), rest_slow([((5, 4), (5, 4, 4, 4, 4, 4)), ((9,), (25,))]), ids=str)
 @few
@@ -130,6 +143,8 @@ def test_subspace_iteration_broadcasts_and_keeps_a_fixed_point(x64):
         (lambda key, x: linalg.randomized_svd(key, x[0], 1), ValueError, "matrices"),
         (lambda key, x: linalg.canonical_svd(x.astype(jnp.int32)), TypeError, "int32"),
         (lambda key, x: linalg.canonical_svd(x.astype(jnp.bfloat16)), TypeError, "bfloat16"),
+        (lambda key, x: linalg.product_svd(x, x), ValueError, "a, b: "),
+        (lambda key, x: linalg.product_svd(x, x.T.astype(jnp.bfloat16)), TypeError, "b: |bfloat16"),
         (lambda key, x: linalg.subspace_iteration(x, x[:3]), ValueError, "basis: "),
         (lambda key, x: linalg.subspace_iteration(x, x, 0), ValueError, "steps: "),
         (lambda key, x: linalg.subspace_iteration(x, x.astype(jnp.bfloat16)), TypeError, "basis: "),
