@@ -1,6 +1,6 @@
 """Compares merges of four adapters with PEFT's ``add_weighted_adapter``, then times both, in one run.
 
-    python scripts/bench/merge_adapters.py           # widths 256, 512 and 1024, some minutes on two cores
+    python scripts/bench/merge_adapters.py           # widths 128, 256 and 512, some minutes on two cores
     python scripts/bench/merge_adapters.py --quick   # a small one, to see that all runs
 
 Two layers of a Llama of random weights with LoRA of rank 16 on all linear layers.  Both sides merge four adapters in
@@ -28,7 +28,7 @@ from subspace_jax import adapters, interop, nn
 from subspace_jax.adapters.rules import adapters_of
 from subspace_jax.merge.adapters import Adapter, AdapterMerge, merge_adapters
 
-WIDTHS = (256, 512, 1024)
+WIDTHS = (128, 256, 512)
 WEIGHTS = (0.5, -0.3, 0.4, 0.4)
 RANK = 16
 ALLOWED = 1e-3  # singular vectors of dense float32 matrices by another library

@@ -65,6 +65,7 @@ def test_merge_adapters_of_lora_rslora_and_patterns_writes_a_folder_that_adds_th
     assert (tmp_path / "out" / "merge_report.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_merge_adapters_of_dora_reads_the_weights_and_writes_dora(tmp_path):
     names = ("lora_layers", "dora")
     assert command(tmp_path / "out", *names) == 0
