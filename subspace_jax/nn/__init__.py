@@ -34,6 +34,7 @@ from subspace_jax.nn.layers.stacking import LayerOptions, stack_layers, unstack_
 from subspace_jax.nn.models.bert.config import BertConfig
 from subspace_jax.nn.models.bert.model import BertOutput, bert_apply, bert_specs
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
+from subspace_jax.nn.models.causal_lm.first_layers import first_layer_params, first_layers
 from subspace_jax.nn.models.causal_lm.generate import Generated, generate, keep_top_p
 from subspace_jax.nn.models.causal_lm.kv_cache import KVCache, init_cache
 from subspace_jax.nn.models.causal_lm.model import CausalLMOutput, causal_lm_apply, causal_lm_logits
@@ -124,6 +125,8 @@ __all__ = [
     "encode_prompts",
     "encode_text",
     "family_of",
+    "first_layer_params",
+    "first_layers",
     "generate",
     "grassmann_logits",
     "group_norm",

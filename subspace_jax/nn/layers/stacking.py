@@ -35,6 +35,8 @@ class LayerOptions:
         for sharding constraints.
       attend_with: Replaces :func:`attention`: a partial of it, or a function made by :func:`sequence_attention`.
       unroll: Stacked layers in one iteration of the scan.
+      edit: ``(layer, change)``: the residual stream after that layer, counted from 0, is replaced by ``change`` of it, of
+        the same shape and dtype; of causal language models only.
 
     Raises:
       ValueError: ``remat`` is unknown.
@@ -45,6 +47,7 @@ class LayerOptions:
     on_stream: Callable[[jax.Array], jax.Array] = lambda x: x
     attend_with: Callable[..., jax.Array] = attention
     unroll: int = 1
+    edit: tuple[int, Callable[[jax.Array], jax.Array]] | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:

@@ -31,12 +31,14 @@ class CausalLMOutput(NamedTuple):
       hidden: ``[layers + 1, batch, length, d]``: the embeddings, then the output of each layer, ``final`` for the last;
         None without ``capture_hidden``.
       cache: The updated cache; None where none was given.
+      stream: Residual stream after the last layer, before the final norm, ``[batch, length, d]``.
     """
 
     final: jax.Array
     logits: jax.Array | None = None
     hidden: jax.Array | None = None
     cache: KVCache | None = None
+    stream: jax.Array | None = None
 
 
 def causal_lm_apply(
@@ -144,7 +146,7 @@ def causal_lm_apply(
         mixed = _attention_block(config, layer["attn"], apply_norm(config, layer["attn_norm"], x), own_tables, attend)
         x = x + _post_norm(config, layer, "attn_post_norm", mixed)
         inner = mlp(layer["mlp"], apply_norm(config, layer["mlp_norm"], x), config.activation)
-        x = options.on_stream(x + _post_norm(config, layer, "mlp_post_norm", inner))
+        x = _edited(options, own["index"], options.on_stream(x + _post_norm(config, layer, "mlp_post_norm", inner)))
         return (x, cached), (x if capture_hidden else None)
 
     carry = (x, None if cache is None else (cache.keys, cache.values))
@@ -156,6 +158,7 @@ def causal_lm_apply(
         logits=causal_lm_logits(config, params, final, logits_dtype) if with_logits else None,
         hidden=jnp.concatenate([embeddings[None], after[:-1], final[None]]) if capture_hidden else None,
         cache=None if cache is None else dataclasses.replace(cache, keys=cached[0], values=cached[1]),
+        stream=x,
     )
 
 
@@ -237,6 +240,13 @@ def apply_norm(config: CausalLMConfig, params: PyTree, x: jax.Array) -> jax.Arra
     if config.norm != "layer":
         return rms_norm(x, params["scale"], config.norm_eps, offset=config.norm == "rms_offset")
     return layer_norm(x, params["scale"], params["bias"], config.norm_eps)
+
+
+def _edited(options: LayerOptions, index: jax.Array, x: jax.Array) -> jax.Array:
+    if options.edit is None:
+        return x
+    layer, change = options.edit
+    return jax.lax.cond(index == layer, change, lambda x: x, x)
 
 
 def _post_norm(config: CausalLMConfig, layer: PyTree, name: str, x: jax.Array) -> jax.Array:
