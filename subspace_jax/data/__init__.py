@@ -28,6 +28,7 @@ from subspace_jax.data.sources.folders import image_folder
 from subspace_jax.data.sources.images import Images
 from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
 from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_set, image_source
+from subspace_jax.data.vector_shards import VectorShards
 from subspace_jax.data.vectors import StoredVectors, check_informative, map_blocks, open_vectors, read_labels
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TrainImage",
     "Transform",
     "UnionOfSubspaces",
+    "VectorShards",
     "check_informative",
     "color_jitter",
     "decode_image",

@@ -34,6 +34,7 @@ from subspace_jax.metrics.representation_similarity import (
 )
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
 from subspace_jax.metrics.separability import balanced_probe_accuracy
+from subspace_jax.metrics.sparse_codes import cooccurrence, explained_variance, mean_wasserstein1, sparse_probe_f1
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "class_separation_r2",
     "clip_outliers",
     "cmc",
+    "cooccurrence",
     "coral",
     "cycle_knn",
     "d_int",
@@ -57,6 +59,7 @@ __all__ = [
     "dci_from_importance",
     "dci_scores",
     "exact_match",
+    "explained_variance",
     "factor_entropy",
     "factor_vae_from_votes",
     "factor_vae_score",
@@ -74,6 +77,7 @@ __all__ = [
     "match_assignments",
     "mdl_bits",
     "mean_gap",
+    "mean_wasserstein1",
     "median_sigma",
     "mig",
     "mmd2",
@@ -92,6 +96,7 @@ __all__ = [
     "sap_continuous",
     "sap_from_scores",
     "search_d_int",
+    "sparse_probe_f1",
     "svcca",
     "unbiased_cka",
     "unbiased_hsic",

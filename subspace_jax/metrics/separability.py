@@ -37,16 +37,27 @@ def balanced_probe_accuracy(
             raise ValueError(f"{name}_y: expected both kinds, got {len(y)} rows of one")
     mean, std = np.mean(train_x, axis=0, dtype=np.float64), np.std(train_x, axis=0, dtype=np.float64)
     train, test = ((x - mean) / np.maximum(std, 1e-12) for x in (train_x, test_x))
-    weights = _logistic(np.c_[train, np.ones(len(train))], np.asarray(train_y, bool), weighted)
+    weights = logistic_weights(np.c_[train, np.ones(len(train))], np.asarray(train_y, bool), weighted=weighted)
     found = np.c_[test, np.ones(len(test))] @ weights > 0
     test_y = np.asarray(test_y, bool)
     return float((np.mean(found[test_y]) + np.mean(~found[~test_y])) / 2)
 
 
-def _logistic(x: np.ndarray, y: np.ndarray, weighted: bool) -> np.ndarray:
+def logistic_weights(x: np.ndarray, y: np.ndarray, *, weighted: bool = False, l2: float = _L2) -> np.ndarray:
+    """Minimizes ``mean loss + l2 / 2 ||w||^2``, the last entry of ``w`` (the bias) but for 1e-9 not penalized.
+
+    Args:
+      x: ``[rows, features]`` float64, the last of them ones.
+      y: ``[rows]`` bool.
+      weighted: Whether both kinds weigh the same.
+      l2: The penalty.
+
+    Returns:
+      Weights, ``[features]``.
+    """
     shares = np.where(y, 0.5 / y.sum(), 0.5 / (~y).sum()) if weighted else np.full(len(y), 1 / len(y))
     signs = np.where(y, 1.0, -1.0)
-    penalty = np.full(x.shape[1], _L2)
+    penalty = np.full(x.shape[1], l2)
     penalty[-1] = 1e-9  # none on the bias
 
     def objective(w):

@@ -35,8 +35,8 @@ class LayerOptions:
         for sharding constraints.
       attend_with: Replaces :func:`attention`: a partial of it, or a function made by :func:`sequence_attention`.
       unroll: Stacked layers in one iteration of the scan.
-      edit: ``(layer, change)``: the residual stream after that layer, counted from 0, is replaced by ``change`` of it, of
-        the same shape and dtype; of causal language models only.
+      edit: ``(layer, change)``: the residual stream after that layer, counted from 0, is replaced by ``change`` of it,
+        of the same shape and dtype; of causal language models only.
 
     Raises:
       ValueError: ``remat`` is unknown.
