@@ -30,6 +30,7 @@ from subspace_jax.cli import (
     plan,
     processes,
     project_update,
+    sae,
     shared,
     train,
     upgrade,
@@ -61,6 +62,7 @@ _GROUPS = {
         "inspect",
         "intrinsic-dimension",
         "project-update",
+        "sae",
     ),
 }
 _EXIT_STATUSES = (
@@ -140,6 +142,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         compositional,
         inspect,
         project_update,
+        sae,
         plan,
         info,
     ):

@@ -11,9 +11,9 @@ from typing import Any
 from subspace_jax.cli import processes, shared
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds config, workdir, seed, what is shown instead of a run, and the processes."""
-    shared.add_config(parser)
+def add_arguments(parser: argparse.ArgumentParser, config: str | None = None) -> None:
+    """Adds config (with a default), workdir, seed, what is shown instead of a run, and the processes."""
+    shared.add_config(parser, config)
     shared.add_workdir(parser)
     shared.add_restart(parser)
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the run, as --config.seed=N")

@@ -49,11 +49,12 @@ def example_text(examples: str) -> str:
     return "examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config``."""
+def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds ``--config``, required where there is no default."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=default is None,
+        default=default,
         metavar="NAME[:VARIANT]",
         help="name that `subspace-jax configs` lists, or a Python file with get_config(), which is run; any of its "
         "fields is set by --config.FIELD=VALUE",

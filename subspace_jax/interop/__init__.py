@@ -15,6 +15,7 @@ from subspace_jax.interop.packages import PACKAGES, Package, fetch_package, pack
 from subspace_jax.interop.peft.adapter import PeftAdapter, load_peft_adapter, peft_fields, save_peft_adapter
 from subspace_jax.interop.peft.models import target_names, target_rules, vision_adapter_names
 from subspace_jax.interop.peft.rules import match_modules, rank_and_alpha
+from subspace_jax.interop.sae_lens import LinearSAE, load_sae, save_sae
 from subspace_jax.interop.safetensors_io import StoredTensor, open_folder, read_header, write_safetensors
 from subspace_jax.interop.tensors import Place, TensorLayout, TensorName
 from subspace_jax.interop.vision import load_dino_params, load_vision, save_vision
@@ -22,6 +23,7 @@ from subspace_jax.interop.writing import write_side_files
 
 __all__ = [
     "PACKAGES",
+    "LinearSAE",
     "OnnxGraph",
     "OnnxNode",
     "Package",
@@ -44,6 +46,7 @@ __all__ = [
     "load_dual",
     "load_onnx_dinov2",
     "load_peft_adapter",
+    "load_sae",
     "load_text_encoder",
     "load_vision",
     "match_modules",
@@ -61,6 +64,7 @@ __all__ = [
     "save_dual",
     "save_peft_adapter",
     "save_pretrained",
+    "save_sae",
     "save_vision",
     "side_files",
     "target_names",

@@ -1,7 +1,6 @@
 """Sparse autoencoders: what the authors' code computed, and the identities of the specification."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from subspace_jax import linalg
 from subspace_jax.interpret import polysae
-from subspace_jax.interpret.polysae import core, decoder, retraction, sparsify
+from subspace_jax.interpret.polysae import core, retraction, sparsify
 
 CONFIG = polysae.PolySAEConfig(8, 24, 3, (8, 4, 3))
 

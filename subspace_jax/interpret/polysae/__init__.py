@@ -1,5 +1,6 @@
 """Sparse autoencoders with linear and polynomial decoders (PolySAE, arXiv 2602.01322)."""
 
+from subspace_jax.interpret.polysae.activations import ResidualStream
 from subspace_jax.interpret.polysae.core import (
     LossParts,
     SAEState,
@@ -8,6 +9,7 @@ from subspace_jax.interpret.polysae.core import (
     poly_sae_loss,
     poly_sae_optimizer,
 )
+from subspace_jax.interpret.polysae.data import Planted, planted_pairs
 from subspace_jax.interpret.polysae.decoder import (
     decoder_norms,
     interaction_strength,
@@ -16,6 +18,8 @@ from subspace_jax.interpret.polysae.decoder import (
     poly_decode,
     poly_decode_separate,
 )
+from subspace_jax.interpret.polysae.evaluate import strength_and_cooccurrence
+from subspace_jax.interpret.polysae.model import PolySAE, PolySAEOutput
 from subspace_jax.interpret.polysae.retraction import qr_positive, stiefel_retract
 from subspace_jax.interpret.polysae.settings import PolySAEConfig, default_widths
 from subspace_jax.interpret.polysae.sparsify import (
@@ -27,10 +31,16 @@ from subspace_jax.interpret.polysae.sparsify import (
     topk,
     topk_code,
 )
+from subspace_jax.interpret.polysae.task import PolySAETask
 
 __all__ = [
     "LossParts",
+    "Planted",
+    "PolySAE",
     "PolySAEConfig",
+    "PolySAEOutput",
+    "PolySAETask",
+    "ResidualStream",
     "SAEState",
     "SparseCode",
     "auxk_code",
@@ -43,6 +53,7 @@ __all__ = [
     "jumprelu",
     "linear_decode",
     "linear_directions",
+    "planted_pairs",
     "poly_decode",
     "poly_decode_separate",
     "poly_sae_loss",
@@ -50,6 +61,7 @@ __all__ = [
     "qr_positive",
     "step_fn",
     "stiefel_retract",
+    "strength_and_cooccurrence",
     "topk",
     "topk_code",
 ]

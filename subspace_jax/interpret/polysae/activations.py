@@ -43,7 +43,7 @@ class ResidualStream:
             raise ValueError(f"layer: {error}") from error
         if skip < 0:
             raise ValueError(f"skip: expected at least 0 positions, got {skip}")
-        self.layer, self.folder = layer, folder
+        self.whole, self.layer, self.folder = model, layer, folder
         self._dtype, self._skip = dtype, skip
         self.axes = nn.param_axes(self.config)
         self._options = nn.LayerOptions(

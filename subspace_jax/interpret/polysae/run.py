@@ -119,6 +119,17 @@ def settings_of(config: ConfigDict, d_in: int) -> PolySAEConfig:
         raise ValueError(f"model.{error}") from error
 
 
+def stream_of(config: ConfigDict, model: nn.CausalLMConfig) -> ResidualStream:
+    """Returns where the activations of a run on texts come from."""
+    fields = config.model
+    try:
+        return ResidualStream(
+            model, fields.layer, folder=fields.folder or None, dtype=fields.lm_dtype, skip=fields.skip
+        )
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+
+
 def text_rows(config: ConfigDict) -> list[dict[str, np.ndarray]]:
     """Returns the packed rows of both sets, of :func:`subspace_jax.data.text.pack_rows`."""
     sizes, tokenizer = config.data, tokenizer_of(config)
@@ -195,12 +206,7 @@ def _language_model(config: ConfigDict) -> nn.CausalLMConfig | None:
 
 def _task(config: ConfigDict, model: nn.CausalLMConfig, sample: dict[str, np.ndarray]) -> PolySAETask:
     fields = config.model
-    try:
-        stream = ResidualStream(
-            model, fields.layer, folder=fields.folder or None, dtype=fields.lm_dtype, skip=fields.skip
-        )
-    except ValueError as error:
-        raise ValueError(f"model.{error}") from error
+    stream = stream_of(config, model)
     scale = fields.scale or (0.0 if fields.folder else 1.0)
     settings = settings_of(config, model.hidden_size)
     return PolySAETask(settings, stream=stream, scale=scale, sample=sample, seed=config.seed)

@@ -119,10 +119,11 @@ def next_threshold(threshold: jax.Array, code: jax.Array, shards: Shards = _WHOL
       code: Code of the batch, ``[B, m]``; with no positive entry the threshold stays.
       shards: Mesh axes, inside ``shard_map``.
     """
+    code = jax.lax.stop_gradient(code)
     least = jnp.min(jnp.where(code > 0, code, jnp.inf))
     if shards.all:
         least = jax.lax.pmin(least, shards.all)
-    least = jax.lax.stop_gradient(least).astype(threshold.dtype)
+    least = least.astype(threshold.dtype)
     return jnp.where(jnp.isfinite(least), (1 - THRESHOLD_RATE) * threshold + THRESHOLD_RATE * least, threshold)
 
 
