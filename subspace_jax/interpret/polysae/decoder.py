@@ -155,7 +155,7 @@ def _project(z: Code, table: jax.Array, dtype: DTypeLike | None, shards: Shards)
         local = z.indices - start
         there = (local >= 0) & (local < len(table))
         values = jnp.where(there, z.values, 0)
-        return total(gather_rows(values, jnp.where(there, local, 0), table), shards.features)
+        return total(gather_rows(values, jnp.where(there, local, 0), jnp.asarray(table)), shards.features)
     if z.shape[1] != len(table):
         raise ValueError(f"z: expected codes of {len(table)} features, as the decoder has, got shape {list(z.shape)}")
     return total(matmul(z, table, dtype), shards.features)

@@ -26,10 +26,10 @@ def default_config() -> ConfigDict:
 
     ``model.folder`` is the language model, a Hugging Face folder or a GGUF file, and ``model.layer`` the number of the
     hidden state to explain, that after so many layers; the first ``model.skip`` positions of each text do not count.
-    Without a folder, ``data.source`` holds vectors.  ``model.scale`` multiplies activations; 0 makes their norm
-    ``sqrt(d)`` on average.  ``model.size`` "tiny" is a random language model, for trials.  ``model.d_in`` is found, and
-    needed for plans without a model alone; ``model.widths`` (0,) are those of the authors.  Other fields of ``model``:
-    see :class:`PolySAEConfig`.
+    Without a folder, ``data.source`` holds vectors.  ``model.scale`` multiplies activations; 0 makes the norm of
+    centered ones ``sqrt(d)`` on average.  ``model.size`` "tiny" is a random language model, for trials.
+    ``model.d_in`` is found, and needed for plans without a model alone; ``model.widths`` (0,) are those of the authors.
+    Other fields of ``model``: see :class:`PolySAEConfig`.
 
     ``data.source`` is "docstrings" (of the standard library), a file of texts, or vectors: an ``.npy`` file or a folder
     of them.  ``data.evaluation`` is a second one for evaluation; without one the share ``data.holdout`` of the first is
@@ -73,8 +73,8 @@ def build(config: ConfigDict) -> train.Run:
     if model is None:
         sets = vector_sets(config)
         sample = np.stack([example["inputs"] for example in sets[0].__getitems__(range(min(len(sets[0]), _MEASURED)))])
-        scale = fields.scale or float(np.sqrt(sample.shape[1]) / max(np.mean(np.linalg.norm(sample, axis=1)), 1e-30))
-        task = PolySAETask(settings_of(config, sample.shape[1]), scale=scale)
+        settings = settings_of(config, sample.shape[1])
+        task = PolySAETask(settings, scale=fields.scale, sample={"inputs": sample}, seed=config.seed)
     else:
         rows = text_rows(config)
         sets = [{name: part[name] for name in FIELDS} for part in rows]
@@ -207,9 +207,8 @@ def _language_model(config: ConfigDict) -> nn.CausalLMConfig | None:
 def _task(config: ConfigDict, model: nn.CausalLMConfig, sample: dict[str, np.ndarray]) -> PolySAETask:
     fields = config.model
     stream = stream_of(config, model)
-    scale = fields.scale or (0.0 if fields.folder else 1.0)
     settings = settings_of(config, model.hidden_size)
-    return PolySAETask(settings, stream=stream, scale=scale, sample=sample, seed=config.seed)
+    return PolySAETask(settings, stream=stream, scale=fields.scale, sample=sample, seed=config.seed)
 
 
 def _data(config: ConfigDict, train_set: Any, eval_set: Any) -> train.DataSpec:

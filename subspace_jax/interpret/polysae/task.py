@@ -34,10 +34,10 @@ class PolySAETask(train.Task):
     Args:
       config: The autoencoder.
       stream: Where activations come from; None takes those of the batch.
-      scale: Factor of the activations.  0 measures it on ``sample`` when the run begins, so that their norm is
-        ``sqrt(d)`` on average.
-      sample: A batch of texts, for ``scale=0``.
-      seed: Seed of the parameters of a run that starts from a folder.
+      scale: Factor of the activations; 0 measures it on ``sample`` when the run begins, so that the norm of centered
+        activations is ``sqrt(d)`` on average.
+      sample: A batch whose mean activation ``b_dec`` begins with; None begins with zeros.
+      seed: Seed of the parameters of a run with a folder or a sample.
 
     Raises:
       ValueError: The stream has another width, or the scale can't be measured.
@@ -56,8 +56,8 @@ class PolySAETask(train.Task):
             raise ValueError(f"d_in: expected {stream.config.hidden_size}, the model's width, got {config.d_in}")
         if not scale >= 0:
             raise ValueError(f"scale: expected a number above 0, or 0 to measure it, got {scale}")
-        if scale == 0 and (stream is None or stream.folder is None or sample is None):
-            raise ValueError("scale: expected a number above 0: it is measured of a model's folder on a sample alone")
+        if scale == 0 and sample is None:
+            raise ValueError("scale: expected a number above 0, as there is no sample to measure it on")
         self.config, self.stream = config, stream
         self._scale, self._sample, self._seed = scale, sample, seed
         self.splittable = not config.whole_batch
@@ -87,24 +87,32 @@ class PolySAETask(train.Task):
         return {name: "no_decay" for name in self.axes()[0] if name != "W_enc"}
 
     def load(self, shardings):
-        """Returns fresh parameters, and the model of the folder with the scale of its activations."""
-        if not self.frozen:
+        """Returns fresh parameters with the model of the folder, and what is measured on the sample."""
+        if not self.frozen and self._sample is None:
             return None
+        mesh, key = jax.tree.leaves(shardings)[0].mesh, jax.random.key(self._seed)
         others = {name: s for name, s in shardings[1].items() if name != "model"}
-        mesh = jax.tree.leaves(shardings)[0].mesh
-        fresh = train.jit_on_mesh(self._fresh, mesh, (shardings[0], others))
-        params, variables = fresh(jax.random.key(self._seed))
-        model = self.stream.load(shardings[1]["model"])
-        if self._scale == 0:
+        params, variables = train.jit_on_mesh(self._fresh, mesh, (shardings[0], others))(key)
+        model = {}
+        if self.frozen:
+            model = {"model": self.stream.load(shardings[1]["model"])}
+        elif self.stream is not None:
+            draw = train.jit_on_mesh(self.stream.init, mesh, shardings[1]["model"])
+            model = {"model": draw(jax.random.fold_in(key, 1))}
+        if self._sample is not None:
             # One program of the whole sample on every process, and so one scale.
-            measure = train.jit_on_mesh(self._measured_scale, mesh, others["scale"])
-            variables["scale"] = measure(model, dict(self._sample))
-        return params, {**variables, "model": model}
+            measure = train.jit_on_mesh(self._measured, mesh, (others["scale"], shardings[0]["b_dec"]))
+            variables["scale"], params["b_dec"] = measure(model, dict(self._sample))
+        return params, {**variables, **model}
 
-    def _measured_scale(self, model, batch):
-        x, weights = self.stream(model, batch)
-        norm = jnp.sum(jnp.linalg.norm(x, axis=1) * weights) / jnp.maximum(jnp.sum(weights), 1)
-        return math.sqrt(self.config.d_in) / jnp.maximum(norm, 1e-30)
+    def _measured(self, model, batch):
+        """Returns the scale, and the scaled mean of a batch."""
+        x, weights = self._read(model, batch)
+        count = jnp.maximum(jnp.sum(weights), 1)
+        mean = jnp.sum(x * weights[:, None], axis=0) / count
+        norm = jnp.sum(jnp.linalg.norm(x - mean[None], axis=1) * weights) / count
+        scale = jnp.asarray(self._scale) if self._scale else math.sqrt(self.config.d_in) / jnp.maximum(norm, 1e-30)
+        return scale, scale * mean
 
     def restore_frozen(self, variables, shardings):
         """Returns the model of the folder again."""
@@ -112,12 +120,14 @@ class PolySAETask(train.Task):
 
     def activations(self, variables: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns scaled activations ``[examples, d]`` float32, and which of them count, ``[examples]``."""
-        if self.stream is None:
-            x = batch["inputs"].astype(jnp.float32)
-            weights = batch["mask"] if "mask" in batch else jnp.ones(len(x))
-        else:
-            x, weights = self.stream(variables["model"], batch)
+        x, weights = self._read(variables, batch)
         return train.constrain(x * variables["scale"], ("batch", None)), train.constrain(weights, ("batch",))
+
+    def _read(self, variables, batch):
+        if self.stream is not None:
+            return self.stream(variables["model"], batch)
+        x = batch["inputs"].astype(jnp.float32)
+        return x, batch["mask"] if "mask" in batch else jnp.ones(len(x))
 
     def loss(self, params, variables, batch, *, key, step):
         """Returns the loss of :func:`poly_sae_loss`, with its terms, L0 and the share of dead features as metrics."""
