@@ -26,6 +26,13 @@ _HEADS = "python -m pytest tests/interpret/test_attention_ssm_figures.py"
 _OPERATORS = "subspace-jax attention-operators --model work/models/smollm2"
 
 
+_SAE = "subspace-jax train --config interpret/polysae_planted"
+
+
+def _pairs(name: str, order: int, metric: str, at_least: float | None = None, at_most: float | None = None) -> Figure:
+    return Figure(f"planted pairs, {name}", f"{_SAE}:order{order}", metric, at_least=at_least, at_most=at_most)
+
+
 METHODS = (
     Method(
         name="intrinsic-dimension",
@@ -236,5 +243,26 @@ METHODS = (
             Figure("the same, error of the best 5 heads, mean", _OPERATORS, "half_error", seeds=(0,)),
         ),
         needs=("smollm2",),
+    ),
+    Method(
+        name="polysae",
+        area="interpret",
+        title="Sparse autoencoders, linear and polynomial",
+        paper="PolySAE: Modeling Feature Interactions in Sparse Autoencoders via Polynomial Decoding",
+        arxiv=("2602.01322",),
+        summary=(
+            "Explains the activations of a network as few non-negative features of many, by a sparse autoencoder with a "
+            "linear decoder or with a polynomial one, in which two features that are active together can add what "
+            "neither adds alone.  Activations are computed where the autoencoder trains, on one device or a pod."
+        ),
+        module="subspace_jax.interpret.polysae",
+        configs=("interpret/polysae_planted", "interpret/sae", "interpret/sae_smollm2"),
+        command="subspace-jax sae --model work/models/smollm2 --layer 15 --workdir work/sae",
+        figures=(
+            _pairs("order 2: share of the variance left, mean of 3 seeds", 2, "unexplained", at_most=0.02),
+            _pairs("order 1: the same", 1, "unexplained", at_least=0.1),
+            _pairs("order 2: planted ones among the three strongest interactions", 2, "pairs", at_least=3.0),
+            _pairs("order 2: correlation of strength with being active together", 2, "correlation", at_most=0.3),
+        ),
     ),
 )
