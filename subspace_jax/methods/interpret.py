@@ -251,8 +251,8 @@ METHODS = (
         paper="PolySAE: Modeling Feature Interactions in Sparse Autoencoders via Polynomial Decoding",
         arxiv=("2602.01322",),
         summary=(
-            "Explains the activations of a network as few non-negative features of many, by a sparse autoencoder with a "
-            "linear decoder or with a polynomial one, in which two features that are active together can add what "
+            "Explains the activations of a network as few non-negative features of many, by a sparse autoencoder with "
+            "a linear decoder or with a polynomial one, in which two features that are active together can add what "
             "neither adds alone.  Activations are computed where the autoencoder trains, on one device or a pod."
         ),
         module="subspace_jax.interpret.polysae",

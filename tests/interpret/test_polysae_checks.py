@@ -58,9 +58,8 @@ def test_poly_decode_is_the_polynomial_of_the_whole_tensors(x64):
     strength = polysae.interaction_strength(given)
     np.testing.assert_allclose(strength, 0.5 * np.linalg.norm(b, axis=0), atol=1e-10)
     pairs = jnp.asarray(list(itertools.combinations(range(5), 2)))
-    np.testing.assert_allclose(
-        polysae.interaction_strength(given, pairs), strength[pairs[:, 0], pairs[:, 1]], atol=1e-10
-    )
+    of_pairs = polysae.interaction_strength(given, pairs)
+    np.testing.assert_allclose(of_pairs, strength[pairs[:, 0], pairs[:, 1]], atol=1e-10)
 
 
 def test_poly_decode_without_higher_orders_is_any_linear_decoder(x64):
@@ -69,7 +68,7 @@ def test_poly_decode_without_higher_orders_is_any_linear_decoder(x64):
     u, s, vt = np.linalg.svd(dictionary, full_matrices=False)
     given = {"U": u, "C1": vt.T * s, "C2": np.ones((5, 2)), "C3": np.ones((5, 2)), "b_dec": bias}
     given = {name: jnp.asarray(x) for name, x in given.items()} | {"lambda2": 0.0, "lambda3": 0.0}
-    found = polysae.poly_decode(given, jnp.asarray(z))
+    found = jax.jit(polysae.poly_decode)(given, jnp.asarray(z))
     np.testing.assert_allclose(found, z @ dictionary + bias, atol=1e-12)
     linear = polysae.linear_decode({"W_dec": jnp.asarray(dictionary), "b_dec": jnp.asarray(bias)}, jnp.asarray(z))
     np.testing.assert_allclose(linear, found, atol=1e-12)
@@ -78,17 +77,28 @@ def test_poly_decode_without_higher_orders_is_any_linear_decoder(x64):
 @pytest.mark.parametrize("form", ["shared", "separate", "linear"])
 def test_decoder_norms_are_those_of_what_single_features_add(form):
     config = polysae.PolySAEConfig(8, 24, 3, (8, 4, 3), decoder=form)
-    params = polysae.init_params(jax.random.key(0), config)
-    alone = decoder.decode(config, params, jnp.eye(24)) - params["b_dec"][None]
-    np.testing.assert_allclose(polysae.decoder_norms(config, params), np.linalg.norm(alone, axis=1), rtol=1e-5)
+
+    @jax.jit
+    def both(key):
+        params = polysae.init_params(key, config)
+        alone = decoder.decode(config, params, jnp.eye(24)) - params["b_dec"][None]
+        return polysae.decoder_norms(config, params), jnp.linalg.norm(alone, axis=1)
+
+    norms, expected = both(jax.random.key(0))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
 def test_fold_scale_keeps_codes_and_divides_reconstructions(params):
     x = jax.random.normal(jax.random.key(2), (10, 8))
     folded = polysae.fold_scale(params, 3.0)
-    trained, plain = (polysae.PolySAE(CONFIG, own)(y) for own, y in ((params, 3 * x), (folded, x)))
+    run = jax.jit(lambda params, x: _as_module(params)(x))
+    trained, plain = run(params, 3 * x), run(folded, x)
     np.testing.assert_allclose(plain.codes, trained.codes, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(plain.recon, trained.recon / 3, rtol=1e-5, atol=1e-5)
+
+
+def _as_module(params):
+    return polysae.PolySAE(CONFIG, params)
 
 
 def test_sparse_codes_decode_as_dense_ones_with_equal_gradients(params):
@@ -98,17 +108,21 @@ def test_sparse_codes_decode_as_dense_ones_with_equal_gradients(params):
         z = polysae.topk(pre, 4) if dense else polysae.topk_code(pre, 4)
         return jnp.sum(jnp.sin(polysae.poly_decode(params, z)))
 
+    of_both = jax.jit(jax.value_and_grad(value, argnums=(0, 1)), static_argnums=2)
+
     names = ("U", "C1", "C2", "C3", "lambda2", "lambda3", "b_dec")
     own = {name: params[name] for name in names}
-    found, expected = (jax.value_and_grad(value, argnums=(0, 1))(own, pre, dense) for dense in (False, True))
+    found, expected = (of_both(own, pre, dense) for dense in (False, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), found, expected)
 
 
 def test_no_array_of_all_features_is_made_in_the_decoder_of_a_sparse_code(params):
     code = polysae.SparseCode(jnp.ones((10, 3)), jnp.zeros((10, 3), jnp.int32))
-    made = jax.make_jaxpr(jax.grad(lambda v: jnp.sum(polysae.poly_decode(params, code._replace(values=v)))))(
-        code.values
-    )
+
+    def value(values):
+        return jnp.sum(polysae.poly_decode(params, code._replace(values=values)))
+
+    made = jax.make_jaxpr(jax.grad(value))(code.values)
     assert "10,24]" not in str(made)
     assert "10,3,8]" not in str(made)
 
@@ -143,8 +157,9 @@ def test_features_fire_only_at_examples_that_count(params):
     x = jax.random.normal(jax.random.key(6), (6, 8))
     weights = jnp.asarray([1.0, 0, 1, 0, 0, 1])
     state = core.init_state(CONFIG)
-    found = polysae.poly_sae_loss(CONFIG, params, x, state, weights=weights)
-    expected = polysae.poly_sae_loss(CONFIG, params, x[np.array([0, 2, 5])], state)
+    loss = jax.jit(functools.partial(polysae.poly_sae_loss, CONFIG))
+    found = loss(params, x, state, weights=weights)
+    expected = loss(params, x[np.array([0, 2, 5])], state)
     assert found[0] == pytest.approx(float(expected[0]), rel=1e-6)
     np.testing.assert_array_equal(found[1].fired, expected[1].fired)
     after = core.next_state(state, found[1])
@@ -153,7 +168,9 @@ def test_features_fire_only_at_examples_that_count(params):
 
 def test_bfloat16_matmuls_decode_to_their_precision(params, codes):
     exact, rounded = (
-        decoder.decode(polysae.PolySAEConfig(8, 24, 3, (8, 4, 3), dtype=dtype), params, codes)
+        jax.jit(functools.partial(decoder.decode, polysae.PolySAEConfig(8, 24, 3, (8, 4, 3), dtype=dtype)))(
+            params, codes
+        )
         for dtype in ("float32", "bfloat16")
     )
     assert rounded.dtype == jnp.float32
