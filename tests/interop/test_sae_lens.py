@@ -100,10 +100,10 @@ def test_load_sae_refuses_what_it_does_not_support(tmp_path, fields, message):
 
 
 def test_load_sae_names_the_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cfg.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"cfg.json: no such file"):
         interop.load_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="sae_weights.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"sae_weights.safetensors: no such file"):
         interop.load_sae(tmp_path)
 
 

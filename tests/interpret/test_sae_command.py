@@ -168,7 +168,7 @@ def test_vector_shards_are_read_by_index_over_files_and_refuse_nan(tmp_path):
     with pytest.raises(ValueError, match=r"data: .*b.npy: row 3 holds NaN or infinity"):
         data.VectorShards(tmp_path)[7]
     np.save(tmp_path / "c.npy", np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="c.npy: expected vectors of width 3, got 4"):
+    with pytest.raises(ValueError, match=r"c.npy: expected vectors of width 3, got 4"):
         data.VectorShards(tmp_path)
     (tmp_path / "d.npy").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"d.npy: no .npy file of numbers"):
