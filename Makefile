@@ -76,6 +76,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/attention_ssm.py
 	$(PY) scripts/bench/compare.py
 	$(PY) scripts/bench/project_update.py
+	$(PY) scripts/bench/sae.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
