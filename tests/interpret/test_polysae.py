@@ -22,7 +22,7 @@ def params_of(g, prefix):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("form", ["shared", "sep"])
-@pytest.mark.parametrize("seed", ["a", "b"])
+@pytest.mark.parametrize("seed", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_decode_norms_and_gradients_are_those_of_the_authors_code(x64, golden, form, order, seed):
     g = golden("polysae/decode")
     prefix = f"{form}_o{order}_{seed}"
@@ -81,7 +81,15 @@ def test_sparsifiers_are_those_of_the_authors_code(x64, golden):
     close(polysae.auxk_code(pre, jnp.asarray(g["aux_dead"]), int(g["aux_k"])), g["aux_acts"])
 
 
-@pytest.mark.parametrize("name", ["topk_norescale", "topk_rescale", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("topk_norescale", marks=pytest.mark.slow),
+        "topk_rescale",
+        pytest.param("batchtopk", marks=pytest.mark.slow),
+        "matryoshka",
+    ],
+)
 def test_six_steps_of_training_are_those_of_the_authors_code(x64, golden, name):
     g = golden(f"polysae/train_{name}")
     config = polysae.PolySAEConfig(

@@ -74,7 +74,7 @@ def test_poly_decode_without_higher_orders_is_any_linear_decoder(x64):
     np.testing.assert_allclose(linear, found, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["shared", "separate", "linear"])
+@pytest.mark.parametrize("form", ["shared", pytest.param("separate", marks=pytest.mark.slow), "linear"])
 def test_decoder_norms_are_those_of_what_single_features_add(form):
     config = polysae.PolySAEConfig(8, 24, 3, (8, 4, 3), decoder=form)
 

@@ -16,6 +16,7 @@ from subspace_jax.interpret.polysae.activations import ResidualStream
 from subspace_jax.interpret.polysae.evaluate import encode
 
 D, M = 16, 32
+SMALL = {"hidden_size": D, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_size": 24}
 
 
 def sae(workdir, *arguments):
@@ -84,7 +85,7 @@ def test_a_polynomial_decoder_is_not_exported(tmp_path):
 
 
 def test_loss_recovered_is_one_with_perfect_reconstructions_and_occurrences_are_those_of_the_codes():
-    model = nn.CausalLMConfig.tiny(hidden_size=D, num_heads=2, num_kv_heads=2, head_dim=8, mlp_size=24, num_layers=2)
+    model = nn.CausalLMConfig.tiny(**SMALL, num_layers=2, vocab_size=text.ByteTokenizer().vocab_size)
     params = nn.init_params(jax.random.key(0), model)
     stream = ResidualStream(model, 1, skip=0)
     # A code of d features and their negatives reconstructs anything.
@@ -124,7 +125,7 @@ def test_interactions_correlate_strengths_with_what_is_active_together():
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["linear", "shared"])
 def test_sae_of_a_language_model_reports_loss_recovered_and_contexts(decoder, tmp_path):
-    model = nn.CausalLMConfig.tiny(hidden_size=D, num_heads=2, num_kv_heads=2, head_dim=8, mlp_size=24, num_layers=3)
+    model = nn.CausalLMConfig.tiny(**SMALL, num_layers=3, vocab_size=text.ByteTokenizer().vocab_size)
     interop.save_causal_lm(tmp_path / "model", model, nn.init_params(jax.random.key(0), model))
     (tmp_path / "a.txt").write_text("\n".join(f"the number {i} is {i % 7}" for i in range(400)))
     given = ["--model", tmp_path / "model", "--layer", 2, "--data", tmp_path / "a.txt", "--decoder", decoder]

@@ -110,7 +110,7 @@ def _subject(config: ConfigDict, state: train.TrainState) -> _Subject:
         return _Subject({"inputs": data.load_arrays(held)["inputs"]}, _vectors_of, {}, _Numbers())
     rows, tokenizer, folder = run.text_rows(config)[1], run.tokenizer_of(config), config.model.folder
     if not folder:
-        stream = run.stream_of(config, nn.CausalLMConfig.tiny())
+        stream = run.stream_of(config, run.language_model(config))
         return _Subject(rows, stream, jax.device_get(state.variables["model"]), tokenizer)
     model, whole = interop.load_causal_lm(folder, dtype=config.model.lm_dtype)
     stream = run.stream_of(config, model)

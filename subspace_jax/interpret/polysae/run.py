@@ -69,7 +69,7 @@ def build(config: ConfigDict) -> train.Run:
       FileNotFoundError: A file or folder is not there.
     """
     sizes, fields = config.data, config.model
-    model = _language_model(config)
+    model = language_model(config)
     if model is None:
         sets = vector_sets(config)
         sample = np.stack([example["inputs"] for example in sets[0].__getitems__(range(min(len(sets[0]), _MEASURED)))])
@@ -91,7 +91,7 @@ def outline(config: ConfigDict) -> train.Run:
     Without a language model, ``model.d_in`` is the width of the vectors.
     """
     sizes = config.data
-    if (model := _language_model(config)) is None:
+    if (model := language_model(config)) is None:
         check_at_least("model.d_in", config.model.d_in, 1)
         task = PolySAETask(settings_of(config, config.model.d_in), scale=config.model.scale or 1.0)
         batch = {"inputs": jax.ShapeDtypeStruct((sizes.batch_size, config.model.d_in), jnp.float32)}
@@ -188,7 +188,8 @@ def _read_texts(field: str, source: str) -> list[text.Completion]:
     return texts
 
 
-def _language_model(config: ConfigDict) -> nn.CausalLMConfig | None:
+def language_model(config: ConfigDict) -> nn.CausalLMConfig | None:
+    """Returns the language model of a config, None where there are vectors; raises ValueError for what can't serve."""
     fields = config.model
     if takes_vectors(config):
         return None
@@ -197,7 +198,7 @@ def _language_model(config: ConfigDict) -> nn.CausalLMConfig | None:
         text.check_vocabulary(tokenizer_of(config), model.vocab_size)
     else:
         check_choice("model.size", fields.size, ("tiny",))
-        model = nn.CausalLMConfig.tiny()
+        model = nn.CausalLMConfig.tiny(vocab_size=tokenizer_of(config).vocab_size)
     check_choice("model.lm_dtype", fields.lm_dtype, ("float32", "bfloat16"))
     if not 1 <= config.data.length <= model.max_length:
         raise ValueError(f"data.length: {config.data.length} positions in a row, the model has {model.max_length}")
