@@ -84,6 +84,9 @@ def _config(args: argparse.Namespace, overrides: list[str]):
     from subspace_jax import train
 
     given = {field: getattr(args, name) for name, field in _FLAGS.items() if getattr(args, name) is not None}
+    if args.model:
+        shared.check_model_folder(args.model)
+        given["model.tokenizer"] = shared.tokenizer_of(args.model)
     fields = [f"{field}={value}" for field, value in given.items()]
     config = train.override(train.load_config(args.config), [*fields, *runs.settings(args, overrides)])
     if "d_sae" not in config.get("model", {}):

@@ -17,7 +17,15 @@ from subspace_jax.interpret.polysae.task import PolySAETask
 from subspace_jax.train.fields import check_at_least, check_choice
 
 FIELDS = ("inputs", "segment_ids", "positions")
-_OWN = ("folder", "size", "layer", "skip", "scale", "lm_dtype")  # fields of ``model`` that are not the autoencoder's
+_OWN = (
+    "folder",
+    "size",
+    "tokenizer",
+    "layer",
+    "skip",
+    "scale",
+    "lm_dtype",
+)  # fields of ``model`` that are not the autoencoder's
 _MEASURED = 4096
 
 
@@ -28,6 +36,7 @@ def default_config() -> ConfigDict:
     hidden state to explain, that after so many layers; the first ``model.skip`` positions of each text do not count.
     Without a folder, ``data.source`` holds vectors.  ``model.scale`` multiplies activations; 0 makes the norm of
     centered ones ``sqrt(d)`` on average.  ``model.size`` "tiny" is a random language model, for trials.
+    ``model.tokenizer`` is "bytes", a file or a folder; empty, it is that of ``model.folder``, or bytes.
     ``model.d_in`` is found, and needed for plans without a model alone; ``model.widths`` (0,) are those of the authors.
     Other fields of ``model``: see :class:`PolySAEConfig`.
 
@@ -52,7 +61,7 @@ def default_config() -> ConfigDict:
     )
     fields = dataclasses.asdict(PolySAEConfig(1, 1, 1, (1, 1, 1)))
     fields |= {"d_in": 0, "d_sae": 4096, "k": 32.0, "ranks": (64, 64, 64), "widths": (0,)}
-    own = {"folder": "", "size": "", "layer": 1, "skip": 1, "scale": 0.0, "lm_dtype": "float32"}
+    own = {"folder": "", "size": "", "tokenizer": "", "layer": 1, "skip": 1, "scale": 0.0, "lm_dtype": "float32"}
     config.model = ConfigDict({**own, **fields})
     config.optim.name = "adam"
     config.optim.learning_rate = 3e-4
@@ -165,11 +174,9 @@ def vector_sets(config: ConfigDict) -> list[data.VectorShards]:
 
 
 def tokenizer_of(config: ConfigDict) -> Any:
-    """Returns the tokenizer of the language model, bytes for a random one."""
-    folder = config.model.folder
-    if not folder:
-        return text.ByteTokenizer()
-    return interop.gguf.tokenizer(folder) if interop.gguf.is_gguf(folder) else text.load_tokenizer(folder)
+    """Returns ``model.tokenizer``, or the tokenizer of the language model; bytes for a random one."""
+    where = config.model.tokenizer or config.model.folder or "bytes"
+    return interop.gguf.tokenizer(where) if interop.gguf.is_gguf(where) else text.load_tokenizer(where)
 
 
 def takes_vectors(config: ConfigDict) -> bool:

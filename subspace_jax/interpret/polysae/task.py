@@ -134,13 +134,13 @@ class PolySAETask(train.Task):
         del key
         x, weights = self.activations(variables, batch)
         names = self.feature_names()
-        state = (variables["steps_since_fired"], variables["threshold"])
-        given = (P("batch"), P("batch"), P(names), P(), P())
+        state = core.SAEState(variables["steps_since_fired"], variables["threshold"])
+        given = (P("batch"), P("batch"), core.SAEState(P(names), P()), P())
         out = (P(), {name: P() for name in ("mse", "aux", "inner", "sparsity", "l0", "threshold")}, P(names))
-        loss, found, fired = self.on_shards(_loss, params, (x, weights, *state, step), given, out)
+        loss, found, fired = self.on_shards(_loss, params, (x, weights, state, step), given, out)
         threshold = found.pop("threshold")
         variables = {**variables, "fired": variables["fired"] | fired, "threshold": threshold}
-        found["dead"] = jnp.mean((state[0] > self.config.dead_after).astype(jnp.float32))
+        found["dead"] = jnp.mean((state.steps_since_fired > self.config.dead_after).astype(jnp.float32))
         return loss, (variables, found)
 
     def after_update(self, params, variables, *, key, step):
@@ -192,8 +192,7 @@ class PolySAETask(train.Task):
         )(params, *args)
 
 
-def _loss(config, params, shards, x, weights, since, threshold, step):
-    state = core.SAEState(since, threshold)
+def _loss(config, params, shards, x, weights, state, step):
     loss, parts = core.poly_sae_loss(config, params, x, state, step=step, weights=weights, shards=shards)
     names = ("mse", "aux", "sparsity", "l0", "threshold")
     found = {name: getattr(parts, name) for name in names} | {"inner": jnp.sum(parts.inner)}
