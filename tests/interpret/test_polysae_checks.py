@@ -133,7 +133,7 @@ def test_batch_topk_of_one_example_is_topk_and_topk_of_all_features_is_relu():
     np.testing.assert_array_equal(polysae.topk(pre, 24), jax.nn.relu(pre))
 
 
-@pytest.mark.parametrize("k", [1, 2.5, 7])
+@pytest.mark.parametrize("k", [2.5, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 7))])
 def test_batch_topk_keeps_what_a_stable_sort_keeps(k):
     rng = np.random.default_rng(0)
     pre = rng.integers(-3, 4, (6, 8)).astype(np.float32)  # with ties
@@ -166,6 +166,7 @@ def test_features_fire_only_at_examples_that_count(params):
     np.testing.assert_array_equal(after.steps_since_fired, np.where(found[1].fired, 0, 1))
 
 
+@pytest.mark.slow
 def test_bfloat16_matmuls_decode_to_their_precision(params, codes):
     exact, rounded = (
         jax.jit(functools.partial(decoder.decode, polysae.PolySAEConfig(8, 24, 3, (8, 4, 3), dtype=dtype)))(

@@ -93,7 +93,9 @@ SHARDED = {
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(
+    "name", ["batchtopk", *(pytest.param(n, marks=pytest.mark.slow) for n in SHARDED if n != "batchtopk")]
+)
 def test_loss_over_eight_devices_is_that_of_one_with_ties_and_dead_features(name):
     config = polysae.PolySAEConfig(**{**SETTINGS, **SHARDED[name]})
     task = PolySAETask(config)
