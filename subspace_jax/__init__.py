@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _SUBPACKAGES = (
     "adapters",
     "cli",
+    "compress",
     "data",
     "interop",
     "interpret",

@@ -13,6 +13,7 @@ from subspace_jax.cli import (
     attention_operators,
     compare,
     compositional,
+    compress,
     factors,
     fetch,
     few_shot,
@@ -49,6 +50,7 @@ _GROUPS = {
         "export",
         "generate",
         "perplexity",
+        "compress",
     ),
     "images and features": ("accuracy", "features", "few-shot", "probe", "transfer", "upgrade"),
     "study": (
@@ -140,6 +142,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         attention_operators,
         compare,
         compositional,
+        compress,
         inspect,
         project_update,
         sae,

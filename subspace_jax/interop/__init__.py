@@ -2,6 +2,15 @@
 
 import subspace_jax._train_extra  # noqa: F401
 from subspace_jax.interop import gguf
+from subspace_jax.interop.compressed import (
+    CompressedKernel,
+    is_compressed,
+    kernel_place,
+    pack_coefficients,
+    param_shapes_and_axes,
+    save_compressed,
+    unpack_coefficients,
+)
 from subspace_jax.interop.hf.bert import bert_config_from_hf, bert_config_to_hf, load_bert, save_bert
 from subspace_jax.interop.hf.causal_lm import save_causal_lm, save_pretrained
 from subspace_jax.interop.hf.causal_lm_config import config_from_hf, config_to_hf
@@ -23,6 +32,7 @@ from subspace_jax.interop.writing import write_side_files
 
 __all__ = [
     "PACKAGES",
+    "CompressedKernel",
     "LinearSAE",
     "OnnxGraph",
     "OnnxNode",
@@ -40,6 +50,8 @@ __all__ = [
     "fetch_package",
     "from_pretrained",
     "gguf",
+    "is_compressed",
+    "kernel_place",
     "load_bert",
     "load_causal_lm",
     "load_dino_params",
@@ -53,7 +65,9 @@ __all__ = [
     "module_names",
     "module_places",
     "open_folder",
+    "pack_coefficients",
     "package_of",
+    "param_shapes_and_axes",
     "peft_fields",
     "rank_and_alpha",
     "read_config",
@@ -61,6 +75,7 @@ __all__ = [
     "read_onnx",
     "save_bert",
     "save_causal_lm",
+    "save_compressed",
     "save_dual",
     "save_peft_adapter",
     "save_pretrained",
@@ -70,6 +85,7 @@ __all__ = [
     "target_names",
     "target_rules",
     "tensor_names",
+    "unpack_coefficients",
     "vision_adapter_names",
     "write_safetensors",
     "write_side_files",

@@ -1,10 +1,10 @@
-"""Language models of other libraries: a Hugging Face folder or a GGUF file."""
+"""Language models in files: a Hugging Face folder, a GGUF file, or a folder of compressed kernels."""
 
 import os
 
 from jax.typing import DTypeLike
 
-from subspace_jax.interop import gguf
+from subspace_jax.interop import compressed, gguf
 from subspace_jax.interop.hf import causal_lm
 from subspace_jax.interop.reading import Shardings
 from subspace_jax.interop.tensors import PyTree
@@ -21,7 +21,8 @@ def load_causal_lm(
 
     Args:
       folder: Folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``; or
-        a GGUF file, see :func:`subspace_jax.interop.gguf.load_causal_lm`.
+        a GGUF file, see :func:`subspace_jax.interop.gguf.load_causal_lm`; or a folder that
+        :func:`save_compressed` wrote.
       shardings: Tree of shardings with the structure of the parameters, or a function ``(shapes, axes) -> shardings``
         such as ``lambda shapes, axes: train.param_shardings(shapes, axes, mesh)``; all on one device by default.
       dtype: Dtype of the parameters; the one in the files by default.
@@ -63,4 +64,6 @@ def read_config(folder: str | os.PathLike) -> CausalLMConfig:
 
 
 def _module(folder: str | os.PathLike):
+    if compressed.is_compressed(folder):
+        return compressed
     return gguf if gguf.is_gguf(folder) else causal_lm

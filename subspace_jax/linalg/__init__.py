@@ -4,6 +4,7 @@ from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance, whitened_columns
 from subspace_jax.linalg.centering import centered_columns
+from subspace_jax.linalg.dictionary_learning import DictState, first_atoms, fit_dictionary, ksvd_update, mod_update
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.frequent_directions import (
     FDState,
@@ -28,6 +29,7 @@ from subspace_jax.linalg.products import (
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
+from subspace_jax.linalg.sparse_coding import code_error, densify, omp, omp_gram
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
 from subspace_jax.linalg.stacks import of_each
 from subspace_jax.linalg.subspace_overlap import (
@@ -43,6 +45,7 @@ from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "CCAResult",
+    "DictState",
     "EnergyBasis",
     "FDState",
     "KMeans",
@@ -58,11 +61,15 @@ __all__ = [
     "centered_columns",
     "cholesky_qr",
     "cholesky_qr2",
+    "code_error",
     "cos_sqrt",
+    "densify",
     "energy_basis",
     "expm",
     "expm_action",
     "eye_like",
+    "first_atoms",
+    "fit_dictionary",
     "frequent_directions_init",
     "frequent_directions_update",
     "fwht",
@@ -70,11 +77,15 @@ __all__ = [
     "hadamard_matrix",
     "hosvd",
     "kmeans",
+    "ksvd_update",
     "merge_pair_moments",
+    "mod_update",
     "mode_subspace_overlap",
     "nan_for_infinite",
     "nearest_rows",
     "of_each",
+    "omp",
+    "omp_gram",
     "orthogonal_from_skew",
     "orthogonal_procrustes",
     "orthonormal_columns",

@@ -23,6 +23,7 @@ from subspace_jax.nn.layers.batch_norm import batch_norm
 from subspace_jax.nn.layers.conv import StructuredConv, conv
 from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.layers.embedding import StructuredTable, check_tokens, embed, unembed
+from subspace_jax.nn.layers.factored import LowRankFactor, SparseFactor, truncate_bf16
 from subspace_jax.nn.layers.heads import cosine_logits, grassmann_logits, normalize, safe_norm
 from subspace_jax.nn.layers.linear import StructuredKernel, linear
 from subspace_jax.nn.layers.norms import group_norm, layer_norm, rms_norm
@@ -31,6 +32,7 @@ from subspace_jax.nn.layers.position_resampling import resample_positions
 from subspace_jax.nn.layers.rope import Rope, apply_rope, rope_frequencies, rope_tables
 from subspace_jax.nn.layers.sequence_attention import sequence_attention
 from subspace_jax.nn.layers.stacking import LayerOptions, stack_layers, unstack_layers
+from subspace_jax.nn.layers.structured import StructuredWeight
 from subspace_jax.nn.models.bert.config import BertConfig
 from subspace_jax.nn.models.bert.model import BertOutput, bert_apply, bert_specs
 from subspace_jax.nn.models.causal_lm.config import CausalLMConfig
@@ -67,7 +69,14 @@ from subspace_jax.nn.models.vit.model import vision_transformer_apply, vision_tr
 from subspace_jax.nn.params import ParamSpec
 
 if TYPE_CHECKING:
-    from subspace_jax.nn.layers.modules import BatchNorm, CosineHead, GrassmannHead, Linear, SoftmaxHead
+    from subspace_jax.nn.layers.modules import (
+        BatchNorm,
+        CosineHead,
+        GrassmannHead,
+        Linear,
+        SoftmaxHead,
+        SparseDictDense,
+    )
     from subspace_jax.nn.models.small import MLP, ConvNet
     from subspace_jax.nn.module import Model
 
@@ -86,16 +95,20 @@ __all__ = [
     "KVCache",
     "LayerOptions",
     "Linear",
+    "LowRankFactor",
     "Model",
     "ModelFamily",
     "ParamSpec",
     "ResNetConfig",
     "Rope",
     "SoftmaxHead",
+    "SparseDictDense",
+    "SparseFactor",
     "StaticEmbeddingConfig",
     "StructuredConv",
     "StructuredKernel",
     "StructuredTable",
+    "StructuredWeight",
     "SwinConfig",
     "TextOutput",
     "TextTowerConfig",
@@ -159,6 +172,7 @@ __all__ = [
     "swin_specs",
     "text_tower_apply",
     "text_tower_specs",
+    "truncate_bf16",
     "unembed",
     "unstack_layers",
     "untie_causal_lm",
@@ -176,6 +190,7 @@ _MODULES = {
     "GrassmannHead": "layers.modules",
     "Linear": "layers.modules",
     "SoftmaxHead": "layers.modules",
+    "SparseDictDense": "layers.modules",
     "ConvNet": "models.small",
     "MLP": "models.small",
     "Model": "module",

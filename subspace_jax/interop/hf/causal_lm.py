@@ -24,7 +24,7 @@ def load_causal_lm(
     folder: str | os.PathLike, *, shardings: Shardings | None = None, dtype: DTypeLike | None = None
 ) -> tuple[CausalLMConfig, PyTree]:
     """Reads a checkpoint folder; see :func:`subspace_jax.interop.load_causal_lm`."""
-    config, stored = _open(folder, _config_of_fields(folder))
+    config, stored = _open(folder, config_of_fields(folder))
     return config, read_params(_layout(config), stored, shardings=shardings, dtype=dtype)
 
 
@@ -73,11 +73,12 @@ def save_pretrained(model: Model, folder: str | os.PathLike, **options) -> None:
 
 def read_config(folder: str | os.PathLike) -> CausalLMConfig:
     """Reads the config of a checkpoint folder; see :func:`subspace_jax.interop.read_config`."""
-    config = _config_of_fields(folder)
+    config = config_of_fields(folder)
     return _open(folder, config)[0] if has_weights(folder) else config
 
 
-def _config_of_fields(folder: str | os.PathLike) -> CausalLMConfig:
+def config_of_fields(folder: str | os.PathLike) -> CausalLMConfig:
+    """Reads the config of a folder from its JSON files alone."""
     fields = read_fields(folder)
     with naming(pathlib.Path(folder) / "config.json"):
         config = config_from_hf(fields)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from subspace_jax.linalg import random_orthonormal, working_dtype
 from subspace_jax.nn.layers.batch_norm import batch_norm
+from subspace_jax.nn.layers.factored import SparseFactor
 from subspace_jax.nn.layers.heads import cosine_logits, grassmann_logits
 from subspace_jax.nn.layers.linear import linear
 
@@ -49,6 +50,25 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         return linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
+
+
+class SparseDictDense(nnx.Module):
+    """A linear layer with a compressed kernel, ``(x D) S``.
+
+    Args:
+      kernel: Its :class:`subspace_jax.nn.SparseFactor` for one matrix ``[in, out]``.
+      bias: ``[out]``, or None.
+    """
+
+    def __init__(self, kernel: SparseFactor, bias: jax.Array | None = None):
+        self.dictionary, self.values = nnx.Param(kernel.dictionary), nnx.Param(kernel.values)
+        self.indices = nnx.Variable(kernel.indices)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        kernel = SparseFactor(self.dictionary.get_value(), self.values.get_value(), self.indices.get_value())
+        return linear(x, kernel, None if self.bias is None else self.bias.get_value())
 
 
 class BatchNorm(nnx.Module):

@@ -1,0 +1,1 @@
+"""Compression of trained networks after training: linear layers in fewer numbers, with calibration data."""
