@@ -48,7 +48,9 @@ def add_commands(commands) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the model, its tokenizer and its adapter."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or GGUF file")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face folder, GGUF file, or compressed model"
+    )
     parser.add_argument(
         "--tokenizer", default="", help="file, folder or 'bytes' (default: that of the model, or bytes)"
     )
@@ -111,11 +113,11 @@ def _accuracy(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _place(args: argparse.Namespace):
     """Returns task, parameters spread over all devices, and their mesh."""
-    from subspace_jax import language, train
+    from subspace_jax import language, nn, train
 
     mesh = train.make_mesh()
     train.check_batch_size(args.batch_size, mesh, name="--batch-size")
     model, params = language.load_adapted(
         args.model, args.adapter, shardings=lambda shapes, axes: train.param_shardings(shapes, axes, mesh)
     )
-    return language.CausalLMTask(model), params, mesh
+    return language.CausalLMTask(model, axes=nn.factored_axes(params, nn.param_axes(model))), params, mesh

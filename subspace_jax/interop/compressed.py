@@ -2,10 +2,10 @@
 
 Beside ``config.json``, which is that of the model with a field ``compression``, ``compressed.safetensors`` holds the
 tensors that stayed as they were, by their Hugging Face names, and those of each compressed module ``m``: ``m.a`` and
-``m.b``, or ``m.dictionary [d1, k]`` and ``m.coefficients [s, d2]``, all bfloat16.  A factor that modules share is stored
-once, with the first of them.  The bits of a coefficient that compression clears hold the mask of the column: bit ``2 i``
-and ``2 i + 1`` are the low bits of the ``i``-th coefficient, and an atom beyond ``2 s`` is used if the others are not
-enough.  Coefficients are in the order of their atoms.
+``m.b``, or ``m.dictionary [d1, k]`` and ``m.coefficients [s, d2]``, all bfloat16.  A factor that modules share is
+stored once, with the first of them.  The bits of a coefficient that compression clears hold the mask of the column: the
+low bits of the ``i``-th coefficient are those of atoms ``2 i`` and ``2 i + 1``, and an atom beyond ``2 s`` is used if
+the others are not enough.  Coefficients are in the order of their atoms.
 """
 
 import json
@@ -303,12 +303,12 @@ def _kernel_shapes(opened: _Opened, spec: Any, path: tuple[str, ...], dtype: DTy
                 f"{(d1, d2)}"
             )
     width, height = max(x.shape[1] for x, _ in found), max(x.shape[0] for _, x in found)
-    left = jax.ShapeDtypeStruct((layers, d1, width), dtype), P(*spec.axes[:2], None)
-    right = jax.ShapeDtypeStruct((layers, height, d2), dtype), P(spec.axes[0], None, spec.axes[2])
+    left, right = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((layers, d1, width), (layers, height, d2)))
     if kind == "low_rank":
-        return LowRankFactor(left[0], right[0]), LowRankFactor(left[1], right[1])
-    indices = jax.ShapeDtypeStruct(right[0].shape, jnp.uint16 if width <= 2**16 else jnp.int32)
-    return SparseFactor(left[0], right[0], indices), SparseFactor(left[1], right[1], right[1])
+        made = LowRankFactor(left, right)
+    else:
+        made = SparseFactor(left, right, jax.ShapeDtypeStruct(right.shape, jnp.uint16 if width <= 2**16 else jnp.int32))
+    return made, made.axes(P(*spec.axes))
 
 
 def _stacked(opened: _Opened, modules: list[str], shape: SparseFactor | LowRankFactor) -> SparseFactor | LowRankFactor:

@@ -65,8 +65,12 @@ class AdaptedLMTask(train.Task):
         quantized = base_dtype == "int8"
         self._base_dtype = jnp.float32 if quantized else base_dtype
         self._seed = seed
-        self._names = nn.param_axes(config)
-        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), nn.param_shapes(config, self._base_dtype))
+        weights, self._names = nn.param_shapes(config, self._base_dtype), nn.param_axes(config)
+        if folder is not None and interop.is_compressed(folder):
+            if quantized:
+                raise ValueError(f"base_dtype: int8 is for dense kernels, and those of {folder} are compressed")
+            weights, self._names = interop.param_shapes_and_axes(folder, self._base_dtype)
+        self.shapes, _ = jax.eval_shape(self._draw, jax.random.key(0), weights)
         self._in_int8 = self._int8_rules() if quantized else []
         if quantized and folder is None:
             raise ValueError("base_dtype: int8 weights are of a folder; a random model would be in the checkpoints")
@@ -118,7 +122,7 @@ class AdaptedLMTask(train.Task):
         merged = adapters.merge(self._frozen(variables), adapters.drop_gradient_probes(params), self.settings)
         merged = adapters.dequantize(merged)
         mesh = jax.tree.leaves(variables)[0].sharding.mesh
-        return jax.device_put(merged, train.param_shardings(merged, self._names, mesh))
+        return jax.device_put(merged, train.param_shardings(merged, nn.param_axes(self.config), mesh))
 
     def _frozen(self, variables):
         """The frozen tree that the adapters are bound to: weights, those of SVFit with their singular vectors."""

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from subspace_jax import adapters, data, interop, nn, train
+from subspace_jax.adapters.structured import is_structured
 from subspace_jax.data import text
 from subspace_jax.language.adapted import AdaptedLMTask, default_targets
 from subspace_jax.language.causal_lm import CausalLMTask
@@ -191,6 +192,8 @@ def _task(config: ConfigDict, model: nn.CausalLMConfig, folder: str | None) -> C
     options = {"dtype": fields.dtype, "remat": fields.remat, "loss_chunk": fields.loss_chunk}
     options["folder"] = folder
     settings = _settings(config, model)
+    if not settings and folder and interop.is_compressed(folder):
+        raise ValueError(f"adapter.method: expected adapters, as {folder} is compressed and its kernels don't train")
     if not settings:
         return CausalLMTask(model, stacked=fields.stacked, **options)
     if not fields.stacked:
@@ -340,8 +343,15 @@ def load_adapted(
     for path, copy in found.copies.items():
         _check_copy(path, copy, params)
     merged = adapters.merge(params, found.trainable, found.settings)
-    # What trains as a whole is float32 in an adapter's folder.
-    return config, jax.tree.map(lambda x, w: jax.device_put(x.astype(w.dtype), w.sharding), merged, params)
+
+    def placed(x, w):
+        # A compressed kernel becomes dense where an adapter is baked into it.
+        if is_structured(w):
+            return x if is_structured(x) else x.astype(w.dtype)
+        # What trains as a whole is float32 in an adapter's folder.
+        return jax.device_put(x.astype(w.dtype), w.sharding)
+
+    return config, jax.tree.map(placed, merged, params, is_leaf=is_structured)
 
 
 def _check_copy(path: str, copy: interop.StoredTensor, params: PyTree) -> None:

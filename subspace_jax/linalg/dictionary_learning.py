@@ -102,8 +102,8 @@ def _unit(x: jax.Array) -> jax.Array:
 def mod_update(y: jax.Array, dictionary: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Updates all atoms at once for given coefficients: the method of optimal directions (Engan, Aase and Husoy 1999).
 
-    ``D = Y S^+``, from ``Y S^T`` and ``S S^T``, whose sums over sharded columns are all that is communicated.  Atoms are
-    scaled to unit norm, their coefficients inversely.  An atom that vanishes stays as it was, with coefficients 0.
+    ``D = Y S^+``, from ``Y S^T`` and ``S S^T``, whose sums over sharded columns are all that is communicated.  Atoms
+    are scaled to unit norm, their coefficients inversely.  An atom that vanishes stays as it was, with coefficients 0.
 
     Args:
       y: ``[d1, d2]``, float32 or float64.
@@ -121,8 +121,8 @@ def mod_update(y: jax.Array, dictionary: jax.Array, s: jax.Array) -> tuple[jax.A
     inverse = jnp.linalg.pinv(gram(s.T, s.T), hermitian=True)
     new = times(gram(y.T, s.T), inverse)
     norms = jnp.linalg.norm(new, axis=0, keepdims=True)
-    there = norms > 0
-    return jnp.where(there, new / jnp.where(there, norms, 1), dictionary), s * norms.T
+    there = norms > 100 * jnp.finfo(y.dtype).eps * jnp.max(norms)
+    return jnp.where(there, new / jnp.where(there, norms, 1), dictionary), s * jnp.where(there, norms, 0).T
 
 
 def fit_dictionary(

@@ -23,7 +23,7 @@ from subspace_jax.nn.layers.batch_norm import batch_norm
 from subspace_jax.nn.layers.conv import StructuredConv, conv
 from subspace_jax.nn.layers.drop_path import drop_path, drop_path_rates
 from subspace_jax.nn.layers.embedding import StructuredTable, check_tokens, embed, unembed
-from subspace_jax.nn.layers.factored import LowRankFactor, SparseFactor, truncate_bf16
+from subspace_jax.nn.layers.factored import LowRankFactor, SparseFactor, factored_axes, truncate_bf16
 from subspace_jax.nn.layers.heads import cosine_logits, grassmann_logits, normalize, safe_norm
 from subspace_jax.nn.layers.linear import StructuredKernel, linear
 from subspace_jax.nn.layers.norms import group_norm, layer_norm, rms_norm
@@ -137,6 +137,7 @@ __all__ = [
     "encode_image",
     "encode_prompts",
     "encode_text",
+    "factored_axes",
     "family_of",
     "first_layer_params",
     "first_layers",

@@ -48,7 +48,7 @@ def test_basis_sharing_is_golden_with_one_basis(golden, x64):
     factor = cospadi.gram_factor(sum(x.T @ x for x in xs), 0.0)
     singular = jnp.linalg.svd(factor @ jnp.concatenate(ws, axis=1), compute_uv=False)
     np.testing.assert_allclose(singular, g["basis_sharing/sv"], atol=1e-8)
-    found = cospadi.basis_sharing_compress(ws, factor, 0.2)
+    found = cospadi.basis_sharing_compress(ws, factor, 0.35)  # rank 9, that of the vectors
     np.testing.assert_allclose(jnp.stack([kernel.dense() for kernel in found]), g["basis_sharing/W"], atol=1e-8)
     assert all(np.array_equal(kernel.a, found[0].a) for kernel in found)
 
@@ -112,7 +112,8 @@ def test_a_singular_gram_matrix_is_damped_and_keeps_the_norm_of_outputs(golden, 
     x, w = jnp.asarray(g["singular/X"]), jnp.asarray(g["W"])
     assert x.shape[0] < x.shape[1]
     factor = cospadi.gram_factor(x.T @ x)
-    assert np.isfinite(factor).all() and (np.diagonal(factor) > 0).all()
+    assert np.isfinite(factor).all()
+    assert (np.diagonal(factor) > 0).all()
     np.testing.assert_allclose(jnp.linalg.norm(factor @ w), jnp.linalg.norm(x @ w), rtol=1e-4)
     kernel = cospadi.svd_llm_compress(w, factor, 0.2)
     assert error(x, w, kernel) < 1e-2 * jnp.linalg.norm(x @ w)  # eight inputs lie in a space of rank nine
@@ -125,9 +126,13 @@ def test_as_many_coefficients_as_atoms_reach_the_error_of_the_low_rank(golden, x
     g = {name: jnp.asarray(x) for name, x in golden(FILE).items()}
     y = g["L"] @ g["W"]
     rank = int(g["r"])
-    found = ROUNDS(y, k=rank, sparsity=rank, n_iter=60, solver="mod", init="svd")
+    found = ROUNDS(
+        y, k=rank, sparsity=rank, n_iter=400, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank, "svd")
+    )
     np.testing.assert_allclose(found.trace[-1, 1], g["svdllm/func_err"], rtol=1e-8)
-    far = ROUNDS(y, k=rank, sparsity=rank, n_iter=400, solver="mod", init="data")
+    far = ROUNDS(
+        y, k=rank, sparsity=rank, n_iter=400, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank)
+    )
     np.testing.assert_allclose(far.trace[-1, 1], g["svdllm/func_err"], rtol=1e-2)
 
 
@@ -169,7 +174,7 @@ def test_gram_sums_of_sharded_inputs_equal_those_of_one_device():
         (lambda w, l: cospadi.compress(w[0], l, 0.2), "w: expected a kernel"),
         (lambda w, l: cospadi.asvd_compress(w, jnp.ones(5), 0.2), "mean_absolute: expected shape"),
         (lambda w, l: cospadi.gram_factor(w), "gram: expected a square matrix"),
-        (lambda w, l: cospadi.gram_factor(l + 1 - jnp.tril(l)), "gram: expected a symmetric matrix"),
+        (lambda w, l: cospadi.gram_factor(l + jnp.triu(jnp.ones((6, 6)), 1)), "gram: expected a symmetric matrix"),
         (lambda w, l: cospadi.gram_factor(l.at[0, 0].set(jnp.nan)), "gram: expected finite"),
         (lambda w, l: cospadi.gram_factor(0 * l), "gram: expected some inputs"),
         (lambda w, l: cospadi.update_gram(cospadi.GramState.zeros(6), w.T.at[0, 0].set(jnp.inf)), "x: expected finite"),
@@ -181,7 +186,7 @@ def test_gram_sums_of_sharded_inputs_equal_those_of_one_device():
 )
 def test_compressions_refuse_what_does_not_fit(call, match):
     rng = np.random.default_rng(0)
-    w, l = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), jnp.eye(6)  # noqa: E741
+    w, l = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), jnp.eye(6)
     with pytest.raises(ValueError, match=match):
         call(w, l)
 
@@ -193,7 +198,7 @@ def fifteen_rounds(w, factor, ratio, init="data"):
 
 @pytest.mark.slow
 def test_cospadi_is_below_six_tenths_of_svd_llm_on_a_planted_union_of_subspaces(x64, record_property):
-    """The spec's oracle has 0.021 to 0.026 against 0.048 to 0.061 at ratio 0.2, 0.050 to 0.058 against 0.131 to 0.155."""
+    """The spec's oracle has 0.021 to 0.026 and 0.048 to 0.061 at 0.2, 0.050 to 0.058 and 0.131 to 0.155 at 0.4."""
     for ratio in (0.2, 0.4):
         shares = []
         for seed in range(3):
@@ -232,7 +237,8 @@ def test_compress_params_replaces_kernels_that_have_gram_matrices():
     grams = {"a/kernel": x.T @ x, "stack/kernel": np.stack([x.T @ x, 2 * x.T @ x])}
     made = cospadi.compress_params(params, grams, 0.2, n_iter=1, solver="mod")
     kernel, stacked = made["a"]["kernel"], made["stack"]["kernel"]
-    assert made["a"]["bias"] is params["a"]["bias"] and stacked.shape == (2, 6, 8)
+    assert made["a"]["bias"] is params["a"]["bias"]
+    assert stacked.shape == (2, 6, 8)
     np.testing.assert_allclose(stacked.dense()[0], kernel.dense(), atol=1e-5)
     np.testing.assert_allclose(nn.linear(x, kernel), x @ kernel.dense(), atol=1e-4)
     kept = cospadi.compress_params(params, grams, 0.2, filter=lambda path: False)

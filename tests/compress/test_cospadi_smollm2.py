@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax import data, interop, language, train
+from subspace_jax import data, interop, language, nn, train
 from subspace_jax.compress import cospadi
 from subspace_jax.compress.cospadi.kernels import kernel_of
 from subspace_jax.data import text
@@ -68,7 +68,7 @@ def compressed(calibrated, method, rules):
 def measured(calibrated, params):
     """Perplexity, and accuracy of the next token."""
     config, _, _, mesh = calibrated
-    task = language.CausalLMTask(config, loss_chunk=64)
+    task = language.CausalLMTask(config, axes=nn.factored_axes(params, nn.param_axes(config)), loss_chunk=64)
     score = train.jit_on_mesh(
         lambda params, batch: task.evaluate(params, {}, batch, key=jax.random.key(0)),
         mesh,

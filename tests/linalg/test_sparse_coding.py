@@ -42,7 +42,7 @@ def test_omp_leaves_a_residual_orthogonal_to_the_chosen_atoms_and_none_with_a_ba
 
 def test_omp_with_one_atom_takes_the_most_correlated_and_of_an_orthonormal_dictionary_the_largest(x64):
     dictionary, y = problem()
-    values, indices = linalg.omp(dictionary, y, 1)
+    _, indices = linalg.omp(dictionary, y, 1)
     np.testing.assert_array_equal(indices[0], np.argmax(np.abs(dictionary.T @ y), axis=0))
     basis = jnp.linalg.qr(dictionary)[0][:, :8]
     inner = np.asarray(basis.T @ y)
@@ -57,7 +57,8 @@ def test_omp_gives_vanished_columns_and_dependent_atoms_coefficients_of_zero():
     y = jnp.array([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     values, indices = jax.jit(linalg.omp, static_argnums=2)(atoms, y, 4)
     np.testing.assert_allclose(atoms @ linalg.densify(values, indices, 4), y, atol=1e-6)
-    assert np.isfinite(values).all() and (values[:, 1] == 0).all()
+    assert np.isfinite(values).all()
+    assert (values[:, 1] == 0).all()
     assert (np.sort(indices, axis=0) == np.arange(4)[:, None]).all()
 
 
@@ -81,7 +82,8 @@ def test_dictionary_updates_never_increase_the_error_and_keep_support_and_norms(
         new, coefficients = linalg.ksvd_update(y, dictionary, s, 8 if update == "power" else "svd")
         np.testing.assert_array_equal(np.asarray(coefficients) != 0, np.asarray(s) != 0)
     before, after = (linalg.code_error(d, y, c) for d, c in ((dictionary, s), (new, coefficients)))
-    assert after <= before + 1e-9 and after < 0.9 * before
+    assert after <= before + 1e-9
+    assert after < 0.9 * before
     np.testing.assert_allclose(np.linalg.norm(new, axis=0), 1, atol=1e-12)
     np.testing.assert_array_equal(new[:, 4], dictionary[:, 4])
 
@@ -92,7 +94,8 @@ def test_fit_dictionary_ends_where_a_round_gains_too_little_and_fills_up_missing
     fit = jax.jit(lambda tol: linalg.fit_dictionary(y, 12, 3, n_iter=6, solver="mod", tol=0.5))
     found = fit(0.5)
     ran = int(np.isfinite(found.trace[:, 0]).sum())
-    assert 2 <= ran < 6 and np.isnan(np.asarray(found.trace)[ran:]).all()
+    assert 2 <= ran < 6
+    assert np.isnan(np.asarray(found.trace)[ran:]).all()
     assert (np.diff(found.indices, axis=0) > 0).all()
     np.testing.assert_allclose(np.linalg.norm(found.dictionary, axis=0), 1, atol=1e-5)
     start = linalg.first_atoms(jax.random.key(0), y, 12, "data")

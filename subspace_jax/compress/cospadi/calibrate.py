@@ -101,8 +101,8 @@ def grams_of_model(
 ) -> dict[Name, GramState]:
     """Sums the inputs of kernels over one pass of the calibration text.
 
-    A batch is summed in float32 on the devices, the batches in float64 on the host: the square of an activation matrix's
-    condition number exceeds what float32 holds.
+    A batch is summed in float32 on the devices, the batches in float64 on the host: Gram matrices have the square of
+    the condition number of the activations, which exceeds what float32 holds.
 
     Args:
       config: The model.

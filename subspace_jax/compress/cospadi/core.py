@@ -18,7 +18,7 @@ from subspace_jax.nn import LowRankFactor, SparseFactor
 
 def compress(
     w: jax.Array,
-    l: jax.Array | None,  # noqa: E741 - the name in the paper
+    l: jax.Array | None,
     ratio: float,
     *,
     init: jax.Array | Literal["data", "weight", "svd"] = "data",
@@ -54,7 +54,7 @@ def compress(
 
 def compress_group(
     ws: Sequence[jax.Array],
-    l: jax.Array | None,  # noqa: E741
+    l: jax.Array | None,
     ratio: float,
     *,
     init: jax.Array | Literal["data", "weight", "svd"] = "data",
@@ -94,7 +94,7 @@ def compress_group(
 
 def sparse_factors(
     learnt: linalg.DictState,
-    l: jax.Array | None,  # noqa: E741
+    l: jax.Array | None,
     layers: int,
     dtype: DTypeLike,
 ) -> list[SparseFactor]:
@@ -139,7 +139,7 @@ def asvd_compress(w: jax.Array, mean_absolute: jax.Array, ratio: float, alpha: f
     return LowRankFactor(a / scales, b)
 
 
-def svd_llm_compress(w: jax.Array, l: jax.Array, ratio: float) -> LowRankFactor:  # noqa: E741
+def svd_llm_compress(w: jax.Array, l: jax.Array, ratio: float) -> LowRankFactor:
     """Truncates the decomposition of ``L W``: the least output error of that rank (SVD-LLM, arXiv 2403.07378).
 
     The whitening step of the method, without its updates of the factors.
@@ -155,7 +155,7 @@ def svd_llm_compress(w: jax.Array, l: jax.Array, ratio: float) -> LowRankFactor:
     return basis_sharing_compress([w], l, ratio)[0]
 
 
-def basis_sharing_compress(ws: Sequence[jax.Array], l: jax.Array | None, ratio: float) -> list[LowRankFactor]:  # noqa: E741
+def basis_sharing_compress(ws: Sequence[jax.Array], l: jax.Array | None, ratio: float) -> list[LowRankFactor]:
     """Gives kernels of several layers one basis, in the metric of their summed inputs (arXiv 2410.03765).
 
     Args:
@@ -182,13 +182,13 @@ def _truncated(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return left[:, :rank] * root[None], root[:, None] * right[:rank]
 
 
-def _unwhitened(l: jax.Array | None, factor: jax.Array) -> jax.Array:  # noqa: E741
+def _unwhitened(l: jax.Array | None, factor: jax.Array) -> jax.Array:
     if l is None:
         return factor
     return jax.lax.linalg.triangular_solve(l, factor, left_side=True, lower=False)
 
 
-def joined(ws: Sequence[jax.Array], l: jax.Array | None) -> jax.Array:  # noqa: E741
+def joined(ws: Sequence[jax.Array], l: jax.Array | None) -> jax.Array:
     """Returns kernels of one shape side by side, ``[d1, m d2]``; raises ValueError where they don't match."""
     if not ws:
         raise ValueError("ws: expected at least one kernel, got none")

@@ -17,7 +17,7 @@ def compress_params(
     params: PyTree,
     grams: Mapping[str, jax.Array],
     ratio: float,
-    filter: Callable[[str], bool] | None = None,  # noqa: A002 - the name in the field
+    filter: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> PyTree:
     """Compresses the kernels of a parameter tree for which there are Gram matrices.

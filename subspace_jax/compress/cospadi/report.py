@@ -19,8 +19,8 @@ def summary_text(report: CompressReport) -> str:
         lines.append(f"{path:10}  {np.mean(errors):10.4f}   {max(errors):.4f} (layer {worst})")
     saved = 1 - report.kernel_bytes / report.dense_bytes
     lines.append(
-        f"kernels: {report.kernel_bytes:,} bytes instead of {report.dense_bytes:,} in bfloat16 ({100 * saved:.1f} % less); "
-        f"all weights: {report.total_bytes:,} bytes"
+        f"kernels: {report.kernel_bytes:,} bytes instead of {report.dense_bytes:,} in bfloat16 ({100 * saved:.1f} % "
+        f"less); all weights: {report.total_bytes:,} bytes"
     )
     return "\n".join(lines)
 

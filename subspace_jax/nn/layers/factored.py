@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import kernels, linalg
 from subspace_jax.nn.layers.structured import StructuredWeight
+
+PyTree = Any
 
 
 class _Factored(StructuredWeight):
@@ -29,8 +32,8 @@ class _Factored(StructuredWeight):
 class SparseFactor(_Factored):
     """A kernel ``D S`` with a dictionary ``D`` and ``s`` non-zero coefficients in each column of ``S``.
 
-    Replaces a kernel ``[..., in, out]`` in a parameter tree; leading axes are stacked kernels.  ``S`` is made dense, one
-    kernel at a time, unless there are so few inputs that it would be larger than what they need.
+    Replaces a kernel ``[..., in, out]`` in a parameter tree; leading axes are stacked kernels.  ``S`` is made dense,
+    one kernel at a time, unless there are so few inputs that it would be larger than what they need.
 
     Source: arXiv 2509.22075, section 3.
 
@@ -58,6 +61,12 @@ class SparseFactor(_Factored):
     def names(self) -> P | None:
         """Logical axes of the kernel, in a tree of axes."""
         return P(*self.dictionary[:-1], self.values[-1]) if isinstance(self.dictionary, P) else None
+
+    @staticmethod
+    def axes(names: P) -> "SparseFactor":
+        """Returns the logical axes of the arrays of a kernel with these axes."""
+        right = P(*names[:-2], None, names[-1])
+        return SparseFactor(P(*names[:-1], None), right, right)
 
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ D S``, ``[..., out]`` in the dtype of ``x``."""
@@ -110,6 +119,11 @@ class LowRankFactor(_Factored):
         """Logical axes of the kernel, in a tree of axes."""
         return P(*self.a[:-1], self.b[-1]) if isinstance(self.a, P) else None
 
+    @staticmethod
+    def axes(names: P) -> "LowRankFactor":
+        """Returns the logical axes of the arrays of a kernel with these axes."""
+        return LowRankFactor(P(*names[:-1], None), P(*names[:-2], None, names[-1]))
+
     def linear(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ a b``, ``[..., out]`` in the dtype of ``x``."""
         _check(x, self.shape)
@@ -120,6 +134,21 @@ class LowRankFactor(_Factored):
     def dense(self) -> jax.Array:
         """Returns the kernel, ``[..., in, out]``."""
         return linalg.times(self.a, self.b)
+
+
+def factored_axes(params: PyTree, axes: PyTree) -> PyTree:
+    """Returns a tree of logical axes with compressed kernels where the parameters have them.
+
+    Args:
+      params: Parameters, or shapes.
+      axes: ``PartitionSpec`` of each parameter of the uncompressed model, see :func:`subspace_jax.nn.param_axes`.
+    """
+    return jax.tree.map(
+        lambda w, names: w.axes(names) if isinstance(w, _Factored) else names,
+        params,
+        axes,
+        is_leaf=lambda w: isinstance(w, _Factored),
+    )
 
 
 def _check(x: jax.Array, shape: tuple[int, ...]) -> None:
