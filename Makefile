@@ -77,6 +77,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/compare.py
 	$(PY) scripts/bench/project_update.py
 	$(PY) scripts/bench/sae.py
+	$(PY) scripts/bench/compress.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """All methods, area by area."""
 
-from subspace_jax.methods import adapters, interpret, language, merge, optim, represent
+from subspace_jax.methods import adapters, compress, interpret, language, merge, optim, represent
 
 METHODS = (
     *represent.METHODS,
@@ -8,5 +8,6 @@ METHODS = (
     *optim.METHODS,
     *interpret.METHODS,
     *language.METHODS,
+    *compress.METHODS,
     *merge.METHODS,
 )

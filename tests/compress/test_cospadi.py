@@ -127,11 +127,11 @@ def test_as_many_coefficients_as_atoms_reach_the_error_of_the_low_rank(golden, x
     y = g["L"] @ g["W"]
     rank = int(g["r"])
     found = ROUNDS(
-        y, k=rank, sparsity=rank, n_iter=400, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank, "svd")
+        y, k=rank, sparsity=rank, n_iter=40, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank, "svd")
     )
     np.testing.assert_allclose(found.trace[-1, 1], g["svdllm/func_err"], rtol=1e-8)
     far = ROUNDS(
-        y, k=rank, sparsity=rank, n_iter=400, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank)
+        y, k=rank, sparsity=rank, n_iter=40, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank)
     )
     np.testing.assert_allclose(far.trace[-1, 1], g["svdllm/func_err"], rtol=1e-2)
 

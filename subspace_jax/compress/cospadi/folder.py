@@ -95,7 +95,7 @@ def compress_folder(
     units = plan_units(config, settings.method, settings.ratio, settings.rules, settings.share)
     if len(rows["inputs"]) < settings.batch_size:
         raise ValueError(
-            f"rows: expected calibration text of a batch at least, {settings.batch_size} rows, got {len(rows['inputs'])}"
+            f"rows: expected a batch of calibration text, {settings.batch_size} rows, got {len(rows['inputs'])}"
         )
     mesh = train.make_mesh()
     train.check_batch_size(settings.batch_size, mesh, name="batch_size")
