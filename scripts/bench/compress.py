@@ -34,7 +34,7 @@ def problem(op, width):
     k, s = cospadi.allocate(width, width, 0.2)
     count = COLUMNS if op == "omp" else width
     mixing = rng.standard_normal((width, width)) * np.arange(1, width + 1)[:, None] ** -0.5
-    y = mixing.T @ rng.standard_normal((width, max(count, k)))
+    y = mixing.T @ rng.standard_normal((width, count + k))
     dictionary = y[:, :k] / np.linalg.norm(y[:, :k], axis=0)
     coefficients = np.where(rng.random((k, count)) < s / k, rng.standard_normal((k, count)), 0)
     return [x.astype(np.float32) for x in (dictionary, y[:, -count:], coefficients)], s

@@ -11,6 +11,8 @@ from subspace_jax import linalg, nn
 from subspace_jax.compress import cospadi
 from subspace_jax.compress.cospadi.data import digits_layer, planted_union
 
+from ..variants import rest_slow
+
 FILE = "cospadi/compress"
 ROUNDS = functools.partial(jax.jit, static_argnames=("k", "sparsity", "n_iter", "solver"))(linalg.fit_dictionary)
 
@@ -53,7 +55,7 @@ def test_basis_sharing_is_golden_with_one_basis(golden, x64):
     assert all(np.array_equal(kernel.a, found[0].a) for kernel in found)
 
 
-@pytest.mark.parametrize("solver", ["power", "svd", "mod"])
+@pytest.mark.parametrize("solver", rest_slow("power", "svd", "mod"))
 def test_omp_one_update_and_eight_rounds_are_golden(golden, x64, solver):
     g = {name: jnp.asarray(x) for name, x in golden(FILE).items()}
     y, dictionary, s = g["omp/Y"], g["omp/D"], g["omp/S"]
@@ -122,6 +124,7 @@ def test_a_singular_gram_matrix_is_damped_and_keeps_the_norm_of_outputs(golden, 
     np.testing.assert_allclose(jnp.linalg.norm(whole @ (w - v)), jnp.linalg.norm(full @ (w - v)), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_as_many_coefficients_as_atoms_reach_the_error_of_the_low_rank(golden, x64):
     g = {name: jnp.asarray(x) for name, x in golden(FILE).items()}
     y = g["L"] @ g["W"]
@@ -130,9 +133,7 @@ def test_as_many_coefficients_as_atoms_reach_the_error_of_the_low_rank(golden, x
         y, k=rank, sparsity=rank, n_iter=40, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank, "svd")
     )
     np.testing.assert_allclose(found.trace[-1, 1], g["svdllm/func_err"], rtol=1e-8)
-    far = ROUNDS(
-        y, k=rank, sparsity=rank, n_iter=40, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank)
-    )
+    far = ROUNDS(y, k=rank, sparsity=rank, n_iter=40, solver="mod", init=linalg.first_atoms(jax.random.key(0), y, rank))
     np.testing.assert_allclose(far.trace[-1, 1], g["svdllm/func_err"], rtol=1e-2)
 
 
@@ -229,6 +230,7 @@ def test_cospadi_is_below_svd_llm_at_equal_storage_on_held_out_digits(x64, recor
         assert from_kernel > 2 * own  # the paper's wording of the start
 
 
+@pytest.mark.slow
 def test_compress_params_replaces_kernels_that_have_gram_matrices():
     rng = np.random.default_rng(0)
     params = {"a": {"kernel": jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), "bias": jnp.ones(8)}}

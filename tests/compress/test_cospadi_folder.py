@@ -159,6 +159,7 @@ def test_compress_folder_resumes_at_the_kernel_where_it_was_stopped(model, rows,
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_ratios_by_rule_pad_layers_that_differ_and_keep_kernels(model, rows, tmp_path):
     rules = {"mlp/": 0.0, "layers/1/attn/q": 0.6}
     cospadi.compress_folder(model, tmp_path / "out", rows, settings(rules=rules), progress=False)
@@ -172,6 +173,7 @@ def test_ratios_by_rule_pad_layers_that_differ_and_keep_kernels(model, rows, tmp
     assert np.isfinite(nn.causal_lm_apply(config, params, jnp.arange(3)[None]).logits).all()
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_a_compressed_model_and_all_parameters_do_not(small):
     config = language.default_config().unlock()
     config.model.folder, config.model.tokenizer, config.data.length = str(small[0]), "bytes", 16
@@ -198,6 +200,7 @@ def test_an_adapter_trains_on_a_compressed_model_and_all_parameters_do_not(small
     assert not kernels_of(task.merged(trainable, variables))  # dense, for a Hugging Face folder
 
 
+@pytest.mark.slow
 def test_compress_command_writes_a_dense_folder_that_equals_the_compressed_one(model, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "a line of text " * 5}) for _ in range(40)))
     options = ["--calibration", str(tmp_path / "text.jsonl"), "--rows", "8", "--length", "32", "--quiet"]

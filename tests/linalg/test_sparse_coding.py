@@ -8,6 +8,8 @@ from sklearn.linear_model import orthogonal_mp
 
 from subspace_jax import linalg
 
+from ..variants import rest_slow
+
 D1, K, COLUMNS, S = 12, 20, 30, 5
 
 
@@ -23,7 +25,7 @@ def coded(dictionary, y, s, **options):
     return linalg.densify(values, indices, dictionary.shape[1])
 
 
-@pytest.mark.parametrize("tile", [64, 7])
+@pytest.mark.parametrize("tile", rest_slow(7, 64))
 def test_omp_equals_scikit_learn_whatever_the_tile(x64, tile):
     dictionary, y = problem()
     expected = orthogonal_mp(np.asarray(dictionary), np.asarray(y), n_nonzero_coefs=S)
@@ -40,6 +42,7 @@ def test_omp_leaves_a_residual_orthogonal_to_the_chosen_atoms_and_none_with_a_ba
     np.testing.assert_allclose(dictionary @ whole, y, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_omp_with_one_atom_takes_the_most_correlated_and_of_an_orthonormal_dictionary_the_largest(x64):
     dictionary, y = problem()
     _, indices = linalg.omp(dictionary, y, 1)
@@ -62,6 +65,7 @@ def test_omp_gives_vanished_columns_and_dependent_atoms_coefficients_of_zero():
     assert (np.sort(indices, axis=0) == np.arange(4)[:, None]).all()
 
 
+@pytest.mark.slow
 def test_omp_codes_by_vmap_what_it_codes_one_by_one():
     problems = [problem(seed) for seed in (0, 1)]
     dictionaries, ys = (jnp.stack([p[i] for p in problems]).astype(jnp.float32) for i in (0, 1))
@@ -72,7 +76,7 @@ def test_omp_codes_by_vmap_what_it_codes_one_by_one():
         np.testing.assert_allclose(values[i], own_values, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", ["power", "svd", "mod"])
+@pytest.mark.parametrize("update", rest_slow("power", "svd", "mod"))
 def test_dictionary_updates_never_increase_the_error_and_keep_support_and_norms(x64, update):
     dictionary, y = problem()
     s = coded(dictionary, y, S).at[4].set(0)  # an atom that no column uses
