@@ -25,7 +25,7 @@ def coded(dictionary, y, s, **options):
     return linalg.densify(values, indices, dictionary.shape[1])
 
 
-@pytest.mark.parametrize("tile", rest_slow(7, 64))
+@pytest.mark.parametrize("tile", rest_slow([7, 64]))
 def test_omp_equals_scikit_learn_whatever_the_tile(x64, tile):
     dictionary, y = problem()
     expected = orthogonal_mp(np.asarray(dictionary), np.asarray(y), n_nonzero_coefs=S)
@@ -76,7 +76,7 @@ def test_omp_codes_by_vmap_what_it_codes_one_by_one():
         np.testing.assert_allclose(values[i], own_values, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", rest_slow("power", "svd", "mod"))
+@pytest.mark.parametrize("update", rest_slow(["power", "svd", "mod"]))
 def test_dictionary_updates_never_increase_the_error_and_keep_support_and_norms(x64, update):
     dictionary, y = problem()
     s = coded(dictionary, y, S).at[4].set(0)  # an atom that no column uses
