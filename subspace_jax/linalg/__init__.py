@@ -4,7 +4,14 @@ from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance, whitened_columns
 from subspace_jax.linalg.centering import centered_columns
-from subspace_jax.linalg.dictionary_learning import DictState, first_atoms, fit_dictionary, ksvd_update, mod_update
+from subspace_jax.linalg.dictionary_learning import (
+    DictOptions,
+    DictState,
+    first_atoms,
+    fit_dictionary,
+    ksvd_update,
+    mod_update,
+)
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.frequent_directions import (
     FDState,
@@ -45,6 +52,7 @@ from subspace_jax.linalg.versine import versine_sinc_sqrt
 
 __all__ = [
     "CCAResult",
+    "DictOptions",
     "DictState",
     "EnergyBasis",
     "FDState",

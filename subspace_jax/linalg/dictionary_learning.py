@@ -125,19 +125,34 @@ def mod_update(y: jax.Array, dictionary: jax.Array, s: jax.Array) -> tuple[jax.A
     return jnp.where(there, new / jnp.where(there, norms, 1), dictionary), s * jnp.where(there, norms, 0).T
 
 
+class DictOptions(NamedTuple):
+    """Options of :func:`fit_dictionary`.
+
+    Attributes:
+      n_iter: Most rounds.
+      solver: "power" and "svd" are those of :func:`ksvd_update`, "mod" is :func:`mod_update`.
+      tol: Rounds end once the error after an update falls by less than this share of the previous one; 0 never ends.
+      n_power: Power iterations of "power".
+      pad: Whether random unit vectors may make up for missing first atoms; an error otherwise.
+      tile: Columns at a time, see :func:`omp_gram`.
+    """
+
+    n_iter: int = 60
+    solver: str = "power"
+    tol: float = 0.0
+    n_power: int = 8
+    pad: bool = True
+    tile: int = 8192
+
+
 def fit_dictionary(
     y: jax.Array,
     k: int,
     sparsity: int,
     *,
-    n_iter: int = 60,
-    solver: Literal["power", "svd", "mod"] = "power",
     init: jax.Array | Literal["data", "svd"] = "data",
     key: jax.Array | None = None,
-    tol: float = 0.0,
-    n_power: int = 8,
-    pad: bool = True,
-    tile: int = 8192,
+    **options: int | float | str,
 ) -> DictState:
     """Learns a dictionary by rounds of :func:`omp` and of an update of the atoms.
 
@@ -147,24 +162,20 @@ def fit_dictionary(
       y: ``[d1, d2]``, float32 or float64.
       k: Number of atoms.
       sparsity: Atoms of a column, ``s``.
-      n_iter: Most rounds.
-      solver: "power" and "svd" are those of :func:`ksvd_update`, "mod" is :func:`mod_update`.
       init: First atoms: "data" draws columns of ``y`` without replacement, scaled to unit norm; "svd" takes the left
         singular vectors; random unit vectors make up for missing ones.  Or an array ``[d1, k]``, scaled here.
       key: Key of the draws; ``jax.random.key(42)`` by default.
-      tol: Rounds end once the error after an update falls by less than this share of the previous one; 0 never ends.
-      n_power: Power iterations of "power".
-      pad: Whether random unit vectors may make up for missing ones; an error otherwise.
-      tile: Columns at a time, see :func:`omp_gram`.
+      **options: Fields of :class:`DictOptions`.
 
     Returns:
       The dictionary, and the codes of the columns of ``y``.
 
     Raises:
       ValueError: A size is out of range, a name is unknown, or ``init`` has another shape.
-      TypeError: The dtype is neither float32 nor float64.
+      TypeError: The dtype is neither float32 nor float64, or there is no such option.
     """
     check_matrix("y", y)
+    n_iter, solver, tol, n_power, pad, tile = DictOptions(**options)
     if y.ndim != 2:
         raise ValueError(f"y: expected [d1, d2], got shape {y.shape}")
     if k < 1 or not 1 <= sparsity <= k:

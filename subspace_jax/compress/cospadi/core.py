@@ -40,8 +40,7 @@ def compress(
       key: Key of the draws.
       rho: Atoms for each coefficient.
       dtype: Dtype of the dictionary learning, that of ``w`` by default.
-      **options: ``n_iter``, ``solver``, ``tol``, ``n_power``, ``tile`` and ``pad`` of
-        :func:`subspace_jax.linalg.fit_dictionary`.
+      **options: Fields of :class:`subspace_jax.linalg.DictOptions`.
 
     Returns:
       The compressed kernel in the dtype of ``w``.

@@ -123,7 +123,7 @@ def compress_folder(
                 total = -(-len(rows["inputs"]) // settings.batch_size)
                 sums = grams_of_model(config, params, names, batches, mesh, total=total, progress=progress)
                 _compress_group(group, params, sums, settings, work, bar)
-        report = _assemble(out, model, config, params, units, work, settings, dense)
+        report = _assemble(out, model, (config, params), units, settings, dense)
         shutil.rmtree(work)
     return report
 
@@ -218,10 +218,9 @@ def _load_unit(file: Path, modules: Sequence[str]) -> Compressed:
         return Compressed(kernels, arrays["errors"].tolist())
 
 
-def _assemble(
-    out: Path, model, config, params, units, work: Path, settings: CompressSettings, dense: bool
-) -> CompressReport:
+def _assemble(out: Path, model, loaded: tuple, units, settings: CompressSettings, dense: bool) -> CompressReport:
     """Writes the folder from the files of its units."""
+    (config, params), work = loaded, out / "unfinished"
     kernels, errors, before, after = {}, {}, 0, 0
     for unit in units:
         modules = [interop.kernel_place(config, layer, unit.path) for layer in unit.layers]
