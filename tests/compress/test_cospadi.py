@@ -9,6 +9,7 @@ import pytest
 
 from subspace_jax import linalg, nn
 from subspace_jax.compress import cospadi
+from subspace_jax.compress.cospadi.core import sparse_factors
 from subspace_jax.compress.cospadi.data import digits_layer, planted_union
 
 from ..variants import rest_slow
@@ -69,7 +70,7 @@ def test_omp_one_update_and_eight_rounds_are_golden(golden, x64, solver):
     rounds = int(g[f"full_{solver}/T"])
     found = ROUNDS(y, k=14, sparsity=7, n_iter=rounds, solver=solver, init=dictionary)
     np.testing.assert_allclose(found.trace, g[f"full_{solver}/trace"], atol=1e-6)
-    kernel = cospadi.compress(g["W"], g["L"], 0.2, init=dictionary, n_iter=rounds, solver=solver)
+    [kernel] = sparse_factors(found, g["L"], 1, jnp.float64)
     np.testing.assert_allclose(error(g["X"], g["W"], kernel), g[f"full_{solver}/func_err"], atol=1e-6)
     np.testing.assert_allclose(kernel.dictionary, g[f"full_{solver}/Da"], atol=1e-6)
     np.testing.assert_allclose(kernel.coefficients(), g[f"full_{solver}/S"], atol=1e-6)
@@ -86,11 +87,19 @@ def test_a_group_of_layers_with_one_dictionary_is_golden(golden, x64):
     s = linalg.densify(learnt.values, learnt.indices, 14)
     np.testing.assert_allclose(s, g["group/S"], atol=1e-6)
     np.testing.assert_allclose(jnp.linalg.solve(factor, learnt.dictionary), g["group/Da"], atol=1e-6)
-    k, _ = cospadi.allocate(16, 120, 0.5)
-    own = jnp.asarray(np.random.default_rng(0).standard_normal((16, k)))
-    found = cospadi.compress_group(ws, factor, 0.5, init=own, n_iter=1, solver="mod")
+    found = sparse_factors(learnt, factor, 3, jnp.float64)
     assert [kernel.shape for kernel in found] == [(16, 40)] * 3
     assert all(np.array_equal(kernel.dictionary, found[0].dictionary) for kernel in found)
+    np.testing.assert_allclose(jnp.concatenate([kernel.coefficients() for kernel in found], axis=1), s)
+
+
+@pytest.mark.slow
+def test_compress_group_learns_one_dictionary_for_kernels_side_by_side(golden, x64):
+    g = golden(FILE)
+    ws = list(map(jnp.asarray, g["basis_sharing/Ws"]))
+    found = cospadi.compress_group(ws, g["L"], 0.5, n_iter=2, key=jax.random.key(0))
+    whole = cospadi.compress(jnp.concatenate(ws, axis=1), g["L"], 0.5, n_iter=2, key=jax.random.key(0))
+    np.testing.assert_allclose(jnp.concatenate([kernel.dense() for kernel in found], axis=1), whole.dense(), atol=1e-9)
 
 
 def test_truncated_coefficients_and_sizes_are_golden(golden):

@@ -22,7 +22,7 @@ CONFIG = nn.CausalLMConfig.tiny(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    mlp_size=40,
+    mlp_size=32,  # kernels of few shapes, for few programs
     max_length=64,
     bos_token=256,
     eos_tokens=(257,),
@@ -126,9 +126,8 @@ def test_a_compressed_model_computes_what_its_dense_kernels_do(small):
     _, params = interop.load_causal_lm(small[0], dtype=jnp.float32)
     dense = jax.tree.map(as_dense, params, is_leaf=is_structured)
     apply = jax.jit(functools.partial(nn.causal_lm_apply, CONFIG))
-    for tokens in (jnp.arange(12)[None], jnp.arange(1)[None]):  # coefficients made dense, and picked
-        one, other = (apply(p, tokens).logits for p in (params, dense))
-        np.testing.assert_allclose(one, other, atol=2e-5)
+    one, other = (apply(p, jnp.arange(12)[None]).logits for p in (params, dense))
+    np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_compress_folder_resumes_at_the_kernel_where_it_was_stopped(model, rows, tmp_path, monkeypatch):
