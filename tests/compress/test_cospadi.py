@@ -228,7 +228,7 @@ def test_cospadi_is_below_svd_llm_at_equal_storage_on_held_out_digits(x64, recor
     for ratio in (0.2, 0.4):
         low_rank = error(held_out, w, cospadi.svd_llm_compress(w, factor, ratio)) / whole
         own, from_kernel = (
-            error(held_out, w, fifteen_rounds(w, factor, ratio, init)) / whole for init in ("data", "weight")
+            error(held_out, w, fifteen_rounds(w, factor, ratio, init=init)) / whole for init in ("data", "weight")
         )
         plain = error(held_out, w, cospadi.svd_compress(w, ratio)) / whole
         scaled = error(held_out, w, cospadi.asvd_compress(w, jnp.mean(jnp.abs(calibration), axis=0), ratio)) / whole
