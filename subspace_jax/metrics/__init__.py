@@ -1,5 +1,14 @@
 """Metrics: arrays or texts in, numbers out."""
 
+from subspace_jax.metrics.anomaly import aupro, auroc, average_precision, best_f1_threshold
+from subspace_jax.metrics.anomaly_histogram import (
+    PixelHistogram,
+    PixelScores,
+    init_pixel_histogram,
+    merge_pixel_histograms,
+    pixel_scores,
+    update_pixel_histogram,
+)
 from subspace_jax.metrics.backfill import backfill_curve, update_gain
 from subspace_jax.metrics.chamfer import chamfer_distance
 from subspace_jax.metrics.cka import cka, median_sigma, unbiased_cka
@@ -40,8 +49,14 @@ from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_
 __all__ = [
     "DCI",
     "FactorVAEScore",
+    "PixelHistogram",
+    "PixelScores",
+    "aupro",
+    "auroc",
+    "average_precision",
     "backfill_curve",
     "balanced_probe_accuracy",
+    "best_f1_threshold",
     "bleu",
     "cca_mean",
     "chamfer_distance",
@@ -68,6 +83,7 @@ __all__ = [
     "frechet_distance",
     "histogram_discretize",
     "hsic",
+    "init_pixel_histogram",
     "intra_class_variability",
     "kernel_cka",
     "l1_importance",
@@ -79,6 +95,7 @@ __all__ = [
     "mean_gap",
     "mean_wasserstein1",
     "median_sigma",
+    "merge_pixel_histograms",
     "mig",
     "mmd2",
     "modularity",
@@ -86,6 +103,7 @@ __all__ = [
     "mutual_knn",
     "normalized_mutual_info",
     "perplexity",
+    "pixel_scores",
     "procrustes_similarity",
     "proxy_a_distance",
     "pwcca",
@@ -101,6 +119,7 @@ __all__ = [
     "unbiased_cka",
     "unbiased_hsic",
     "update_gain",
+    "update_pixel_histogram",
 ]
 
 

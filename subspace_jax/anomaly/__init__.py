@@ -1,0 +1,1 @@
+"""Anomaly detection: what is unlike a set of normal examples."""
