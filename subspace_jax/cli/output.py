@@ -1,11 +1,13 @@
-"""Standard output of the commands: no tracebacks, and a closed pipe ends no run."""
+"""What commands write: standard output, where a closed pipe ends no run, and folders that get all files or none."""
 
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 CLOSED_PIPE_EXIT = 141  # as shells report SIGPIPE
 
@@ -45,6 +47,28 @@ def lasting() -> Iterator[None]:
         sys.stdout.flush()
     except OSError:
         _drop_the_rest()
+
+
+@contextlib.contextmanager
+def all_or_nothing(out: Path) -> Iterator[Path]:
+    """Yields a folder in ``out`` whose files and folders are moved there once all are written, pages last.
+
+    A run that fails so leaves nothing, and one that is killed a folder that the next run removes.
+    """
+    from subspace_jax.train.lock import locked
+
+    folder = out / "unfinished"
+    with locked(out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".html"):
+                if path.is_dir():
+                    shutil.rmtree(out / path.name, ignore_errors=True)
+                path.replace(out / path.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def log_to_stderr() -> None:

@@ -1,13 +1,10 @@
 """The command that changes an embedding model without recomputing the store of vectors."""
 
 import argparse
-import contextlib
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from subspace_jax.cli import shared
+from subspace_jax.cli import output, shared
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ def _upgrade(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.maps:
         _check_widths(args, streams)
     out = train.writable_folder(args.out)
-    with _all_or_nothing(out) as folder:
+    with output.all_or_nothing(out) as folder:
         files = _write(args, folder, streams)
     print("\n".join([f"Wrote to {out}:", *(f"  {file}" for file in files), "  report.html: all of this as a page"]))
     if not streams:
@@ -90,26 +87,6 @@ def _write(args: argparse.Namespace, folder: Path, streams: dict) -> list[str]:
         files += [f"{path.name}: {_PURPOSES[path.name]}" for path in written]
     report.write_report(folder, chain, tables, files)
     return files
-
-
-@contextlib.contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """Yields a folder in ``out`` whose files are moved there once all are written, the report last.
-
-    A run that fails so leaves nothing, and one that is killed a folder that the next run removes.
-    """
-    from subspace_jax.train.lock import locked
-
-    folder = out / "unfinished"
-    with locked(out):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-            for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".html"):
-                path.replace(out / path.name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 _PURPOSES = {

@@ -24,7 +24,7 @@ from subspace_jax.data.pipeline import (
     steps_per_epoch,
     train_batches,
 )
-from subspace_jax.data.sources.folders import image_folder
+from subspace_jax.data.sources.folders import image_files, image_folder
 from subspace_jax.data.sources.images import Images
 from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
 from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_set, image_source
@@ -50,6 +50,7 @@ __all__ = [
     "describe_images",
     "eval_batches",
     "eval_passes",
+    "image_files",
     "image_folder",
     "image_set",
     "image_source",

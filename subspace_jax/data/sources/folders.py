@@ -10,7 +10,7 @@ from subspace_jax.data.images.decode import decode_image
 from subspace_jax.data.sources.images import Images
 from subspace_jax.data.sources.tfds import missing_folder
 
-__all__ = ["image_folder"]
+__all__ = ["image_files", "image_folder"]
 
 SUFFIXES = frozenset(
     f".{name}"
@@ -71,6 +71,22 @@ def image_folder(
         return decode_image(files[index]), labels[index]
 
     return Images(str(folder), len(files), read, lambda index: files[index], names, on_unreadable)
+
+
+def image_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Returns the images in a folder, at any depth, in the order of their paths; see :func:`image_folder`.
+
+    Raises:
+      FileNotFoundError: There is no such folder.
+      ValueError: It has no images.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(missing_folder(folder))
+    found = sorted(map(pathlib.Path, _files_below(str(folder), ())))
+    if not found:
+        raise ValueError(f"{folder}: no images; expected files ending in one of {sorted(SUFFIXES)}")
+    return found
 
 
 def _is_left_behind(name: str) -> bool:
