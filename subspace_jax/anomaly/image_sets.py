@@ -54,7 +54,7 @@ def open_category(
     Args:
       normal: Folder of normal images.
       test: Folder of images to score.
-      masks: Folder of masks; ``ground_truth`` beside ``test`` where there is one.
+      masks: Folder of masks; ``ground_truth`` beside a ``test`` of that name where there is one.
       name: Name of the category; that of the folder above ``test`` in the layout of MVTec-AD, or of ``test``.
 
     Returns:
@@ -67,7 +67,7 @@ def open_category(
     folder = pathlib.Path(test).expanduser()
     files, fitted = image_files(folder), image_files(normal)
     beside = folder.parent / "ground_truth"
-    if masks is None and beside.is_dir():
+    if masks is None and folder.name == "test" and beside.is_dir():
         masks = beside
     found = {} if masks is None else _masks_of(files, folder, pathlib.Path(masks).expanduser())
     by_folder = any(_kind(path, folder) in _NORMAL for path in files)

@@ -30,7 +30,7 @@ def add_commands(commands) -> None:
     parser = shared.add_command(commands, "detect", summary, _detect, _DETECT, fields=True)
     parser.add_argument("--normal", metavar="DIR", help="normal images, at any depth")
     parser.add_argument("--test", metavar="DIR", help="images to score, at any depth")
-    parser.add_argument("--masks", metavar="DIR", help="masks of defects (default: ground_truth beside --test)")
+    parser.add_argument("--masks", metavar="DIR", help="masks of defects (default: ground_truth beside a folder test)")
     parser.add_argument("--data", metavar="DIR", help="instead: a set in the layout of MVTec-AD or VisA")
     parser.add_argument("--categories", default="", metavar="NAME,...", help="with --data: some of them (default: all)")
     parser.add_argument(
@@ -56,10 +56,10 @@ def _detect(args: argparse.Namespace, overrides: list[str]) -> None:
 
     _check(args)
     config = train.load_config(args.config) if args.config else fields.default_config()
-    given = [f"{name}={getattr(args, name)!r}" for name in ("backbone", "seed") if getattr(args, name) is not None]
-    config = train.override(config, [*given, *overrides])
+    given = [f"{name}={getattr(args, name)}" for name in ("backbone", "seed") if getattr(args, name) is not None]
     if unlike := set(fields.default_config()) ^ set(config):
         raise ValueError(f"--config: expected the fields of `detect`, got a config of another task ({min(unlike)})")
+    config = train.override(config, [*given, *overrides])
     categories = _categories(args)
     out = train.writable_folder(args.out)
     backbone, params = fields.open_backbone(config)
