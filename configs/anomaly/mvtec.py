@@ -7,8 +7,8 @@ Variants: ``shots1``, ``shots2``, ``shots4`` and ``full``, the normal images tha
 DINOv2 with registers, giant, from a folder ``work/models/dinov2-giant``, at 672 pixels in bfloat16: for an accelerator;
 ``--backbone dinov2-small --config.side=448`` takes about a second an image on two cores.  The data are not free for
 commercial use, and neither they nor the model come with this library.  Published means over the 15 categories (image
-AUROC / pixel AUROC / AU-PRO), not rerun here: 97.1 / 97.5 / 94.5 with one shot, 97.5 / 97.8 / 94.9 with two, 98.0 / 97.9
-/ 95.1 with four, 99.2 / 98.2 / 95.6 with all.
+AUROC / pixel AUROC / AU-PRO), not rerun here: 97.1 / 97.5 / 94.5 with one shot, 97.5 / 97.8 / 94.9 with two, 98.0 /
+97.9 / 95.1 with four, 99.2 / 98.2 / 95.6 with all.
 """
 
 from subspace_jax.anomaly.subspacead import config as subspacead

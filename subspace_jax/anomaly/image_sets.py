@@ -148,7 +148,9 @@ def _visa(root: pathlib.Path) -> dict[str, Category]:
     with (root / _SPLIT).open(newline="") as file:
         rows = csv.DictReader(file)
         if missing := set(fields) - set(rows.fieldnames or ()):
-            raise ValueError(f"data: {root / _SPLIT}: expected the columns {', '.join(fields)}; lacks {sorted(missing)}")
+            raise ValueError(
+                f"data: {root / _SPLIT}: expected the columns {', '.join(fields)}; lacks {sorted(missing)}"
+            )
         for number, row in enumerate(rows, 2):
             path = root / row["image"]
             mask = root / row["mask"] if row["mask"] else None

@@ -7,15 +7,15 @@ from subspace_jax.cli import output, shared
 
 _DETECT = """
     subspace-jax detect --normal photos/good --test photos/new --out work/detect
-    subspace-jax detect --normal photos/good --test photos/new --out work/detect --backbone dinov2-small --threshold 0.95
+    subspace-jax detect --normal photos/good --test photos/new --backbone dinov2-small --threshold 0.95 --out work/new
     subspace-jax detect --data mvtec --categories bottle,cable --backbone dinov2-small --out work/mvtec
     subspace-jax detect --data mvtec --config anomaly/mvtec:shots4 --out work/mvtec4    # the settings of the paper
 
     Nothing is trained.  Without --backbone pixels of patches are compared, which takes no model; textures do well with
     them, objects need a model.  `subspace-jax fetch dinov2-small` writes a small one.
 
-    Folders in --test named good, normal or ok hold normal images and others then anomalous ones, for AUROC and the like;
-    masks are looked for in ground_truth beside --test.  --data takes folders in the layout of MVTec-AD or VisA.
+    Folders in --test named good, normal or ok hold normal images and others then anomalous ones, for AUROC and so on;
+    masks are looked for in ground_truth beside a folder test.  --data takes the layouts of MVTec-AD and VisA.
     Settings are set by --config.FIELD=VALUE: --config.side=672 for larger images, --config.shots=4 for four normal
     images, --config.rotations=0 for no rotated copies of them, which objects with one orientation do better without.
 

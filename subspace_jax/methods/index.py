@@ -1,6 +1,6 @@
 """All methods, area by area."""
 
-from subspace_jax.methods import adapters, compress, interpret, language, merge, optim, represent
+from subspace_jax.methods import adapters, anomaly, compress, interpret, language, merge, optim, represent
 
 METHODS = (
     *represent.METHODS,
@@ -10,4 +10,5 @@ METHODS = (
     *language.METHODS,
     *compress.METHODS,
     *merge.METHODS,
+    *anomaly.METHODS,
 )

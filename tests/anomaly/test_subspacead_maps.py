@@ -69,7 +69,9 @@ def test_merge_tiles_of_an_image_gives_the_image_back():
 
 
 def test_background_mask_separates_an_object_from_its_background():
-    saliency = np.full((1, 8, 8), 0.1, np.float32) + np.random.default_rng(0).random((1, 8, 8)).astype(np.float32) * 0.05
+    saliency = (
+        np.full((1, 8, 8), 0.1, np.float32) + np.random.default_rng(0).random((1, 8, 8)).astype(np.float32) * 0.05
+    )
     saliency[0, 2:6, 2:6] += 1
     inside = np.zeros((1, 8, 8), bool)
     inside[0, 2:6, 2:6] = True

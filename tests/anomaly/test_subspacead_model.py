@@ -68,7 +68,7 @@ def test_update_with_more_images_equals_a_fit_to_all(fitted, tmp_path):
 
 
 def test_load_subspacead_refuses_what_is_damaged_and_other_backbones(fitted, tmp_path):
-    with pytest.raises(FileNotFoundError, match="found no subspacead.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"found no subspacead\.safetensors"):
         subspacead.load_subspacead(tmp_path)
     with pytest.raises(ValueError, match="model: expected a fitted one"):
         subspacead.save_subspacead(subspacead.SubspaceAD(PIXELS, settings=PLAIN), tmp_path)
@@ -77,7 +77,7 @@ def test_load_subspacead_refuses_what_is_damaged_and_other_backbones(fitted, tmp
         subspacead.load_subspacead(tmp_path, subspacead.PixelPatches(16, 4, 4, True))
     record = tmp_path / "subspacead.json"
     record.write_text(record.read_text().replace("PixelPatches", "VisionPatches"))
-    with pytest.raises(ValueError, match="backbone: .*expected the one that was fitted with"):
+    with pytest.raises(ValueError, match=r"backbone: .*expected the one that was fitted with"):
         subspacead.load_subspacead(tmp_path)
     record.write_text("{}")
     with pytest.raises(ValueError, match="damaged, or of another version: KeyError"):
@@ -125,7 +125,7 @@ def test_tiles_of_a_canvas_are_scored_and_merged():
 
 
 def test_fit_score_finds_a_defect_among_unlabelled_images():
-    images, masks = stripes(8, defects=1)
+    images, _ = stripes(8, defects=1)
     found = subspacead.SubspaceAD(PIXELS, settings=PLAIN, batch_size=4).fit_score(images)
     assert np.argmax(found.scores) == 7
 
@@ -160,7 +160,7 @@ def test_features_of_a_vision_transformer_are_means_of_its_middle_states(vision)
 
 @pytest.mark.slow
 def test_bfloat16_and_background_masks_score_as_float32_up_to_rounding(vision):
-    images, masks = stripes(8, defects=3)
+    images, _ = stripes(8, defects=3)
     scores = []
     for dtype, background in (("float32", ""), ("bfloat16", ""), ("float32", "otsu"), ("float32", "quantile")):
         saliency = 1 if background else None
@@ -194,7 +194,9 @@ def test_dinov2_giant_and_its_scores_fit_sixteen_chips_of_v5e():
     shape = jax.ShapeDtypeStruct
     params = jax.tree.map(lambda x: shape(x.shape, jnp.bfloat16, sharding=whole), nn.param_shapes(backbone.config))
     images = shape((16, 672, 672, 3), jnp.uint8, sharding=rows)
-    moments = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=whole), jax.eval_shape(lambda: init_moments(1536)))
+    moments = jax.tree.map(
+        lambda x: shape(x.shape, x.dtype, sharding=whole), jax.eval_shape(lambda: init_moments(1536))
+    )
     subspace = subspacead.PCASubspace(
         shape((1536,), jnp.float32, sharding=whole),
         shape((1536, 832), jnp.float32, sharding=whole),
@@ -236,7 +238,10 @@ def test_dinov2_giant_and_its_scores_fit_sixteen_chips_of_v5e():
             "background: 'otsu' needs a backbone with a saliency",
         ),
         (lambda v: subspacead.prepared_vision(*v, 18), "side: expected a multiple of the patch of 4 pixels, got 18"),
-        (lambda v: subspacead.prepared_vision(*v, 16, layers=(5,)), r"layers: expected hidden states 0 to 4, got \(5,\)"),
+        (
+            lambda v: subspacead.prepared_vision(*v, 16, layers=(5,)),
+            r"layers: expected hidden states 0 to 4, got \(5,\)",
+        ),
         (lambda v: subspacead.prepared_vision(*v, 16, combine="sum"), "combine: expected one of"),
         (lambda v: subspacead.prepared_vision(*v, 16, dtype="float16"), "dtype: expected 'float32' or 'bfloat16'"),
         (lambda v: subspacead.prepared_vision(*v, 16, saliency=4), "saliency: expected a block 0 to 3, got 4"),

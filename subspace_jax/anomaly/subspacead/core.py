@@ -252,7 +252,9 @@ def residual_score(
     z = linalg.times(y, basis)
     if method == "cosine":
         return 1 - jnp.clip(jnp.sum(_unit(x) * _unit(mean[None] + linalg.times(z, basis.T)), axis=1), -1, 1)
-    variances = subspace.eigenvalues[:columns].astype(dtype) + _EPS if method == "mahalanobis" else jnp.ones_like(inside)
+    variances = (
+        subspace.eigenvalues[:columns].astype(dtype) + _EPS if method == "mahalanobis" else jnp.ones_like(inside)
+    )
     return jnp.sum(jnp.square(z) / variances[None], axis=1)
 
 

@@ -125,7 +125,9 @@ def _score_all(model, category, maps, threshold, skipped, progress) -> tuple[lis
     with_masks = any(image.mask is not None for image in category.test)
     without = [image.name for image in category.test if with_masks and image.label and image.mask is None]
     if without:
-        _log.warning("%s: %d anomalous images have no mask, and are left out of pixel metrics", category.name, len(without))
+        _log.warning(
+            "%s: %d anomalous images have no mask, and are left out of pixel metrics", category.name, len(without)
+        )
     histogram = metrics.init_pixel_histogram()
 
     def images() -> Iterator[np.ndarray]:

@@ -313,7 +313,7 @@ def _fetched(scores: jax.Array, maps: jax.Array, real: int) -> Iterator[tuple[fl
 
 def _scorer(subspace: PCASubspace, settings: SubspaceADSettings) -> _Scorer:
     """Prepares a subspace for its method; the smaller of basis and complement is multiplied by."""
-    d, rank = subspace.components.shape
+    d = subspace.components.shape[0]
     padded = subspace._replace(components=padded_columns(subspace.components))
     kept = subspace.components[:, settings.drop_leading :]
     if settings.method != "reconstruction" or not kept.shape[1]:
@@ -344,13 +344,9 @@ def _score(
     features, saliency = backbone.features(params, images)
     grid, rows = features.shape[:3], features.reshape(-1, features.shape[-1])
     if scorer.basis is None and scorer.complement is None:
-        found = residual_score(
-            scorer.subspace, rows, method=settings.method, drop_leading=settings.drop_leading
-        )
+        found = residual_score(scorer.subspace, rows, method=settings.method, drop_leading=settings.drop_leading)
     else:
-        found = kernels.subspace_residual(
-            rows, scorer.subspace.mean, scorer.basis, complement=scorer.complement
-        )
+        found = kernels.subspace_residual(rows, scorer.subspace.mean, scorer.basis, complement=scorer.complement)
     found = found.reshape(grid)
     if settings.background:
         found = jnp.where(background_mask(saliency, settings.background), found, 0)

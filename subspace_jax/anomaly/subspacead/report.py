@@ -27,8 +27,9 @@ _TITLES = {
     "flagged_normal": "normal images flagged",
     "flagged_anomalous": "anomalous images flagged",
 }
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: .6em 0 } td, th { border-bottom: 1px solid #ddd; padding: .2em .9em .2em 0;
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
+color: #222 } table { border-collapse: collapse; margin: .6em 0 }
+td, th { border-bottom: 1px solid #ddd; padding: .2em .9em .2em 0;
 text-align: right } td:first-child, th:first-child { text-align: left }
 .grid { display: flex; flex-wrap: wrap; gap: 14px } figure { margin: 0; width: 296px; font-size: 13px }
 figure img { width: 288px; height: 144px }
@@ -151,7 +152,8 @@ def _figures(found: Detection, pictures: Mapping[str, bytes]) -> Iterator[str]:
         name, kind = html.escape(row.image.name), ' class="flagged"' if row.flagged else ""
         source = f"data:image/jpeg;base64,{base64.b64encode(pictures[row.image.name]).decode()}"
         picture = f'<img alt="{name} and its anomaly map" src="{source}">'
-        yield f"<figure{kind}>{picture}<figcaption><b>{row.score:.4g}</b>{label}{verdict}<br>{name}</figcaption></figure>"
+        caption = f"<b>{row.score:.4g}</b>{label}{verdict}<br>{name}"
+        yield f"<figure{kind}>{picture}<figcaption>{caption}</figcaption></figure>"
     yield "</div>"
     if found.skipped:
         items = "".join(f"<li>{html.escape(p)}: {html.escape(why)}</li>" for p, why in found.skipped.items())

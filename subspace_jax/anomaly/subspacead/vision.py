@@ -88,9 +88,7 @@ def middle_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(range(int(0.55 * num_layers) + 1, int(0.7 * num_layers) + 2))
 
 
-def attention_saliency(
-    config: nn.VisionTransformerConfig, params: PyTree, hidden: jax.Array, block: int
-) -> jax.Array:
+def attention_saliency(config: nn.VisionTransformerConfig, params: PyTree, hidden: jax.Array, block: int) -> jax.Array:
     """How much the register tokens, or the class token where there are none, attend to each patch.
 
     Step 8 of the method of arXiv 2602.23013.
@@ -149,9 +147,7 @@ def open_vision(
     config, params = interop.load_vision(path)
     if not isinstance(config, nn.VisionTransformerConfig):
         raise ValueError(f"backbone: {path}: expected a vision transformer, got {type(config).__name__}")
-    return prepared_vision(
-        config, params, side, layers=layers, combine=combine, dtype=dtype, saliency=saliency
-    )
+    return prepared_vision(config, params, side, layers=layers, combine=combine, dtype=dtype, saliency=saliency)
 
 
 def prepared_vision(
