@@ -14,7 +14,7 @@ def _figure(name: str, command: str, metric: str, at_least: float | None = None)
 
 def _textures(side: int, shots: int, way: str) -> Figure:
     name = f"brick, grass, gravel with discs of another texture, DINOv2-small at {side} px, {shots} normal crops"
-    return _figure(f"{name}: image AUROC by {_WAYS[way]}", _DINO, f"{way}_{side}_{shots}_image_auroc")
+    return _figure(f"{name}: image AUROC by {_WAYS[way]}", f"{_DINO} -k {side}", f"{way}_{side}_{shots}_image_auroc")
 
 
 METHODS = (
@@ -34,17 +34,17 @@ METHODS = (
         command="subspace-jax detect --normal photos/good --test photos/new --out work/detect",
         figures=(
             _figure("brick with discs of noise, pixel patches: image AUROC", _BRICK, "brick_image_auroc", 0.99),
-            _figure("the same: pixel AUROC", _BRICK, "brick_pixel_auroc", 0.99),
-            _figure("the same: AU-PRO at 0.3", _BRICK, "brick_aupro", 0.98),
+            _figure("the same: pixel AUROC, pixel patches", _BRICK, "brick_pixel_auroc", 0.99),
+            _figure("the same: AU-PRO at 0.3, pixel patches", _BRICK, "brick_aupro", 0.98),
             _figure("digits of one class against the others, mean AUROC of ten", _DIGITS, "digits_auroc", 0.98),
             _figure(
                 "brick with discs of noise at 224 px, DINOv2-small, 8 normal crops: image AUROC",
-                _DINO,
+                f"{_DINO} -k noise",
                 "brick_noise_image_auroc",
                 0.98,
             ),
-            _figure("the same: pixel AUROC", _DINO, "brick_noise_pixel_auroc"),
-            _figure("the same: AU-PRO at 0.3", _DINO, "brick_noise_aupro"),
+            _figure("the same: pixel AUROC, DINOv2-small", f"{_DINO} -k noise", "brick_noise_pixel_auroc"),
+            _figure("the same: AU-PRO at 0.3, DINOv2-small", f"{_DINO} -k noise", "brick_noise_aupro"),
             *(_textures(side, shots, way) for side in (224, 448) for shots in (1, 4, 8) for way in _WAYS),
             golden("tests/anomaly/test_subspacead.py", "tests/metrics/test_anomaly.py"),
         ),

@@ -62,7 +62,7 @@ def test_discs_of_another_texture_beside_a_memory_bank_of_the_same_features(side
     print(f"\n{side} px: texture, shots: image AUROC, AU-PRO of subspace | bank; rank, memory share; core-s an image")
     sums = {}
     for i, name in enumerate(textures.TEXTURES):
-        drawn = textures.texture_set(name, textures.TEXTURES[i - 1], num_normal=8, num_test=32, side=224, radius=12)
+        drawn = textures.texture_set(name, textures.TEXTURES[i - 1], num_normal=8, num_test=24, side=224, radius=12)
         normal = model.features(drawn.normal)
         began = time.process_time()
         test = model.features(drawn.test)
