@@ -3,9 +3,9 @@
     python scripts/bench/anomaly.py             # some minutes on two cores
     python scripts/bench/anomaly.py --quick     # small sizes, to see that all runs
 
-  score   squared distances of rows from a subspace, float32, by numbers of rows, of the widths of DINOv2 small (384, 208
-          directions kept) and giant (1536, 810 kept, the rank that the method has there).  Peers: ``scikit-learn``
-          (PCA: inverse_transform of transform), ``pytorch`` (two matmuls; where it is installed)
+  score   squared distances of rows from a subspace, float32, by numbers of rows, of the widths of DINOv2 small (384,
+          208 directions kept) and giant (1536, 810 kept, the rank that the method has there).  Peers:
+          ``scikit-learn`` (PCA: inverse_transform of transform), ``pytorch`` (two matmuls; where it is installed)
   fit     mean, covariance and eigenvectors of rows.  Peers: ``scikit-learn`` (PCA by the covariance)
   stream  most memory of a process that adds batches of 4,096 rows of width 1536 to moments: it should not grow
   images  images of 224 pixels a second, end to end: pixel patches, and DINOv2-small where work/models has it
