@@ -25,7 +25,7 @@ from pathlib import Path
 import memory
 import numpy as np
 
-ROWS = {"score": (1000, 4000, 16000), "fit": (4000, 16000), "stream": (16384, 65536), "images": (32,)}
+ROWS = {"score": (1000, 4000, 8000), "fit": (4000,), "stream": (8192, 32768), "images": (16,)}
 QUICK = {"score": (200,), "fit": (400,), "stream": (8192,), "images": (4,)}
 WIDTHS = ((384, 208), (1536, 810))
 BATCH, WIDE = 4096, 1536
@@ -117,7 +117,7 @@ def images_a_second(count):
     images = rng.integers(0, 256, (count, 224, 224, 3), np.uint8)
     backbones = {"pixels, 256": (subspacead.PixelPatches(), ())}
     if MODEL.is_dir():
-        backbones |= {f"dinov2-small, {side}": subspacead.open_vision(MODEL, side) for side in (224, 448)}
+        backbones["dinov2-small, 224"] = subspacead.open_vision(MODEL, 224)
     found = {}
     for name, (backbone, params) in backbones.items():
         settings = subspacead.SubspaceADSettings(rotations=0)
