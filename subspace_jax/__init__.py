@@ -11,6 +11,7 @@ _SUBPACKAGES = (
     "adapters",
     "anomaly",
     "cli",
+    "cluster",
     "compress",
     "data",
     "interop",

@@ -1,5 +1,6 @@
 """Numerical linear algebra of tall matrices and subspaces: arrays in, arrays out, broadcasting over leading axes."""
 
+from subspace_jax.linalg._checks import check_finite, is_here
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance, whitened_columns
@@ -12,6 +13,7 @@ from subspace_jax.linalg.dictionary_learning import (
     ksvd_update,
     mod_update,
 )
+from subspace_jax.linalg.eigenpairs import Eigenpairs, top_eigenpairs
 from subspace_jax.linalg.expm import expm, expm_action
 from subspace_jax.linalg.frequent_directions import (
     FDState,
@@ -19,6 +21,7 @@ from subspace_jax.linalg.frequent_directions import (
     frequent_directions_update,
 )
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
+from subspace_jax.linalg.k_subspaces import KSubspaces, explained_energy, k_subspaces
 from subspace_jax.linalg.kmeans import KMeans, kmeans
 from subspace_jax.linalg.nearest import nearest_rows, pairwise_sq_distances
 from subspace_jax.linalg.orthonormal import orthonormal_columns
@@ -34,10 +37,25 @@ from subspace_jax.linalg.products import (
     working_dtype,
 )
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
+from subspace_jax.linalg.row_blocks import map_row_blocks
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
 from subspace_jax.linalg.sparse_coding import code_error, densify, omp, omp_gram
+from subspace_jax.linalg.sparse_rows import (
+    SparseRows,
+    dense_rows,
+    sparse_times,
+    sparse_transpose_times,
+    top_entries,
+)
 from subspace_jax.linalg.spectral import arcsine_ratio, cos_sqrt, sinc_sqrt, singular, spectral, versine_sqrt
+from subspace_jax.linalg.spectral_clustering import (
+    SpectralClustering,
+    SpectralEmbedding,
+    affinity_product,
+    spectral_clustering,
+    spectral_embedding,
+)
 from subspace_jax.linalg.stacks import of_each
 from subspace_jax.linalg.subspace_overlap import (
     EnergyBasis,
@@ -54,11 +72,17 @@ __all__ = [
     "CCAResult",
     "DictOptions",
     "DictState",
+    "Eigenpairs",
     "EnergyBasis",
     "FDState",
     "KMeans",
+    "KSubspaces",
     "MSOResult",
     "PairMoments",
+    "SparseRows",
+    "SpectralClustering",
+    "SpectralEmbedding",
+    "affinity_product",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",
@@ -67,12 +91,15 @@ __all__ = [
     "cca",
     "cca_from_covariance",
     "centered_columns",
+    "check_finite",
     "cholesky_qr",
     "cholesky_qr2",
     "code_error",
     "cos_sqrt",
     "densify",
+    "dense_rows",
     "energy_basis",
+    "explained_energy",
     "expm",
     "expm_action",
     "eye_like",
@@ -84,8 +111,11 @@ __all__ = [
     "gram",
     "hadamard_matrix",
     "hosvd",
+    "is_here",
+    "k_subspaces",
     "kmeans",
     "ksvd_update",
+    "map_row_blocks",
     "merge_pair_moments",
     "mod_update",
     "mode_subspace_overlap",
@@ -113,10 +143,16 @@ __all__ = [
     "shifted_cholesky_qr3",
     "sinc_sqrt",
     "singular",
+    "sparse_times",
+    "sparse_transpose_times",
     "spectral",
+    "spectral_clustering",
+    "spectral_embedding",
     "subspace_iteration",
     "subspace_overlap",
     "times",
+    "top_eigenpairs",
+    "top_entries",
     "tucker_product",
     "unit_vectors",
     "versine_sinc_sqrt",

@@ -35,3 +35,14 @@ def check_same_space(a: jax.Array, b: jax.Array) -> None:
             raise ValueError(f"{name}: expected a basis [..., n, k] with 1 <= k <= n, got {x.shape}")
     if a.shape[-2] != b.shape[-2]:
         raise ValueError(f"a, b: expected bases [..., n, p] and [..., n, q] of one space, got {a.shape} and {b.shape}")
+
+
+def is_here(x: jax.Array) -> bool:
+    """Whether the values of an array are known: it is not traced, and this process has all of it."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def check_finite(name: str, x: jax.Array) -> None:
+    """Raises for NaN or infinity in an array whose values are known."""
+    if is_here(x) and not bool(jnp.all(jnp.isfinite(x))):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

@@ -27,7 +27,7 @@ def kmeans(key: jax.Array, x: jax.Array, k: int, *, restarts: int = 1, max_steps
     """Lloyd's algorithm from k-means++ starts (Arthur and Vassilvitskii, SODA 2007).
 
     A step costs ``rows x k x n`` operations and holds ``[rows, k]`` distances; the rows may be sharded.  A start ends
-    when no assignment changes.  A cluster that loses all rows keeps its center.
+    when no assignment changes.  A cluster that loses all rows takes the row farthest from its center as its own.
 
     Args:
       key: Key of the starts.
@@ -59,21 +59,33 @@ def kmeans(key: jax.Array, x: jax.Array, k: int, *, restarts: int = 1, max_steps
 def _start(key: jax.Array, x: jax.Array, k: int, max_steps: int) -> KMeans:
     centers = _plus_plus(key, x, k)
 
+    # Below it a distance is rounding alone, as between rows that coincide, and no reason to move a center.
+    least = 1e2 * jnp.finfo(x.dtype).eps * jnp.max(jnp.sum(jnp.square(x), axis=1))
+
     def assign(centers):
         distances = pairwise_sq_distances(x, centers)
-        return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.sum(jnp.min(distances, axis=1))
+        return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.min(distances, axis=1)
 
     def step(carry):
-        centers, assignments, _, _, steps = carry
+        centers, assignments, distances, _, steps = carry
         members = jax.nn.one_hot(assignments, k, dtype=x.dtype)
         sizes = jnp.sum(members, axis=0)[:, None]
         centers = jnp.where(sizes > 0, gram(members, x) / jnp.maximum(sizes, 1), centers)
-        now, inertia = assign(centers)
-        return centers, now, inertia, jnp.any(now != assignments), steps + 1
+        empty = sizes[:, 0] == 0
+        centers = jax.lax.cond(jnp.any(empty), lambda c: _moved(c, empty, x, distances, least), lambda c: c, centers)
+        now, distances = assign(centers)
+        return centers, now, distances, jnp.any(now != assignments), steps + 1
 
     start = (centers, *assign(centers), jnp.bool_(True), jnp.int32(0))
-    centers, assignments, inertia, _, _ = jax.lax.while_loop(lambda c: c[3] & (c[4] < max_steps), step, start)
-    return KMeans(centers, assignments, inertia)
+    centers, assignments, distances, _, _ = jax.lax.while_loop(lambda c: c[3] & (c[4] < max_steps), step, start)
+    return KMeans(centers, assignments, jnp.sum(distances))
+
+
+def _moved(centers: jax.Array, empty: jax.Array, x: jax.Array, distances: jax.Array, least: jax.Array) -> jax.Array:
+    """Moves the centers of empty clusters to the rows that are farthest from theirs."""
+    farthest, rows = jax.lax.top_k(distances, centers.shape[0])
+    turn = jnp.maximum(jnp.cumsum(empty) - 1, 0)
+    return jnp.where((empty & (farthest[turn] > least))[:, None], x[rows[turn]], centers)
 
 
 def _plus_plus(key: jax.Array, x: jax.Array, k: int) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg.products import times, working_dtype
+from subspace_jax.linalg.row_blocks import map_row_blocks
 
 _QUERIES_AT_A_TIME = 1024
 
@@ -83,14 +84,4 @@ def nearest_rows(
         nothing = (jnp.full((some.shape[0], k), jnp.inf, dtype), jnp.full((some.shape[0], k), num_rows, jnp.int32))
         return jax.lax.scan(merge, nothing, (blocks, starts))[0]
 
-    num_queries, at_a_time = queries.shape[0], min(queries.shape[0], _QUERIES_AT_A_TIME)
-    groups = -(-num_queries // at_a_time)
-
-    # A group takes every so-manieth query: where the queries are sharded, each device searches for its own of a group.
-    def grouped(x):
-        x = jnp.pad(x, [(0, groups * at_a_time - num_queries)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.swapaxes(x.reshape(at_a_time, groups, *x.shape[1:]), 0, 1)
-
-    found = jax.lax.map(of_some, (grouped(queries), grouped(exclude.astype(jnp.int32))))
-    distances, index = (jnp.swapaxes(x, 0, 1).reshape(-1, k)[:num_queries] for x in found)
-    return distances, index
+    return tuple(map_row_blocks(of_some, (queries, exclude.astype(jnp.int32)), _QUERIES_AT_A_TIME))

@@ -1,0 +1,27 @@
+"""Classical subspace clustering: self-expression, thresholding, and graphs of neighbours."""
+
+from subspace_jax.cluster.classical.affinity import (
+    affinity_from_coefficients,
+    keep_top_coefficients,
+    neighbor_affinity,
+)
+from subspace_jax.cluster.classical.elastic_net import ElasticNet, elastic_net_sc
+from subspace_jax.cluster.classical.factored import lrr, lsr
+from subspace_jax.cluster.classical.omp import ssc_omp
+from subspace_jax.cluster.classical.tsc import tsc
+
+__all__ = [
+    "ElasticNet",
+    "affinity_from_coefficients",
+    "elastic_net_sc",
+    "keep_top_coefficients",
+    "lrr",
+    "lsr",
+    "neighbor_affinity",
+    "ssc_omp",
+    "tsc",
+]
+
+
+def __dir__():
+    return __all__
