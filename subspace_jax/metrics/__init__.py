@@ -34,6 +34,19 @@ from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, m
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
 from subspace_jax.metrics.neighbor_agreement import cknna, clip_outliers, cycle_knn, lcs_knn, mutual_knn
+from subspace_jax.metrics.partitions import (
+    ClusterScores,
+    PairFScore,
+    adjusted_mutual_info,
+    adjusted_rand_index,
+    best_label_map,
+    cluster_scores,
+    clustering_accuracy,
+    contingency,
+    matched_macro_f1,
+    pair_f_score,
+    purity,
+)
 from subspace_jax.metrics.representation_similarity import (
     cca_mean,
     linear_regression_r2,
@@ -42,12 +55,19 @@ from subspace_jax.metrics.representation_similarity import (
     svcca,
 )
 from subspace_jax.metrics.retrieval import cmc, recall_at_k, retrieval_map
+from subspace_jax.metrics.self_expression import (
+    SubspaceMatch,
+    connectivity,
+    match_subspaces,
+    subspace_preserving_error,
+)
 from subspace_jax.metrics.separability import balanced_probe_accuracy
 from subspace_jax.metrics.sparse_codes import cooccurrence, explained_variance, mean_wasserstein1, sparse_probe_f1
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
     "DCI",
+    "ClusterScores",
     "FactorVAEScore",
     "PixelHistogram",
     "PixelScores",
@@ -57,6 +77,13 @@ __all__ = [
     "backfill_curve",
     "balanced_probe_accuracy",
     "best_f1_threshold",
+    "PairFScore",
+    "SubspaceMatch",
+    "adjusted_mutual_info",
+    "adjusted_rand_index",
+    "backfill_curve",
+    "balanced_probe_accuracy",
+    "best_label_map",
     "bleu",
     "cca_mean",
     "chamfer_distance",
@@ -65,8 +92,12 @@ __all__ = [
     "cknna",
     "class_separation_r2",
     "clip_outliers",
+    "cluster_scores",
+    "clustering_accuracy",
     "cmc",
     "cooccurrence",
+    "connectivity",
+    "contingency",
     "coral",
     "cycle_knn",
     "d_int",
@@ -91,6 +122,8 @@ __all__ = [
     "linear_cka",
     "linear_regression_r2",
     "match_assignments",
+    "match_subspaces",
+    "matched_macro_f1",
     "mdl_bits",
     "mean_gap",
     "mean_wasserstein1",
@@ -102,10 +135,12 @@ __all__ = [
     "mutual_information_matrix",
     "mutual_knn",
     "normalized_mutual_info",
+    "pair_f_score",
     "perplexity",
     "pixel_scores",
     "procrustes_similarity",
     "proxy_a_distance",
+    "purity",
     "pwcca",
     "rbf_kernel",
     "recall_at_k",
@@ -115,6 +150,7 @@ __all__ = [
     "sap_from_scores",
     "search_d_int",
     "sparse_probe_f1",
+    "subspace_preserving_error",
     "svcca",
     "unbiased_cka",
     "unbiased_hsic",

@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 from optax import assignment
 
+_MEANS = {
+    "arithmetic": lambda a, b: (a + b) / 2,
+    "geometric": lambda a, b: jnp.sqrt(a * b),
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+}
 
-def normalized_mutual_info(labels: jax.Array, assignments: jax.Array) -> jax.Array:
+
+def normalized_mutual_info(labels: jax.Array, assignments: jax.Array, average: str = "arithmetic") -> jax.Array:
     """Mutual information of two partitions over the mean of their entropies.
 
     Takes O(N log N) and no table of counts, so that there may be as many parts as examples.
@@ -13,20 +20,26 @@ def normalized_mutual_info(labels: jax.Array, assignments: jax.Array) -> jax.Arr
     Args:
       labels: ``[examples]`` integers; which ones does not matter.
       assignments: The same.
+      average: Mean of the entropies: ``"arithmetic"``, ``"geometric"`` (as much of the literature before 2020 has it),
+        ``"max"`` or ``"min"``.
 
     Returns:
-      A float32 scalar between 0 and 1; 1 where both have one part only.
+      A float32 scalar between 0 and 1 (float64 where 64-bit types are on); 1 where both have one part only, 0 where
+      one of them has.
 
     Raises:
-      ValueError: Shapes do not match, or there is no example.
+      ValueError: Shapes do not match, there is no example, or ``average`` is unknown.
     """
+    if average not in _MEANS:
+        raise ValueError(f"average: expected one of {', '.join(_MEANS)}, got {average!r}")
     if labels.ndim != 1 or labels.shape != assignments.shape or not labels.size:
         raise ValueError(f"labels, assignments: expected [examples] alike, got {labels.shape} and {assignments.shape}")
     labels, assignments = jnp.asarray(labels), jnp.asarray(assignments)
     of_labels, of_parts = _entropy(labels), _entropy(assignments)
     shared = of_labels + of_parts - _entropy(labels, assignments)
-    whole = (of_labels + of_parts) / 2
-    return jnp.where(whole > 0, jnp.clip(shared / jnp.where(whole > 0, whole, 1), 0, 1), 1)
+    whole = _MEANS[average](of_labels, of_parts)
+    both = jnp.where(jnp.maximum(of_labels, of_parts) > 0, 0.0, 1.0)
+    return jnp.where(whole > 0, jnp.clip(shared / jnp.where(whole > 0, whole, 1), 0, 1), both)
 
 
 def match_assignments(previous: jax.Array, current: jax.Array, num_clusters: int) -> jax.Array:

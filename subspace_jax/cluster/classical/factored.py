@@ -19,8 +19,8 @@ def lsr(
     """Least-squares representation: each row by all others, with a ridge penalty (Lu et al., ECCV 2012).
 
     Row ``i`` minimizes ``|x_i - c X|^2 + |c|^2 / gamma``, with ``c_i = 0`` or without that constraint.  With ``H =
-    X (X^T X + I / gamma)^-1 X^T`` the solution is ``H``, and with the constraint ``H_ij / (1 - H_ii)`` off the diagonal.
-    One SVD of ``x`` serves all rows, which are formed by blocks.
+    X (X^T X + I / gamma)^-1 X^T`` the solution is ``H``; with the constraint it is ``H_ij / (1 - H_ii)`` off the
+    diagonal.  One SVD of ``x`` serves all rows, which are formed by blocks.
 
     Args:
       x: ``[n, features]``, floating point; rows of unit length as a rule.
