@@ -74,7 +74,7 @@ def connectivity(c: jax.Array | SparseRows, labels: jax.Array) -> jax.Array:
     if sparse:
         key = jax.random.key(0)
         found = linalg.top_eigenpairs(
-            key, lambda v: scale * product(scale * v) + alone * v, n, classes + 1, dtype=half.dtype
+            key, lambda v: scale * product(scale * v) + jnp.where(alone, v, 0), n, classes + 1, dtype=half.dtype
         )
         return 1 - found.values[-1]
     matrix = scale * (half + half.T) * scale.T + jnp.diag(alone[:, 0].astype(half.dtype))

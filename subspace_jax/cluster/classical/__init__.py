@@ -6,12 +6,21 @@ from subspace_jax.cluster.classical.affinity import (
     neighbor_affinity,
 )
 from subspace_jax.cluster.classical.elastic_net import ElasticNet, elastic_net_sc
+from subspace_jax.cluster.classical.estimators import LRR, LSR, SSC, SSCOMP, TSC, KMeans, KSubspaces, SpectralClustering
 from subspace_jax.cluster.classical.factored import lrr, lsr
 from subspace_jax.cluster.classical.omp import ssc_omp
 from subspace_jax.cluster.classical.tsc import tsc
 
 __all__ = [
+    "LRR",
+    "LSR",
+    "SSC",
+    "SSCOMP",
+    "TSC",
     "ElasticNet",
+    "KMeans",
+    "KSubspaces",
+    "SpectralClustering",
     "affinity_from_coefficients",
     "elastic_net_sc",
     "keep_top_coefficients",
