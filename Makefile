@@ -78,6 +78,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/project_update.py
 	$(PY) scripts/bench/sae.py
 	$(PY) scripts/bench/compress.py
+	$(PY) scripts/bench/clustering.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """All methods, area by area."""
 
-from subspace_jax.methods import adapters, anomaly, compress, interpret, language, merge, optim, represent
+from subspace_jax.methods import adapters, anomaly, cluster, compress, interpret, language, merge, optim, represent
 
 METHODS = (
     *represent.METHODS,
@@ -11,4 +11,5 @@ METHODS = (
     *compress.METHODS,
     *merge.METHODS,
     *anomaly.METHODS,
+    *cluster.METHODS,
 )

@@ -1,0 +1,48 @@
+"""Methods that cluster."""
+
+from subspace_jax.methods.records import Figure, Method
+
+_FIGURES = "python -m pytest tests/cluster/test_clustering_figures.py"
+
+
+def _scored(name: str, part: str, metric: str, at_least: float | None = None, at_most: float | None = None) -> Figure:
+    return Figure(name, f"{_FIGURES} -k {part}", metric, at_least=at_least, at_most=at_most, seeds=(0,))
+
+
+METHODS = (
+    Method(
+        name="clustering-common",
+        area="cluster",
+        title="Classical subspace clustering",
+        paper="",
+        arxiv=(),
+        summary=(
+            "Clusters points that lie near a union of subspaces: k-subspaces; sparse, least-squares and low-rank "
+            "self-expression; thresholding; and spectral clustering of what they find.  Beside them k-means, and the "
+            "scores by which clusterings are compared."
+        ),
+        module="subspace_jax.cluster.classical",
+        configs=(),
+        command="python -m pytest tests/cluster/test_clustering_figures.py -s",
+        figures=(
+            _scored("accuracy of TSC on digits, mean of 3 seeds", "digits", "digits_tsc_accuracy", at_least=0.85),
+            _scored("its NMI", "digits", "digits_tsc_nmi", at_least=0.88),
+            _scored("accuracy of k-means on digits", "digits", "digits_kmeans_accuracy", at_least=0.74, at_most=0.83),
+            _scored("of LSR", "digits", "digits_lsr_accuracy"),
+            _scored("of SSC-OMP, which fails on raw digits", "digits", "digits_omp_accuracy"),
+            _scored("of EnSC", "digits", "digits_ensc_accuracy"),
+            *(
+                _scored(f"{score} of {title} on 5,000 digits of MNIST", "mnist", f"mnist_{name}_{metric}")
+                for name, title in (("tsc", "TSC"), ("spectral", "spectral clustering"), ("kmeans", "k-means"))
+                for metric, score in (("accuracy", "accuracy"), ("nmi", "NMI"), ("ari", "ARI"))
+            ),
+            Figure(
+                "golden vectors, failed tests",
+                "python -m pytest tests/cluster/test_clustering_common.py tests/metrics/test_partitions.py -k golden",
+                "failures",
+                at_most=0,
+                seeds=(0,),
+            ),
+        ),
+    ),
+)
