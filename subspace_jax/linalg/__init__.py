@@ -53,6 +53,7 @@ from subspace_jax.linalg.spectral_clustering import (
     SpectralClustering,
     SpectralEmbedding,
     affinity_product,
+    eigengap,
     spectral_clustering,
     spectral_embedding,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "cos_sqrt",
     "densify",
     "dense_rows",
+    "eigengap",
     "energy_basis",
     "explained_energy",
     "expm",

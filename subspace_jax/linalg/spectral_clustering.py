@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax.linalg._checks import check_finite, is_here
 from subspace_jax.linalg.eigenpairs import top_eigenpairs
@@ -128,6 +129,14 @@ def spectral_clustering(
     embedding = spectral_embedding(w, k, key=of_solver, n=n, solver=solver)
     found = kmeans(of_starts, unit_vectors(embedding.vectors), k, restarts=restarts)
     return SpectralClustering(found.assignments, embedding)
+
+
+def eigengap(eigenvalues: np.ndarray) -> int:
+    """Returns the number of clusters before the widest gap of ascending eigenvalues; from 1 to one less than given."""
+    gaps = np.diff(np.asarray(eigenvalues))
+    if not len(gaps):
+        raise ValueError("eigenvalues: expected two or more, got one")
+    return int(np.argmax(gaps)) + 1
 
 
 def _check_affinity(w: Affinity, n: int | None) -> int:

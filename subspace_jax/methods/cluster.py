@@ -30,10 +30,9 @@ METHODS = (
             _scored("accuracy of k-means on digits", "digits", "digits_kmeans_accuracy", at_least=0.74, at_most=0.83),
             _scored("of LSR", "digits", "digits_lsr_accuracy"),
             _scored("of SSC-OMP, which fails on raw digits", "digits", "digits_omp_accuracy"),
-            _scored("of EnSC", "digits", "digits_ensc_accuracy"),
             *(
                 _scored(f"{score} of {title} on 5,000 digits of MNIST", "mnist", f"mnist_{name}_{metric}")
-                for name, title in (("tsc", "TSC"), ("spectral", "spectral clustering"), ("kmeans", "k-means"))
+                for name, title in (("tsc", "TSC"), ("kmeans", "k-means"))
                 for metric, score in (("accuracy", "accuracy"), ("nmi", "NMI"), ("ari", "ARI"))
             ),
             Figure(

@@ -211,5 +211,5 @@ def test_self_expression_refuses_what_can_not_serve(call, error):
 
 
 def test_self_expression_refuses_integers():
-    with pytest.raises(TypeError, match="x: expected floating point, got int64"):
-        classical.lsr(np.ones((3, 2), np.int64))
+    with pytest.raises(TypeError, match="x: expected floating point, got int32"):
+        classical.lsr(np.ones((3, 2), np.int32))

@@ -36,7 +36,6 @@ def test_thresholding_clusters_digits_and_k_means_does_less(record_property):
     assert 0.74 <= mean_scores(classical.KMeans(10), x, y, record_property, "digits_kmeans").accuracy <= 0.83
     mean_scores(classical.LSR(10), x, y, record_property, "digits_lsr")
     mean_scores(classical.SSCOMP(10, 5), x, y, record_property, "digits_omp")
-    mean_scores(classical.SSC(10), x, y, record_property, "digits_ensc")
 
 
 def test_scores_on_mnist(record_property):
@@ -44,5 +43,4 @@ def test_scores_on_mnist(record_property):
     x, y = data.mnist_data()
     x = unit(x)
     mean_scores(classical.TSC(10, 4), x, y, record_property, "mnist_tsc")
-    mean_scores(classical.SpectralClustering(10, 10), x, y, record_property, "mnist_spectral")
-    mean_scores(classical.KMeans(10), x, y, record_property, "mnist_kmeans")
+    mean_scores(classical.KMeans(10, n_init=5), x, y, record_property, "mnist_kmeans")

@@ -54,12 +54,12 @@ def ssc_omp(
 def _of_rows(own, at, x, nonzeros, threshold, stop):
     count, row = own.shape[0], jnp.arange(own.shape[0])
     length = jnp.linalg.norm(own, axis=1)
-    slots = jnp.arange(nonzeros)
+    slots = jnp.arange(nonzeros, dtype=jnp.int32)
 
     def step(t, carry):
         residual, chosen, active, values, size = carry
         scores = without_own(jnp.abs(linalg.times(residual, x.T)), at, -1.0)
-        taken = jnp.where(slots[None] < t, -2.0, jnp.inf).astype(scores.dtype)
+        taken = jnp.where(slots[None] < jnp.asarray(t, jnp.int32), -2.0, jnp.inf).astype(scores.dtype)
         scores = scores.at[row[:, None], chosen].min(jnp.broadcast_to(taken, chosen.shape))
         chosen = chosen.at[:, t].set(jnp.where(active, jnp.argmax(scores, axis=1).astype(jnp.int32), chosen[:, t]))
         size = size + active.astype(jnp.int32)

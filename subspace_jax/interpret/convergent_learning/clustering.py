@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.linalg import eigengap
+
 
 class SpectralEmbedding(NamedTuple):
     """Eigenvectors of the Laplacian of a bipartite graph.
@@ -66,14 +68,6 @@ def bipartite_spectral(a: jax.Array, k: int) -> SpectralEmbedding:
     alone = jnp.concatenate([jnp.pad(u[:, least:], ((0, q), (0, 0))), jnp.pad(vt[least:].T, ((p, 0), (0, 0)))], axis=1)
     values = jnp.concatenate([1 - s, jnp.ones(abs(p - q), s.dtype), 1 + s[::-1]])
     return SpectralEmbedding(jnp.concatenate([low, alone, high], axis=1)[:, :k], values[:k])
-
-
-def eigengap(eigenvalues: np.ndarray) -> int:
-    """Returns the number of clusters before the widest gap of ascending eigenvalues; from 1 to one less than given."""
-    gaps = np.diff(np.asarray(eigenvalues))
-    if not len(gaps):
-        raise ValueError("eigenvalues: expected two or more, got one")
-    return int(np.argmax(gaps)) + 1
 
 
 def ward_cluster(embedding: np.ndarray, k: int) -> np.ndarray:
