@@ -47,7 +47,7 @@ def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path):
 @pytest.mark.parametrize(
     ("error", "arguments"),
     [
-        ("input: {root}/nan.npy: expected finite vectors, got NaN or infinity in 1: vector 7", ["--input={root}/nan.npy"]),
+        ("{root}/nan.npy: expected finite vectors, got NaN or infinity in 1: vector 7", ["--input={root}/nan.npy"]),
         ("input: {root}/none.npy: no such file", ["--input={root}/none.npy"]),
         ("--k: expected 1 to 60, the number of items in", ["--k=61"]),
         ("--k: expected 1 to 60, the number of items in", ["--k=0"]),
