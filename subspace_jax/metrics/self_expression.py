@@ -46,8 +46,8 @@ def subspace_preserving_error(c: jax.Array | SparseRows, labels: jax.Array) -> j
 def connectivity(c: jax.Array | SparseRows, labels: jax.Array) -> jax.Array:
     """Least second eigenvalue of the normalized Laplacian of the affinity within a class (algebraic connectivity).
 
-    The affinity is ``(|R| + |R|^T) / 2`` with the rows ``R`` of ``c`` divided by their lengths.  All classes are one
-    eigenproblem, of the affinity without entries between classes: it has an eigenvalue 0 for each class, and the next
+    The affinity is ``(|R| + |R|^T) / 2``, but for its diagonal, with the rows ``R`` of ``c`` divided by their lengths.
+    All classes are one eigenproblem, of the affinity without entries between classes: it has an eigenvalue 0 for each class, and the next
     one is the least of the second ones.
 
     Args:
@@ -64,8 +64,10 @@ def connectivity(c: jax.Array | SparseRows, labels: jax.Array) -> jax.Array:
     n, classes = labels.shape[0], len(np.unique(np.asarray(labels)))
     if classes == n:
         raise ValueError(f"labels: expected a class of two examples or more, got {n} classes of one")
-    half = jnp.where(other, 0, size / jnp.maximum(jnp.linalg.norm(size, axis=1, keepdims=True), _TINY) / 2)
     sparse = isinstance(c, SparseRows)
+    own = (c.idx if sparse else jnp.arange(n)[None]) == jnp.arange(n)[:, None]
+    half = size / jnp.maximum(jnp.linalg.norm(size, axis=1, keepdims=True), _TINY) / 2
+    half = jnp.where(other | own, 0, half)
     product = linalg.affinity_product(SparseRows(c.idx, half) if sparse else half + half.T)
     degrees = product(jnp.ones((n, 1), half.dtype))
     # A node without affinity is a part of its own.

@@ -28,7 +28,7 @@ def test_scores_are_the_golden_ones(case, golden, x64):
 labels = st.lists(st.integers(-2, 3), min_size=30, max_size=30)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(y=labels, p=labels, names=st.permutations(range(100, 106)))
 def test_scores_are_those_of_scikit_learn_under_any_names(y, p, names):
     y, p = np.asarray(y), np.asarray(p)
@@ -36,7 +36,7 @@ def test_scores_are_those_of_scikit_learn_under_any_names(y, p, names):
     assert found.nmi == pytest.approx(peer.normalized_mutual_info_score(y, p), abs=1e-9)
     assert found.ari == pytest.approx(peer.adjusted_rand_score(y, p), abs=1e-9)
     assert found.ami == pytest.approx(peer.adjusted_mutual_info_score(y, p), abs=1e-9)
-    assert found == pytest.approx(metrics.cluster_scores(np.asarray(names)[y + 2], p))
+    np.testing.assert_allclose(found, metrics.cluster_scores(np.asarray(names)[y + 2], p), atol=1e-9)
     assert found.purity >= found.accuracy
     np.testing.assert_array_equal(metrics.contingency(y, p), peer.cluster.contingency_matrix(y, p))
     matched = metrics.best_label_map(y, p)
@@ -48,10 +48,10 @@ def test_scores_are_those_of_scikit_learn_under_any_names(y, p, names):
 
 def test_scores_of_equal_partitions_are_one_and_of_one_cluster_the_largest_share():
     y = np.asarray([5, 5, 5, 9, 9, -1])
-    assert metrics.cluster_scores(y, y + 7) == pytest.approx((1.0,) * 7)
+    np.testing.assert_allclose(metrics.cluster_scores(y, y + 7), 1)
     one = metrics.cluster_scores(y, np.zeros(6, int))
     assert (one.accuracy, one.nmi, one.ari) == (0.5, 0, 0)
-    assert metrics.cluster_scores([3], [4]) == pytest.approx((1.0,) * 7)
+    np.testing.assert_allclose(metrics.cluster_scores([3], [4]), 1)
 
 
 def test_adjusted_rand_index_of_random_labels_is_zero_on_average():
