@@ -47,8 +47,8 @@ def connectivity(c: jax.Array | SparseRows, labels: jax.Array) -> jax.Array:
     """Least second eigenvalue of the normalized Laplacian of the affinity within a class (algebraic connectivity).
 
     The affinity is ``(|R| + |R|^T) / 2``, but for its diagonal, with the rows ``R`` of ``c`` divided by their lengths.
-    All classes are one eigenproblem, of the affinity without entries between classes: it has an eigenvalue 0 for each class, and the next
-    one is the least of the second ones.
+    All classes are one eigenproblem, of the affinity without entries between classes: it has an eigenvalue 0 for each
+    class, and the next one is the least of the second ones.
 
     Args:
       c: ``[n, n]`` or :class:`subspace_jax.linalg.SparseRows`.
@@ -65,7 +65,8 @@ def connectivity(c: jax.Array | SparseRows, labels: jax.Array) -> jax.Array:
     if classes == n:
         raise ValueError(f"labels: expected a class of two examples or more, got {n} classes of one")
     sparse = isinstance(c, SparseRows)
-    own = (c.idx if sparse else jnp.arange(n)[None]) == jnp.arange(n)[:, None]
+    row = jnp.arange(n, dtype=jnp.int32)
+    own = (c.idx if sparse else row[None]) == row[:, None]
     half = size / jnp.maximum(jnp.linalg.norm(size, axis=1, keepdims=True), _TINY) / 2
     half = jnp.where(other | own, 0, half)
     product = linalg.affinity_product(SparseRows(c.idx, half) if sparse else half + half.T)
