@@ -74,13 +74,13 @@ def clustering_accuracy(y: ArrayLike, p: ArrayLike) -> float:
     Clusters without a label score 0.  Arguments: see :func:`contingency`.
     """
     table = contingency(y, p)
-    return float(table[_matching(table)].sum() / table.sum())
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / table.sum())
 
 
 def best_label_map(y: ArrayLike, p: ArrayLike) -> dict[int, int]:
     """The matching of :func:`clustering_accuracy`: from clusters to labels, without clusters that have none."""
     table = contingency(y, p)
-    rows, columns = _matching(table)
+    rows, columns = linear_sum_assignment(table, maximize=True)
     labels, clusters = np.unique(y), np.unique(p)
     return {int(clusters[column]): int(labels[row]) for row, column in zip(rows, columns, strict=True)}
 
@@ -111,12 +111,13 @@ def pair_f_score(y: ArrayLike, p: ArrayLike) -> PairFScore:
 def matched_macro_f1(y: ArrayLike, p: ArrayLike) -> float:
     """F1 of each true label under the matching of :func:`clustering_accuracy`, averaged over labels.
 
-    The "F1" of most papers on attributed graphs.  A label without a cluster has F1 0.  Arguments: see
-    :func:`contingency`.
+    The "F1" of most papers on attributed graphs.  A label without a cluster has F1 0.  Of several
+    best matchings SciPy's for ascending names counts.  Arguments: see :func:`contingency`.
     """
     table = contingency(y, p)
-    rows, columns = _matching(table)
-    return float(_f1(table)[rows, columns].sum() / len(table))
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    scores = 2 * table[rows, columns] / (table[rows].sum(1) + table[:, columns].sum(0))
+    return float(scores.sum() / len(table))
 
 
 def purity(y: ArrayLike, p: ArrayLike) -> float:
@@ -169,16 +170,6 @@ def cluster_scores(y: ArrayLike, p: ArrayLike) -> ClusterScores:
         purity=purity(y, p),
         ami=adjusted_mutual_info(y, p),
     )
-
-
-def _f1(table: np.ndarray) -> np.ndarray:
-    """F1 of each label with each cluster."""
-    return 2 * table / (table.sum(1, keepdims=True) + table.sum(0, keepdims=True))
-
-
-def _matching(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the best matching; of several, one of the largest F1, so that no score depends on names."""
-    return linear_sum_assignment(table + _f1(table) / (1 + min(table.shape)), maximize=True)
 
 
 def _pairs(table: np.ndarray) -> tuple[float, float, float, float]:
