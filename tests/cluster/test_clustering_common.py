@@ -38,7 +38,7 @@ def run(f, x, **options):
 
 
 # 10 does not divide 42 rows.
-@pytest.mark.parametrize("block_size", [None, 10])
+@pytest.mark.parametrize("block_size", [pytest.param(None, marks=pytest.mark.slow), 10])
 def test_coefficients_are_the_golden_ones(block_size, pieces, x64):
     x, dense = jnp.asarray(pieces["X"]), linalg.dense_rows
     steps, threshold = int(pieces["omp_params"][0]), float(pieces["omp_params"][1])
@@ -59,7 +59,7 @@ def test_coefficients_are_the_golden_ones(block_size, pieces, x64):
     np.testing.assert_allclose(error, pieces["omp_subspace_preserving_error"], atol=1e-9)
 
 
-@pytest.mark.parametrize(("tau", "block_size"), [(1.0, None), (0.9, 10)])
+@pytest.mark.parametrize(("tau", "block_size"), [pytest.param(1.0, None, marks=pytest.mark.slow), (0.9, 10)])
 def test_elastic_nets_are_the_golden_ones_and_optimal(tau, block_size, pieces, x64):
     x = pieces["X"]
     found = run(classical.elastic_net_sc, jnp.asarray(x), tau=tau, keep=42, block_size=block_size)
@@ -73,6 +73,7 @@ def test_elastic_nets_are_the_golden_ones_and_optimal(tau, block_size, pieces, x
     assert found.violation.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_elastic_nets_of_few_candidates_are_those_of_all_in_float32(pieces):
     x = jnp.asarray(pieces["X"], jnp.float32)
     found = run(classical.elastic_net_sc, x, tau=0.9, keep=20, candidates=20)

@@ -30,7 +30,7 @@ def test_estimators_pass_the_checks_of_scikit_learn(estimator, check):
 
 
 @pytest.mark.parametrize(
-    "estimator", [pytest.param(e, marks=[] if i in (1, 3) else pytest.mark.slow) for i, e in enumerate(ALL)], ids=str
+    "estimator", [pytest.param(e, marks=[] if i == 3 else pytest.mark.slow) for i, e in enumerate(ALL)], ids=str
 )
 def test_an_estimator_finds_subspaces_and_predicts_new_points(estimator):
     x, y, _ = subspaces(1, 12, 2, 3, 24)
