@@ -23,7 +23,7 @@ METHODS = (
         ),
         module="subspace_jax.cluster.classical",
         configs=(),
-        command="python -m pytest tests/cluster/test_clustering_figures.py -s",
+        command="subspace-jax cluster --input features.npy --k 10 --out work/clusters",
         figures=(
             _scored("accuracy of TSC on digits, mean of 3 seeds", "digits", "digits_tsc_accuracy", at_least=0.85),
             _scored("its NMI", "digits", "digits_tsc_nmi", at_least=0.88),

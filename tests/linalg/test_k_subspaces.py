@@ -1,5 +1,7 @@
 """K-subspaces: recovery, monotone objective, empty clusters, starts and affine subspaces."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_the_objective_never_decreases_from_given_assignments_and_an_empty_clust
         one = STEP(jax.random.key(1), x, init=at)
         at = one.assignments
         found.append(float(one.objective))
-    assert all(b >= a - 1e-6 for a, b in zip(found, found[1:], strict=False))
+    assert all(b >= a - 1e-6 for a, b in itertools.pairwise(found))
     assert found[0] < found[-1]
     assert len(np.unique(at)) == 3
     np.testing.assert_allclose(found[-1], 1, atol=1e-4)
