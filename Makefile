@@ -79,6 +79,9 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/sae.py
 	$(PY) scripts/bench/compress.py
 	$(PY) scripts/bench/clustering.py
+	$(PY) scripts/bench/merge.py
+	$(PY) scripts/bench/merge_adapters.py
+	$(PY) scripts/bench/anomaly.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
