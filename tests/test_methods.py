@@ -51,7 +51,7 @@ def test_commands_of_a_method_parse_and_their_configs_take_their_fields(method):
         assert program == "subspace-jax"
         folder = ["--workdir" if "--config" in words else "--out", "work/x"]
         args, overrides = cli._parse([*words, *([] if command == method.command else folder)])
-        if "config" in args:
+        if getattr(args, "config", None):
             train.override(train.load_config(args.config), overrides)
 
 
