@@ -82,6 +82,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/merge.py
 	$(PY) scripts/bench/merge_adapters.py
 	$(PY) scripts/bench/anomaly.py
+	$(PY) scripts/bench/merge.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Compares merging of folders with the same rules in plain PyTorch or NumPy, which hold all models, in one run.
+"""Compares merging of folders with the same rules in plain PyTorch or NumPy, which hold all models in memory.
 
     python scripts/bench/merge.py           # models up to 67 million parameters, some minutes on two cores
     python scripts/bench/merge.py --quick   # small ones, to see that all runs
@@ -9,8 +9,8 @@ else NumPy: TIES there takes `kthvalue` (`partition`) of flattened task vectors 
 
   s       from the start of reading to the end of writing; medians over rounds in which the sides take turns
   ratio   time of the peer divided by that of subspace_jax
-  peak    most resident memory of the process, less that of one that merges tiny models, over the size of a model in
-          bfloat16
+  peak    most resident memory of the process, mapped files included, less that of one that merges tiny models, over the
+          size of a model in bfloat16
 """
 
 import argparse

@@ -17,6 +17,7 @@ CONFIG = nn.CausalLMConfig.llama3(
 TEXT = language_fisher.FisherText(("text.txt",), batches=2, batch_size=2, length=8)
 
 
+@pytest.mark.slow
 def test_fisher_of_drawn_tokens_is_that_of_fisher_diagonal_with_the_same_draw():
     params = nn.init_params(jax.random.key(0), CONFIG)
     tokens = np.random.default_rng(0).integers(1, 250, (2, 8)).astype(np.int32)

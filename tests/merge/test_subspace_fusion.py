@@ -10,6 +10,7 @@ import pytest
 from subspace_jax.merge import subspace_fusion as fusion
 from subspace_jax.merge.subspace_fusion.concrete import ConcreteSettings, mask_of_noise, used_lam
 
+from ..variants import rest_slow
 from .trees import NAMES, network, random_tree, tree
 
 PUBLIC = (
@@ -74,7 +75,7 @@ def test_average_task_arithmetic_and_both_kinds_of_coefficients_are_golden(golde
         chex.assert_trees_all_close(merged, tree(g, name), atol=1e-10)
 
 
-@pytest.mark.parametrize("keep", [20, 50])
+@pytest.mark.parametrize("keep", rest_slow([20, 50]))
 def test_ties_merge_is_golden(golden, x64, keep):
     g = golden("subspace-fusion/merging")
     flat = jnp.asarray(g["ties/flat"])
@@ -154,12 +155,20 @@ def test_a_sampled_mask_above_a_half_has_the_mean_of_the_mean_field():
 def test_large_logits_and_mean_field_at_zero_leave_task_vectors_as_they_are():
     base, models = random_tree(0), [random_tree(1), random_tree(2)]
     taus = fusion.task_vectors(base, models)
-    want = fusion.apply_task_vectors(base, taus, 0.3)
-    for value, mode in ((1e4, "sample"), (0.0, "mean")):
-        logits = jax.tree.map(lambda x, value=value: jnp.full(x.shape, value), taus[0])
-        mask = fusion.concrete_mask(logits, jax.random.key(0), mode=mode)
-        chex.assert_trees_all_equal(fusion.mask_task_vectors(taus, mask), taus)
-        chex.assert_trees_all_equal(fusion.apply_task_vectors(base, taus, 0.3, mask=mask), want)
+
+    @jax.jit
+    def merges(taus):
+        found = [fusion.apply_task_vectors(base, taus, 0.3)]
+        for value, mode in ((1e4, "sample"), (0.0, "mean")):
+            logits = jax.tree.map(lambda x: jnp.full(x.shape, value), taus[0])  # noqa: B023
+            mask = fusion.concrete_mask(logits, jax.random.key(0), mode=mode)
+            found += [fusion.apply_task_vectors(base, taus, 0.3, mask=mask), fusion.mask_task_vectors(taus, mask)]
+        return found
+
+    want, large, large_taus, mean, mean_taus = merges(taus)
+    for merged, masked in ((large, large_taus), (mean, mean_taus)):
+        chex.assert_trees_all_equal(masked, taus)
+        chex.assert_trees_all_equal(merged, want)
 
 
 def test_rescaling_does_not_depend_on_the_scale_of_a_mask_and_a_mask_of_zeros_stays():
@@ -226,7 +235,7 @@ def test_ties_where_vectors_cancel_takes_the_sign_of_most_entries():
     chex.assert_trees_all_equal(fusion.ties_merge([one, -one], 1.0), -jnp.abs(one))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16, jnp.float16]))
 def test_ties_threshold_is_the_order_statistic_of_all_magnitudes(dtype):
     from subspace_jax.merge.subspace_fusion.ties import threshold
 
@@ -252,6 +261,7 @@ def test_fisher_and_regmean_with_equal_statistics_are_the_average_and_of_one_mod
     chex.assert_trees_all_close(one, models[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_fisher_of_a_linear_softmax_model_is_known_and_a_sampled_one_is_without_bias():
     x = jax.random.normal(jax.random.key(0), (6, 3))
     params = {"kernel": jax.random.normal(jax.random.key(1), (3, 4))}
@@ -277,7 +287,7 @@ def test_prediction_entropy_is_log_classes_for_uniform_logits_and_0_for_certain_
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), rest_slow([(jnp.bfloat16, 0.02), (jnp.float32, 1e-6)]))
 def test_merges_keep_the_dtype_of_a_model(dtype, tolerance):
     whole, models = random_tree(0), [random_tree(1), random_tree(2)]
     low = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, [whole, *models])

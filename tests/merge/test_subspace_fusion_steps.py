@@ -125,6 +125,7 @@ def test_concrete_adamerging_draws_masks_by_its_key_and_starts_coefficients_anew
         assert np.all(np.abs(np.asarray(x) - 0.3) < 0.11)
 
 
+@pytest.mark.slow
 def test_taskwise_coefficients_are_of_a_number_for_each_task():
     models, batches, apply_fns = small()
     state, _ = runs(models, batches, apply_fns, layerwise=False)
@@ -143,6 +144,7 @@ def test_adaptation_with_a_drawn_mask_is_adamerging_of_masked_task_vectors():
     chex.assert_trees_all_close(fixed.lam, apart.lam, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mask_keeps_no_mask_for_its_gradient():
     models, batches, apply_fns = small()
     state = fusion.concrete_init(models.taus, BOTH)

@@ -64,11 +64,11 @@ def digit_views(seed: int) -> DigitViews:
 
 
 def init_params(key: jax.Array) -> Params:
-    """Draws a network 64-128-64: biases zero, weights N(0, 1 / (4 inputs)).
+    """Draws a network 64-128-64: biases zero, weights N(0, 1 / (2 inputs)).
 
     From larger values networks learn less of their own, and their task vectors conflict less.
     """
-    names, draw = ("hidden", "features"), jax.nn.initializers.variance_scaling(0.25, "fan_in", "normal")
+    names, draw = ("hidden", "features"), jax.nn.initializers.variance_scaling(0.5, "fan_in", "normal")
     keys = jax.random.split(key, len(names))
     return {
         name: {"kernel": draw(own, shape), "bias": jnp.zeros(shape[1])}
