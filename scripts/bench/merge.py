@@ -1,6 +1,6 @@
 """Compares merging of folders with the same rules in plain PyTorch or NumPy, which hold all models in memory.
 
-    python scripts/bench/merge.py           # models up to 67 million parameters, some minutes on two cores
+    python scripts/bench/merge.py           # models up to 67 million parameters, ten minutes on two cores
     python scripts/bench/merge.py --quick   # small ones, to see that all runs
 
 Three models and a base are folders of bfloat16 weights, alike but for noise.  Each side reads them, merges them and

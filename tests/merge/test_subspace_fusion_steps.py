@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax.merge import subspace_fusion as fusion
-from subspace_jax.merge.subspace_fusion.concrete import inner_step, mask_step
+from subspace_jax.merge.subspace_fusion.concrete import inner_step, mask_step, merge_masked
 
 from .trees import NAMES, network, tree
 
@@ -48,6 +48,8 @@ def test_concrete_task_arithmetic_is_golden(problem):
     def step(state, batches, u):
         return mask_step(state, batches, lambda _: u, models, apply_fns, txs, settings)
 
+    merged = jax.jit(lambda logits, u: merge_masked(models, state.lam, logits, lambda _: u, settings))
+    chex.assert_trees_all_close(merged(state.logits, tree(g, "ta/u0")), tree(g, "ta/merged0"), atol=1e-10)
     for t in range(STEPS):
         state, metrics = step(state, list(jnp.asarray(g["X"][t])), tree(g, f"ta/u{t}"))
         chex.assert_trees_all_close(metrics["loss"], g["ta/loss"][t], atol=1e-6)
