@@ -128,12 +128,13 @@ class FusionTask(train.Task):
 
     def load(self, shardings):
         """Returns the start with the models."""
-        return jax.device_put(self._start(self._models(), jax.random.key(0)), shardings)
+        # Copies: a step donates its state, and the models may be the caller's own arrays.
+        return jax.device_put(self._start(self._models(), jax.random.key(0)), shardings, may_alias=False)
 
     def restore_frozen(self, variables, shardings):
         """Returns base, task vectors and what belongs to them."""
         del variables
-        return jax.device_put(self._frozen(self._models()), dict(shardings))
+        return jax.device_put(self._frozen(self._models()), dict(shardings), may_alias=False)
 
     def enter(self, state: train.TrainState, at: train.At) -> tuple[PyTree, PyTree, None]:
         """Returns fresh coefficients, with the mask of the phase before and a key for its draw."""
