@@ -1,7 +1,7 @@
 """A sparse autoencoder on activations of any language model, or on vectors: what `subspace-jax sae` starts from.
 
     subspace-jax sae --model work/models/smollm2 --layer 15 --workdir work/sae
-    subspace-jax sae --data vectors.npy --workdir work/sae_vectors
+    subspace-jax sae --config interpret/sae --data vectors.npy --workdir work/sae_vectors
 
 TopK and a linear decoder; ``--config.model.FIELD=VALUE`` sets all else.  1,200 steps; the time is that of the model.
 """
