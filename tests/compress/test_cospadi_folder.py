@@ -122,6 +122,7 @@ def test_compress_folder_writes_what_the_model_reads_with_the_bytes_that_it_says
     )
 
 
+@pytest.mark.slow
 def test_a_compressed_model_computes_what_its_dense_kernels_do(small):
     _, params = interop.load_causal_lm(small[0], dtype=jnp.float32)
     dense = jax.tree.map(as_dense, params, is_leaf=is_structured)
