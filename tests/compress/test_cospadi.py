@@ -18,6 +18,14 @@ FILE = "cospadi/compress"
 ROUNDS = functools.partial(jax.jit, static_argnames=("k", "sparsity", "n_iter", "solver"))(linalg.fit_dictionary)
 
 
+def test_cospadi_has_every_name_of_its_public_surface():
+    names = "GramState update_gram gram_factor allocate allocate_rank storage_bits omp densify ksvd_update mod_update"
+    names += " fit_dictionary DictState compress compress_group svd_compress asvd_compress svd_llm_compress"
+    names += " basis_sharing_compress SparseFactor truncate_bf16 compress_params"
+    assert set(names.split()) <= set(dir(cospadi))
+    assert "SparseDictDense" in dir(nn)
+
+
 def error(x, w, factor):
     return jnp.linalg.norm(x @ (w - factor.dense()))
 
