@@ -72,6 +72,7 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/vision.py
 	$(PY) scripts/bench/represent.py
 	$(PY) scripts/bench/align.py
+	$(PY) scripts/bench/anomaly.py
 	$(PY) scripts/bench/adapters.py
 	$(PY) scripts/bench/attention_ssm.py
 	$(PY) scripts/bench/compare.py
