@@ -13,7 +13,7 @@ def _figure(name: str, command: str, metric: str, at_least: float | None = None)
 
 
 def _textures(side: int, shots: int, way: str) -> Figure:
-    name = f"brick, grass, gravel with discs of another texture, DINOv2-small at {side} px, {shots} normal crops"
+    name = f"brick, grass, gravel with discs of another texture, DINOv2-small at {side} px, normal crops: {shots}"
     return _figure(f"{name}: image AUROC by {_WAYS[way]}", f"{_DINO} -k {side}", f"{way}_{side}_{shots}_image_auroc")
 
 
