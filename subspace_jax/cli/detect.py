@@ -36,7 +36,9 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--backbone", metavar="DIR|NAME", help='folder of a vision transformer, dinov2-small, or "pixels" (the default)'
     )
-    parser.add_argument("--config", metavar="NAME[:VARIANT]", help="settings, such as anomaly/mvtec:shots4")
+    parser.add_argument(
+        "--config", dest="settings", metavar="NAME[:VARIANT]", help="settings, such as anomaly/mvtec:shots4"
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -55,7 +57,7 @@ def _detect(args: argparse.Namespace, overrides: list[str]) -> None:
     from subspace_jax.anomaly.subspacead import report
 
     _check(args)
-    config = train.load_config(args.config) if args.config else fields.default_config()
+    config = train.load_config(args.settings) if args.settings else fields.default_config()
     given = [f"{name}={getattr(args, name)}" for name in ("backbone", "seed") if getattr(args, name) is not None]
     if unlike := set(fields.default_config()) ^ set(config):
         raise ValueError(f"--config: expected the fields of `detect`, got a config of another task ({min(unlike)})")
