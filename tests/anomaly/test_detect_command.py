@@ -180,6 +180,7 @@ def test_open_category_takes_labels_of_folders_or_masks_or_none(tmp_path):
         image_sets.open_category(tmp_path / "normal", tmp_path / "flat", tmp_path / "masks")
 
 
+@pytest.mark.slow
 def test_open_backbone_opens_a_model_by_its_folder(tmp_path, monkeypatch):
     sizes = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_size": 32, "patch_size": 4}
     model = nn.VisionTransformerConfig.dinov2("small", 0, image_size=(12, 12), **sizes)
