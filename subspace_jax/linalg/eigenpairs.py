@@ -12,6 +12,7 @@ from subspace_jax.linalg.products import gram, times
 from subspace_jax.linalg.svd import canonical_signs
 
 _DEGREE = 12
+_MAX_ROUNDS = 100
 
 
 class Eigenpairs(NamedTuple):
@@ -37,17 +38,16 @@ def top_eigenpairs(
     k: int,
     *,
     lowest: float = -1.0,
-    oversample: int = 8,
     tolerance: float | None = None,
-    max_rounds: int = 100,
     dtype: DTypeLike = jnp.float32,
 ) -> Eigenpairs:
     """The eigenpairs of largest eigenvalue, by block subspace iteration with Chebyshev filters.
 
     A round applies a Chebyshev polynomial of degree 12 that is small between ``lowest`` and the smallest Ritz value of
     the block and grows beyond, orthonormalizes, and takes Ritz pairs (Zhou, Saad, Tiago and Chelikowsky, J. Comput.
-    Phys. 219, 2006).  It finds eigenvalues of any multiplicity up to the width of the block, ``k + oversample``.
-    Beside the products of the operator there are only narrow ones; the rows of the vectors may be sharded.
+    Phys. 219, 2006).  It finds eigenvalues of any multiplicity up to the width of the block, ``k`` and half as many
+    again, at least 8.  Beside the products of the operator there are only narrow ones; the rows of the vectors may be
+    sharded.
 
     Args:
       key: Key of the start.
@@ -55,34 +55,30 @@ def top_eigenpairs(
       n: Rows of ``A``.
       k: Number of eigenpairs.
       lowest: A number that is no larger than any eigenvalue.
-      oversample: Further vectors of the block; more of them converge in fewer rounds.
       tolerance: Largest norm of a residual, relative to the largest eigenvalue in magnitude; 1e-5 in float32 and 1e-10
         in float64 by default.
-      max_rounds: Most rounds.
       dtype: float32 or float64.
 
     Returns:
-      The eigenpairs.  Look at ``residual`` where ``max_rounds`` may have ended the iteration.
+      The eigenpairs.  Look at ``residual`` where 100 rounds may not do.
 
     Raises:
-      ValueError: ``k`` is not between 1 and ``n``, or another argument is out of range.
+      ValueError: ``k`` is not between 1 and ``n``.
       TypeError: ``dtype`` is neither float32 nor float64.
     """
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, the number of rows, got {k}")
-    if oversample < 0 or max_rounds < 1:
-        raise ValueError(f"oversample, max_rounds: expected 0 and 1 or more, got {oversample} and {max_rounds}")
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     if tolerance is None:
         tolerance = 1e-5 if dtype == jnp.float32 else 1e-10
-    start = orthonormal_columns(jax.random.normal(key, (n, min(n, k + oversample)), dtype))
+    start = orthonormal_columns(jax.random.normal(key, (n, min(n, k + max(8, k // 2))), dtype))
     values, vectors, residual = _ritz(matvec, start, k)
 
     def going(carry):
         values, _, residual, rounds = carry
-        return (residual > tolerance * jnp.max(jnp.abs(values))) & (rounds < max_rounds)
+        return (residual > tolerance * jnp.max(jnp.abs(values))) & (rounds < _MAX_ROUNDS)
 
     def one(carry):
         values, vectors, _, rounds = carry

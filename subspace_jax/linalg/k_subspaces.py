@@ -11,6 +11,7 @@ from subspace_jax.linalg.products import gram, times, working_dtype
 from subspace_jax.linalg.row_blocks import map_row_blocks
 
 _NUMBERS_AT_A_TIME = 2**22
+_MAX_STEPS = 100
 
 
 class KSubspaces(NamedTuple):
@@ -41,13 +42,12 @@ def k_subspaces(
     restarts: int = 20,
     init: jax.Array | None = None,
     affine: bool = False,
-    max_steps: int = 100,
 ) -> KSubspaces:
     """Assigns rows to subspaces and fits subspaces to rows in turns (Bradley and Mangasarian 2000; Tseng 2000).
 
-    The objective never decreases.  A start ends when no assignment changes.  Random starts come in batches.  A step
-    costs ``2 rows k n (n + d)`` operations and an eigendecomposition ``[n, n]`` for each subspace; it holds
-    ``[k, n, n]`` and ``[rows, k]``.  The rows may be sharded.  A cluster of fewer than ``d`` rows gets further
+    The objective never decreases.  A start ends when no assignment changes, or after 100 steps.  Random starts come in
+    batches.  A step costs ``2 rows k n (n + d)`` operations and an eigendecomposition ``[n, n]`` for each subspace; it
+    holds ``[k, n, n]`` and ``[rows, k]``.  The rows may be sharded.  A cluster of fewer than ``d`` rows gets further
     directions, orthogonal to them; an empty one is fitted anew to the rows that are explained worst.
 
     Args:
@@ -58,7 +58,6 @@ def k_subspaces(
       restarts: Number of random starts, of which the one with the largest objective is returned.
       init: Assignments ``[rows]`` to begin with, such as those of spectral clustering, in place of random starts.
       affine: Whether the subspaces need not contain the origin.
-      max_steps: Most steps of a start.
 
     Returns:
       The clustering; float32 or wider.
@@ -73,15 +72,15 @@ def k_subspaces(
         raise ValueError(f"k: expected 1 to {rows}, the number of rows, got {k}")
     if not 1 <= d <= n:
         raise ValueError(f"d: expected 1 to {n}, the width of the rows, got {d}")
-    if restarts < 1 or max_steps < 1:
-        raise ValueError(f"restarts, max_steps: expected at least 1, got {restarts} and {max_steps}")
+    if restarts < 1:
+        raise ValueError(f"restarts: expected at least 1, got {restarts}")
     if init is not None and (init.shape != (rows,) or not jnp.issubdtype(init.dtype, jnp.integer)):
         raise ValueError(f"init: expected integers [{rows}], one for each row, got {init.dtype} {list(init.shape)}")
     check_finite("x", x)
     x = x.astype(working_dtype(x))
 
     def run(start):
-        return _run(x, k, d, start, affine, max_steps)
+        return _run(x, k, d, start, affine)
 
     if init is not None:
         everywhere = jnp.full(rows, jnp.inf, x.dtype)
@@ -123,7 +122,7 @@ def _block(k, n):
     return max(256, _NUMBERS_AT_A_TIME // (k * n))
 
 
-def _run(x, k, d, start, affine, max_steps):
+def _run(x, k, d, start, affine, max_steps=_MAX_STEPS):
     def assign(bases, means):
         def of_block(block):
             scores = explained_energy(block, bases, means)

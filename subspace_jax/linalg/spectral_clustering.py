@@ -102,7 +102,7 @@ def spectral_embedding(
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
         return SpectralEmbedding(vectors * canonical_signs(vectors)[None], values, jnp.zeros((), dtype))
     key = jax.random.key(0) if key is None else key
-    found = top_eigenpairs(key, lambda v: scale * product(scale * v), count, k, oversample=max(8, k // 2), dtype=dtype)
+    found = top_eigenpairs(key, lambda v: scale * product(scale * v), count, k, dtype=dtype)
     return SpectralEmbedding(found.vectors, found.values, found.residual)
 
 
