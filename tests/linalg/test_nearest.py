@@ -134,3 +134,13 @@ def test_orthogonal_procrustes_between_widths_is_semi_orthogonal():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(vectors(0, 5, 3))
+
+
+def test_smallest_entries_by_groups_are_those_of_a_sort_ties_included():
+    from subspace_jax.linalg.nearest import _smallest
+
+    x = np.random.default_rng(0).integers(0, 40, (5, 512)).astype(np.float32)
+    values, at = jax.jit(_smallest, static_argnums=1)(x, 6)
+    order = np.argsort(x, axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(at, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=1))
