@@ -120,6 +120,7 @@ def test_merge_models_averages_without_a_base_with_the_files_of_the_first_model(
     assert not (tmp_path / "out" / "merge.png").exists()
 
 
+@pytest.mark.slow
 def test_merge_folders_weighs_by_fisher_information_as_fisher_merge(made, tmp_path):
     fishers = []
     for i in range(2):

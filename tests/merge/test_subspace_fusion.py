@@ -86,6 +86,7 @@ def test_ties_merge_is_golden(golden, x64, keep):
         chex.assert_trees_all_close(found, g[f"ties/{combine}{keep}"], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_trimming_and_elected_signs_of_ties_are_golden(golden, x64):
     from subspace_jax.merge.subspace_fusion import ties
 
@@ -179,6 +180,7 @@ def test_rescaling_does_not_depend_on_the_scale_of_a_mask_and_a_mask_of_zeros_st
     chex.assert_trees_all_equal(once["b"], jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_apply_task_vectors_masks_as_mask_task_vectors_does():
     base, models = random_tree(0), [random_tree(1), random_tree(2)]
     taus = fusion.task_vectors(base, models)
@@ -235,7 +237,8 @@ def test_ties_where_vectors_cancel_takes_the_sign_of_most_entries():
     chex.assert_trees_all_equal(fusion.ties_merge([one, -one], 1.0), -jnp.abs(one))
 
 
-@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16, jnp.float16]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_ties_threshold_is_the_order_statistic_of_all_magnitudes(dtype):
     from subspace_jax.merge.subspace_fusion.ties import threshold
 
@@ -287,7 +290,8 @@ def test_prediction_entropy_is_log_classes_for_uniform_logits_and_0_for_certain_
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), rest_slow([(jnp.bfloat16, 0.02), (jnp.float32, 1e-6)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 0.02), (jnp.float32, 1e-6)])
 def test_merges_keep_the_dtype_of_a_model(dtype, tolerance):
     whole, models = random_tree(0), [random_tree(1), random_tree(2)]
     low = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, [whole, *models])
@@ -366,6 +370,7 @@ def test_what_can_not_be_merged_is_refused(message, call):
 BAD = ConcreteSettings(temperature=-1.0)
 
 
+@pytest.mark.slow
 def test_damping_makes_a_singular_sum_regular():
     merged = fusion.regmean_merge([BASE, OTHER], [STATS, STATS], damping=0.1)
     assert bool(jnp.all(jnp.isfinite(merged["up"]["kernel"])))

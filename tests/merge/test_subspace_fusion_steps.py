@@ -134,6 +134,7 @@ def test_taskwise_coefficients_are_of_a_number_for_each_task():
     assert state.lam.shape == (2,)
 
 
+@pytest.mark.slow
 def test_adaptation_with_a_drawn_mask_is_adamerging_of_masked_task_vectors():
     models, batches, apply_fns = small()
     txs = fusion.Optimizers(lam=optax.adam(0.1))

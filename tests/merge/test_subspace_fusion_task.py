@@ -82,6 +82,7 @@ def test_a_step_on_both_takes_coefficients_from_their_start_and_leaves_them_ther
     assert {"loss", "entropy_0", "entropy_1"} <= metrics.keys()
 
 
+@pytest.mark.slow
 def test_a_step_of_the_task_on_coefficients_is_adamerging_step():
     task, txs = task_of("lam", masked=False), fusion.Optimizers(lam=optax.adam(0.1))
     state, metrics, batch = one_step(task, txs.lam)
