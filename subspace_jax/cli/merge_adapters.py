@@ -18,7 +18,7 @@ _MERGE_ADAPTERS = """
     a DoRA among them the result is DoRA, also exactly; it reads the model's weights.
 
     TIES has no such form: it takes each layer's updates as dense matrices, one layer at a time, with a threshold for
-    each matrix.  What comes out has full rank, so expect an error of some ten percent.
+    each matrix.  What comes out has full rank, so expect a large error, which is told.
 
     Time: half a minute on one core for three adapters of SmolLM2-135M, of rank 16 on all linear layers; TIES takes
     longer, and more memory.
