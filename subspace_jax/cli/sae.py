@@ -54,6 +54,8 @@ def add_commands(commands) -> None:
 
 
 def _sae(args: argparse.Namespace, overrides: list[str]) -> None:
+    import jax
+
     from subspace_jax import represent, train
     from subspace_jax.interpret.polysae import explain
 
@@ -70,7 +72,11 @@ def _sae(args: argparse.Namespace, overrides: list[str]) -> None:
     result = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     )
-    runs.say(args, "Report: encoding the texts …")
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            print(f"Wrote checkpoints to {args.workdir}; the same command on one process writes the report")
+        return
+    runs.say(args, "Report: encoding what was held out …")
     figures = explain.explain(config, result.state, result.metrics, args.workdir, probe=probe)
     shared.write_result(args.workdir, figures)
     print("; ".join(f"{name} {value:.4f}" for name, value in figures.items()))
