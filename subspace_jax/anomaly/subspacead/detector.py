@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -44,7 +45,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         self.drop_leading = drop_leading
         self.contamination = contamination
 
-    def fit(self, X, y=None) -> "SubspaceDetector":
+    def fit(self, X: ArrayLike, y: None = None) -> "SubspaceDetector":
         """Fits to normal examples.
 
         Args:
@@ -73,16 +74,16 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         self.offset_ = float(np.quantile(self._scores(X), self.contamination))
         return self
 
-    def score_samples(self, X) -> np.ndarray:
+    def score_samples(self, X: ArrayLike) -> np.ndarray:
         """Negative anomaly scores of examples ``[examples, features]``: lower is more anomalous, as in scikit-learn."""
         check_is_fitted(self)
         return self._scores(validate_data(self, X, dtype=(np.float64, np.float32), reset=False))
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
         """Scores less the threshold: below 0 is anomalous."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """Returns 1 for normal and -1 for anomalous examples."""
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
