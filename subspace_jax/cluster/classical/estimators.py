@@ -16,6 +16,8 @@ from subspace_jax.cluster.classical.omp import ssc_omp
 from subspace_jax.cluster.classical.tsc import tsc
 from subspace_jax.linalg import SparseRows
 
+RandomState = int | np.random.RandomState | None
+
 _kmeans = jax.jit(linalg.kmeans, static_argnames=("k", "restarts", "max_steps"))
 _k_subspaces = jax.jit(linalg.k_subspaces, static_argnames=("k", "d", "restarts", "affine"))
 _spectral = jax.jit(linalg.spectral_clustering, static_argnames=("k", "restarts"))
@@ -53,7 +55,7 @@ class KMeans(_Clustering):
       inertia_: Sum of squared distances to the centers.
     """
 
-    def __init__(self, n_clusters=8, *, n_init=20, max_iter=100, random_state=None):
+    def __init__(self, n_clusters: int = 8, *, n_init: int = 20, max_iter: int = 100, random_state: RandomState = None):
         self.n_clusters = n_clusters
         self.n_init = n_init
         self.max_iter = max_iter
@@ -90,7 +92,15 @@ class KSubspaces(_Clustering):
       objective_: Mean squared length that the subspaces explain.
     """
 
-    def __init__(self, n_clusters=8, n_components=1, *, n_init=20, affine=False, random_state=None):
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        n_components: int = 1,
+        *,
+        n_init: int = 20,
+        affine: bool = False,
+        random_state: RandomState = None,
+    ):
         self.n_clusters = n_clusters
         self.n_components = n_components
         self.n_init = n_init
@@ -158,7 +168,9 @@ class SpectralClustering(_OnGraph):
       eigenvalues_: ``[k]``, of the normalized affinity, descending.
     """
 
-    def __init__(self, n_clusters=8, n_neighbors=10, *, n_init=20, random_state=None):
+    def __init__(
+        self, n_clusters: int = 8, n_neighbors: int = 10, *, n_init: int = 20, random_state: RandomState = None
+    ):
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
         self.n_init = n_init
@@ -186,7 +198,9 @@ class TSC(_OnGraph):
     Attributes: see :class:`SpectralClustering`.
     """
 
-    def __init__(self, n_clusters=8, n_neighbors=4, *, n_init=20, random_state=None):
+    def __init__(
+        self, n_clusters: int = 8, n_neighbors: int = 4, *, n_init: int = 20, random_state: RandomState = None
+    ):
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
         self.n_init = n_init
@@ -216,7 +230,15 @@ class LSR(_SelfExpressive):
     Attributes: see :class:`SpectralClustering`.
     """
 
-    def __init__(self, n_clusters=8, gamma=10.0, keep=9, *, n_init=20, random_state=None):
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        gamma: float = 10.0,
+        keep: int = 9,
+        *,
+        n_init: int = 20,
+        random_state: RandomState = None,
+    ):
         self.n_clusters = n_clusters
         self.gamma = gamma
         self.keep = keep
@@ -240,7 +262,15 @@ class LRR(_SelfExpressive):
     Attributes: see :class:`SpectralClustering`.
     """
 
-    def __init__(self, n_clusters=8, noise=0.0, keep=9, *, n_init=20, random_state=None):
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        noise: float = 0.0,
+        keep: int = 9,
+        *,
+        n_init: int = 20,
+        random_state: RandomState = None,
+    ):
         self.n_clusters = n_clusters
         self.noise = noise
         self.keep = keep
@@ -264,7 +294,15 @@ class SSC(_SelfExpressive):
     Attributes: see :class:`SpectralClustering`.
     """
 
-    def __init__(self, n_clusters=8, gamma=50.0, tau=0.9, *, n_init=20, random_state=None):
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        gamma: float = 50.0,
+        tau: float = 0.9,
+        *,
+        n_init: int = 20,
+        random_state: RandomState = None,
+    ):
         self.n_clusters = n_clusters
         self.gamma = gamma
         self.tau = tau
@@ -288,7 +326,9 @@ class SSCOMP(_SelfExpressive):
     Attributes: see :class:`SpectralClustering`.
     """
 
-    def __init__(self, n_clusters=8, n_nonzeros=10, *, n_init=20, random_state=None):
+    def __init__(
+        self, n_clusters: int = 8, n_nonzeros: int = 10, *, n_init: int = 20, random_state: RandomState = None
+    ):
         self.n_clusters = n_clusters
         self.n_nonzeros = n_nonzeros
         self.n_init = n_init
