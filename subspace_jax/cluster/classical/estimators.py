@@ -18,7 +18,7 @@ from subspace_jax.linalg import SparseRows
 
 RandomState = int | np.random.RandomState | None
 
-_kmeans = jax.jit(linalg.kmeans, static_argnames=("k", "restarts", "max_steps"))
+_kmeans = jax.jit(linalg.kmeans, static_argnames=("k", "restarts"))
 _k_subspaces = jax.jit(linalg.k_subspaces, static_argnames=("k", "d", "restarts", "affine"))
 _spectral = jax.jit(linalg.spectral_clustering, static_argnames=("k", "restarts"))
 _nearest = jax.jit(linalg.nearest_rows, static_argnames=("k",))
@@ -46,7 +46,6 @@ class KMeans(_Clustering):
     Args:
       n_clusters: Number of clusters.
       n_init: Starts by k-means++.
-      max_iter: Most steps of a start.
       random_state: Seed or ``numpy.random.RandomState``.
 
     Attributes:
@@ -55,16 +54,15 @@ class KMeans(_Clustering):
       inertia_: Sum of squared distances to the centers.
     """
 
-    def __init__(self, n_clusters: int = 8, *, n_init: int = 20, max_iter: int = 100, random_state: RandomState = None):
+    def __init__(self, n_clusters: int = 8, *, n_init: int = 20, random_state: RandomState = None):
         self.n_clusters = n_clusters
         self.n_init = n_init
-        self.max_iter = max_iter
         self.random_state = random_state
 
     def fit(self, X, y=None):
         """Clusters rows ``[n, features]``."""
         rows = self._rows(X, reset=True)
-        found = _kmeans(self._key(), rows, k=self.n_clusters, restarts=self.n_init, max_steps=self.max_iter)
+        found = _kmeans(self._key(), rows, k=self.n_clusters, restarts=self.n_init)
         self.cluster_centers_, self.labels_ = np.asarray(found.centers), np.asarray(found.assignments)
         self.inertia_ = float(found.inertia)
         return self
