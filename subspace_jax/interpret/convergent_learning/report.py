@@ -93,9 +93,12 @@ def write_heat_maps(found: LayerComparison, folder: str | os.PathLike) -> None:
     size = max(3.2, 0.28 * max(len(found.rows), len(found.columns)) + 1.6)
     figure = Figure(figsize=(1.1 * size * columns, 0.9 * size * lines), layout="constrained")
     for axis, name in zip(figure.subplots(lines, columns, squeeze=False).flat, measures, strict=False):
-        image = axis.imshow(found.matrix(name), vmin=0, vmax=1, cmap="viridis", origin="lower")
+        values = found.matrix(name)
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axis.set_facecolor("0.9")
         axis.set(xlabel="layer of B", ylabel="layer of A")
-        axis.set_title(_MEANING[name], fontsize=9)
+        trivial = "\n(grey: trivial for so few examples)" if np.isnan(values).any() else ""
+        axis.set_title(_MEANING[name] + trivial, fontsize=9)
         axis.set_xticks(range(len(found.columns)), found.columns, rotation=90 if len(found.columns) > 6 else 0)
         axis.set_yticks(range(len(found.rows)), found.rows)
         figure.colorbar(image, ax=axis, shrink=0.7)

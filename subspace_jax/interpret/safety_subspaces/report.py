@@ -64,7 +64,7 @@ def draw(report: FolderReport, folder: str | os.PathLike) -> pathlib.Path:
         own = sums.setdefault(module_of(name), [0.0, 0.0, 0.0])
         for i, share in enumerate((1.0, found.energies[at], found.random[at])):
             own[i] += found.update_energy * share
-    moved = {name: own for name, own in sums.items() if own[0]}
+    moved = {name: sums[name] for name in sorted(sums, key=_by_number) if sums[name][0]}
     for i, (style, label) in enumerate((("o", "in the directions"), ("_", "expected of random ones")), start=1):
         right.plot([own[i] / own[0] for own in moved.values()], style, label=label, color="C0" if i == 1 else "C7")
     few = max(1, len(moved) // 20)
@@ -80,6 +80,11 @@ def draw(report: FolderReport, folder: str | os.PathLike) -> pathlib.Path:
 def shown_fraction(report: FolderReport) -> float:
     """The fraction of tables by weight: the least at which a model is written, or a tenth."""
     return min(report.settings.fracs, default=0.1)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts "layers.2" before "layers.10"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _ratio(report: FolderReport, name: str, at: int) -> float:
