@@ -36,7 +36,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--method", choices=methods, default="tsc", help="default: tsc")
     parser.add_argument("--labels", metavar="FILE", help="true labels, .npy or .npz with labels: only for scores")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs, seeds --seed and on (default: 3)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run (default: 0)")
     parser.add_argument("--neighbors", type=int, help="tsc, spectral: neighbours of an item (default: 4, 10)")
     parser.add_argument("--dim", type=int, help="k-subspaces: dimension of a subspace (default: 1)")
     parser.add_argument("--gamma", type=float, help="lsr, ssc: weight of the data (default: 10, 50)")
@@ -55,20 +55,27 @@ def _cluster(args: argparse.Namespace, overrides: list[str]) -> None:
     options = _options(args)
     if args.seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
+    if not 0 <= args.seed <= 2**32 - args.seeds:
+        raise ValueError(f"--seed: expected 0 to {2**32 - args.seeds}, got {args.seed}")
     if args.k is None and args.method in ("kmeans", "k-subspaces"):
         raise ValueError(f"--k: expected a number of clusters, for {args.method} has no graph that tells one")
     source = data.open_vectors("input", args.input)
     n = source.shape[0]
     if n < 2 or (args.k is not None and not 1 <= args.k <= n):
         raise ValueError(f"--k: expected 1 to {n}, the number of items in {args.input}, got {args.k}")
+    if args.dim is not None and args.dim > source.shape[1]:
+        raise ValueError(f"--dim: expected 1 to {source.shape[1]}, the width of {args.input}, got {args.dim}")
     labels = None if args.labels is None else data.read_labels(args.labels, n)
     out = train.writable_folder(args.out)
     x = source.read()
     if not args.raw:
         x = np.asarray(linalg.unit_vectors(x))
-    print(f"Clustering {n} items of width {x.shape[1]} by {args.method}, {args.seeds} seeds", flush=True)
+    print(
+        f"Clustering {n} items of width {x.shape[1]} by {args.method}, {args.seeds} seed{'s' * (args.seeds > 1)}",
+        flush=True,
+    )
     seeds = range(args.seed, args.seed + args.seeds)
-    found = run.cluster_features(x, args.k, args.method, seeds=seeds, labels=labels, **options)
+    found = run.cluster_features(x, args.k, args.method, seeds=seeds, labels=labels, progress=True, **options)
     report = _report(args, found, options)
     with train.replacing(out / "labels.npy") as partial, partial.open("wb") as file:
         np.save(file, found.labels)
@@ -120,7 +127,7 @@ def _table(report: dict) -> str:
     chosen = ", chosen by the eigengap" if report["chosen"] else ""
     lines = [f"{report['k']} clusters{chosen}, of {sizes[0]} to {sizes[-1]} items"]
     if report["agreement"]:
-        lines.append(f"agreement of the seeds (adjusted Rand index): {min(report['agreement']):.3f} or more")
+        lines.append(f"agreement of the seeds (adjusted Rand index): at least {min(report['agreement']):.3f}")
     for name, (mean, std) in report.get("scores", {}).items():
         lines.append(f"  {name:<9} {mean:.4f} ± {std:.4f}")
     return "\n".join(lines)

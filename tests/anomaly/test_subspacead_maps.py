@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from subspace_jax import interop, nn
-from subspace_jax.anomaly import subspacead
+from subspace_jax.anomaly import image_sets, subspacead
+from subspace_jax.anomaly.subspacead import detect, report
 
 from ..variants import rest_slow
 
@@ -99,3 +101,16 @@ def test_background_mask_separates_an_object_from_its_background():
 def test_maps_refuse_options_out_of_range(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.zeros((1, 4, 4)))
+
+
+def test_write_overlays_writes_a_map_for_each_of_two_images_whose_names_differ_by_the_suffix(tmp_path):
+    pixels, rows = np.full((8, 8, 3), 100, np.uint8), []
+    for i, name in enumerate(("a.bmp", "a.png")):
+        Image.fromarray(pixels).save(tmp_path / name)
+        rows.append(detect.Row(image_sets.TestImage(tmp_path / name, name, None, None), float(i), None))
+    found = detect.Detection("own", rows, {}, 1, 1, None, {}, 0.0)
+    np.stack([np.zeros((8, 8)), np.eye(8)]).astype(np.float32).tofile(tmp_path / "maps.raw")
+    thumbnails = report.write_overlays(found, tmp_path / "maps.raw", 8, tmp_path / "maps")
+    written = [np.asarray(Image.open(tmp_path / "maps" / name)) for name in ("a.bmp.png", "a.png")]
+    assert thumbnails.keys() == {"a.bmp", "a.png"}
+    assert np.ptp(written[0], axis=(0, 1)).max() == 0 < np.ptp(written[1], axis=(0, 1)).max()

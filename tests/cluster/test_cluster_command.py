@@ -55,6 +55,8 @@ def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path):
         ("--k: expected a number of clusters, for kmeans has no graph", ["--method=kmeans"]),
         ("--dim: is for k-subspaces, not for tsc", ["--dim=2"]),
         ("--neighbors: expected 1 or more, got 0", ["--neighbors=0"]),
+        ("--dim: expected 1 to 12, the width of {root}/features.npz", ["--method=k-subspaces", "--k=3", "--dim=13"]),
+        ("--seed: expected 0 to 4294967293, got -1", ["--seed=-1"]),
         ("--seeds: expected at least 1, got 0", ["--seeds=0"]),
         ("labels: {root}/short.npy: expected one for each of 60 vectors, got 9", ["--labels={root}/short.npy"]),
     ],

@@ -51,6 +51,7 @@ def write_scores(found: Sequence[Detection], path: pathlib.Path) -> None:
 def write_overlays(found: Detection, maps: pathlib.Path, side: int, folder: pathlib.Path) -> dict[str, bytes]:
     """Writes a PNG of each image with its map over it; returns thumbnails for the page, JPEG by name of image.
 
+    That of ``a.jpg`` is ``a.jpg.png``, for there may be an ``a.png``.
     The colours go from the median of all maps of the category to their largest value.
     """
     values = np.memmap(maps, np.float32, "r", shape=(len(found.rows), side, side))
@@ -62,7 +63,7 @@ def write_overlays(found: Detection, maps: pathlib.Path, side: int, folder: path
         image = data.resize(data.decode_image(row.image.path), (side, side), "bilinear")
         heat = np.clip((own - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
         over = np.rint(255 * colours(heat)[..., :3] * _OPACITY + image * (1 - _OPACITY)).astype(np.uint8)
-        path = folder / pathlib.PurePosixPath(row.image.name).with_suffix(".png")
+        path = folder / (row.image.name if row.image.name.endswith(".png") else f"{row.image.name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(over).save(path)
         if row.image.name in shown:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
 
 from subspace_jax import linalg, metrics
 from subspace_jax.cluster.classical import estimators
@@ -49,6 +50,7 @@ def cluster_features(
     *,
     seeds: range = range(1),
     labels: np.ndarray | None = None,
+    progress: bool = False,
     **options,
 ) -> Clusters:
     """Clusters rows once for each seed.
@@ -59,6 +61,7 @@ def cluster_features(
       method: One of :data:`METHODS`.
       seeds: Seeds.
       labels: True labels ``[n]``, for scores.
+      progress: Whether to show a progress bar over the seeds, in a terminal.
       **options: Arguments of the method's estimator.
 
     Returns:
@@ -73,7 +76,8 @@ def cluster_features(
     if k is None:
         k = _chosen(x, method, options)
     estimator = METHODS[method](k, **options)
-    found = [estimator.set_params(random_state=seed).fit_predict(x) for seed in seeds]
+    bar = tqdm(seeds, desc=f"{method}: {k} clusters", unit="seed", disable=None if progress else True)
+    found = [estimator.set_params(random_state=seed).fit_predict(x) for seed in bar]
     return Clusters(
         found[0],
         k,
