@@ -36,7 +36,8 @@ def test_predict_flags_what_lies_off_the_subspace(rows):
         ({"contamination": 0.6}, r"contamination: expected a share in \(0, 0.5\], got 0.6"),
         ({"method": "whiten"}, "method: expected one of"),
         ({"drop_leading": -1}, "drop_leading: expected at least 0, got -1"),
-        ({"n_components": 9}, "rank: expected 0 to 8"),
+        ({"n_components": 9}, "n_components: expected 0 to 8, the features, got 9"),
+        ({"drop_leading": 9}, "drop_leading: expected at most 8, the features, got 9"),
     ],
 )
 def test_fit_refuses_options_out_of_range(rows, options, message):

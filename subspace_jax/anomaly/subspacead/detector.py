@@ -65,6 +65,10 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         if self.drop_leading < 0:
             raise ValueError(f"drop_leading: expected at least 0, got {self.drop_leading}")
         X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
+        if self.drop_leading > X.shape[1]:
+            raise ValueError(f"drop_leading: expected at most {X.shape[1]}, the features, got {self.drop_leading}")
+        if self.n_components is not None and not 0 <= self.n_components <= X.shape[1]:
+            raise ValueError(f"n_components: expected 0 to {X.shape[1]}, the features, got {self.n_components}")
         with jax.enable_x64(X.dtype == np.float64):
             found = fit_pca(X, explained_variance=self.explained_variance, rank=self.n_components)
             self.mean_, self.components_, self.explained_variance_ = (
