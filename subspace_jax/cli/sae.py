@@ -16,7 +16,8 @@ _SAE = """
 
     The folder gets report.html (figures, and the texts where features are most active), features.json, result.json, and
     of a linear decoder sae_lens/, a folder that SAELens loads.  A step of 8 rows of 128 tokens with SmolLM2 and 4,096
-    features takes about a second on two cores; a run that was stopped resumes with the same command.
+    features takes about a second on two cores; a step on vectors takes 256 of them
+    (--config.data.batch_size=N).  A run that was stopped resumes with the same command.
     """
 _FLAGS = {
     "model": "model.folder",
@@ -29,6 +30,7 @@ _FLAGS = {
     "evaluation": "data.evaluation",
     "steps": "train.steps",
 }
+_VECTORS = 256  # of a step on vectors, where a row of text would be many
 
 
 def add_commands(commands) -> None:
@@ -36,7 +38,7 @@ def add_commands(commands) -> None:
     summary = "train a sparse autoencoder on activations, linear or polynomial, and show what its features stand for"
     parser = shared.add_command(commands, "sae", summary, _sae, _SAE, fields=True, trains=True)
     parser.add_argument("--model", metavar="DIR", help="language model: a Hugging Face folder or GGUF file")
-    parser.add_argument("--layer", type=int, help="hidden state to explain: that after so many layers")
+    parser.add_argument("--layer", type=int, help="hidden state to explain: that after so many layers (default: 1)")
     parser.add_argument("--data", metavar="FILE", help="texts or vectors (default: docstrings of the standard library)")
     parser.add_argument("--evaluation", metavar="FILE", help="others for evaluation (default: a twentieth of --data)")
     parser.add_argument("--features", type=int, metavar="M", help="number of features (default: 4096)")
@@ -76,7 +78,7 @@ def _sae(args: argparse.Namespace, overrides: list[str]) -> None:
         if jax.process_index() == 0:
             print(f"Wrote checkpoints to {args.workdir}; the same command on one process writes the report")
         return
-    runs.say(args, "Report: encoding what was held out …")
+    runs.say(args, "Report: finding where features are active …")
     figures = explain.explain(config, result.state, result.metrics, args.workdir, probe=probe)
     shared.write_result(args.workdir, figures)
     print("; ".join(f"{name} {value:.4f}" for name, value in figures.items()))
@@ -89,10 +91,17 @@ def _config(args: argparse.Namespace, overrides: list[str]):
     """The config with what the flags say."""
     from subspace_jax import train
 
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps: expected at least 1, got {args.steps}")
     given = {field: getattr(args, name) for name, field in _FLAGS.items() if getattr(args, name) is not None}
     if args.model:
         shared.check_model_folder(args.model)
         given["model.tokenizer"] = shared.tokenizer_of(args.model)
+    source = args.data or ""
+    if not args.model and args.config == "interpret/sae" and (source.endswith(".npy") or os.path.isdir(source)):
+        from subspace_jax import data
+
+        given["data.batch_size"] = max(1, min(_VECTORS, len(data.VectorShards(source, name="data.source")) // 2))
     fields = [f"{field}={value}" for field, value in given.items()]
     config = train.override(train.load_config(args.config), [*fields, *runs.settings(args, overrides)])
     if "d_sae" not in config.get("model", {}):

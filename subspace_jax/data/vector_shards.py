@@ -45,6 +45,11 @@ class VectorShards:
         self._start, self._stop = start, self._ends[-1] if stop is None else min(stop, self._ends[-1])
 
     @property
+    def start(self) -> int:
+        """Number of the first vector among those of all files."""
+        return self._start
+
+    @property
     def width(self) -> int:
         """Width of the vectors."""
         return self._arrays[0].shape[1]

@@ -48,9 +48,22 @@ def test_sae_writes_a_page_figures_and_a_folder_for_sae_lens(vectors):
     page = (vectors / "run" / "report.html").read_text()
     assert "<mark>item " in page
     assert "http" not in page
+    assert "by their number from 0 in" in page
+    assert "texts" not in page
     features = json.loads((vectors / "run" / "features.json").read_text())["features"]
     assert all(f["share"] <= 0.1 and f["contexts"] for f in features)
     assert all(np.all(np.diff([c["value"] for c in f["contexts"]]) <= 0) for f in features)
+
+
+def test_sae_names_vectors_by_their_row_in_the_file(vectors):
+    config, params = export.import_sae_lens(vectors / "run" / "sae_lens")
+    features = json.loads((vectors / "run" / "features.json").read_text())["features"]
+    named = [(f["number"], int(c["token"].split()[1]), c["value"]) for f in features for c in f["contexts"]]
+    numbers, items, values = map(np.array, zip(*named, strict=True))
+    z, _ = jax.jit(encode, static_argnums=0)(config, params, np.load(vectors / "x.npy"), jnp.zeros(()), jnp.ones(()))
+    z = np.asarray(z)[items, numbers]
+    assert items.min() >= 300
+    np.testing.assert_allclose(z / z.max(), values / values.max(), rtol=1e-3)  # activations are scaled in the run
 
 
 def test_the_exported_autoencoder_explains_vectors_as_they_are(vectors):
@@ -139,6 +152,7 @@ def test_sae_of_a_language_model_reports_loss_recovered_and_contexts(decoder, tm
 
 def test_sae_refuses_what_it_can_not_serve(tmp_path, capsys):
     np.save(tmp_path / "bad.npy", np.zeros((4, 3), np.int32))
+    np.save(tmp_path / "one.npy", np.ones((1, D), np.float32))
     np.save(tmp_path / "good.npy", polysae.planted_pairs(0, 40, D, M).inputs)
     for arguments, message in (
         ([], "--model: expected a language model for the texts of --data docstrings"),
@@ -148,6 +162,8 @@ def test_sae_refuses_what_it_can_not_serve(tmp_path, capsys):
         (["--data", tmp_path / "good.npy", "--sparsifier", "top"], "model.sparsifier: expected one of"),
         (["--data", tmp_path / "good.npy", "--config.data.holdout=0.0"], "data.holdout: expected a share"),
         (["--data", tmp_path / "good.npy", "--config.model.d_in=7"], "model.d_in: expected 16"),
+        (["--data", tmp_path / "good.npy", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--data", tmp_path / "one.npy"], "one.npy: expected vectors besides those held out, got 1 in all"),
         (["--model", tmp_path / "none"], "--model: there is no"),
         (["--config", "gcr/digits:k8"], "model.d_sae"),
     ):

@@ -26,6 +26,7 @@ class _Subject(NamedTuple):
     params: PyTree
     tokenizer: Any
     whole: PyTree = None  # parameters of the whole model
+    start: int = 0  # of vectors, the number of the first one in its file or folder
 
 
 class LabelledVectors(NamedTuple):
@@ -42,7 +43,7 @@ class LabelledVectors(NamedTuple):
 
 def read_labelled_vectors(path: str | os.PathLike) -> LabelledVectors:
     """Reads an ``.npz`` file with vectors and ``labels``; raises as :func:`subspace_jax.data.open_vectors`."""
-    vectors = data.open_vectors("probe", path).read()
+    vectors = data.open_vectors("--probe", path).read()
     return LabelledVectors(vectors, data.read_labels(path, len(vectors)))
 
 
@@ -87,10 +88,11 @@ def explain(
     shown = subject.rows
     if vectors:  # of which the page shows the numbers
         count = len(shown["inputs"])
-        shown = {"inputs": np.arange(count)[:, None], "segment_ids": np.ones((count, 1), np.int32)}
+        shown = {"inputs": subject.start + np.arange(count)[:, None], "segment_ids": np.ones((count, 1), np.int32)}
     features = report.describe(seen, shown, chosen, subject.tokenizer)
     where = config.data.source if vectors else f"{config.model.folder or config.model.size}, layer {config.model.layer}"
-    report.write_page(out, f"Sparse autoencoder of {where}", figures, features, pairs)
+    source = (config.data.evaluation or config.data.source) if vectors else None
+    report.write_page(out, f"Sparse autoencoder of {where}", figures, features, pairs, source)
     if settings.decoder == "linear":
         _export(config, trained, out / "sae_lens")
     return figures
@@ -107,7 +109,7 @@ def trained_of(config: ConfigDict, state: train.TrainState) -> study.Trained:
 def _subject(config: ConfigDict, state: train.TrainState) -> _Subject:
     if run.takes_vectors(config):
         held = run.vector_sets(config)[1]
-        return _Subject({"inputs": data.load_arrays(held)["inputs"]}, _vectors_of, {}, _Numbers())
+        return _Subject({"inputs": data.load_arrays(held)["inputs"]}, _vectors_of, {}, _Numbers(), start=held.start)
     rows, tokenizer, folder = run.text_rows(config)[1], run.tokenizer_of(config), config.model.folder
     if not folder:
         stream = run.stream_of(config, run.language_model(config))

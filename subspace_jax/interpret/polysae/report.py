@@ -12,6 +12,16 @@ from subspace_jax import train
 from subspace_jax.interpret.polysae.study import Occurrences, top_places
 
 _BEFORE, _AFTER, _CONTEXTS = 16, 8, 6
+_MEANS = {
+    "explained_variance": "share of the activations' variance that the reconstruction keeps; 1 is all",
+    "mse": "squared error, summed over the entries of an activation",
+    "l0": "features that are active at a time",
+    "dead": "share of the features that nothing in the evaluation set fires",
+    "loss_recovered": "1: the model loses nothing with the reconstruction for the activations; 0: as with zeros",
+    "loss_recovered_from_mean": "the same with the mean activation instead of zeros",
+    "correlation": "of the strength of interactions with being active together",
+    "wasserstein1": "mean distance of a feature's values between a class and the others",
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 14px; margin: .6em 0 }
@@ -78,7 +88,12 @@ def describe(found: Occurrences, rows: Mapping[str, np.ndarray], chosen: np.ndar
 
 
 def write_page(
-    out: Path, title: str, figures: Mapping[str, float], features: Sequence[Feature], pairs: Sequence[tuple] = ()
+    out: Path,
+    title: str,
+    figures: Mapping[str, float],
+    features: Sequence[Feature],
+    pairs: Sequence[tuple] = (),
+    vectors: str | None = None,
 ) -> None:
     """Writes ``report.html``, one file that needs nothing else, and ``features.json``.
 
@@ -88,35 +103,56 @@ def write_page(
       figures: What was measured, by name.
       features: The features to show.
       pairs: Pairs of features that interact most: both numbers, strength, positions at which both are active.
+      vectors: Where the vectors are whose numbers stand in place of texts; None for texts.
     """
     with train.replacing(out / "features.json") as partial:
         shown = [f._asdict() | {"contexts": [c._asdict() for c in f.contexts]} for f in features]
         named = [dict(zip(("first", "second", "strength", "together"), pair, strict=True)) for pair in pairs]
         partial.write_text(json.dumps({"figures": dict(figures), "features": shown, "pairs": named}, indent=1) + "\n")
     with train.replacing(out / "report.html") as partial:
-        partial.write_text(_page(title, figures, features, pairs), encoding="utf-8")
+        partial.write_text(_page(title, figures, features, pairs, vectors), encoding="utf-8")
 
 
-def _page(title, figures, features, pairs) -> str:
-    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in figures.items())
+def _page(title, figures, features, pairs, vectors) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td><td>{_meaning(name)}</td></tr>"
+        for name, value in figures.items()
+    )
     parts = [f"<h1>{html.escape(title)}</h1><table>{rows}</table>"]
     by_number = {f.number: f for f in features}
     if pairs:
         parts.append("<h2>Strongest interactions</h2><p>What two features add together beyond their sum.</p>")
-        head = "<tr><th>features</th><th>strength</th><th>together</th><th>tokens</th></tr>"
+        head = (
+            f"<tr><th>features</th><th>strength</th><th>together</th><th>{'items' if vectors else 'tokens'}</th></tr>"
+        )
         lines = []
         for first, second, strength, together in pairs:
             words = " + ".join(_tokens(by_number.get(number)) for number in (first, second))
             links = " × ".join(f'<a href="#f{n}">{n}</a>' if n in by_number else str(n) for n in (first, second))
             lines.append(f"<tr><td>{links}</td><td>{strength:.3g}</td><td>{together:.0f}</td><td>{words}</td></tr>")
         parts.append(f"<table>{head}{''.join(lines)}</table>")
-    parts.append(
-        f"<h2>{len(features)} features</h2><p>The most active of those that at least three rows of the texts fire, and "
-        "at most a tenth of the positions; of each, the places with the largest values, one of a row.</p>"
-    )
-    parts += [_section(feature) for feature in features]
+    parts.append(f"<h2>{len(features)} features</h2><p>{_selection(vectors)}</p>")
+    parts += [_section(feature, "vectors" if vectors else "positions") for feature in features]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{head}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
+
+
+def _meaning(name: str) -> str:
+    if name.startswith("probe_f1_"):
+        return f"F1 of logistic probes on {name.rpartition('_')[2]} of the features"
+    return _MEANS.get(name, "")
+
+
+def _selection(vectors: str | None) -> str:
+    if vectors is None:
+        return (
+            "The most active of those that at least three rows of the texts fire, and at most a tenth of the "
+            "positions; of each, the places with the largest values, one of a row."
+        )
+    return (
+        "The most active of those that at least three vectors of the evaluation fire, and at most a tenth of them; of "
+        f"each, the vectors with the largest values, by their number from 0 in {html.escape(vectors)}."
+    )
 
 
 def _tokens(feature: Feature | None) -> str:
@@ -126,7 +162,7 @@ def _tokens(feature: Feature | None) -> str:
     return "<code>" + html.escape(", ".join(words)) + "</code>"
 
 
-def _section(feature: Feature) -> str:
+def _section(feature: Feature, counted: str) -> str:
     lines = [
         f'<div><span class="value">{c.value:.2f}</span><code>{html.escape(c.before)}<mark>{html.escape(c.token)}</mark>'
         f"{html.escape(c.after)}</code></div>"
@@ -134,5 +170,5 @@ def _section(feature: Feature) -> str:
     ]
     return (
         f'<section id="f{feature.number}"><h3>Feature {feature.number}, active at {100 * feature.share:.2g} % of the '
-        f"positions</h3>{''.join(lines)}</section>"
+        f"{counted}</h3>{''.join(lines)}</section>"
     )

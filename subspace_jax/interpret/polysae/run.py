@@ -170,6 +170,10 @@ def vector_sets(config: ConfigDict) -> list[data.VectorShards]:
     if not 0 < sizes.holdout < 1:
         raise ValueError(f"data.holdout: expected a share between 0 and 1, got {sizes.holdout}")
     kept = len(whole) - max(1, round(sizes.holdout * len(whole)))
+    if not kept:
+        raise ValueError(
+            f"data.source: {sizes.source}: expected vectors besides those held out, got {len(whole)} in all"
+        )
     return [data.VectorShards(sizes.source, name="data.source", start=a, stop=b) for a, b in ((0, kept), (kept, None))]
 
 
