@@ -168,7 +168,7 @@ def test_an_edit_of_a_layer_changes_what_follows_and_nothing_before(folder):
     assert not np.allclose(edited[3], plain[3])
 
 
-def test_a_run_begins_with_the_mean_and_the_scale_of_its_sample(folder):
+def test_a_run_centers_and_scales_by_medians_of_its_sample_and_outliers_do_not_count(folder):
     path, _ = folder
     stream = ResidualStream(MODEL, 2, folder=path)
     sample = {name: x[:16] for name, x in ROWS.items()}
@@ -181,8 +181,11 @@ def test_a_run_begins_with_the_mean_and_the_scale_of_its_sample(folder):
         again = task.restore_frozen(variables, shardings[1])["model"]
     x, weights = jax.jit(task.activations)(variables, {name: jnp.asarray(v) for name, v in sample.items()})
     counted = np.asarray(x)[np.asarray(weights) > 0]
-    np.testing.assert_allclose(params["b_dec"], counted.mean(axis=0), rtol=1e-4, atol=1e-5)
-    assert np.linalg.norm(counted - counted.mean(axis=0), axis=1).mean() == pytest.approx(4, rel=1e-4)
+    np.testing.assert_array_equal(params["b_dec"], 0)
+    np.testing.assert_allclose(np.median(counted, axis=0), 0, atol=1e-5)
+    assert np.median(np.linalg.norm(counted, axis=1)) == pytest.approx(4, rel=1e-4)
+    far = {**variables, "center": variables["center"] + 11}
+    assert not np.asarray(jax.jit(task.activations)(far, {n: jnp.asarray(v) for n, v in sample.items()})[1]).any()
     assert task.frozen == ("model",)
     chex.assert_trees_all_equal(again, variables["model"])
 

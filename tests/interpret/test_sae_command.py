@@ -60,7 +60,8 @@ def test_sae_names_vectors_by_their_row_in_the_file(vectors):
     features = json.loads((vectors / "run" / "features.json").read_text())["features"]
     named = [(f["number"], int(c["token"].split()[1]), c["value"]) for f in features for c in f["contexts"]]
     numbers, items, values = map(np.array, zip(*named, strict=True))
-    z, _ = jax.jit(encode, static_argnums=0)(config, params, np.load(vectors / "x.npy"), jnp.zeros(()), jnp.ones(()))
+    x = np.load(vectors / "x.npy")
+    z, _ = jax.jit(encode, static_argnums=0)(config, params, x, jnp.zeros(()), jnp.ones(()), jnp.zeros(D))
     z = np.asarray(z)[items, numbers]
     assert items.min() >= 300
     np.testing.assert_allclose(z / z.max(), values / values.max(), rtol=1e-3)  # activations are scaled in the run
@@ -70,7 +71,7 @@ def test_the_exported_autoencoder_explains_vectors_as_they_are(vectors):
     config, params = export.import_sae_lens(vectors / "run" / "sae_lens")
     assert (config.k, config.decoder) == (4, "linear")
     held = np.load(vectors / "x.npy")[300:]
-    z, recon = jax.jit(encode, static_argnums=0)(config, params, held, jnp.zeros(()), jnp.ones(()))
+    z, recon = jax.jit(encode, static_argnums=0)(config, params, held, jnp.zeros(()), jnp.ones(()), jnp.zeros(D))
     found = json.loads((vectors / "run" / "result.json").read_text())
     explained = 1 - np.sum((held - recon) ** 2) / np.sum((held - held.mean(axis=0)) ** 2)
     assert explained == pytest.approx(found["explained_variance"], abs=1e-4)
@@ -82,11 +83,12 @@ def test_codes_by_thresholds_are_exported_as_jumprelu_with_scale_and_norms_folde
     config = polysae.PolySAEConfig(D, M, 4, decoder="linear", sparsifier=sparsifier, rescale=True)
     params = jax.jit(polysae.init_params, static_argnums=1)(jax.random.key(0), config)
     x = polysae.planted_pairs(1, 20, D, M).inputs
-    export.export_sae_lens(tmp_path / "out", config, params, 0.05, 2.0)
+    center = jnp.linspace(-1, 1, D)
+    export.export_sae_lens(tmp_path / "out", config, params, 0.05, 2.0, center)
     read, found = export.import_sae_lens(tmp_path / "out")
     run = jax.jit(encode, static_argnums=0)
-    before = run(config, params, x, jnp.asarray(0.05), jnp.asarray(2.0))
-    after = run(read, found, x, jnp.zeros(()), jnp.ones(()))
+    before = run(config, params, x, jnp.asarray(0.05), jnp.asarray(2.0), center)
+    after = run(read, found, x, jnp.zeros(()), jnp.ones(()), jnp.zeros(D))
     np.testing.assert_allclose(after[0], before[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4, atol=1e-5)
 
@@ -106,7 +108,7 @@ def test_loss_recovered_is_one_with_perfect_reconstructions_and_occurrences_are_
     own = {"W_enc": np.c_[eye, -eye], "b_enc": np.zeros(M), "W_dec": np.r_[eye, -eye], "b_dec": np.zeros(D)}
     own = {name: jnp.asarray(x, jnp.float32) for name, x in own.items()}
     config = polysae.PolySAEConfig(D, M, M, decoder="linear")
-    trained = study.Trained(config, own, jnp.zeros(()), jnp.asarray(2.0))
+    trained = study.Trained(config, own, jnp.zeros(()), jnp.asarray(2.0), jnp.zeros(D))
     texts = [text.Completion("", word * 9) for word in ("ab", "cde", "f")]
     rows = text.pack_rows(texts, text.ByteTokenizer(), 16)
     kept = nn.first_layer_params(params, 1)
@@ -140,8 +142,9 @@ def test_interactions_correlate_strengths_with_what_is_active_together():
 def test_sae_of_a_language_model_reports_loss_recovered_and_contexts(decoder, tmp_path):
     model = nn.CausalLMConfig.tiny(**SMALL, num_layers=3, vocab_size=text.ByteTokenizer().vocab_size)
     interop.save_causal_lm(tmp_path / "model", model, nn.init_params(jax.random.key(0), model))
-    (tmp_path / "a.txt").write_text("\n".join(f"the number {i} is {i % 7}" for i in range(400)))
-    given = ["--model", tmp_path / "model", "--layer", 2, "--data", tmp_path / "a.txt", "--decoder", decoder]
+    lines = (json.dumps({"text": f"the number {i} is {i % 7}"}) for i in range(400))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = ["--model", tmp_path / "model", "--layer", 2, "--data", tmp_path / "a.jsonl", "--decoder", decoder]
     given += ["--config.model.ranks=8,4,4", "--config.data.length=32", "--config.data.holdout=0.3"]
     assert sae(tmp_path / "run", *given) == 0
     found = json.loads((tmp_path / "run" / "result.json").read_text())

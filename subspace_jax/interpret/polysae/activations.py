@@ -13,6 +13,10 @@ from subspace_jax import interop, nn, train
 
 PyTree = Any
 
+# Times the usual norm of centered activations: a few tokens beside the first of a text have a hundred times that
+# (arXiv 2402.17762), and their squared errors would drown all others.
+_OUTLIER = 10.0
+
 
 class ResidualStream:
     """The residual stream after some layers of a causal language model; later layers are neither kept nor run.
@@ -95,3 +99,12 @@ class ResidualStream:
         real = (batch["segment_ids"] > 0) & (batch["positions"] >= self._skip)
         weights = real.astype(jnp.float32)
         return weights * batch["mask"][:, None] if "mask" in batch else weights
+
+
+def usual(x: jax.Array) -> jax.Array:
+    """Returns which of centered activations ``[B, d]`` are no outliers, ``[B]`` bool.
+
+    Args:
+      x: Activations, scaled so that the usual norm is ``sqrt(d)``.
+    """
+    return jnp.sum(jnp.square(x), axis=1) <= _OUTLIER**2 * x.shape[1]

@@ -204,11 +204,12 @@ def retract(config: PolySAEConfig, params: Params) -> dict[str, jax.Array]:
     return {**params, **{f"U{j}": qr_positive(params[f"U{j}"]) for j in range(1, config.order + 1)}}
 
 
-def fold_scale(params: Params, scale: float) -> dict[str, jax.Array]:
-    """Returns parameters for activations as they are, out of those trained on ``scale`` times them.
+def fold_scale(params: Params, scale: float, center: jax.Array | float = 0.0) -> dict[str, jax.Array]:
+    """Returns parameters for activations ``x`` as they are, out of those trained on ``scale x - center``.
 
-    Codes stay the same, and reconstructions are divided by ``scale``: exact without ``rescale``.
+    Codes stay the same, and reconstructions are those of ``x``: exact without ``rescale``.
     """
+    params = {**params, "b_dec": params["b_dec"] + center}
     factors = {"W_enc": scale, **dict.fromkeys(("b_dec", "C1", "C2", "C3", "W_dec"), 1 / scale)}
     return {name: x * factors[name] if name in factors else x for name, x in params.items()}
 

@@ -95,18 +95,19 @@ def strength_and_cooccurrence(params: Params, z: jax.Array) -> tuple[jax.Array, 
 
 
 def encode(
-    config: PolySAEConfig, params: Params, x: jax.Array, threshold: jax.Array, scale: jax.Array
+    config: PolySAEConfig, params: Params, x: jax.Array, threshold: jax.Array, scale: jax.Array, center: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns dense codes ``[B, m]`` and reconstructions ``[B, d]`` of activations as they are.
 
     Args:
       config: The autoencoder.
-      params: Its parameters, trained on ``scale`` times the activations.
+      params: Its parameters, trained on ``scale x - center``.
       x: Activations, ``[B, d]`` float32.
       threshold: That of :class:`SAEState`.
-      scale: The scale.
+      scale: The scale, a scalar.
+      center: ``[d]``.
     """
-    pre = core.pre_activations(config, params, x * scale)
+    pre = core.pre_activations(config, params, x * scale - center[None])
     z = core.inference_code(config, params, pre, threshold)
     dense = z.dense(config.d_sae) if isinstance(z, SparseCode) else z
-    return dense, core.reconstruct(config, params, z) / scale
+    return dense, (core.reconstruct(config, params, z) + center[None]) / scale

@@ -103,7 +103,7 @@ def trained_of(config: ConfigDict, state: train.TrainState) -> study.Trained:
     kept = {name: x for name, x in state.variables.items() if name != "model"}
     params, variables = jax.device_get((state.params, kept))
     settings = run.settings_of(config, params["b_dec"].shape[0])
-    return study.Trained(settings, params, variables["threshold"], variables["scale"])
+    return study.Trained(settings, params, *(variables[name] for name in ("threshold", "scale", "center")))
 
 
 def _subject(config: ConfigDict, state: train.TrainState) -> _Subject:
@@ -158,5 +158,5 @@ def _export(config: ConfigDict, trained: study.Trained, folder: Path) -> None:
     if config.model.folder:
         about = {"model_name": Path(config.model.folder).resolve().name}
         about |= {"hook_name": f"blocks.{config.model.layer - 1}.hook_resid_post"}
-    threshold, scale = float(trained.threshold), float(trained.scale)
-    export.export_sae_lens(folder, trained.config, trained.params, threshold, scale, metadata=about, overwrite=True)
+    measured = (float(trained.threshold), float(trained.scale), trained.center)
+    export.export_sae_lens(folder, trained.config, trained.params, *measured, metadata=about, overwrite=True)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from subspace_jax import interop
@@ -18,11 +19,12 @@ def export_sae_lens(
     params: Params,
     threshold: float = 0.0,
     scale: float = 1.0,
+    center: jax.Array | float = 0.0,
     *,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an autoencoder for SAELens, scale and norms of the decoder folded into its weights.
+    """Writes an autoencoder for SAELens, scale, center and norms of the decoder folded into its weights.
 
     BatchTopK becomes a JumpReLU with its threshold, as at inference.
 
@@ -32,6 +34,7 @@ def export_sae_lens(
       params: Its parameters.
       threshold: That of :class:`SAEState`.
       scale: Factor of the activations that it was trained on.
+      center: What was subtracted from them then, ``[d]``.
       metadata: ``model_name``, ``hook_name`` and what else SAELens keeps.
       overwrite: Whether to replace what is in the folder.
 
@@ -42,7 +45,7 @@ def export_sae_lens(
     if config.decoder != "linear":
         raise ValueError(f"decoder: the format of SAELens holds linear ones, got {config.decoder!r}")
     norms = np.asarray(decoder_norms(config, params)) if config.rescale else np.ones(config.d_sae, np.float32)
-    own = {name: np.asarray(x) for name, x in fold_scale(params, scale).items()}
+    own = {name: np.asarray(x) for name, x in fold_scale(params, scale, center).items()}
     thresholds = None
     if config.sparsifier == "jumprelu":
         thresholds = np.exp(own["log_theta"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import losses, nn
-from subspace_jax.interpret.polysae.activations import ResidualStream
+from subspace_jax.interpret.polysae.activations import ResidualStream, usual
 from subspace_jax.interpret.polysae.decoder import Params, interaction_strength
 from subspace_jax.interpret.polysae.evaluate import encode
 from subspace_jax.interpret.polysae.settings import PolySAEConfig
@@ -21,7 +21,7 @@ _KINDS = ("clean", "spliced", "zero", "mean")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, meta_fields=["config"], data_fields=["params", "threshold", "scale"]
+    jax.tree_util.register_dataclass, meta_fields=["config"], data_fields=["params", "threshold", "scale", "center"]
 )
 @dataclass(frozen=True)
 class Trained:
@@ -32,16 +32,22 @@ class Trained:
       params: Its parameters.
       threshold: That of :class:`SAEState`, a scalar.
       scale: Factor of the activations that it was trained on, a scalar.
+      center: What was subtracted from them then, ``[d]``.
     """
 
     config: PolySAEConfig
     params: Params
     threshold: jax.Array
     scale: jax.Array
+    center: jax.Array
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns dense codes ``[B, m]`` and reconstructions of activations ``[B, d]`` as they are."""
-        return encode(self.config, self.params, x, self.threshold, self.scale)
+        return encode(self.config, self.params, x, self.threshold, self.scale, self.center)
+
+    def usual(self, x: jax.Array) -> jax.Array:
+        """Returns which activations ``[B, d]`` of a language model count, see :func:`usual`."""
+        return usual(x * self.scale - self.center[None])
 
 
 class LossRecovered(NamedTuple):
@@ -100,6 +106,8 @@ def find_occurrences(
     @jax.jit
     def codes(params, trained, batch):
         x, weights = read(params, batch)
+        if isinstance(read, ResidualStream):
+            weights = jnp.where(trained.usual(x), weights, 0)
         return trained.encode(x)[0] * weights[:, None], jnp.sum(x * weights[:, None], axis=0), jnp.sum(weights)
 
     parts, total, count, first = [], 0.0, 0.0, 0
@@ -118,7 +126,7 @@ def loss_recovered(
 ) -> LossRecovered:
     """Runs a language model with its stream replaced, four times over the same texts.
 
-    Positions that do not count keep their stream.
+    Positions that do not count, outliers among them, keep their stream.
 
     Args:
       trained: The autoencoder.
@@ -135,8 +143,9 @@ def loss_recovered(
         def change(x):
             flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
             new = {"zero": jnp.zeros_like, "mean": lambda flat: jnp.broadcast_to(mean[None], flat.shape)}
-            flat = trained.encode(flat)[1] if kind == "spliced" else new[kind](flat)
-            return jnp.where(counted, flat.reshape(x.shape).astype(x.dtype), x)
+            changed = trained.encode(flat)[1] if kind == "spliced" else new[kind](flat)
+            kept = counted & trained.usual(flat).reshape(counted.shape)
+            return jnp.where(kept, changed.reshape(x.shape).astype(x.dtype), x)
 
         out = nn.causal_lm_apply(
             stream.whole,

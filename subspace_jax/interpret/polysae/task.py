@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
 from subspace_jax.interpret.polysae import core
-from subspace_jax.interpret.polysae.activations import ResidualStream
+from subspace_jax.interpret.polysae.activations import ResidualStream, usual
 from subspace_jax.interpret.polysae.evaluate import Reconstruction
 from subspace_jax.interpret.polysae.model import axes_of_param
 from subspace_jax.interpret.polysae.settings import PolySAEConfig
@@ -25,18 +25,18 @@ class PolySAETask(train.Task):
     """A sparse autoencoder as a :class:`subspace_jax.train.Task`.
 
     Batches hold ``inputs [batch, d]``, or with ``stream`` the packed rows of texts whose activations are computed
-    within the step.  Counters, threshold and scale are variables, and so are the weights of the language model, which
-    no checkpoint holds where they are those of a folder.  Features are sharded along ``tensor``: columns of the encoder
-    and rows of the decoder's factor.
+    within the step.  Counters, threshold, scale and center are variables, and so are the weights of the language model,
+    which no checkpoint holds where they are those of a folder.  Features are sharded along ``tensor``: columns of the
+    encoder and rows of the decoder's factor.
 
     With a code that depends on the whole batch (BatchTopK) accumulation is refused.
 
     Args:
       config: The autoencoder.
       stream: Where activations come from; None takes those of the batch.
-      scale: Factor of the activations; 0 measures it on ``sample`` when the run begins, so that the norm of centered
-        activations is ``sqrt(d)`` on average.
-      sample: A batch whose mean activation ``b_dec`` begins with; None begins with zeros.
+      scale: Factor of the activations; 0 measures it on ``sample`` when the run begins, so that the median norm of
+        centered activations is ``sqrt(d)``.
+      sample: A batch whose median activation is subtracted from all; None subtracts nothing.
       seed: Seed of the parameters of a run with a folder or a sample.
 
     Raises:
@@ -73,13 +73,14 @@ class PolySAETask(train.Task):
     def _fresh(self, key):
         state = core.init_state(self.config)
         variables = {**state._asdict(), "fired": jnp.zeros(self.config.d_sae, bool)}
-        return core.init_params(key, self.config), {**variables, "scale": jnp.asarray(self._scale or 1.0)}
+        measured = {"scale": jnp.asarray(self._scale or 1.0), "center": jnp.zeros(self.config.d_in)}
+        return core.init_params(key, self.config), {**variables, **measured}
 
     def axes(self):
         """Returns the logical axis names of parameters and variables."""
         params, variables = jax.eval_shape(self._fresh, jax.random.key(0))
         names = {name: axes_of_param(name, x.ndim) for name, x in params.items()}
-        others = {name: P("mlp") if x.ndim else P() for name, x in variables.items()}
+        others = {name: P("mlp") if name in ("steps_since_fired", "fired") else P() for name in variables}
         return names, others if self.stream is None else {**others, "model": self.stream.axes}
 
     def roles(self):
@@ -101,16 +102,16 @@ class PolySAETask(train.Task):
             model = {"model": draw(jax.random.fold_in(key, 1))}
         if self._sample is not None:
             # One program of the whole sample on every process, and so one scale.
-            measure = train.jit_on_mesh(self._measured, mesh, (others["scale"], shardings[0]["b_dec"]))
-            variables["scale"], params["b_dec"] = measure(model, dict(self._sample))
+            measure = train.jit_on_mesh(self._measured, mesh, (others["scale"], others["center"]))
+            variables["scale"], variables["center"] = measure(model, dict(self._sample))
         return params, {**variables, **model}
 
     def _measured(self, model, batch):
-        """Returns the scale, and the scaled mean of a batch."""
+        """Returns the scale, and the scaled mean of a batch, by medians: a few outliers must not move them."""
         x, weights = self._read(model, batch)
-        count = jnp.maximum(jnp.sum(weights), 1)
-        mean = jnp.sum(x * weights[:, None], axis=0) / count
-        norm = jnp.sum(jnp.linalg.norm(x - mean[None], axis=1) * weights) / count
+        counted = jnp.where(weights > 0, 0.0, jnp.nan)
+        mean = jnp.nan_to_num(jnp.nanmedian(x + counted[:, None], axis=0))
+        norm = jnp.nan_to_num(jnp.nanmedian(jnp.linalg.norm(x - mean[None], axis=1) + counted))
         scale = jnp.asarray(self._scale) if self._scale else math.sqrt(self.config.d_in) / jnp.maximum(norm, 1e-30)
         return scale, scale * mean
 
@@ -119,9 +120,15 @@ class PolySAETask(train.Task):
         return {"model": self.stream.load(shardings["model"])}
 
     def activations(self, variables: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Returns scaled activations ``[examples, d]`` float32, and which of them count, ``[examples]``."""
+        """Returns ``scale x - center`` of activations ``[examples, d]`` float32, and which count, ``[examples]``.
+
+        Outliers of a language model do not, see :func:`usual`.
+        """
         x, weights = self._read(variables, batch)
-        return train.constrain(x * variables["scale"], ("batch", None)), train.constrain(weights, ("batch",))
+        x = train.constrain(x * variables["scale"] - variables["center"][None], ("batch", None))
+        if self.stream is not None and self._sample is not None:
+            weights = jnp.where(usual(x), weights, 0)
+        return x, train.constrain(weights, ("batch",))
 
     def _read(self, variables, batch):
         if self.stream is not None:
