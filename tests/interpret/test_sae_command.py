@@ -84,10 +84,11 @@ def test_codes_by_thresholds_are_exported_as_jumprelu_with_scale_and_norms_folde
     params = jax.jit(polysae.init_params, static_argnums=1)(jax.random.key(0), config)
     x = polysae.planted_pairs(1, 20, D, M).inputs
     center = jnp.linspace(-1, 1, D)
-    export.export_sae_lens(tmp_path / "out", config, params, 0.05, 2.0, center)
+    trained = study.Trained(config, params, jnp.asarray(0.05), jnp.asarray(2.0), center)
+    export.export_sae_lens(tmp_path / "out", trained)
     read, found = export.import_sae_lens(tmp_path / "out")
     run = jax.jit(encode, static_argnums=0)
-    before = run(config, params, x, jnp.asarray(0.05), jnp.asarray(2.0), center)
+    before = trained.encode(x)
     after = run(read, found, x, jnp.zeros(()), jnp.ones(()), jnp.zeros(D))
     np.testing.assert_allclose(after[0], before[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4, atol=1e-5)
@@ -96,7 +97,7 @@ def test_codes_by_thresholds_are_exported_as_jumprelu_with_scale_and_norms_folde
 def test_a_polynomial_decoder_is_not_exported(tmp_path):
     config = polysae.PolySAEConfig(D, M, 4, (8, 4, 4))
     with pytest.raises(ValueError, match="decoder: the format of SAELens holds linear ones, got 'shared'"):
-        export.export_sae_lens(tmp_path / "out", config, {})
+        export.export_sae_lens(tmp_path / "out", study.Trained(config, {}, *[jnp.zeros(())] * 3))
 
 
 def test_loss_recovered_is_one_with_perfect_reconstructions_and_occurrences_are_those_of_the_codes():

@@ -158,5 +158,4 @@ def _export(config: ConfigDict, trained: study.Trained, folder: Path) -> None:
     if config.model.folder:
         about = {"model_name": Path(config.model.folder).resolve().name}
         about |= {"hook_name": f"blocks.{config.model.layer - 1}.hook_resid_post"}
-    measured = (float(trained.threshold), float(trained.scale), trained.center)
-    export.export_sae_lens(folder, trained.config, trained.params, *measured, metadata=about, overwrite=True)
+    export.export_sae_lens(folder, trained, about)

@@ -4,53 +4,38 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from subspace_jax import interop
 from subspace_jax.interpret.polysae.core import fold_scale
-from subspace_jax.interpret.polysae.decoder import Params, decoder_norms
+from subspace_jax.interpret.polysae.decoder import decoder_norms
 from subspace_jax.interpret.polysae.settings import PolySAEConfig
+from subspace_jax.interpret.polysae.study import Trained
 
 
-def export_sae_lens(
-    folder: str | os.PathLike,
-    config: PolySAEConfig,
-    params: Params,
-    threshold: float = 0.0,
-    scale: float = 1.0,
-    center: jax.Array | float = 0.0,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> None:
+def export_sae_lens(folder: str | os.PathLike, trained: Trained, metadata: Mapping[str, Any] | None = None) -> None:
     """Writes an autoencoder for SAELens, scale, center and norms of the decoder folded into its weights.
 
-    BatchTopK becomes a JumpReLU with its threshold, as at inference.
+    BatchTopK becomes a JumpReLU with its threshold, as at inference.  What is in the folder is replaced.
 
     Args:
       folder: The folder.
-      config: The autoencoder.
-      params: Its parameters.
-      threshold: That of :class:`SAEState`.
-      scale: Factor of the activations that it was trained on.
-      center: What was subtracted from them then, ``[d]``.
+      trained: The autoencoder.
       metadata: ``model_name``, ``hook_name`` and what else SAELens keeps.
-      overwrite: Whether to replace what is in the folder.
 
     Raises:
       ValueError: The decoder is polynomial, for which the format has no place.
-      FileExistsError: The folder holds something, without ``overwrite``.
     """
+    config, params = trained.config, trained.params
     if config.decoder != "linear":
         raise ValueError(f"decoder: the format of SAELens holds linear ones, got {config.decoder!r}")
     norms = np.asarray(decoder_norms(config, params)) if config.rescale else np.ones(config.d_sae, np.float32)
-    own = {name: np.asarray(x) for name, x in fold_scale(params, scale, center).items()}
+    own = {name: np.asarray(x) for name, x in fold_scale(params, trained.scale, trained.center).items()}
     thresholds = None
     if config.sparsifier == "jumprelu":
         thresholds = np.exp(own["log_theta"])
     elif config.whole_batch:
-        thresholds = np.full(config.d_sae, threshold, np.float32)
+        thresholds = np.full(config.d_sae, trained.threshold, np.float32)
     sae = interop.LinearSAE(
         own["W_enc"] * norms,
         own["b_enc"] * norms,
@@ -60,7 +45,7 @@ def export_sae_lens(
         thresholds,
         metadata or {},
     )
-    interop.save_sae(folder, sae, overwrite=overwrite)
+    interop.save_sae(folder, sae, overwrite=True)
 
 
 def import_sae_lens(folder: str | os.PathLike) -> tuple[PolySAEConfig, dict[str, np.ndarray]]:
