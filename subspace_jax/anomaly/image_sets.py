@@ -47,9 +47,10 @@ def open_category(
 ) -> Category:
     """Opens folders of normal and of test images.
 
-    Folders in ``test`` named good, normal or ok hold normal images, and others then anomalous ones.  A mask lies in the
-    same place below ``masks`` as its image below ``test``, and is named as it is, or with ``_mask`` after it; without
-    labels by folders an image with a mask is anomalous and one without is normal.
+    Folders in ``test`` named good, normal or ok hold normal images, and other folders then anomalous ones; of images
+    beside these folders nothing is known unless they have a mask.  A mask lies in the same place below ``masks`` as its
+    image below ``test``, and is named as it is, or with ``_mask`` after it; without labels by folders an image with a
+    mask is anomalous and one without is normal.
 
     Args:
       normal: Folder of normal images.
@@ -75,7 +76,7 @@ def open_category(
     for path in files:
         label = None
         if by_folder:
-            label = int(_kind(path, folder) not in _NORMAL)
+            label = int(_kind(path, folder) not in _NORMAL) if path.parent != folder or path in found else None
         elif masks is not None:
             label = int(path in found)
         images.append(TestImage(path, path.relative_to(folder).as_posix(), label, found.get(path)))

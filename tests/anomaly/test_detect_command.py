@@ -180,6 +180,24 @@ def test_open_category_takes_labels_of_folders_or_masks_or_none(tmp_path):
         image_sets.open_category(tmp_path / "normal", tmp_path / "flat", tmp_path / "masks")
 
 
+def test_detect_warns_of_a_threshold_from_few_images(bottle, tmp_path, caplog):
+    given = ["--normal", f"{bottle}/train/good", "--test", f"{bottle}/test/good", "--out", f"{tmp_path}"]
+    assert main(["detect", *given, "--threshold", "0.95", *SMALL]) == 0
+    assert "the quantile 0.95 lies between the two largest scores" in caplog.text
+
+
+def test_open_category_knows_nothing_of_images_beside_folders_of_labels(tmp_path):
+    images, _ = stripes(3, defects=0)
+    for folder in ("normal", "test/good", "test/bent", "test"):
+        write_images(tmp_path / folder, images[:2])
+    found = image_sets.open_category(tmp_path / "normal", tmp_path / "test")
+    assert {image.name: image.label for image in found.test if "001" in image.name} == {
+        "001.png": None,
+        "bent/001.png": 1,
+        "good/001.png": 0,
+    }
+
+
 @pytest.mark.slow
 def test_open_backbone_opens_a_model_by_its_folder(tmp_path, monkeypatch):
     sizes = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_size": 32, "patch_size": 4}

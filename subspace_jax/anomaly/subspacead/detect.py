@@ -94,6 +94,14 @@ def detect(
         raise ValueError(f"normal: {category.name}: none of {len(category.normal)} images can be read")
     if quantile is not None and len(normal) < 2:
         raise ValueError(f"threshold: {category.name}: expected at least 2 normal images, got {len(normal)}")
+    if quantile is not None and 0 < (1 - quantile) * (len(normal) - 1) < 1:
+        _log.warning(
+            "%s: of %d normal images the quantile %g lies between the two largest scores; "
+            "more images make a threshold that means what it says",
+            category.name,
+            len(normal),
+            quantile,
+        )
     copies = 1 + model.settings.rotations
     with tqdm(desc=f"{category.name}: fit", total=len(normal), unit="image", disable=None if progress else True) as bar:
         folds = [normal] if quantile is None else [normal[i :: min(FOLDS, len(normal))] for i in range(FOLDS)]
@@ -140,7 +148,7 @@ def _score_all(model, category, maps, threshold, skipped, progress) -> tuple[lis
             image = waiting.popleft()
             file.write(np.ascontiguousarray(found, np.float32).data)
             rows.append(Row(image, score, None if threshold is None else score > threshold))
-            if with_masks and (image.mask is not None or not image.label):
+            if with_masks and (image.mask is not None or image.label == 0):
                 mask = np.zeros((side, side), bool) if image.mask is None else resized_mask(image.mask, side)
                 histogram = metrics.update_pixel_histogram(histogram, found, mask)
     if not rows:
