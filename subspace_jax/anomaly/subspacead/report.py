@@ -27,6 +27,10 @@ _TITLES = {
     "flagged_normal": "normal images flagged",
     "flagged_anomalous": "anomalous images flagged",
 }
+_MEANING = (
+    "Images come by their score, the highest first, each beside its map: blue at the median of the category's maps or "
+    "below it, red at their largest value."
+)
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
 color: #222 } table { border-collapse: collapse; margin: .6em 0 }
 td, th { border-bottom: 1px solid #ddd; padding: .2em .9em .2em 0;
@@ -88,7 +92,8 @@ def table_rows(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of the table of categories; with several a row of means, and of what is published."""
     names = [name for name in _TITLES if any(name in own.metrics for own in found)]
-    head = ("category", "normal", "images", "skipped", "rank", "threshold", *(_TITLES[name] for name in names))
+    limits = ["threshold"] if any(own.threshold is not None for own in found) else []
+    head = ("category", "normal", "images", "skipped", "rank", *limits, *(_TITLES[name] for name in names))
 
     def cells(values: Mapping[str, float]) -> list[str]:
         return [f"{values[name]:.4f}" if values.get(name) else "0" if name in values else "" for name in names]
@@ -96,13 +101,14 @@ def table_rows(
     rows = []
     for own in found:
         counts = (len(own.rows), len(own.skipped), own.rank)
-        threshold = "" if own.threshold is None else f"{own.threshold:.4g}"
-        rows.append((own.name, str(own.num_normal), *map(str, counts), threshold, *cells(own.metrics)))
+        threshold = [] if own.threshold is None else [f"{own.threshold:.4g}"]
+        rows.append((own.name, str(own.num_normal), *map(str, counts), *threshold, *cells(own.metrics)))
+    empty = [""] * (4 + len(limits))
     if len(found) > 1:
-        rows.append(("mean", "", "", "", "", "", *cells(mean_metrics(found))))
+        rows.append(("mean", *empty, *cells(mean_metrics(found))))
     known = {name: value for name, value in (published or {}).items() if value}
     if known:
-        rows.append(("published, not rerun", "", "", "", "", "", *cells(known)))
+        rows.append(("published, not rerun", *empty, *cells(known)))
     return head, rows
 
 
@@ -134,7 +140,7 @@ def write_page(
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     table = "".join(f"<tr>{line}</tr>" for line in lines)
-    parts = [f"<h1>Anomalies</h1><p>{html.escape(described)}</p><table>{table}</table>"]
+    parts = [f"<h1>Anomalies</h1><p>{html.escape(described)}</p><table>{table}</table><p>{_MEANING}</p>"]
     for own, pictures in zip(found, thumbnails, strict=True):
         parts += [f"<h2>{html.escape(own.name)}</h2>", *_figures(own, pictures)]
     title = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Anomalies</title>'
