@@ -61,8 +61,7 @@ def omp_gram(
       atoms_gram: ``D^T D [k, k]`` with a diagonal of ones.
       correlations: ``D^T Y [k, d2]``.
       sparsity: Atoms of a column, ``s``.
-      tile: Columns at a time, which hold ``tile * s * k`` numbers.  Accelerators want as many as memory takes, a CPU as
-        few as its cache takes, some eight.
+      tile: Columns at a time, which hold ``tile * s * k`` numbers.  A step reads most of them.
 
     Returns:
       See :func:`omp`.

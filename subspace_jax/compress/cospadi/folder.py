@@ -129,7 +129,7 @@ def compress_folder(
 
 
 def _compress_group(group: Sequence[Unit], params: PyTree, sums: Mapping, settings: CompressSettings, work: Path, bar):
-    """Compresses units and writes their files, as many at a time as there are processors: one does not fill them."""
+    """Compresses units and writes their files; the host factors the matrices of one while the device codes another."""
 
     def one(unit: Unit) -> None:
         ws = [_kernel(params, unit.path, layer) for layer in unit.layers]
@@ -138,8 +138,7 @@ def _compress_group(group: Sequence[Unit], params: PyTree, sums: Mapping, settin
         )
         _save_unit(work / f"{unit.name}.npz", found)
 
-    workers = min(4, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         running = [pool.submit(one, unit) for unit in group]
         try:
             for future in concurrent.futures.as_completed(running):

@@ -20,7 +20,7 @@ from subspace_jax.compress.cospadi.core import (
 from subspace_jax.compress.cospadi.gram import GramState, gram_factor
 from subspace_jax.compress.cospadi.sizes import allocate
 
-_TILE_BYTES = 2**28
+_TILE_BYTES = 2**25
 
 
 class Learning(NamedTuple):
@@ -32,7 +32,7 @@ class Learning(NamedTuple):
       init: "data" or "svd".
       tol: Share by which a round has to improve.
       seed: Seed of the draws.
-      tile: Columns at a time in sparse coding; 0 takes what 256 MiB hold.
+      tile: Columns at a time in sparse coding; 0 takes what 32 MiB hold.
     """
 
     n_iter: int = 60
@@ -102,8 +102,8 @@ def _fit(y: jax.Array, k: int, s: int, learning: Learning) -> linalg.DictState:
 
 
 def _tile(k: int, s: int) -> int:
-    """Returns the columns whose factors in sparse coding take 256 MiB; on a CPU those that its cache holds."""
-    return 8 if jax.default_backend() == "cpu" else max(8, _TILE_BYTES // (4 * k * s))
+    """Returns the columns whose factors in sparse coding take 32 MiB: what a step reads, and a cache may hold."""
+    return max(8, _TILE_BYTES // (4 * k * s))
 
 
 def _stored(factor: nn.SparseFactor | nn.LowRankFactor) -> interop.CompressedKernel:
