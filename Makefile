@@ -39,8 +39,8 @@ figures-table: $(VENV)/.train  ## the tables of README.md and docs/methods, from
 QUICK_XLA := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test: export XLA_FLAGS := $(QUICK_XLA) $(XLA_FLAGS)
 test: $(VENV)/.test  ## everything that is quick, but for the docs
-	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%)
-	$(PYTEST) -m "not slow" --durations 25 --seconds-per-file 20 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
+	$(PYTEST) -m "not slow" --durations 25 --share-per-file 0.025 $(DOCS_TESTS:%=--ignore=%)
+	$(PYTEST) -m "not slow" --durations 25 --share-per-file 0.2 $(DOCS_TESTS:%=--ignore=%) --cpu-devices 8
 
 test-docs: export XLA_FLAGS := $(QUICK_XLA) $(XLA_FLAGS)
 test-docs: $(VENV)/.test  ## the code on pages and in docstrings, notebooks in fast mode, and the site

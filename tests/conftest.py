@@ -6,7 +6,6 @@ Tests that shard are marked ``eight_devices`` and run in processes of eight: ``p
 import collections
 import gc
 import itertools
-import math
 import os
 import pathlib
 import time
@@ -50,10 +49,9 @@ def pytest_addoption(parser):
         help="CPU devices of each process: 8 runs the tests marked eight_devices, 1 (the default) all others",
     )
     parser.addoption(
-        "--seconds-per-file",
+        "--share-per-file",
         type=float,
-        default=math.inf,
-        help="processor time that the tests of one file may take; a file that takes more fails the run",
+        help="share of the processor time of all tests that one file may take; a file that takes more fails the run",
     )
 
 
@@ -100,20 +98,24 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if max(_seconds.values(), default=0.0) > session.config.getoption("--seconds-per-file"):
+    share = session.config.getoption("--share-per-file")
+    if share and max(_seconds.values(), default=0.0) > share * _seconds.total():
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """Prints the files that take longest, and those that take too long."""
-    limit = config.getoption("--seconds-per-file")
-    if limit == math.inf:
+    """Prints, after all else, the files that take longest, and those that take too long."""
+    yield
+    share = config.getoption("--share-per-file")
+    if share is None:
         return
+    total = _seconds.total()
     terminalreporter.section("processor time of files")
-    for name, seconds in _seconds.most_common(15):
-        excess = f": more than {limit:g} s, mark some of its tests slow" if seconds > limit else ""
+    terminalreporter.write_line(f"{total:6.1f} s  in all")
+    for name, seconds in reversed(_seconds.most_common(15)):
+        excess = f": more than {share:.1%} of all, mark some of its tests slow" if seconds > share * total else ""
         terminalreporter.write_line(f"{seconds:6.1f} s  {name}{excess}")
-    terminalreporter.write_line(f"{_seconds.total():6.1f} s  in all")
 
 
 # A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker
