@@ -58,19 +58,13 @@ def add_commands(commands) -> None:
 def _sae(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
-    from subspace_jax import represent, train
-    from subspace_jax.interpret.polysae import explain
+    from subspace_jax import train
+    from subspace_jax.interpret.polysae import explain, run
 
     config = _config(args, overrides)
     if runs.shown_only(args, overrides, config):
         return
-    probe = None
-    if args.probe and config.model.folder:
-        probe = represent.read_labelled_texts(args.probe)
-        if probe.labels is None:
-            raise ValueError(f"--probe: {args.probe}: expected a label for each text, got none")
-    elif args.probe:
-        probe = explain.read_labelled_vectors(args.probe)
+    probe = _probe(args.probe, vectors=run.takes_vectors(config)) if args.probe else None
     result = train.run(
         config, args.workdir, progress=not args.quiet, restart=args.restart, change_seed=args.change_seed
     )
@@ -85,6 +79,22 @@ def _sae(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"Wrote report.html, features.json, result.json and checkpoints to {os.path.abspath(args.workdir)}")
     if config.model.decoder == "linear":
         print(f"Wrote the autoencoder for SAELens to {os.path.join(os.path.abspath(args.workdir), 'sae_lens')}")
+
+
+def _probe(path: str, *, vectors: bool):
+    """The labelled texts or vectors of a file."""
+    from subspace_jax import represent
+    from subspace_jax.interpret.polysae import explain
+
+    try:
+        if vectors:
+            return explain.read_labelled_vectors(path)
+        texts = represent.read_labelled_texts(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"--probe: {error}") from error
+    if texts.labels is None:
+        raise ValueError(f"--probe: {path}: expected a label for each text, got none")
+    return texts
 
 
 def _config(args: argparse.Namespace, overrides: list[str]):
@@ -108,6 +118,8 @@ def _config(args: argparse.Namespace, overrides: list[str]):
         raise ValueError(f"--config {args.config}: expected a config of an autoencoder (it has no field model.d_sae)")
     if config.model.folder:
         shared.check_model_folder(config.model.folder)
+    elif args.layer is not None and not config.model.size:
+        raise ValueError(f"--layer {args.layer}: expected --model, the language model whose layer it is")
     elif not config.model.size and not config.data.source.endswith(".npy") and not os.path.isdir(config.data.source):
         raise ValueError(
             f"--model: expected a language model for the texts of --data {config.data.source}; without one --data is "

@@ -193,7 +193,7 @@ def test_a_run_centers_and_scales_by_medians_of_its_sample_and_outliers_do_not_c
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ResidualStream(MODEL, 4), "layer: num_layers: expected 1 to 3"),
+        (lambda: ResidualStream(MODEL, 4), "layer: expected 1 to 3, the layers of the model, got 4"),
         (lambda: ResidualStream(MODEL, 1, skip=-1), "skip: expected at least 0"),
         (
             lambda: PolySAETask(polysae.PolySAEConfig(8, 24, 3, (8, 4, 3)), stream=ResidualStream(MODEL, 1)),

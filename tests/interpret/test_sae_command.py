@@ -167,6 +167,8 @@ def test_sae_refuses_what_it_can_not_serve(tmp_path, capsys):
         (["--data", tmp_path / "good.npy", "--config.data.holdout=0.0"], "data.holdout: expected a share"),
         (["--data", tmp_path / "good.npy", "--config.model.d_in=7"], "model.d_in: expected 16"),
         (["--data", tmp_path / "good.npy", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--data", tmp_path / "good.npy", "--layer", "3"], "--layer 3: expected --model"),
+        (["--data", tmp_path / "good.npy", "--probe", tmp_path / "good.npy"], "--probe: labels: "),
         (["--data", tmp_path / "one.npy"], "one.npy: expected vectors besides those held out, got 1 in all"),
         (["--model", tmp_path / "none"], "--model: there is no"),
         (["--config", "gcr/digits:k8"], "model.d_sae"),

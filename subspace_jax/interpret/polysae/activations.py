@@ -41,10 +41,9 @@ class ResidualStream:
         dtype: DTypeLike = jnp.float32,
         skip: int = 1,
     ):
-        try:
-            self.config = nn.first_layers(model, layer)
-        except ValueError as error:
-            raise ValueError(f"layer: {error}") from error
+        if not 1 <= layer <= model.num_layers:
+            raise ValueError(f"layer: expected 1 to {model.num_layers}, the layers of the model, got {layer}")
+        self.config = nn.first_layers(model, layer)
         if skip < 0:
             raise ValueError(f"skip: expected at least 0 positions, got {skip}")
         self.whole, self.layer, self.folder = model, layer, folder

@@ -43,7 +43,7 @@ class LabelledVectors(NamedTuple):
 
 def read_labelled_vectors(path: str | os.PathLike) -> LabelledVectors:
     """Reads an ``.npz`` file with vectors and ``labels``; raises as :func:`subspace_jax.data.open_vectors`."""
-    vectors = data.open_vectors("--probe", path).read()
+    vectors = data.open_vectors("vectors", path).read()
     return LabelledVectors(vectors, data.read_labels(path, len(vectors)))
 
 
