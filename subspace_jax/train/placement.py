@@ -17,7 +17,17 @@ def placed(name: str, tree: PyTree, abstract: PyTree, shardings: PyTree) -> PyTr
         is_global = isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable)
         return jax.device_put(x if is_global else np.asarray(x), sharding)
 
-    return jax.tree.map(one, tree, shardings)
+    return strongly_typed(jax.tree.map(one, tree, shardings))
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Removes weak types: a step returns strong ones, so that the next step would be compiled anew."""
+
+    def one(x):
+        found = jax.typeof(x)
+        return jax.lax.convert_element_type(x, found.dtype) if found.weak_type else x
+
+    return jax.tree.map(one, tree)
 
 
 def check_shapes(name: str, tree: PyTree, abstract: PyTree) -> None:

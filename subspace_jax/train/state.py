@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from subspace_jax.train.context import jit_on_mesh, use_mesh
 from subspace_jax.train.overrides import pair
 from subspace_jax.train.phases import Optimizer
+from subspace_jax.train.placement import strongly_typed
 from subspace_jax.train.sharding import DEFAULT_RULES, Rules, opt_state_shardings, param_shardings
 from subspace_jax.train.task import Task, without
 
@@ -68,7 +69,7 @@ def new_state(task: Task, tx: Optimizer, key: jax.Array, start: tuple[PyTree, Py
     """
     init_key, run_key = jax.random.split(key)
     method, start = ("init", task.init(init_key)) if start is None else ("load", start)
-    params, variables = pair(f"{type(task).__name__}.{method}", start, "(params, variables)")
+    params, variables = strongly_typed(pair(f"{type(task).__name__}.{method}", start, "(params, variables)"))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, params, variables, init_optimizer(tx, params), jax.random.key_data(run_key), zero)
 

@@ -71,6 +71,7 @@ class TaskContract:
         batches = data.train(0)
         for _ in range(num_steps):
             state, metrics = step(state, train.to_device(next(batches), train.batch_sharding(mesh)))
+        assert step._cache_size() == 1, "the second step was compiled anew"
         return state, jax.device_get(metrics)
 
     @pytest.fixture(scope="class")

@@ -90,7 +90,7 @@ def init_params(key: jax.Array, config: PolySAEConfig) -> dict[str, jax.Array]:
         if not shared:
             params[f"U{j}"] = linalg.random_orthonormal(keys[3 + j], m, rank)
         if j > 1:
-            params[f"lambda{j}"] = jnp.asarray((-0.5, 0.5)[j - 2])
+            params[f"lambda{j}"] = jnp.float32((-0.5, 0.5)[j - 2])
     return params
 
 
