@@ -121,7 +121,7 @@ def pytest_terminal_summary(terminalreporter, config):
 # A process may have 65,530 memory mappings on Linux, and a compiled function takes about 15: without this, a worker
 # that has run a thousand tests dies.
 _MAPS = pathlib.Path("/proc/self/maps")
-_MANY = 30_000
+_MANY = 50_000
 _LOOK_EVERY = 20
 _tests_run = itertools.count(1)
 
