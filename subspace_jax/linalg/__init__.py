@@ -39,6 +39,7 @@ from subspace_jax.linalg.products import (
 from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shifted_cholesky_qr3
 from subspace_jax.linalg.row_blocks import map_row_blocks
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
+from subspace_jax.linalg.self_expression import lrr, lsr
 from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
 from subspace_jax.linalg.sparse_coding import code_error, densify, omp, omp_gram
 from subspace_jax.linalg.sparse_rows import (
@@ -117,6 +118,8 @@ __all__ = [
     "k_subspaces",
     "kmeans",
     "ksvd_update",
+    "lrr",
+    "lsr",
     "map_row_blocks",
     "merge_pair_moments",
     "mod_update",

@@ -7,9 +7,9 @@ from subspace_jax.cluster.classical.affinity import (
 )
 from subspace_jax.cluster.classical.elastic_net import ElasticNet, elastic_net_sc
 from subspace_jax.cluster.classical.estimators import LRR, LSR, SSC, SSCOMP, TSC, KMeans, KSubspaces, SpectralClustering
-from subspace_jax.cluster.classical.factored import lrr, lsr
 from subspace_jax.cluster.classical.omp import ssc_omp
 from subspace_jax.cluster.classical.tsc import tsc
+from subspace_jax.linalg import lrr, lsr
 
 __all__ = [
     "LRR",

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
-from subspace_jax.cluster.classical._rows import block_of, checked, without_own
 from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg.expression_rows import block_of, checked, without_own
 
 _INNER, _ROUNDS, _MAX_ROUNDS = 60, 40, 20
 _PATIENCE = 3  # rounds without progress, after which rounding is all that is left

@@ -11,10 +11,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from subspace_jax import linalg
 from subspace_jax.cluster.classical.affinity import affinity_from_coefficients, neighbor_affinity
 from subspace_jax.cluster.classical.elastic_net import elastic_net_sc
-from subspace_jax.cluster.classical.factored import lrr, lsr
 from subspace_jax.cluster.classical.omp import ssc_omp
 from subspace_jax.cluster.classical.tsc import tsc
-from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg import SparseRows, lrr, lsr
 
 RandomState = int | np.random.RandomState | None
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
-from subspace_jax.cluster.classical._rows import block_of, checked, without_own
 from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg.expression_rows import block_of, checked, without_own
 
 
 def tsc(x: jax.Array, q: int, *, block_size: int | None = None) -> SparseRows:

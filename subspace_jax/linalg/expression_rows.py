@@ -5,8 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from subspace_jax import linalg
-from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg._checks import check_finite
+from subspace_jax.linalg.products import working_dtype
+from subspace_jax.linalg.row_blocks import map_row_blocks
+from subspace_jax.linalg.sparse_rows import SparseRows, top_entries
 
 _NUMBERS_AT_A_TIME = 2**24
 
@@ -20,8 +22,8 @@ def checked(x: jax.Array, fewest: int = 2) -> jax.Array:
         raise TypeError(f"x: expected floating point, got {x.dtype}")
     if x.shape[0] < fewest:
         raise ValueError(f"x: expected at least {fewest} rows, got {x.shape[0]}")
-    linalg.check_finite("x", x)
-    return x.astype(linalg.working_dtype(x))
+    check_finite("x", x)
+    return x.astype(working_dtype(x))
 
 
 def block_of(n: int, block_size: int | None, numbers: int = 1) -> int:
@@ -52,6 +54,6 @@ def from_blocks(
 
     def of_block(block):
         rows = of_rows(*block)
-        return rows if keep is None else linalg.top_entries(rows, keep)
+        return rows if keep is None else top_entries(rows, keep)
 
-    return linalg.map_row_blocks(of_block, (x, jnp.arange(n, dtype=jnp.int32)), block_of(n, block_size))
+    return map_row_blocks(of_block, (x, jnp.arange(n, dtype=jnp.int32)), block_of(n, block_size))

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_jax import linalg
-from subspace_jax.cluster.classical._rows import checked, from_blocks, without_own
-from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg.expression_rows import checked, from_blocks, without_own
+from subspace_jax.linalg.products import nan_for_infinite, times
+from subspace_jax.linalg.sparse_rows import SparseRows
 
 
 def lsr(
@@ -43,7 +43,7 @@ def lsr(
     share = jnp.square(s) / (jnp.square(s) + 1 / gamma)
     if not zero_diagonal:
         return _projected(u, share, None, keep, block_size)
-    own = linalg.times(jnp.square(u), share[:, None])[:, 0]
+    own = times(jnp.square(u), share[:, None])[:, 0]
     return _projected(u, share, 1 - own, keep, block_size)
 
 
@@ -80,7 +80,7 @@ def lrr(
 
 def _left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Left singular vectors ``[n, r]`` and singular values."""
-    u, s, _ = jnp.linalg.svd(linalg.nan_for_infinite(x), full_matrices=False)
+    u, s, _ = jnp.linalg.svd(nan_for_infinite(x), full_matrices=False)
     return u, s
 
 
@@ -89,7 +89,7 @@ def _projected(u, share, divisor, keep, block_size):
     weighted = (u * share[None]).T
 
     def of_rows(own, at):
-        rows = linalg.times(own, weighted)
+        rows = times(own, weighted)
         return rows if divisor is None else without_own(rows / divisor[at][:, None], at)
 
     return from_blocks(of_rows, u, keep, block_size)
