@@ -210,7 +210,7 @@ def test_column_affinity_keeps_all_or_column_maxima_and_ties():
 def test_self_expression_of_the_input_alone_ends_at_the_identity_or_at_least_squares():
     """Gradient descent on ``C`` alone; with a ridge the minimum is that of LSR with its diagonal."""
     rng = np.random.default_rng(2)
-    x = rng.standard_normal((6, 8)).astype(np.float32)
+    x = rng.standard_normal((6, 32)).astype(np.float32)
 
     def minimum(x, ridge):
         def loss(c):
@@ -221,11 +221,11 @@ def test_self_expression_of_the_input_alone_ends_at_the_identity_or_at_least_squ
 
     minimum = jax.jit(minimum)
     close(minimum(jnp.asarray(x), 0.0), np.eye(6), rtol=0, atol=2e-3)
-    flat = x @ np.diag(np.arange(8) < 2).astype(np.float32)  # of rank 2
+    flat = x @ np.diag(np.arange(32) < 2).astype(np.float32)  # of rank 2
     found = minimum(jnp.asarray(flat), 0.0)
     close(found @ flat, flat, rtol=0, atol=1e-4)
     assert np.abs(found - np.eye(6)).max() > 0.1
-    h = x @ np.linalg.solve(x.T @ x + 0.5 * np.eye(8), x.T)
+    h = x @ np.linalg.solve(x.T @ x + 0.5 * np.eye(32), x.T)
     close(minimum(jnp.asarray(x), 0.5), h, rtol=0, atol=1e-3)
 
 

@@ -94,7 +94,8 @@ def subspace_structured_loss(coef: jax.Array, labels: jax.Array, eps: float = 1e
     """
     if coef.ndim != 2 or coef.shape[0] != coef.shape[1] or labels.shape != coef.shape[:1]:
         raise ValueError(f"coef, labels: expected [n, n] and [n], got {coef.shape} and {labels.shape}")
-    sizes = jnp.abs(coef) + jnp.abs(coef).T
+    sizes = coef * jax.lax.stop_gradient(jnp.sign(coef))  # whose slope at 0 is 0
+    sizes = sizes + sizes.T
     counts = (labels[:, None] != labels[None]) & (sizes > 0)
     # The root has an infinite slope at 0, which times a derivative of 0 is NaN.
     return jnp.sum(jnp.where(counts, jnp.sqrt(jnp.where(counts, sizes, 1.0) + eps), 0.0))
