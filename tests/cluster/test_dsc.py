@@ -150,7 +150,9 @@ def test_spectral_labels_number_clusters_by_their_first_example(authors):
     _, found = authors
     labels = found["clusters"]
     _, first = np.unique(labels, return_index=True)
-    assert labels[0] == 0 and len(first) == 3 and np.all(np.diff(first) > 0)
+    assert labels[0] == 0
+    assert len(first) == 3
+    assert np.all(np.diff(first) > 0)
 
 
 def test_five_steps_of_self_expression_are_those_of_the_authors_adam(x64, golden):
@@ -178,11 +180,13 @@ def test_subspace_structured_loss_of_matching_blocks_is_zero_with_finite_gradien
     labels = np.repeat([0, 1, 2], 4)
     blocks = jnp.asarray((labels[:, None] == labels[None]) * np.float32(0.3))
     loss, grad = jax.value_and_grad(dsc.subspace_structured_loss)(blocks, jnp.asarray(labels))
-    assert loss == 0 and not np.any(grad)
+    assert loss == 0
+    assert not np.any(grad)
     one = blocks.at[0, 5].set(-0.25)  # the other entries between clusters stay 0
     loss, grad = jax.value_and_grad(dsc.subspace_structured_loss)(one, jnp.asarray(labels))
     assert float(loss) == pytest.approx(2 * 0.5)
-    assert np.all(np.isfinite(grad)) and float(grad[0, 5]) == pytest.approx(-1 / 0.5)
+    assert np.all(np.isfinite(grad))
+    assert float(grad[0, 5]) == pytest.approx(-1 / 0.5)
     assert np.count_nonzero(grad) == 1
 
 
@@ -241,17 +245,20 @@ def test_relative_stop_waits_for_rounds_in_a_row_below_the_tolerance():
     assert not stop([])
     assert stop(rows([0, 0, 0, 0]))
     by_change = dsc.relative_stop(1e-2, 2, "coef_change", steps=True)
-    assert by_change(rows([1, 1], coef_change=0.009)) and not by_change(rows([1, 1], coef_change=0.011))
+    assert by_change(rows([1, 1], coef_change=0.009))
+    assert not by_change(rows([1, 1], coef_change=0.011))
 
 
 def test_subspace_images_are_of_length_one_and_of_the_rank_of_their_subspaces():
     found = dsc.subspace_images(0, 30)
-    assert found.inputs.shape == (90, 8, 8, 1) and found.inputs.dtype == np.float32
+    assert found.inputs.shape == (90, 8, 8, 1)
+    assert found.inputs.dtype == np.float32
     flat = found.inputs.reshape(90, -1)
     close(np.linalg.norm(flat, axis=1), np.ones(90), rtol=1e-5)
     assert [np.linalg.matrix_rank(flat[found.labels == c], tol=1e-4) for c in range(3)] == [3, 3, 3]
     bent = dsc.subspace_images(0, 30, bend="relu").inputs
-    assert np.min(bent) == 0 and np.linalg.matrix_rank(bent.reshape(90, -1), tol=1e-4) > 9
+    assert np.min(bent) == 0
+    assert np.linalg.matrix_rank(bent.reshape(90, -1), tol=1e-4) > 9
 
 
 def test_open_images_draws_as_many_of_each_class_or_takes_the_first():
@@ -281,7 +288,7 @@ def config_with(*changes):
         ("x: expected sides that are multiples of 2, .* got 7 x 8", lambda: dsc.fit(IMAGES[:, :7], 2, 2)),
         ("x: expected finite numbers", lambda: dsc.fit(IMAGES * np.nan, 2, 2)),
         ("x: expected finite numbers", lambda: dsc.fit(IMAGES * np.inf, 2, 2)),
-        ("model.kernels: expected numbers of at least 2", lambda: dsc.fit(IMAGES, 2, 2, config_with("model.kernels=(1,)"))),
+        ("model.kernels: expected numbers", lambda: dsc.fit(IMAGES, 2, 2, config_with("model.kernels=(1,)"))),
         ("model.channels, model.kernels", lambda: dsc.fit(IMAGES, 2, 2, config_with("model.kernels=(3,3)"))),
         ("expected images .n, height, width, 1., got", lambda: MODEL.encode(jnp.ones((2, 8, 8, 3)))),
         ("multiples of 2", lambda: MODEL.encode(jnp.ones((2, 8, 9, 1)))),
@@ -305,7 +312,7 @@ def config_with(*changes):
         ("data.name: expected one of", lambda: dsc_task.outline(config_with("data.name=faces"))),
         ("phases.criterion: expected one of", lambda: dsc_task.build(config_with("phases.criterion=labels"))),
         ("phases.patience: expected at least 1", lambda: dsc_task.build(config_with("phases.patience=0"))),
-        ("expression.ridge: expected a finite number above", lambda: dsc_task.build(config_with("expression.ridge=0."))),
+        ("expression.ridge: expected a finite", lambda: dsc_task.build(config_with("expression.ridge=0."))),
     ],
 )  # fmt: skip
 def test_dsc_refuses_what_can_not_serve(message, act):

@@ -52,7 +52,8 @@ def test_losses_and_gradients_of_all_phases_leave_out_the_padding():
         close(padded[name][0], loss, rtol=1e-5)
         got = padded[name][1]
         if "coef" in got:
-            assert not np.any(got["coef"][N:]) and not np.any(got["coef"][:, N:])
+            assert not np.any(got["coef"][N:])
+            assert not np.any(got["coef"][:, N:])
             got = {**got, "coef": got["coef"][:N, :N]}
         jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-5), got, grads)
     diagonal = np.diag(whole["expression"][1]["coef"])
@@ -61,7 +62,7 @@ def test_losses_and_gradients_of_all_phases_leave_out_the_padding():
 
 def test_structured_refresh_counts_how_often_labels_stay_the_same():
     task = dsc.Structured(encoder(), options(M))
-    params, variables = jax.eval_shape(task.init, jax.random.key(0))
+    _params, variables = jax.eval_shape(task.init, jax.random.key(0))
     labels = iter([[0, 1, 0, 1, 0, 1, -1, -1]] * 3 + [[0, 0, 0, 1, 1, 1, -1, -1]])
     at = train.At((), jax.random.key(0), None, lambda fn, *arrays: np.asarray(next(labels), np.int32))
     zero = jnp.zeros((), jnp.int32)
@@ -79,7 +80,8 @@ def test_expression_enter_starts_from_given_coefficients_without_those_of_paddin
     state = train.TrainState(0, 0, {"any": 1}, {}, (), None, 0)
     params, _, _ = task.enter(state, None)
     close(params["coef"][:N, :N], start)
-    assert not np.any(params["coef"][N:]) and not np.any(params["coef"][:, N:])
+    assert not np.any(params["coef"][N:])
+    assert not np.any(params["coef"][:, N:])
     assert params["autoencoder"] == {"any": 1}
 
 
