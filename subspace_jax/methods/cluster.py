@@ -1,7 +1,8 @@
 """Methods that cluster."""
 
-from subspace_jax.methods.records import Figure, Method
+from subspace_jax.methods.records import Figure, Method, train
 
+_DSC, _FIRST = train("cluster/dsc_digits"), train("cluster/dsc_digits:first")
 _COMMAND = "python -m pytest tests/cluster/test_clustering_figures.py"
 
 
@@ -33,6 +34,30 @@ METHODS = (
             _scored("of SSC-OMP, which fails on raw digits", "digits_omp_accuracy"),
             _scored("accuracy of TSC on 5,000 digits of MNIST, mean of 3 seeds", "mnist_tsc_accuracy"),
             _scored("of k-means on the same", "mnist_kmeans_accuracy"),
+        ),
+    ),
+    Method(
+        name="dsc",
+        area="cluster",
+        title="Deep subspace clustering",
+        paper="Label-independent hyperparameter-free self-supervised single-view deep subspace clustering",
+        arxiv=("2504.18179",),
+        summary=(
+            "Clusters images that lie near a union of bent subspaces, without labels and without tuning: a "
+            "convolutional autoencoder whose layers are all expressed by themselves with one matrix of coefficients, "
+            "whose entries between clusters are then penalized; every phase ends by itself."
+        ),
+        module="subspace_jax.cluster.dsc",
+        configs=("cluster/dsc_digits",),
+        command="subspace-jax cluster --input images.npy --method dsc --k 10 --keep 12 --out work/clusters",
+        figures=(
+            Figure("accuracy on 400 drawn digits minus that of k-means on pixels", _DSC, "gain", at_least=0.04),
+            Figure("its accuracy", _DSC, "accuracy"),
+            Figure("its NMI", _DSC, "nmi"),
+            Figure("runs that end by themselves before the cap", _DSC, "stopped", at_least=1.0),
+            Figure("accuracy on the first 40 digits of each class", _FIRST, "accuracy", at_least=0.85, seeds=(0,)),
+            Figure("its NMI there", _FIRST, "nmi", at_least=0.83, seeds=(0,)),
+            Figure("accuracy of k-means there", _FIRST, "kmeans_accuracy", seeds=(0,)),
         ),
     ),
 )
