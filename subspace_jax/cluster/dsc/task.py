@@ -40,7 +40,7 @@ def default_config() -> ConfigDict:
     """
     config = train.default_config()
     config.task = "subspace_jax.cluster.dsc.task"
-    config.data = ConfigDict({"name": "digits", "num_examples": 400, "draw": True, "multiple_of": 8})
+    config.data = ConfigDict({"name": "digits", "num_examples": 400, "draw": "uniform", "multiple_of": 8})
     config.model = ConfigDict({"channels": (15,), "kernels": (3,)})
     config.clusters = ConfigDict({"number": 10, "keep": 12})
     config.phases = ConfigDict(
