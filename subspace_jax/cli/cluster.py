@@ -1,20 +1,26 @@
-"""The command that clusters features by subspaces."""
+"""The command that clusters features or images by subspaces."""
 
 import argparse
 import json
 
-from subspace_jax.cli import shared
+from subspace_jax.cli import cluster_input, shared
 
 _CLUSTER = """
     subspace-jax cluster --input features.npy --k 10 --method tsc --out work/clusters  # seconds for some thousand
     subspace-jax cluster --input features.npz --labels features.npz --k 10 --seeds 5 --out work/clusters
     subspace-jax cluster --input features.npy --method lsr --out work/clusters         # k by the eigengap
+    subspace-jax cluster --images photos --backbone dinov2-small --k 5 --out work/photos
+    subspace-jax cluster --input tfds:digits --k 10 --out work/digits                  # offline
     subspace-jax cluster --input images.npy --method dsc --k 10 --keep 12 --seeds 1 --out work/clusters   # minutes
 
-    The file holds features [items, n] of float16, float32 or float64: .npy, or .npz with features (as `subspace-jax
-    features` writes for a folder of images), vectors or embeddings.  Each is divided by its length first.  With
-    --labels the scores of all seeds are told, with their spread.  One seed of `spectral` on 20,000 items of width 64
-    takes 10 s of processor time, half of it compiling.
+    The file holds features [items, n] of float16, float32 or float64: .npy, or .npz with features, vectors or
+    embeddings.  Images are compared by a model's features, or by their pixels, which serves for images of one kind and
+    pose alone.  Each item is divided by its length first.  With true labels (--labels, folders of images, or a set of
+    TFDS) the scores of all seeds are told, with their spread.  One seed of `spectral` on 20,000 items of width 64 takes
+    10 s of processor time, half of it compiling; dinov2-small takes 0.1 s an image.
+
+    Without --k the number of clusters is that before the widest gap of the graph's eigenvalues, at most 30 and the root
+    of the number of items.
 
     For `dsc` the file holds images [items, height, width] or [items, height, width, channels] with even sides: .npy, or
     .npz with images.  One seed of 400 images of 8 x 8 takes half a minute of processor time.
@@ -22,7 +28,7 @@ _CLUSTER = """
 _OPTIONS = {
     "neighbors": ("n_neighbors", ("tsc", "spectral")),
     "dim": ("n_components", ("k-subspaces",)),
-    "gamma": ("gamma", ("lsr", "ssc")),
+    "gamma": ("gamma", ("lsr", "lrr-l21", "ssc")),
     "tau": ("tau", ("ssc",)),
     "noise": ("noise", ("lrr",)),
     "nonzeros": ("n_nonzeros", ("ssc-omp",)),
@@ -34,17 +40,17 @@ def add_commands(commands) -> None:
     """Adds ``cluster``."""
     summary = "cluster features by subspaces: k-subspaces, self-expression, thresholding, spectral clustering, k-means"
     parser = shared.add_command(commands, "cluster", summary, _cluster, _CLUSTER)
-    parser.add_argument("--input", required=True, metavar="FILE", help="features of items, .npy or .npz")
+    cluster_input.add_input(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for labels, report and picture")
     parser.add_argument("--k", type=int, help="number of clusters (default: by the eigengap of the graph)")
-    methods = ("kmeans", "k-subspaces", "spectral", "tsc", "lsr", "lrr", "ssc", "ssc-omp", "dsc")
+    methods = ("kmeans", "k-subspaces", "spectral", "tsc", "lsr", "lrr", "lrr-l21", "ssc", "ssc-omp", "dsc")
     parser.add_argument("--method", choices=methods, default="tsc", help="default: tsc")
     parser.add_argument("--labels", metavar="FILE", help="true labels, .npy or .npz with labels: only for scores")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs, seeds --seed and on (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first run (default: 0)")
     parser.add_argument("--neighbors", type=int, help="tsc, spectral: neighbours of an item (default: 4, 10)")
     parser.add_argument("--dim", type=int, help="k-subspaces: dimension of a subspace (default: 1)")
-    parser.add_argument("--gamma", type=float, help="lsr, ssc: weight of the data (default: 10, 50)")
+    parser.add_argument("--gamma", type=float, help="lsr, ssc, lrr-l21: weight of the data or errors (10, 50, 4)")
     parser.add_argument("--tau", type=float, help="ssc: share of the 1-norm; 1 is the lasso (default: 0.9)")
     parser.add_argument("--noise", type=float, help="lrr: weight of the nuclear norm (default: 0)")
     parser.add_argument("--nonzeros", type=int, help="ssc-omp: coefficients of an item, at most (default: 10)")
@@ -67,15 +73,16 @@ def _cluster(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.k is None and args.method in ("kmeans", "k-subspaces"):
         raise ValueError(f"--k: expected a number of clusters, for {args.method} has no graph that tells one")
     deep = args.method == "dsc"
-    source = cluster_images.open_images(args) if deep else data.open_vectors("input", args.input)
-    n = source.shape[0]
+    items = cluster_images.open_images(args) if deep else cluster_input.open_items(args)
+    n, width = items.count, items.width
     if n < 2 or (args.k is not None and not 1 <= args.k <= n):
-        raise ValueError(f"--k: expected 1 to {n}, the number of items in {args.input}, got {args.k}")
-    if args.dim is not None and args.dim > source.shape[1]:
-        raise ValueError(f"--dim: expected 1 to {source.shape[1]}, the width of {args.input}, got {args.dim}")
+        raise ValueError(f"--k: expected 1 to {n}, the number of items in {args.input or args.images}, got {args.k}")
+    if args.dim is not None and width is not None and args.dim > width:
+        raise ValueError(f"--dim: expected 1 to {width}, the width of {args.input}, got {args.dim}")
     labels = None if args.labels is None else data.read_labels(args.labels, n)
     out = train.writable_folder(args.out)
-    x = source.reshape(n, -1) if deep else source.read()
+    read = items.read()
+    x, labels = read.x, read.labels if labels is None else labels
     if not args.raw:
         x = np.asarray(linalg.unit_vectors(x))
     print(
@@ -84,7 +91,7 @@ def _cluster(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     seeds = range(args.seed, args.seed + args.seeds)
     if deep:
-        found = cluster_images.cluster(source, args.k, seeds, labels, **options)
+        found = cluster_images.cluster(read.images, args.k, seeds, labels, **options)
     else:
         found = run.cluster_features(x, args.k, args.method, seeds=seeds, labels=labels, progress=True, **options)
     report = _report(args, found, options)
@@ -94,6 +101,14 @@ def _cluster(args: argparse.Namespace, overrides: list[str]) -> None:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     with train.replacing(out / "clusters.png") as partial, partial.open("wb") as file:
         run.write_picture(found, x, file)
+    for name in ("labels.csv", "images.png"):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    if read.names:
+        with train.replacing(out / "labels.csv") as partial:
+            run.write_names(found, read.names, partial)
+    if read.image is not None:
+        with train.replacing(out / "images.png") as partial, partial.open("wb") as file:
+            run.write_images(found, read.image, file)
     shared.write_result(out, {"k": found.k, **{name: mean for name, (mean, _) in report.get("scores", {}).items()}})
     print(_table(report))
     print(
@@ -101,6 +116,8 @@ def _cluster(args: argparse.Namespace, overrides: list[str]) -> None:
         "  labels.npy: the cluster of each item, of the first seed\n"
         "  clusters.json: sizes, agreement of the seeds and scores\n"
         "  clusters.png: items by cluster, and the affinity in blocks"
+        + "\n  labels.csv: the same by name" * bool(read.names)
+        + "\n  images.png: some images of each cluster" * (read.image is not None)
     )
 
 
@@ -122,7 +139,13 @@ def _report(args: argparse.Namespace, found, options: dict[str, float]) -> dict:
     """What ``clusters.json`` holds; scores as mean and standard deviation over the seeds."""
     import numpy as np
 
-    report = {"input": args.input, "method": args.method, "options": options, "k": found.k}
+    report = {
+        "input": args.input or args.images,
+        "backbone": args.backbone,
+        "method": args.method,
+        "options": options,
+        "k": found.k,
+    }
     report |= {"chosen": args.k is None, "sizes": np.bincount(found.labels, minlength=found.k).tolist()}
     report |= {"seeds": args.seeds, "agreement": list(found.agreement)}
     if found.scores:

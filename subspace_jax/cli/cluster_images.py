@@ -2,9 +2,11 @@
 
 import argparse
 
+from subspace_jax.cli.cluster_input import Found, Items
 
-def open_images(args: argparse.Namespace):
-    """Reads images ``[n, height, width, channels]``; raises for what can't be clustered.
+
+def open_images(args: argparse.Namespace) -> Items:
+    """Opens a file of images.
 
     Raises:
       ValueError: The file holds no such images, or a number of the command is out of range.
@@ -14,6 +16,11 @@ def open_images(args: argparse.Namespace):
     from subspace_jax.cluster.dsc import default_config
     from subspace_jax.cluster.dsc.task import check_fields
 
+    if args.input is None or args.input.startswith("tfds:"):
+        raise ValueError("--input: expected a file of images, .npy or .npz, for dsc")
+    for flag in ("backbone", "split"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: is not for dsc, which reads a file of images")
     if args.k is None:
         raise ValueError("--k: expected a number of clusters, for dsc is given it")
     if args.raw:
@@ -40,7 +47,7 @@ def open_images(args: argparse.Namespace):
     except ValueError as error:
         text = str(error).replace("clusters.number", "--k").replace("clusters.keep", "--keep")
         raise ValueError(text.replace("x:", f"input: {args.input}:")) from None
-    return x
+    return Items(len(x), None, lambda: Found(x.reshape(len(x), -1), images=x))
 
 
 def cluster(x, k: int, seeds: range, labels, keep: int = 9):

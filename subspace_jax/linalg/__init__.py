@@ -1,6 +1,6 @@
 """Numerical linear algebra of tall matrices and subspaces: arrays in, arrays out, broadcasting over leading axes."""
 
-from subspace_jax.linalg._checks import check_finite, is_here
+from subspace_jax.linalg._checks import check_finite, check_integer, is_here
 from subspace_jax.linalg.angles import principal_angles, projector_distance
 from subspace_jax.linalg.bases import orthonormality_error, random_orthonormal
 from subspace_jax.linalg.canonical_correlation import CCAResult, cca, cca_from_covariance, whitened_columns
@@ -94,6 +94,7 @@ __all__ = [
     "cca_from_covariance",
     "centered_columns",
     "check_finite",
+    "check_integer",
     "cholesky_qr",
     "cholesky_qr2",
     "code_error",

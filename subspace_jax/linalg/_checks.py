@@ -1,5 +1,8 @@
 """Checks of arguments."""
 
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +43,14 @@ def check_same_space(a: jax.Array, b: jax.Array) -> None:
 def is_here(x: jax.Array) -> bool:
     """Whether the values of an array are known: it is not traced, and this process has all of it."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Returns an integer, NumPy's included; raises a TypeError for anything else, such as 2.5 or a text."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def check_finite(name: str, x: jax.Array) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg._checks import check_finite
+from subspace_jax.linalg._checks import check_finite, check_integer
 from subspace_jax.linalg.bases import random_orthonormal
 from subspace_jax.linalg.products import gram, times, working_dtype
 from subspace_jax.linalg.row_blocks import map_row_blocks
@@ -64,10 +64,12 @@ def k_subspaces(
 
     Raises:
       ValueError: ``x`` is no matrix or (where its values are known) not finite, or another argument is out of range.
+      TypeError: ``k``, ``d`` or ``restarts`` is no integer.
     """
     if x.ndim != 2:
         raise ValueError(f"x: expected [rows, n], got shape {x.shape}")
     rows, n = x.shape
+    k, d, restarts = check_integer("k", k), check_integer("d", d), check_integer("restarts", restarts)
     if not 1 <= k <= rows:
         raise ValueError(f"k: expected 1 to {rows}, the number of rows, got {k}")
     if not 1 <= d <= n:

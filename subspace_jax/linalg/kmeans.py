@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.linalg._checks import check_integer
 from subspace_jax.linalg.nearest import pairwise_sq_distances
 from subspace_jax.linalg.products import gram, working_dtype
 
@@ -41,9 +42,11 @@ def kmeans(key: jax.Array, x: jax.Array, k: int, *, restarts: int = 1, max_steps
 
     Raises:
       ValueError: ``x`` is no matrix, or ``k``, ``restarts`` or ``max_steps`` is out of range.
+      TypeError: ``k`` or ``restarts`` is no integer.
     """
     if x.ndim != 2:
         raise ValueError(f"x: expected [rows, n], got shape {x.shape}")
+    k, restarts = check_integer("k", k), check_integer("restarts", restarts)
     if not 1 <= k <= x.shape[0]:
         raise ValueError(f"k: expected 1 to {x.shape[0]}, the number of rows, got {k}")
     if restarts < 1 or max_steps < 1:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.linalg._checks import check_finite, is_here
+from subspace_jax.linalg._checks import check_finite, check_integer, is_here
 from subspace_jax.linalg.eigenpairs import top_eigenpairs
 from subspace_jax.linalg.kmeans import kmeans
 from subspace_jax.linalg.products import times, working_dtype
@@ -82,10 +82,11 @@ def spectral_embedding(
       ValueError: ``w`` is not square, or (where its values are known) has a negative entry or a NaN, or differs from
         its transpose by more than 1e-6 of its largest entry; or ``k`` is not between 1 and ``n``, or ``solver`` is
         unknown.
+      TypeError: ``k`` is no integer.
     """
     if not isinstance(w, SparseRows) and not callable(w):
         w = jnp.asarray(w)
-    count = _check_affinity(w, n)
+    count, k = _check_affinity(w, n), check_integer("k", k)
     if not 1 <= k <= count:
         raise ValueError(f"k: expected 1 to {count}, the number of nodes, got {k}")
     if solver is None:

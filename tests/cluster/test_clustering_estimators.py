@@ -17,6 +17,7 @@ ALL = (
     classical.TSC(3, 4),
     classical.LSR(3),
     classical.LRR(3, noise=0.1),
+    classical.RobustLRR(3, 8.0),
     classical.SSCOMP(3, 3),
     classical.SSC(3),
 )
@@ -54,6 +55,40 @@ def test_estimators_refuse_more_clusters_than_rows_nan_and_other_widths():
     fitted = classical.KMeans(2, n_init=1, random_state=0).fit(x)
     with pytest.raises(ValueError, match="X has 2 features"):
         fitted.predict(x[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "error", "message"),
+    [
+        (classical.KMeans(2.5), TypeError, "n_clusters: expected an integer, got 2.5"),
+        (classical.KMeans("2"), TypeError, "n_clusters: expected an integer, got '2'"),
+        (classical.TSC(0), ValueError, "n_clusters: expected at least 1, got 0"),
+        (classical.KMeans(2, n_init=0), ValueError, "n_init: expected at least 1, got 0"),
+        (classical.KSubspaces(2, 1.5), TypeError, "n_components: expected an integer, got 1.5"),
+        (classical.KSubspaces(2, 4), ValueError, "n_components: expected 1 to 3, the features, got 4"),
+        (classical.SpectralClustering(2, 2.0), TypeError, "n_neighbors: expected an integer, got 2.0"),
+        (classical.SSCOMP(2, 0), ValueError, "n_nonzeros: expected at least 1, got 0"),
+        (classical.LSR(2, "10"), TypeError, "gamma: expected a number, got '10'"),
+        (classical.LSR(2, keep=0), ValueError, "keep: expected at least 1, got 0"),
+        (classical.LRR(2, None), TypeError, "noise: expected a number, got None"),
+        (classical.RobustLRR(2, 1.0), ValueError, "gamma: expected more than 1, got 1.0"),
+    ],
+)
+def test_estimators_name_a_parameter_of_another_type_or_out_of_range(estimator, error, message):
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    with pytest.raises(error, match=message):
+        estimator.fit(x)
+
+
+@pytest.mark.slow
+def test_a_graph_is_clustered_again_by_another_seed_as_if_fitted_anew():
+    x, _, _ = subspaces(1, 12, 2, 3, 12)
+    x = x.astype(np.float32)
+    estimator = classical.TSC(2, 4, random_state=0).fit(x)
+    again = estimator.set_params(n_clusters=3, random_state=1).cluster_graph().labels_
+    np.testing.assert_array_equal(again, classical.TSC(3, 4, random_state=1).fit_predict(x))
+    with pytest.raises(ValueError, match="n_clusters: expected 1 to n_samples=36, got 37"):
+        estimator.set_params(n_clusters=37).cluster_graph()
 
 
 @pytest.mark.eight_devices

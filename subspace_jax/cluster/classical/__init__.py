@@ -6,8 +6,18 @@ from subspace_jax.cluster.classical.affinity import (
     neighbor_affinity,
 )
 from subspace_jax.cluster.classical.elastic_net import ElasticNet, elastic_net_sc
-from subspace_jax.cluster.classical.estimators import LRR, LSR, SSC, SSCOMP, TSC, KMeans, KSubspaces, SpectralClustering
+from subspace_jax.cluster.classical.estimators import KMeans, KSubspaces
+from subspace_jax.cluster.classical.graph_estimators import (
+    LRR,
+    LSR,
+    SSC,
+    SSCOMP,
+    TSC,
+    RobustLRR,
+    SpectralClustering,
+)
 from subspace_jax.cluster.classical.omp import ssc_omp
+from subspace_jax.cluster.classical.robust import RobustLowRank, lrr_l21
 from subspace_jax.cluster.classical.tsc import tsc
 from subspace_jax.linalg import lrr, lsr
 
@@ -20,11 +30,14 @@ __all__ = [
     "ElasticNet",
     "KMeans",
     "KSubspaces",
+    "RobustLRR",
+    "RobustLowRank",
     "SpectralClustering",
     "affinity_from_coefficients",
     "elastic_net_sc",
     "keep_top_coefficients",
     "lrr",
+    "lrr_l21",
     "lsr",
     "neighbor_affinity",
     "ssc_omp",

@@ -1,28 +1,34 @@
-"""Clusters features by a method over several seeds: labels, scores, and a picture."""
+"""Clusters features by a method over several seeds: labels, scores, and pictures."""
 
+import csv
+import math
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from subspace_jax import linalg, metrics
-from subspace_jax.cluster.classical import estimators
+from subspace_jax import data, linalg, metrics
+from subspace_jax.cluster.classical import estimators, graph_estimators
 from subspace_jax.linalg import SparseRows
 
 METHODS = {
     "kmeans": estimators.KMeans,
     "k-subspaces": estimators.KSubspaces,
-    "spectral": estimators.SpectralClustering,
-    "tsc": estimators.TSC,
-    "lsr": estimators.LSR,
-    "lrr": estimators.LRR,
-    "ssc": estimators.SSC,
-    "ssc-omp": estimators.SSCOMP,
+    "spectral": graph_estimators.SpectralClustering,
+    "tsc": graph_estimators.TSC,
+    "lsr": graph_estimators.LSR,
+    "lrr": graph_estimators.LRR,
+    "lrr-l21": graph_estimators.RobustLRR,
+    "ssc": graph_estimators.SSC,
+    "ssc-omp": graph_estimators.SSCOMP,
 }
 _MOST_CLUSTERS = 30
 _BINS = 96
 _DOTS = 5000
+_IN_A_ROW, _SIDE = 12, 64
 
 
 class Clusters(NamedTuple):
@@ -57,7 +63,7 @@ def cluster_features(
 
     Args:
       x: ``[n, features]``.
-      k: Number of clusters; by the widest gap of the eigenvalues, up to 30, where it is None.
+      k: Number of clusters; by the widest gap of the eigenvalues where it is None, at most 30 and the root of n.
       method: One of :data:`METHODS`.
       seeds: Seeds.
       labels: True labels ``[n]``, for scores.
@@ -73,11 +79,17 @@ def cluster_features(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if k is None:
-        k = _chosen(x, method, options)
-    estimator = METHODS[method](k, **options)
-    bar = tqdm(seeds, desc=f"{method}: {k} clusters", unit="seed", disable=None if progress else True)
-    found = [estimator.set_params(random_state=seed).fit_predict(x) for seed in bar]
+    on_graph = issubclass(METHODS[method], graph_estimators.OnGraph)
+    if k is None and not on_graph:
+        raise ValueError(f"k: expected a number of clusters, for {method} has no graph that tells one")
+    estimator = METHODS[method](1 if k is None else k, random_state=seeds[0], **options)
+    if on_graph:  # which is the same for all seeds
+        estimator.fit_graph(x)
+        k = _by_eigengap(estimator.affinity_, len(x)) if k is None else k
+    found = []
+    for seed in tqdm(seeds, desc=f"{method}: {k} clusters", unit="seed", disable=None if progress else True):
+        estimator.set_params(n_clusters=k, random_state=seed)
+        found.append((estimator.cluster_graph() if on_graph else estimator.fit(x)).labels_)
     return Clusters(
         found[0],
         k,
@@ -87,13 +99,14 @@ def cluster_features(
     )
 
 
-def _chosen(x, method, options):
-    """The number of clusters before the widest gap of the eigenvalues of the graph."""
-    if method in ("kmeans", "k-subspaces"):
-        raise ValueError(f"k: expected a number of clusters, for {method} has no graph that tells one")
-    most = min(_MOST_CLUSTERS, len(x) - 1)
-    graph = METHODS[method](1, n_init=1, random_state=0, **options).fit(x).affinity_
-    return linalg.eigengap(1 - np.asarray(linalg.spectral_embedding(graph, most).eigenvalues))
+def _by_eigengap(graph: SparseRows, n: int) -> int:
+    """The number of clusters before the widest gap of the eigenvalues of a graph.
+
+    Candidates end at the root of n, as for other criteria of the number of clusters (Bezdek and Pal 1998): farther out
+    the eigenvalues are those of the noise within clusters, and of few examples their gaps may be the widest.
+    """
+    most = max(1, min(_MOST_CLUSTERS, math.isqrt(n), n - 1))
+    return linalg.eigengap(1 - np.asarray(linalg.spectral_embedding(graph, most + 1).eigenvalues))
 
 
 def write_picture(found: Clusters, x: np.ndarray, path: str) -> None:
@@ -122,6 +135,40 @@ def write_picture(found: Clusters, x: np.ndarray, path: str) -> None:
     if found.affinity is not None:
         axes[1].imshow(np.sqrt(_blocks(found)), cmap="magma", interpolation="nearest")
         axes[1].set(xticks=[], yticks=[], title="root of the affinity, examples by cluster")
+    figure.savefig(path, dpi=120)
+
+
+def write_names(found: Clusters, names: Sequence[str], path: pathlib.Path) -> None:
+    """Writes a CSV file with the name and the cluster of each example."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "cluster"))
+        table.writerows(zip(names, found.labels.tolist(), strict=True))
+
+
+def write_images(found: Clusters, image: Callable[[int], np.ndarray], path: str) -> None:
+    """Draws a row of images of each cluster, of the largest 30 clusters.
+
+    Args:
+      found: What :func:`cluster_features` returns.
+      image: Returns the image of an example, uint8 ``[height, width, 3]``.
+      path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    sizes = np.bincount(found.labels, minlength=found.k)
+    shown = np.argsort(-sizes, kind="stable")[:_MOST_CLUSTERS]
+    figure = Figure(figsize=(_IN_A_ROW * 0.7 + 1, len(shown) * 0.75 + 0.3), layout="constrained")
+    for axis, cluster in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown, strict=True):
+        own = np.flatnonzero(found.labels == cluster)
+        own = own[np.linspace(0, len(own) - 1, min(len(own), _IN_A_ROW)).astype(int)]
+        strip = np.full((_SIDE, _IN_A_ROW * (_SIDE + 4), 3), 255, np.uint8)
+        for i, at in enumerate(own):
+            strip[:, i * (_SIDE + 4) :][:, :_SIDE] = data.resize(image(int(at)), (_SIDE, _SIDE), "bilinear")
+        axis.imshow(strip)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(f"{cluster}: {sizes[cluster]}", rotation=0, ha="right", va="center")
+        axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
