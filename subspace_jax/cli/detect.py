@@ -98,7 +98,8 @@ def _one_category(model, category, folder: Path, args: argparse.Namespace, seed:
     options = {"quantile": args.threshold, "progress": not args.quiet}
     try:
         found = detect.detect(model, category, raw, key=jax.random.key(seed), **options)
-        return found, report.write_overlays(found, raw, model.side, folder / "maps" / category.name)
+        overlays = folder / "maps" / category.name
+        return found, report.write_overlays(found, raw, model.side, overlays, progress=not args.quiet)
     finally:
         raw.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from subspace_jax import interop, nn
 from subspace_jax.anomaly import image_sets, subspacead
 from subspace_jax.anomaly.subspacead import config as fields
+from subspace_jax.anomaly.subspacead import report
 from subspace_jax.cli.main import main
 
 from .test_subspacead_model import stripes
@@ -92,6 +93,28 @@ def test_the_page_shows_the_highest_scores_first_and_needs_nothing_else(written)
     assert all(name.startswith("hole/") for name in names[:4])
     assert page.count('<figure class="flagged">') >= 4
     assert not re.search(r"https?://|<script|<link", page)
+
+
+def test_the_page_has_the_outline_of_a_known_defect(written):
+    assert "A white line is the outline of a known defect." in (written / "report.html").read_text()
+    mask = np.zeros((9, 9), bool)
+    mask[3:6, 3:6] = True
+    drawn = report.outlined(np.full((9, 9, 3), 7, np.uint8), mask)[..., 0]
+    np.testing.assert_array_equal(drawn[mask], 7)
+    assert np.sum(drawn == 255) == 12  # beside the edges
+    assert np.sum(drawn == 0) == 16
+    np.testing.assert_array_equal(drawn[:, 4], [7, 0, 255, 7, 7, 7, 255, 0, 7])
+
+
+def test_detect_replaces_the_folders_of_an_earlier_run(bottle, tmp_path):
+    given = ["--normal", f"{bottle}/train/good", "--out", f"{tmp_path}", "--config.shots=1", *SMALL]
+    assert main(["detect", "--test", f"{bottle}/test", *given]) == 0
+    (tmp_path / "unfinished").mkdir()  # as a run that was killed leaves it
+    (tmp_path / "unfinished" / "maps.raw").write_bytes(b"x")
+    assert main(["detect", "--test", f"{bottle}/test/good", *given]) == 0
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["good"]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["good"]
+    assert not (tmp_path / "unfinished").exists()
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -45,6 +45,21 @@ def test_fit_refuses_options_out_of_range(rows, options, message):
         SubspaceDetector(**options).fit(rows[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 2.5}, "n_components: expected an integer, got 2.5"),
+        ({"n_components": "2"}, "n_components: expected an integer, got '2'"),
+        ({"drop_leading": 1.5}, "drop_leading: expected an integer, got 1.5"),
+        ({"contamination": "auto"}, "contamination: expected a number, got 'auto'"),
+        ({"explained_variance": None}, "explained_variance: expected a number, got None"),
+    ],
+)
+def test_fit_names_options_of_another_type(rows, options, message):
+    with pytest.raises(TypeError, match=message):
+        SubspaceDetector(**options).fit(rows[0])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping check check_array_api_input")
 def test_the_detector_passes_the_checks_of_scikit_learn():

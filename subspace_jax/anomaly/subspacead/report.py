@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import matplotlib
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from subspace_jax import data, train
-from subspace_jax.anomaly.subspacead.detect import Detection
+from subspace_jax.anomaly.subspacead.detect import Detection, resized_mask
 
 SHOWN = 60  # images of a category on the page
 _THUMBNAIL = 144
@@ -31,6 +32,7 @@ _MEANING = (
     "Images come by their score, the highest first, each beside its map: blue at the median of the category's maps or "
     "below it, red at their largest value."
 )
+_OUTLINED = " A white line is the outline of a known defect."
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
 color: #222 } table { border-collapse: collapse; margin: .6em 0 }
 td, th { border-bottom: 1px solid #ddd; padding: .2em .9em .2em 0;
@@ -52,10 +54,12 @@ def write_scores(found: Sequence[Detection], path: pathlib.Path) -> None:
                 table.writerow((own.name, row.image.name, f"{row.score:.6g}", label, flagged))
 
 
-def write_overlays(found: Detection, maps: pathlib.Path, side: int, folder: pathlib.Path) -> dict[str, bytes]:
+def write_overlays(
+    found: Detection, maps: pathlib.Path, side: int, folder: pathlib.Path, *, progress: bool = False
+) -> dict[str, bytes]:
     """Writes a PNG of each image with its map over it; returns thumbnails for the page, JPEG by name of image.
 
-    That of ``a.jpg`` is ``a.jpg.png``, for there may be an ``a.png``.
+    That of ``a.jpg`` is ``a.jpg.png``, for there may be an ``a.png``.  Thumbnails have the outlines of masks.
     The colours go from the median of all maps of the category to their largest value.
     """
     values = np.memmap(maps, np.float32, "r", shape=(len(found.rows), side, side))
@@ -63,7 +67,8 @@ def write_overlays(found: Detection, maps: pathlib.Path, side: int, folder: path
     shown = {row.image.name for row in sorted(found.rows, key=lambda row: -row.score)[:SHOWN]}
     thumbnails = {}
     colours = matplotlib.colormaps["turbo"]
-    for row, own in zip(found.rows, values, strict=True):
+    rows = tqdm(found.rows, desc=f"{found.name}: draw", unit="image", delay=2, disable=None if progress else True)
+    for row, own in zip(rows, values, strict=True):
         image = data.resize(data.decode_image(row.image.path), (side, side), "bilinear")
         heat = np.clip((own - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
         over = np.rint(255 * colours(heat)[..., :3] * _OPACITY + image * (1 - _OPACITY)).astype(np.uint8)
@@ -72,10 +77,34 @@ def write_overlays(found: Detection, maps: pathlib.Path, side: int, folder: path
         Image.fromarray(over).save(path)
         if row.image.name in shown:
             small = [data.resize(x, (_THUMBNAIL, _THUMBNAIL), "bilinear") for x in (image, over)]
+            if row.image.mask is not None:
+                small[1] = outlined(small[1], resized_mask(row.image.mask, _THUMBNAIL))
             buffer = io.BytesIO()
             Image.fromarray(np.concatenate(small, axis=1)).save(buffer, "JPEG", quality=85)
             thumbnails[row.image.name] = buffer.getvalue()
     return thumbnails
+
+
+def outlined(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draws the outline of a mask in white beside black, which shows on any colour.
+
+    Args:
+      pixels: uint8 ``[side, side, 3]``.
+      mask: ``[side, side]`` bool.
+
+    Returns:
+      uint8 ``[side, side, 3]``; pixels within the outline are as before.
+    """
+    inner = _grown(mask)
+    outer = _grown(inner)
+    drawn = np.where((outer & ~inner)[..., None], np.uint8(0), pixels)
+    return np.where((inner & ~mask)[..., None], np.uint8(255), drawn)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask and their neighbours to the four sides."""
+    wide = np.pad(mask, 1)
+    return mask | wide[2:, 1:-1] | wide[:-2, 1:-1] | wide[1:-1, 2:] | wide[1:-1, :-2]
 
 
 def mean_metrics(found: Sequence[Detection]) -> dict[str, float]:
@@ -139,8 +168,11 @@ def write_page(
     head, rows = table_rows(found, published)
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    masks = any(row.image.mask is not None for own in found for row in own.rows)
     table = "".join(f"<tr>{line}</tr>" for line in lines)
-    parts = [f"<h1>Anomalies</h1><p>{html.escape(described)}</p><table>{table}</table><p>{_MEANING}</p>"]
+    parts = [
+        f"<h1>Anomalies</h1><p>{html.escape(described)}</p><table>{table}</table><p>{_MEANING}{_OUTLINED * masks}</p>"
+    ]
     for own, pictures in zip(found, thumbnails, strict=True):
         parts += [f"<h2>{html.escape(own.name)}</h2>", *_figures(own, pictures)]
     title = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Anomalies</title>'

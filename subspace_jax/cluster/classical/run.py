@@ -159,6 +159,7 @@ def write_images(found: Clusters, image: Callable[[int], np.ndarray], path: str)
     sizes = np.bincount(found.labels, minlength=found.k)
     shown = np.argsort(-sizes, kind="stable")[:_MOST_CLUSTERS]
     figure = Figure(figsize=(_IN_A_ROW * 0.7 + 1, len(shown) * 0.75 + 0.3), layout="constrained")
+    figure.get_layout_engine().set(rect=(0.09, 0, 0.91, 1))  # names of rows are no part of the layout
     for axis, cluster in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown, strict=True):
         own = np.flatnonzero(found.labels == cluster)
         own = own[np.linspace(0, len(own) - 1, min(len(own), _IN_A_ROW)).astype(int)]
