@@ -61,15 +61,14 @@ def test_thresholding_is_above_k_means_on_mnist(record_property):
 def test_materials_of_indian_pines_are_clustered(record_property):
     datasets = pytest.importorskip("tensorly.datasets")
     loaded = datasets.load_indian_pines()
-    labels = np.asarray(loaded.labels).reshape(-1)
+    labels = np.asarray(loaded.ticks[0]).reshape(-1)
     known = labels > 0  # 0 is what nobody labelled
     x, y = unit(np.asarray(loaded.tensor, np.float32).reshape(len(labels), -1)[known]), labels[known].astype(int)
     assert x.shape == (10249, 200)
     assert len(np.unique(y)) == 16
     mean_scores(classical.KMeans(16, n_init=5), x, y, record_property, "pines_kmeans")
     mean_scores(classical.KSubspaces(16, 2, n_init=2), x, y, record_property, "pines_ksubspaces")
-    found = mean_scores(classical.TSC(16, 10), x, y, record_property, "pines_tsc")
-    assert found.accuracy > 1 / 3
+    assert mean_scores(classical.TSC(16, 10), x, y, record_property, "pines_tsc").nmi > 0.2
     mean_scores(classical.SpectralClustering(16), x, y, record_property, "pines_spectral")
     mean_scores(classical.LSR(16), x, y, record_property, "pines_lsr")
     mean_scores(classical.LRR(16), x, y, record_property, "pines_lrr")
