@@ -23,18 +23,19 @@ def in_own_process(script, *words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(call, side):
-    """Prints the peak of this process over two calls, and over two later ones alone; of a GPU, what was in use there.
+def report(call, side, times=2):
+    """Prints the peak of this process over some calls, and over as many later ones; of a GPU, what was in use there.
 
     Args:
       call: What to make.
       side: The module of the side, which has ``wait`` and ``device_peak``.
+      times: How many calls.
     """
-    for _ in range(2):
+    for _ in range(times):
         side.wait(call())
     peak = _resident_peak()
     reset = _reset_resident_peak()
-    for _ in range(2):
+    for _ in range(times):
         side.wait(call())
     later = _resident_peak() if reset else None
     device = side.device_peak()
