@@ -15,7 +15,8 @@ from subspace_jax import linalg, metrics
 def test_scores_are_the_golden_ones(case, golden, x64):
     pieces = golden("clustering-common/pieces")
     y, p = pieces[f"m{case}_true"], pieces[f"m{case}_pred"]
-    nmi = float(metrics.normalized_mutual_info(y, p))
+    # Each example as often as the others changes no share, and gives all cases one shape to compile.
+    nmi = float(metrics.normalized_mutual_info(*(np.tile(labels, 86100 // len(y)) for labels in (y, p))))
     scores = metrics.cluster_scores(y, p)
     found = [
         scores.accuracy, nmi, scores.ari, *metrics.pair_f_score(y, p), scores.macro_f1, scores.purity, scores.ami
@@ -80,8 +81,9 @@ def test_subspace_preserving_error_is_the_share_of_coefficients_of_other_labels(
     c = jnp.asarray([[0.0, 3.0, -1.0], [2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     y = jnp.asarray([0, 0, 1])
     expected = (0.25 + 0 + 1) / 3
-    assert metrics.subspace_preserving_error(c, y) == pytest.approx(expected, abs=1e-6)
-    assert metrics.subspace_preserving_error(linalg.top_entries(c, 2), y) == pytest.approx(expected, abs=1e-6)
+    error = jax.jit(metrics.subspace_preserving_error)
+    assert error(c, y) == pytest.approx(expected, abs=1e-6)
+    assert error(linalg.top_entries(c, 2), y) == pytest.approx(expected, abs=1e-6)
 
 
 def test_connectivity_is_the_least_second_eigenvalue_over_classes():
@@ -93,15 +95,15 @@ def test_connectivity_is_the_least_second_eigenvalue_over_classes():
     half = np.abs(c) / np.linalg.norm(c, axis=1, keepdims=True) / 2
     w = half + half.T
     seconds = [np.linalg.eigvalsh(laplacian(w[y == k][:, y == k], normed=True))[1] for k in range(3)]
-    assert metrics.connectivity(jnp.asarray(c), y) == pytest.approx(min(seconds), abs=1e-5)
-    assert metrics.connectivity(linalg.top_entries(jnp.asarray(c), 24), y) == pytest.approx(min(seconds), abs=1e-5)
+    found = jax.jit(lambda c: (metrics.connectivity(c, y), metrics.connectivity(linalg.top_entries(c, 24), y)))
+    np.testing.assert_allclose(found(c), min(seconds), atol=1e-5)
     c[y == 1] = 0  # a class without a link has eight parts
-    assert metrics.connectivity(jnp.asarray(c), y) == pytest.approx(0, abs=1e-5)
+    np.testing.assert_allclose(found(c), 0, atol=1e-5)
 
 
 def test_match_subspaces_finds_the_permutation_and_the_errors():
-    bases = linalg.random_orthonormal(jax.random.key(0), 6, 2, (3,))
-    found = metrics.match_subspaces(bases[jnp.asarray([2, 0, 1])], bases)
+    bases = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 6, 2)))[0].astype(np.float32)
+    found = metrics.match_subspaces(jnp.asarray(bases[[2, 0, 1]]), jnp.asarray(bases))
     np.testing.assert_array_equal(found.order, [1, 2, 0])
     assert found.errors.max() < 1e-3
 
