@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
-from subspace_jax.linalg.expression_rows import checked, from_blocks
 from subspace_jax.linalg import SparseRows
+from subspace_jax.linalg.expression_rows import checked, from_blocks
 
 _START, _GROWTH, _LARGEST = 1e-2, 1.1, 1e10
 _MAX_STEPS = 500
