@@ -1,6 +1,7 @@
 """Datasets and input pipelines: TensorFlow Datasets, image folders, synthetic sets, Grain batches."""
 
 import subspace_jax._train_extra  # noqa: F401
+from subspace_jax.data.graphs import Adjacency, Graph, as_adjacency, read_graph
 from subspace_jax.data.images.augment import (
     color_jitter,
     rand_augment,
@@ -34,6 +35,8 @@ from subspace_jax.data.vectors import StoredVectors, check_informative, map_bloc
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Adjacency",
+    "Graph",
     "ImageProcessor",
     "ImageSource",
     "Images",
@@ -43,6 +46,7 @@ __all__ = [
     "Transform",
     "UnionOfSubspaces",
     "VectorShards",
+    "as_adjacency",
     "check_informative",
     "color_jitter",
     "decode_image",
@@ -63,6 +67,7 @@ __all__ = [
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop",
+    "read_graph",
     "read_json_object",
     "read_labels",
     "resize",

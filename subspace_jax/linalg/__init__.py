@@ -26,6 +26,7 @@ from subspace_jax.linalg.kmeans import KMeans, kmeans
 from subspace_jax.linalg.nearest import nearest_rows, pairwise_sq_distances
 from subspace_jax.linalg.orthonormal import orthonormal_columns
 from subspace_jax.linalg.pair_moments import PairMoments, merge_pair_moments, pair_moments, psum_pair_moments
+from subspace_jax.linalg.pivoting import pivot_rows
 from subspace_jax.linalg.polar import polar, polar_step
 from subspace_jax.linalg.procrustes import orthogonal_procrustes
 from subspace_jax.linalg.products import (
@@ -136,6 +137,7 @@ __all__ = [
     "orthonormality_error",
     "pair_moments",
     "pairwise_sq_distances",
+    "pivot_rows",
     "polar",
     "polar_step",
     "positive_qr",

@@ -31,6 +31,7 @@ from subspace_jax.metrics.disentanglement_votes import (
     factor_vae_votes,
 )
 from subspace_jax.metrics.domain_gap import coral, frechet_distance, mean_gap, mmd2, proxy_a_distance
+from subspace_jax.metrics.graph_partitions import graph_conductance, graph_modularity
 from subspace_jax.metrics.intrinsic_dimension import d_int, d_int_bootstrap, mdl_bits, search_d_int
 from subspace_jax.metrics.kernel_alignment import hsic, kernel_cka, linear_cka, rbf_kernel, unbiased_hsic
 from subspace_jax.metrics.neighbor_agreement import cknna, clip_outliers, cycle_knn, lcs_knn, mutual_knn
@@ -110,6 +111,8 @@ __all__ = [
     "factor_vae_votes",
     "final_number",
     "frechet_distance",
+    "graph_conductance",
+    "graph_modularity",
     "histogram_discretize",
     "hsic",
     "init_pixel_histogram",
