@@ -33,16 +33,16 @@ def report(call, side, times=2):
     """
     for _ in range(times):
         side.wait(call())
-    peak = _resident_peak()
+    peak = resident_peak()
     reset = _reset_resident_peak()
     for _ in range(times):
         side.wait(call())
-    later = _resident_peak() if reset else None
+    later = resident_peak() if reset else None
     device = side.device_peak()
     print(json.dumps({"peak": peak, "later": later} if device is None else {"peak": device, "later": device}))
 
 
-def _resident_peak():
+def resident_peak():
     """Of this process alone: what getrusage tells includes the parent's at the time of the fork."""
     status = Path("/proc/self/status")
     if not status.exists():

@@ -4,6 +4,7 @@ from subspace_jax.methods.records import Figure, Method, train
 
 _DSC, _FIRST = train("cluster/dsc_digits"), train("cluster/dsc_digits:first")
 _COMMAND = "python -m pytest tests/cluster/test_clustering_figures.py"
+_GRAPHS = "python -m pytest tests/cluster/test_s2cag_figures.py"
 
 
 def _scored(name: str, metric: str, at_least: float | None = None, at_most: float | None = None) -> Figure:
@@ -26,6 +27,10 @@ def _real_figures() -> tuple[Figure, ...]:
         for method in methods
         for score, text in _SCORES.items()
     )
+
+
+def _on_graph(name: str, metric: str, at_least: float | None = None) -> Figure:
+    return Figure(name, f"{_GRAPHS} -k {metric.split('_')[0]}", metric, at_least=at_least, seeds=(0,))
 
 
 METHODS = (
@@ -74,6 +79,31 @@ METHODS = (
             Figure("accuracy on the first 40 digits of each class", _FIRST, "accuracy", at_least=0.85, seeds=(0,)),
             Figure("its NMI there", _FIRST, "nmi", at_least=0.83, seeds=(0,)),
             Figure("accuracy of k-means there", _FIRST, "kmeans_accuracy", seeds=(0,)),
+        ),
+    ),
+    Method(
+        name="s2cag",
+        area="cluster",
+        title="S2CAG: subspace clustering of attributed graphs",
+        paper="Spectral Subspace Clustering for Attributed Graphs",
+        arxiv=("2411.11074",),
+        summary=(
+            "Clusters the nodes of a graph with attributes in time linear in the edges: attributes are smoothed over "
+            "the graph, and the leading left singular vectors of the result, which solve a low-rank self-expression "
+            "and minimize conductance (M-S2CAG: maximize modularity), are rounded to labels."
+        ),
+        module="subspace_jax.cluster.s2cag",
+        configs=(),
+        command="subspace-jax cluster --method s2cag --input graph.npz --k 3 --out work/s2cag",
+        figures=(
+            _on_graph("ACM, accuracy of S2CAG, mean of 3 seeds", "acm_s2cag_accuracy", 0.93),
+            _on_graph("of M-S2CAG", "acm_m_s2cag_accuracy", 0.933),
+            _on_graph("its NMI", "acm_m_s2cag_nmi", 0.75),
+            _on_graph("k-means of the attributes alone", "acm_kmeans_accuracy"),
+            _on_graph("Citeseer, accuracy of S2CAG, mean of 3 seeds", "citeseer_s2cag_accuracy", 0.67),
+            _on_graph("of M-S2CAG", "citeseer_m_s2cag_accuracy", 0.68),
+            _on_graph("its NMI", "citeseer_m_s2cag_nmi", 0.40),
+            _on_graph("k-means of the attributes alone", "citeseer_kmeans_accuracy"),
         ),
     ),
 )

@@ -123,7 +123,7 @@ def smoothed_attributes(p: GraphOperator, f: jax.Array, options: Options) -> Smo
 
 def prepared(adj, X, k: int, options: Options, tau: int) -> tuple[GraphOperator, jax.Array, Options]:
     """Checks arguments, and returns the propagation matrix, weighted attributes, and settings without a None."""
-    _check_options(options)
+    check_options(options)
     x = X.toarray() if hasattr(X, "toarray") else X
     x = jnp.asarray(x)
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -136,7 +136,9 @@ def prepared(adj, X, k: int, options: Options, tau: int) -> tuple[GraphOperator,
     normalize_attributes(f)
     n, d = x.shape
     tau = tau if options.tau is None else options.tau
-    path = options.path or ("explicit" if options.series == "recursion" else choose_path(n, d, p.entries, k, options.T, tau))
+    path = options.path or (
+        "explicit" if options.series == "recursion" else choose_path(n, d, p.entries, k, options.T, tau)
+    )
     return p, f, options._replace(tau=tau, path=path)
 
 
@@ -146,14 +148,15 @@ def _clustered(key, adj, X, k, options, tau, modular):
     if not 1 <= k <= most:
         why = "the number of nodes" if modular else f"one less than nodes and attributes, {f.shape[0]} and {f.shape[1]}"
         raise ValueError(f"k: expected 1 to {most}, {why}, got {k}")
-    embedding, labels = _fit(key, p, f, k, options, modular)
+    embedding, labels = fit_labels(key, p, f, k, options, modular)
     if linalg.is_here(embedding) and not bool(jnp.all(jnp.isfinite(embedding))):
         raise ValueError("X: expected attributes whose smoothed sums are not all zero or negative")
     return S2CAGResult(embedding, labels, options.path)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "options", "modular"))
-def _fit(key, p, f, k, options, modular):
+def fit_labels(key, p, f, k, options, modular):
+    """Embedding and labels ``[n]``; arguments: see :func:`graph_embedding`."""
     of_embedding, of_rounding = jax.random.split(key)
     embedding = graph_embedding(of_embedding, p, f, k, options, modular)
     return embedding, round_embedding(of_rounding, embedding, options.rounding)
@@ -167,7 +170,8 @@ def _padded(x: jax.Array, p: GraphOperator) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(p.mesh, P(p.mesh.axis_names)))
 
 
-def _check_options(options: Options) -> None:
+def check_options(options: Options) -> None:
+    """Raises ValueError for a setting that is out of range."""
     if options.T < 0 or int(options.T) != options.T:
         raise ValueError(f"T: expected 0, 1, 2, ..., got {options.T}")
     if not 0 < options.alpha < np.inf:

@@ -33,8 +33,8 @@ class Smoothed(NamedTuple):
 def smooth(p: GraphOperator, x: jax.Array, T: int, alpha: float, series: str = "paper") -> jax.Array:
     """Normalized smoothed representation ``Z`` of attributes.
 
-    ``paper``: ``sum_{t=0..T} w_t P^t X`` with weights in proportion to ``alpha^t`` that add up to 1.  ``recursion`` (the
-    authors' code): ``c (sum_{t=0..T-1} alpha^{t+1} P^t X + alpha^T P^T X)`` with ``c = (1 - alpha) / (1 -
+    ``paper``: ``sum_{t=0..T} w_t P^t X`` with weights in proportion to ``alpha^t`` that add up to 1.  ``recursion``
+    (the authors' code): ``c (sum_{t=0..T-1} alpha^{t+1} P^t X + alpha^T P^T X)`` with ``c = (1 - alpha) / (1 -
     alpha^{T+1})``, and ``c = T`` for ``alpha = 1``.  Steps are scaled, so that ``alpha^T`` may be beyond float32.
 
     Args:
