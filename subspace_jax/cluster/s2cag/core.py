@@ -67,7 +67,7 @@ def s2cag(key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, *
     Args:
       key: Key of the sketch and of the starts of the rounding.
       adj: Adjacency of the graph, see :func:`subspace_jax.data.as_adjacency`; or what :func:`normalize_adjacency`
-        makes of it, which serves several calls, shards, and lets the function be jitted.
+        makes of it, which serves several calls and shards; with it the first two results can be jitted.
       X: Attributes, ``[n, d]``: a dense array, or a SciPy sparse matrix, which is made dense.
       k: Clusters, static.
       **options: See :class:`Options`.
@@ -133,7 +133,8 @@ def prepared(adj, X, k: int, options: Options, tau: int) -> tuple[GraphOperator,
     if linalg.is_here(x) and not bool(jnp.any(x)):
         raise ValueError("X: expected attributes that are not all zero")
     f = tfidf(x) if options.counts else x
-    normalize_attributes(f)
+    if not options.counts:
+        normalize_attributes(f)  # refuses what has no normalization
     n, d = x.shape
     tau = tau if options.tau is None else options.tau
     path = options.path or (
@@ -143,11 +144,8 @@ def prepared(adj, X, k: int, options: Options, tau: int) -> tuple[GraphOperator,
 
 
 def _clustered(key, adj, X, k, options, tau, modular):
+    check_clusters(k, np.shape(X), modular)
     p, f, options = prepared(adj, X, k, options, tau)
-    most = p.nodes if modular else min(f.shape) - 1
-    if not 1 <= k <= most:
-        why = "the number of nodes" if modular else f"one less than nodes and attributes, {f.shape[0]} and {f.shape[1]}"
-        raise ValueError(f"k: expected 1 to {most}, {why}, got {k}")
     embedding, labels = fit_labels(key, p, f, k, options, modular)
     if linalg.is_here(embedding) and not bool(jnp.all(jnp.isfinite(embedding))):
         raise ValueError("X: expected attributes whose smoothed sums are not all zero or negative")
@@ -168,6 +166,15 @@ def _padded(x: jax.Array, p: GraphOperator) -> jax.Array:
     if p.mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(p.mesh, P(p.mesh.axis_names)))
+
+
+def check_clusters(k: int, shape: tuple[int, ...], modular: bool) -> None:
+    """Raises ValueError for more clusters than attributes ``[n, d]`` of that shape allow."""
+    n, d = shape if len(shape) == 2 else (k + 1, k + 1)  # what is no matrix is refused as such
+    most = n if modular else min(n, d) - 1
+    if not 1 <= k <= most:
+        why = "the number of nodes" if modular else f"one less than nodes and attributes, {n} and {d}"
+        raise ValueError(f"k: expected 1 to {most}, {why}, got {k}")
 
 
 def check_options(options: Options) -> None:

@@ -30,7 +30,7 @@ def randomized_left_svd(
       n: Rows.
       d: Columns.
       k: Vectors to return, static.
-      tau: Power steps, static.
+      tau: Power steps.
       oversample: Further columns of the sketch; fewer where ``n`` or ``d`` has no room for them.
       key: Key of the sketch; that of seed 0 by default.
       G: The sketch itself, ``[d, q]``, instead.
@@ -46,7 +46,7 @@ def randomized_left_svd(
     if not 1 <= k <= min(n, d) - skipped:
         what = " and the first one that is dropped" * skipped
         raise ValueError(f"k: expected 1 to {min(n, d) - skipped} vectors{what} of a {n} x {d} matrix, got {k}")
-    if tau < 0 or oversample < 0:
+    if oversample < 0 or (linalg.is_here(tau) and tau < 0):
         raise ValueError(f"tau, oversample: expected 0 or more, got {tau} and {oversample}")
     if G is None:
         dtype = jax.eval_shape(apply, jax.ShapeDtypeStruct((d, 1), jnp.float32)).dtype
@@ -78,7 +78,7 @@ def modularity_embedding(
       Z: ``[n, d]``, or its products.
       k: Eigenvectors, static.
       gamma: Resolution: the larger, the smaller the clusters.
-      tau: Iterations, static.
+      tau: Iterations.
       key: Key of the start; that of seed 0 by default.
       Q0: The start itself, ``[n, k]``, instead.
 
@@ -93,7 +93,7 @@ def modularity_embedding(
     n = z.shape[0]
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, the number of nodes, got {k}")
-    if tau < 0 or not gamma >= 0:
+    if linalg.is_here(tau) and linalg.is_here(gamma) and (tau < 0 or not gamma >= 0):
         raise ValueError(f"gamma, tau: expected 0 or more, got {gamma} and {tau}")
     if Q0 is None:
         Q0 = jax.random.normal(jax.random.key(0) if key is None else key, (n, k), z.dtype)
