@@ -10,6 +10,7 @@ def open_images(args: argparse.Namespace) -> Items:
 
     Raises:
       ValueError: The file holds no such images, or a number of the command is out of range.
+      FileNotFoundError: There is no such file.
     """
     import numpy as np
 
@@ -27,6 +28,8 @@ def open_images(args: argparse.Namespace) -> Items:
         raise ValueError("--raw: is not for dsc, which divides each image by its length")
     try:
         found = np.load(args.input, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"input: {args.input}: no such file") from None
     except (ValueError, EOFError) as error:
         raise ValueError(f"input: {args.input}: expected .npy, or .npz with images ({error})") from error
     if isinstance(found, np.lib.npyio.NpzFile):
