@@ -41,6 +41,7 @@ from subspace_jax.linalg.qr import cholesky_qr, cholesky_qr2, positive_qr, shift
 from subspace_jax.linalg.row_blocks import map_row_blocks
 from subspace_jax.linalg.scaling import binary_scale, unit_vectors
 from subspace_jax.linalg.self_expression import lrr, lsr
+from subspace_jax.linalg.sinkhorn import SinkhornResult, alternating_potentials, check_sinkhorn, sinkhorn
 from subspace_jax.linalg.skew import orthogonal_from_skew, project_to_lambda_ball
 from subspace_jax.linalg.sparse_coding import code_error, densify, omp, omp_gram
 from subspace_jax.linalg.sparse_rows import (
@@ -82,10 +83,12 @@ __all__ = [
     "KSubspaces",
     "MSOResult",
     "PairMoments",
+    "SinkhornResult",
     "SparseRows",
     "SpectralClustering",
     "SpectralEmbedding",
     "affinity_product",
+    "alternating_potentials",
     "arcsine_ratio",
     "binary_scale",
     "broadcast_leading",
@@ -96,6 +99,7 @@ __all__ = [
     "centered_columns",
     "check_finite",
     "check_integer",
+    "check_sinkhorn",
     "cholesky_qr",
     "cholesky_qr2",
     "code_error",
@@ -151,6 +155,7 @@ __all__ = [
     "shifted_cholesky_qr3",
     "sinc_sqrt",
     "singular",
+    "sinkhorn",
     "sparse_times",
     "sparse_transpose_times",
     "spectral",

@@ -1,6 +1,7 @@
 """Loss functions: arrays in, one value per example out."""
 
 from subspace_jax.losses.classification import binary_cross_entropy, cross_entropy
+from subspace_jax.losses.coding_rate import coding_rate, coding_rate_membership, mcr2_loss, tcr_loss
 from subspace_jax.losses.contrastive import clip_loss, siglip_loss
 from subspace_jax.losses.decoupling import decoupling_penalty, project_out
 from subspace_jax.losses.margin import MarginTerms, Pairs, margin_loss, pairwise_distances, sample_pairs
@@ -18,6 +19,8 @@ __all__ = [
     "Pairs",
     "binary_cross_entropy",
     "clip_loss",
+    "coding_rate",
+    "coding_rate_membership",
     "cross_correlation",
     "cross_correlation_penalty",
     "cross_entropy",
@@ -26,6 +29,7 @@ __all__ = [
     "lambda_orthogonality",
     "lambda_orthogonality_tree",
     "margin_loss",
+    "mcr2_loss",
     "multi_positive_infonce",
     "orthogonality_residual",
     "pairwise_distances",
@@ -36,6 +40,7 @@ __all__ = [
     "siglip_loss",
     "supervised_contrastive",
     "supervised_infonce",
+    "tcr_loss",
 ]
 
 
