@@ -55,5 +55,9 @@ def check_integer(name: str, value: Any) -> int:
 
 def check_finite(name: str, x: jax.Array) -> None:
     """Raises for NaN or infinity in an array whose values are known."""
-    if is_here(x) and not bool(jnp.all(jnp.isfinite(x))):
+    if not is_here(x):
+        return
+    with jax.ensure_compile_time_eval():  # a constant within a traced function is looked at, not traced
+        finite = bool(jnp.all(jnp.isfinite(x)))
+    if not finite:
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

@@ -9,6 +9,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax import linalg
 
@@ -216,7 +217,8 @@ def _features(name, z, eps_sq, check):
         raise ValueError(f"eps_sq: expected a squared precision above 0, got {eps_sq}")
     linalg.check_finite(name, z)
     if check and linalg.is_here(z):
-        off = float(jnp.max(jnp.abs(jnp.linalg.norm(z.astype(linalg.working_dtype(z)), axis=1) - 1)))
+        with jax.ensure_compile_time_eval():
+            off = float(jnp.max(jnp.abs(jnp.linalg.norm(z.astype(linalg.working_dtype(z)), axis=1) - 1)))
         if off > _UNIT:
             raise ValueError(f"{name}: expected rows of unit length, got one that is off by {off:.3g}")
     return z.astype(linalg.working_dtype(z))
@@ -226,8 +228,10 @@ def _check_membership(m, mass):
     linalg.check_finite("m", m)
     if not linalg.is_here(m):
         return
-    if float(jnp.min(m)) < 0:
-        raise ValueError(f"m: expected memberships that are not negative, got {float(jnp.min(m)):g}")
-    if mass == "unit" and not bool(jnp.all(jnp.any(m > 0, axis=0))):
-        empty = int(jnp.argmin(jnp.any(m > 0, axis=0)))
+    with jax.ensure_compile_time_eval():
+        least, filled = float(jnp.min(m)), np.asarray(jnp.any(m > 0, axis=0))
+    if least < 0:
+        raise ValueError(f"m: expected memberships that are not negative, got {least:g}")
+    if mass == "unit" and not filled.all():
+        empty = int(np.argmin(filled))
         raise ValueError(f"m: expected an example in each cluster of unit mass, got none in column {empty}")

@@ -32,6 +32,7 @@ class ClusterQuality(train.Evaluator):
 
     sets, reduce, last = ("eval",), "rows", True
     metrics = tuple(f"{way}_{score}" for way in ("kmeans", "spectral") for score in SCORES)
+    metrics += ("rank",)
 
     def __init__(self, task: "ViewsTask", num_clusters: int, membership: dict):
         self._task, self._num_clusters, self._membership = task, num_clusters, membership

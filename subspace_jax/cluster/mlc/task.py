@@ -2,8 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,7 @@ def default_config() -> ConfigDict:
     """
     config = train.default_config()
     config.task = "subspace_jax.cluster.mlc.task"
-    config.train.best = ""
+    config.train.best = "max:clusters/rank"  # which knows no labels; there is one evaluation, at the end
     config.data = ConfigDict(
         {
             "name": "digits",
@@ -203,9 +204,7 @@ def default_config() -> ConfigDict:
         }
     )
     config.model = ConfigDict({"hidden": 256, "features": 32, "num_clusters": 10})
-    config.pretrain = ConfigDict(
-        {"steps": 400, "batch_size": 512, "learning_rate": 1e-3, **asdict(PretrainSettings())}
-    )
+    config.pretrain = ConfigDict({"steps": 400, "batch_size": 512, "learning_rate": 1e-3, **asdict(PretrainSettings())})
     config.mlc = ConfigDict({"steps": 80, **asdict(MLCSettings())})
     config.optim.update({"name": "adam", "learning_rate": 1e-4, "schedule": "constant"})
     return config.lock()
@@ -253,24 +252,30 @@ def _run(config: ConfigDict, of_batches: Callable[[int], train.DataSpec]) -> tra
     mlc_steps = second.pop("steps")
     settings = MLCSettings(**second)
     sizes = config.data
-    augment = (
-        Noise(sizes.noise) if sizes.name == "double_spiral" else Jitter(sizes.rotation, sizes.scale, sizes.shift)
-    )
+    augment = Noise(sizes.noise) if sizes.name == "double_spiral" else Jitter(sizes.rotation, sizes.scale, sizes.shift)
     make = functools.partial(_network, math.prod(_SHAPES[sizes.name][1:]), config.model)
     shared = (make, augment, config.model.num_clusters, settings)
-    mlc = train.Phase("mlc", MLCTask(*shared), of_batches(sizes.batch_size), mlc_steps, enter=start_membership)
-    if not steps:
-        return train.Run((mlc,))
-    optim = ConfigDict({**config.optim.to_dict(), "learning_rate": rate})
-    pretrain = train.Phase(
-        "pretrain",
-        PretrainTask(*shared, PretrainSettings(**first)),
-        of_batches(batch_size),
-        steps,
-        train.make_optimizer(optim, steps),
-        learning_rate=train.make_schedule(optim, steps),
-    )
-    return train.Run((pretrain, mlc))
+    phases = []
+    if steps:
+        optim = ConfigDict({**config.optim.to_dict(), "learning_rate": rate})
+        task, tx = PretrainTask(*shared, PretrainSettings(**first)), train.make_optimizer(optim, steps)
+        schedule = train.make_schedule(optim, steps)
+        phases += [train.Phase("pretrain", task, of_batches(batch_size), steps, tx, learning_rate=schedule)]
+    if mlc_steps:
+        phases += [
+            train.Phase("mlc", MLCTask(*shared), of_batches(sizes.batch_size), mlc_steps, enter=start_membership)
+        ]
+    return train.Run(tuple(phases), _summary)
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns scores of the features between the phases, and what the second one gains."""
+    found = {row["phase"]: row for row in rows if row["split"] == "clusters"}
+    if len(found) < 2:
+        return {}
+    before, after = (found[name]["kmeans_accuracy"] for name in ("pretrain", "mlc"))
+    between = {f"pretrain/{name}": found["pretrain"][name] for name in ClusterQuality.metrics}
+    return {**between, "kmeans_gain": after - before}
 
 
 def start_membership(state: train.TrainState, at: train.At):
@@ -310,7 +315,10 @@ def _check_fields(config: ConfigDict) -> None:
     check_at_least("pretrain.weight", pretrain.weight, 0.0)
     for name in ("eps_sq", "learning_rate"):
         check_at_least(f"pretrain.{name}", pretrain[name], 0.0, above=True)
-    for name in ("steps", "n_iter", "views", "groups"):
+    check_at_least("mlc.steps", mlc.steps, 0)
+    if not pretrain.steps + mlc.steps:
+        raise ValueError("pretrain.steps, mlc.steps: expected a step of either phase, got 0 of both")
+    for name in ("n_iter", "views", "groups"):
         check_at_least(f"mlc.{name}", mlc[name], 1)
     for name in ("eps_sq", "eta"):
         check_at_least(f"mlc.{name}", mlc[name], 0.0, above=True)
@@ -323,4 +331,6 @@ def _check_fields(config: ConfigDict) -> None:
     except ValueError as error:
         raise ValueError(f"mlc.{error}") from error
     if config.data.batch_size % mlc.groups:
-        raise ValueError(f"mlc.groups: expected a divisor of data.batch_size={config.data.batch_size}, got {mlc.groups}")
+        raise ValueError(
+            f"mlc.groups: expected a divisor of data.batch_size={config.data.batch_size}, got {mlc.groups}"
+        )
