@@ -106,4 +106,36 @@ METHODS = (
             _on_graph("k-means of the attributes alone", "citeseer_kmeans_accuracy"),
         ),
     ),
+    Method(
+        name="mlc",
+        area="cluster",
+        title="MLC: manifold linearizing and clustering",
+        paper="Unsupervised Manifold Linearizing and Clustering",
+        arxiv=("2301.01805",),
+        summary=(
+            "Learns features that lie near a union of orthogonal subspaces, one of each cluster, and the clusters, "
+            "without labels.  It maximizes the coding rate of all features minus that of the features in a doubly "
+            "stochastic membership of points in points, which is trained with them; the number of clusters is needed "
+            "only when the memberships are clustered at the end."
+        ),
+        module="subspace_jax.cluster.mlc",
+        configs=("cluster/mlc_digits", "cluster/mlc_mnist"),
+        command="subspace-jax train --config cluster/mlc_digits --workdir work/mlc",
+        figures=(
+            Figure(
+                "accuracy of k-means on features of digits",
+                train("cluster/mlc_digits"),
+                "clusters/kmeans_accuracy",
+                at_least=0.88,
+            ),
+            Figure("what the second phase adds to it", train("cluster/mlc_digits"), "kmeans_gain", at_least=0.0),
+            Figure(
+                "accuracy of spectral clustering of memberships",
+                train("cluster/mlc_digits"),
+                "clusters/spectral_accuracy",
+                at_least=0.8,
+            ),
+            Figure("NMI of k-means on features of digits", train("cluster/mlc_digits"), "clusters/kmeans_nmi"),
+        ),
+    ),
 )

@@ -65,6 +65,14 @@ def test_coding_rate_membership_is_the_formula_and_its_gradients_are_differences
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), (value, grads), whole)
 
 
+def test_coding_rate_membership_and_its_gradient_hold_no_matrix_of_each_cluster():
+    z, m = jnp.asarray(MIXED, jnp.float32), jnp.asarray(np.eye(N), jnp.float32)
+    text = str(jax.make_jaxpr(lambda z, m: rate_and_gradients(z, m, "unit", 4))(z, m))
+    assert f"f32[4,{D},{D}]" in text  # those of a block
+    assert f"f32[{N},{D},{D}]" not in text
+    assert f"f32[{N},{N},{D}]" not in text
+
+
 def test_coding_rate_membership_of_float32_and_bfloat16_is_near_that_of_float64():
     expected = dense(MIXED, SHARES, 0.1, False)
     z, m = jnp.asarray(MIXED, jnp.float32), jnp.asarray(SHARES, jnp.float32)

@@ -1,4 +1,4 @@
-"""Manifold linearizing and clustering: features near a union of orthogonal subspaces, and clusters (arXiv 2301.01805)."""
+"""MLC: features near a union of orthogonal subspaces, and clusters, without labels (arXiv 2301.01805)."""
 
 from subspace_jax.cluster.mlc.core import (
     average_views,

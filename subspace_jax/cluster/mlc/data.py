@@ -1,4 +1,4 @@
-"""Examples for MLC: images with jittered views, and manifolds in the plane and in space that no linear method separates."""
+"""Examples for MLC: images with jittered views, and manifolds that no linear method separates."""
 
 from typing import NamedTuple
 
