@@ -136,6 +136,11 @@ class PretrainTask(ViewsTask):
         super().__init__(make, augment, num_clusters, settings)
         self._pretrain = pretrain
 
+    def features(self, params, variables, inputs):
+        """Returns the features twice: the cluster head, which is not trained yet, becomes that of the features."""
+        z, _ = super().features(params, variables, inputs)
+        return z, z
+
     def loss(self, params, variables, batch, *, key, step):
         """Returns the loss, and as a metric the mean cosine of the views."""
         del step
