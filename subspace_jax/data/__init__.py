@@ -27,6 +27,7 @@ from subspace_jax.data.pipeline import (
 )
 from subspace_jax.data.sources.folders import image_files, image_folder
 from subspace_jax.data.sources.images import Images
+from subspace_jax.data.sources.mnist_digits import mnist_digits
 from subspace_jax.data.sources.synthetic import UnionOfSubspaces, union_of_subspaces
 from subspace_jax.data.sources.tfds import ImageSource, default_data_dir, describe_images, image_set, image_source
 from subspace_jax.data.vector_shards import VectorShards
@@ -61,6 +62,7 @@ __all__ = [
     "load_arrays",
     "map_blocks",
     "mix_images",
+    "mnist_digits",
     "open_vectors",
     "partners",
     "rand_augment",

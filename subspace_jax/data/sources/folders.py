@@ -70,7 +70,7 @@ def image_folder(
     def read(index: int) -> tuple[np.ndarray, int]:
         return decode_image(files[index]), labels[index]
 
-    return Images(str(folder), len(files), read, lambda index: files[index], names, on_unreadable)
+    return Images(str(folder), len(files), read, lambda index: files[index], names, on_unreadable, labels.__getitem__)
 
 
 def image_files(folder: str | os.PathLike) -> list[pathlib.Path]:

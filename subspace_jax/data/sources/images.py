@@ -40,12 +40,14 @@ class Images:
         describe: Callable[[int], str],
         class_names: Sequence[str],
         on_unreadable: str = "raise",
+        label_of: Callable[[int], int] | None = None,
     ):
         if on_unreadable not in ON_UNREADABLE:
             raise ValueError(f"on_unreadable: expected one of {ON_UNREADABLE}, got {on_unreadable!r}")
         self.name, self.class_names = name, tuple(class_names)
         self.unreadable: dict[str, str] = {}
         self._read, self._describe, self._change = read, describe, None
+        self._label_of = label_of or (lambda index: read(index)[1])
         self._indices = range(count)
         if on_unreadable == "skip":
             failed = self._failures()
@@ -83,6 +85,10 @@ class Images:
 
     def __repr__(self) -> str:
         return f"Images({self.name!r}, {len(self)} images, {self.num_classes} classes)"
+
+    def labels(self) -> np.ndarray:
+        """Returns the labels of all images, int32 ``[images]``; those of folders and prepared sets decode no image."""
+        return np.asarray([self._label_of(index) for index in self._indices], np.int32)
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Images":
         """Returns the same images with a function applied to the pixels of each.

@@ -158,7 +158,11 @@ def image_set(
     def describe(index: int) -> str:
         return f"{info.name} {split} record {index}"
 
-    return Images(f"{info.name} {split}", len(records), read, describe, info.features[label].names, on_unreadable)
+    def label_of(index: int) -> int:
+        return int(checked_label(records[index][label], num_classes))
+
+    names = info.features[label].names
+    return Images(f"{info.name} {split}", len(records), read, describe, names, on_unreadable, label_of)
 
 
 def describe_images(name: str, data_dir: str | os.PathLike | None = None) -> tuple[tuple[int | None, ...], int]:

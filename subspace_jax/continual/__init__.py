@@ -1,0 +1,1 @@
+"""Methods for tasks that arrive one after another."""
