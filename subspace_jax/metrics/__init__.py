@@ -14,6 +14,14 @@ from subspace_jax.metrics.chamfer import chamfer_distance
 from subspace_jax.metrics.cka import cka, median_sigma, unbiased_cka
 from subspace_jax.metrics.class_structure import class_separation_r2, intra_class_variability
 from subspace_jax.metrics.clustering import match_assignments, normalized_mutual_info
+from subspace_jax.metrics.continual import (
+    average_accuracy,
+    backward_transfer,
+    final_accuracy,
+    forgetting,
+    forward_transfer,
+    mtil_metrics,
+)
 from subspace_jax.metrics.disentanglement import (
     factor_entropy,
     histogram_discretize,
@@ -67,8 +75,8 @@ from subspace_jax.metrics.sparse_codes import cooccurrence, explained_variance, 
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
-    "DCI",
     "ClusterScores",
+    "DCI",
     "FactorVAEScore",
     "PairFScore",
     "PixelHistogram",
@@ -78,8 +86,10 @@ __all__ = [
     "adjusted_rand_index",
     "aupro",
     "auroc",
+    "average_accuracy",
     "average_precision",
     "backfill_curve",
+    "backward_transfer",
     "balanced_probe_accuracy",
     "best_f1_threshold",
     "best_label_map",
@@ -109,7 +119,10 @@ __all__ = [
     "factor_vae_from_votes",
     "factor_vae_score",
     "factor_vae_votes",
+    "final_accuracy",
     "final_number",
+    "forgetting",
+    "forward_transfer",
     "frechet_distance",
     "graph_conductance",
     "graph_modularity",
@@ -133,6 +146,7 @@ __all__ = [
     "mig",
     "mmd2",
     "modularity",
+    "mtil_metrics",
     "mutual_information_matrix",
     "mutual_knn",
     "normalized_mutual_info",
