@@ -75,8 +75,8 @@ from subspace_jax.metrics.sparse_codes import cooccurrence, explained_variance, 
 from subspace_jax.metrics.text import bleu, choice_accuracy, exact_match, final_number, perplexity, rouge_l
 
 __all__ = [
-    "ClusterScores",
     "DCI",
+    "ClusterScores",
     "FactorVAEScore",
     "PairFScore",
     "PixelHistogram",

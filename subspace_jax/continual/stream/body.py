@@ -3,6 +3,7 @@
 A bias moves the outputs for inputs of all tasks, so that no projection of gradients could hold old outputs still.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def mlp_body(size: int, widths: Sequence[int]) -> Body:
       widths: Widths of the layers.
     """
     sizes = (size, *widths)
-    shapes = {_name(i): pair for i, pair in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    shapes = {_name(i): pair for i, pair in enumerate(itertools.pairwise(sizes))}
 
     def apply(kernels, inputs, linear=plain):
         x = _floats(inputs).reshape(inputs.shape[0], -1)
@@ -70,7 +71,7 @@ def mlp_body(size: int, widths: Sequence[int]) -> Body:
 
 
 def convnet_body(shape: Sequence[int], widths: Sequence[int]) -> Body:
-    """Makes convolutions of 3 x 3 with a ReLU after each, from the second on of stride 2, and an average over positions.
+    """Makes convolutions of 3 x 3 with a ReLU after each, of stride 2 from the second on, then an average of positions.
 
     They are matmuls of patches: nine times the memory of the activations, and layers like any other.
 
@@ -86,7 +87,7 @@ def convnet_body(shape: Sequence[int], widths: Sequence[int]) -> Body:
     height, width, channels = shape
     strides = [2 if i else 1 for i in range(len(widths))]
     sizes = (channels, *widths)
-    shapes = {_name(i): (9 * m, n) for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    shapes = {_name(i): (9 * m, n) for i, (m, n) in enumerate(itertools.pairwise(sizes))}
     shrunk = math.prod(-(-side // 2 ** (len(widths) - 1)) for side in (height, width))
     # A pixel is in at most 3 x 3 patches, or 2 x 2 of stride 2.
     gains = (*(2.0 for _ in strides[1:]), 1 / math.sqrt(shrunk))
