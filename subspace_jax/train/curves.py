@@ -9,6 +9,7 @@ from subspace_jax.train.metrics_log import read_metrics
 from subspace_jax.train.workdir import replacing
 
 _FEW = 40  # points of a line that are drawn as such
+_MOST = 60  # panels
 
 Points = tuple[Sequence[int], Sequence[float]]
 Panels = dict[tuple[str, str], dict[tuple[str, str], Points]]
@@ -17,7 +18,8 @@ Panels = dict[tuple[str, str], dict[tuple[str, str], Points]]
 def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
     """Plots the metrics of one or more runs over the steps: a panel for each metric, training and evaluation in one.
 
-    A metric that never changes has no panel.
+    A metric that never changes has no panel.  Of more than 60 panels those with one point are left out, and then the
+    last ones.
 
     Args:
       runs: Label to ``metrics.jsonl``.
@@ -67,7 +69,14 @@ def _panels(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panels:
         for panel in sorted(found, key=order)
     }
     moving = {panel: series for panel, series in shown.items() if not _is_flat(series)}
-    return moving or shown
+    return _some(moving or shown)
+
+
+def _some(panels: Panels) -> Panels:
+    if len(panels) <= _MOST:
+        return panels
+    lines = {panel: s for panel, s in panels.items() if any(len(steps) > 1 for steps, _ in s.values())}
+    return dict(list((lines or panels).items())[:_MOST])
 
 
 def _is_flat(series: Mapping[Any, Points]) -> bool:

