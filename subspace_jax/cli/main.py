@@ -15,6 +15,7 @@ from subspace_jax.cli import (
     compare,
     compositional,
     compress,
+    continual,
     detect,
     factors,
     fetch,
@@ -42,7 +43,7 @@ from subspace_jax.cli import (
 
 _GROUPS = {
     "find": ("methods", "configs", "info", "fetch"),
-    "train": ("train", "eval", "plan"),
+    "train": ("train", "eval", "plan", "continual", "continual-scores"),
     "language models": (
         "pretrain",
         "finetune",
@@ -147,6 +148,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         compare,
         compositional,
         compress,
+        continual,
         detect,
         inspect,
         project_update,

@@ -1,6 +1,17 @@
 """All methods, area by area."""
 
-from subspace_jax.methods import adapters, anomaly, cluster, compress, interpret, language, merge, optim, represent
+from subspace_jax.methods import (
+    adapters,
+    anomaly,
+    cluster,
+    compress,
+    continual,
+    interpret,
+    language,
+    merge,
+    optim,
+    represent,
+)
 
 METHODS = (
     *represent.METHODS,
@@ -12,4 +23,5 @@ METHODS = (
     *merge.METHODS,
     *anomaly.METHODS,
     *cluster.METHODS,
+    *continual.METHODS,
 )
