@@ -266,7 +266,7 @@ def orthogonal_complement_updates(basis: PyTree) -> optax.GradientTransformation
       The transform.
 
     Raises:
-      ValueError: ``init`` raises it where a basis does not fit a parameter.
+      ValueError: ``update`` raises it where a basis does not fit an update.
 
     Examples:
       >>> import jax, optax
@@ -276,15 +276,14 @@ def orthogonal_complement_updates(basis: PyTree) -> optax.GradientTransformation
     """
 
     def init(params):
-        def check(p, q):
-            if p.ndim < 3 or q.shape != (*p.shape[:-3], p.shape[-2], q.shape[-1]):
-                raise ValueError(f"basis: expected [..., d_in, q] for a [..., experts, d_in, rank], got {q.shape}, {p.shape}")
-            return jnp.asarray(q)
-
-        return OrthogonalComplementState(jax.tree.map(check, params, basis))
+        return OrthogonalComplementState(jax.tree.map(jnp.array, basis))  # two of them in a chain share no array
 
     def update(updates, state, params=None):
         def project(g, q):
+            if g.ndim < 3 or q.shape != (*g.shape[:-3], g.shape[-2], q.shape[-1]):
+                raise ValueError(
+                    f"basis: expected [..., d_in, q] for a [..., experts, d_in, rank], got {q.shape} for {g.shape}"
+                )
             dtype = linalg.working_dtype(g)
             q, wide = q[..., None, :, :].astype(dtype), g.astype(dtype)
             q = jnp.broadcast_to(q, (*g.shape[:-2], *q.shape[-2:]))
