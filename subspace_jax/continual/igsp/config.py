@@ -13,8 +13,9 @@ def stream_config() -> ConfigDict:
 
     ``experts`` has the fields of :class:`ExpertSettings`.  ``stream.identify_steps`` and ``stream.tune_steps`` are the
     steps of both phases of a task; the learning rate of the router is that of the experts times ``router_rate`` in the
-    first phase, and times ``kept_router_rate`` in the second, 0 leaving it as it is.  ``stream.project`` keeps new
-    experts out of the historical subspace in the second phase.
+    first phase, and times ``kept_router_rate`` in the second, 0 leaving it as it is.  The warm-up of ``optim`` is in
+    the first phase, and its schedule in the second.  ``stream.project`` keeps new experts out of the historical
+    subspace in the second phase.
     """
     config = train.default_config()
     config.train.best = "min:experts/change"
@@ -55,16 +56,20 @@ def task_config(config: ConfigDict) -> TaskConfig:
     for name in ("router_rate", "kept_router_rate"):
         check_at_least(f"stream.{name}", stream[name], 0)
 
-    def transform(factor: float, steps: int):
+    def transform(factor: float, *, first: bool):
         optim = config.optim.copy_and_resolve_references()
         optim.learning_rate = factor * optim.learning_rate
-        return train.make_optimizer(optim, steps)
+        if first:  # a rate that falls to zero would look like a router that has converged
+            optim.schedule = "constant"
+        else:
+            optim.warmup_steps = 0
+        return train.make_optimizer(optim, stream.identify_steps if first else stream.tune_steps)
 
-    tune = stream.tune_steps
+    kept_router = transform(stream.kept_router_rate, first=False) if stream.kept_router_rate else None
     optimizers = Optimizers(
-        transform(1.0, stream.identify_steps),
-        transform(stream.router_rate, stream.identify_steps),
-        transform(1.0, tune),
-        transform(stream.kept_router_rate, tune) if stream.kept_router_rate else None,
+        transform(1.0, first=True),
+        transform(stream.router_rate, first=True),
+        transform(1.0, first=False),
+        kept_router,
     )
-    return TaskConfig(stream.identify_steps, tune, optimizers, stream.project)
+    return TaskConfig(stream.identify_steps, stream.tune_steps, optimizers, stream.project)

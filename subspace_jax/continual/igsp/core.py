@@ -77,7 +77,7 @@ def route(router_in: jax.Array, router: Router, mask: jax.Array, top_k: int | No
 
 
 def masked_softmax(logits: jax.Array, mask: jax.Array, top_k: int | None = None) -> jax.Array:
-    """Softmax of ``logits [..., experts]`` where ``mask`` holds, exactly zero elsewhere, without NaN where none does."""
+    """Softmax of ``logits [..., experts]`` where ``mask`` holds, zero elsewhere, without NaN where none does."""
     logits = jnp.where(mask, logits, -jnp.inf)
     if top_k is not None and top_k < logits.shape[-1]:
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)
@@ -216,7 +216,9 @@ def router_converged(prev: jax.Array, new: jax.Array, tol: float) -> jax.Array:
     return routing_change(prev, new) < tol
 
 
-def historical_basis(pool: ExpertPool, energy: float = 0.95, max_rank: int | None = None) -> tuple[jax.Array, jax.Array]:
+def historical_basis(
+    pool: ExpertPool, energy: float = 0.95, max_rank: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The subspace of inputs that historical experts read.
 
     Of ``M`` columns of the historical ``a``, all left singular vectors are taken where ``M < d_in``; otherwise those
@@ -292,4 +294,3 @@ def orthogonal_complement_updates(basis: PyTree) -> optax.GradientTransformation
         return jax.tree.map(project, updates, state.basis), state
 
     return optax.GradientTransformation(init, update)
-

@@ -72,7 +72,11 @@ class Usage(train.Evaluator):
 
         probs = {}
         for name, p in jax.grad(loss)(task.probe(batch)).items():
-            p = p if p.shape[1] == size else jnp.broadcast_to(jnp.mean(p, axis=1, keepdims=True), (len(p), size, p.shape[2]))
+            p = (
+                p
+                if p.shape[1] == size
+                else jnp.broadcast_to(jnp.mean(p, axis=1, keepdims=True), (len(p), size, p.shape[2]))
+            )
             probs[name] = jnp.swapaxes(p, 0, 1)
         return {"features": task.features(variables["base"], batch), "probs": probs}
 
@@ -107,7 +111,12 @@ class Experts(train.Evaluator):
 
 
 def task_phases(
-    task: ExpertStream, data: Sequence[train.DataSpec], config: TaskConfig, *, first: int = 0, start: ContinualState | None = None
+    task: ExpertStream,
+    data: Sequence[train.DataSpec],
+    config: TaskConfig,
+    *,
+    first: int = 0,
+    start: ContinualState | None = None,
 ) -> tuple[train.Phase, ...]:
     """Returns the phases of tasks that follow one another: "identify0", "tune0", "identify1", and so on.
 

@@ -84,9 +84,7 @@ def init_pool(key: jax.Array, max_experts: int, rank: int, d_in: int, d_out: int
         raise ValueError(f"rank: expected at most {min(d_in, d_out)} for a kernel of {d_in} x {d_out}, got {rank}")
     none = jnp.zeros(max_experts, bool)
     a = _draw(key, (max_experts, d_in, rank))
-    return ExpertPool(
-        a, jnp.zeros((max_experts, rank, d_out)), none, none, jnp.full(max_experts, -1, jnp.int32)
-    )
+    return ExpertPool(a, jnp.zeros((max_experts, rank, d_out)), none, none, jnp.full(max_experts, -1, jnp.int32))
 
 
 def expand_pool(key: jax.Array, pool: ExpertPool, num: int, task: int | jax.Array) -> ExpertPool:
@@ -102,13 +100,13 @@ def expand_pool(key: jax.Array, pool: ExpertPool, num: int, task: int | jax.Arra
       The pool.
 
     Raises:
-      ValueError: ``num`` is below 1, or a layer has fewer free slots.  Where the pool is traced this is not checked, and
-        fewer candidates are added.
+      ValueError: ``num`` is below 1, or a layer has fewer free slots.  Where the pool is traced this is not
+        checked, and fewer candidates are added.
     """
     if num < 1:
         raise ValueError(f"num: expected at least 1 candidate, got {num}")
     free = ~pool.active
-    if linalg.is_here(free):
+    if not isinstance(free, jax.core.Tracer):
         least = int(np.min(np.sum(np.asarray(free), axis=-1)))
         if least < num:
             size = free.shape[-1]

@@ -34,10 +34,10 @@ class ExpertStream(train.Task):
     Subclasses say what the model is: :meth:`init_base`, :meth:`base_kernels`, :meth:`objective`, :meth:`features`,
     :meth:`rows` and the evaluators.
 
-    ``params`` are the candidates' factors ``a`` and ``b`` and the ``router`` of the current task, each by site.  ``variables`` hold
-    ``base``, the :class:`ContinualState` of earlier tasks (``past``), the candidates' ``slots``, the ``mask`` of the
-    current router, the number of the ``task``, the ``penalty`` in force, the historical ``basis`` where the complement
-    is penalized, and the ``routing`` of the last windows.
+    ``params`` are the candidates' factors ``a`` and ``b`` and the ``router`` of the current task, each by site.
+    ``variables`` hold ``base``, the :class:`ContinualState` of earlier tasks (``past``), the candidates' ``slots``, the
+    ``mask`` of the current router, the number of the ``task``, the ``penalty`` in force, the historical ``basis`` where
+    the complement is penalized, and the ``routing`` of the last windows.
 
     Args:
       sites: Kernels by name.

@@ -1,7 +1,8 @@
 """Six linear teachers whose right sharing is known: which of them need an expert of their own, and which do not.
 
-The teachers are sums of three matrices of rank 2; the second phase of a reconstruction of iGSP from its abstract
-(arXiv 2605.19301) should add experts for the tasks that bring a new matrix, and none for mixtures of old ones.
+The teachers are sums of three matrices of rank 2, see :func:`subspace_jax.continual.stream.teacher_tasks`; a
+reconstruction of iGSP from its
+abstract (arXiv 2605.19301) should add experts for tasks that bring a new matrix, and none for mixtures of old ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +18,11 @@ from subspace_jax.continual.igsp.config import expert_settings, stream_config, t
 from subspace_jax.continual.igsp.phases import Experts, Usage, task_phases
 from subspace_jax.continual.igsp.state import ExpertSettings, Site
 from subspace_jax.continual.igsp.stream import ExpertStream
+from subspace_jax.continual.stream import teacher_tasks
 from subspace_jax.train.fields import check_at_least
 
-MIXTURES = ((1, 0, 0), (0, 1, 0), (0.5, 0.5, 0), (0.7, 0.3, 0), (0, 0, 1), (0.3, 0.3, 0.4))
 NEW = (0, 1, 4)  # the tasks that bring a matrix
-D_IN, D_OUT, RANK = 32, 16, 2
-
-
-def teacher_kernels(seed: int) -> np.ndarray:
-    """Returns the teachers ``[6, 32, 16]`` float32: mixtures of three matrices ``V^T U^T / sqrt(32)`` of rank 2."""
-    rng = np.random.default_rng((seed, 0))
-    u, v = rng.standard_normal((3, D_IN, RANK)), rng.standard_normal((3, RANK, D_OUT))
-    return np.einsum("ta,aio->tio", np.array(MIXTURES), u @ v / np.sqrt(D_IN)).astype(np.float32)
+RANK = 2
 
 
 class TeacherStream(ExpertStream):
@@ -38,12 +32,13 @@ class TeacherStream(ExpertStream):
     """
 
     def __init__(self, teachers: np.ndarray, settings: ExpertSettings):
-        super().__init__({"kernel": Site(1, D_IN, D_OUT, routed=False)}, settings, len(teachers), 1)
-        self._teachers = np.asarray(teachers)
+        tasks, d_in, d_out = teachers.shape
+        super().__init__({"kernel": Site(1, d_in, d_out, routed=False)}, settings, tasks, 1)
+        self._teachers = teachers
 
     def init_base(self, key):
         """Returns a kernel of zeros and the teachers."""
-        return {"kernel": jnp.zeros((1, D_IN, D_OUT)), "teachers": jnp.asarray(self._teachers)}
+        return {"kernel": jnp.zeros((1, *self._teachers.shape[1:])), "teachers": jnp.asarray(self._teachers)}
 
     def base_kernels(self, base):
         """Returns the kernel of zeros."""
@@ -75,10 +70,11 @@ class Errors(train.Evaluator):
         """Returns the errors ``[6]``, and the outputs that earlier tasks give now."""
         params, variables = model
         state, teachers = self._task.learnt(params, variables), variables["base"]["teachers"]
-        tasks, basis = len(teachers), jnp.eye(D_IN)
+        tasks, d_in, _ = teachers.shape
+        basis = jnp.eye(d_in)
 
         def learnt(task):
-            of_task = jnp.full(D_IN, task, jnp.int32)
+            of_task = jnp.full(d_in, task, jnp.int32)
             kernels = self._task.stream_kernels(variables["base"], state, of_task)
             return nn.linear(basis, jax.tree.map(lambda x: x[0], kernels["kernel"]))
 
@@ -94,13 +90,13 @@ class Errors(train.Evaluator):
 def teacher_data(teacher: np.ndarray, *, batch_size: int, seed: int) -> train.DataSpec:
     """Returns examples of a teacher ``[32, 16]``, drawn anew in each step; the set "train" is one batch of them."""
     shapes = {
-        "x": jax.ShapeDtypeStruct((batch_size, D_IN), np.float32),
-        "y": jax.ShapeDtypeStruct((batch_size, D_OUT), np.float32),
+        "x": jax.ShapeDtypeStruct((batch_size, teacher.shape[0]), np.float32),
+        "y": jax.ShapeDtypeStruct((batch_size, teacher.shape[1]), np.float32),
     }
     first, last = _own_rows(batch_size)
 
     def batch(*seeds: int) -> dict[str, np.ndarray]:
-        x = np.random.default_rng(seeds).standard_normal((batch_size, D_IN)).astype(np.float32)[first:last]
+        x = np.random.default_rng(seeds).standard_normal((batch_size, len(teacher))).astype(np.float32)[first:last]
         return {"x": x, "y": x @ teacher}
 
     def passes():
@@ -176,7 +172,7 @@ def build(config: ConfigDict) -> train.Run:
       ValueError: A number is out of range.
     """
     check_at_least("data.batch_size", config.data.batch_size, 1)
-    teachers = teacher_kernels(config.seed)
+    teachers = teacher_tasks(config.seed, rank=RANK).kernels
     task = TeacherStream(teachers, expert_settings(config))
     data = [teacher_data(w, batch_size=config.data.batch_size, seed=t) for t, w in enumerate(teachers)]
     return train.Run(task_phases(task, data, task_config(config)), summary)
