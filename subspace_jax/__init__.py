@@ -13,6 +13,7 @@ _SUBPACKAGES = (
     "cli",
     "cluster",
     "compress",
+    "continual",
     "data",
     "interop",
     "interpret",

@@ -1,6 +1,6 @@
 """Methods for tasks that arrive one after another."""
 
-from subspace_jax.methods.records import Figure, Method
+from subspace_jax.methods.records import Figure, Method, golden, train
 
 
 def _digits(method: str) -> str:
@@ -8,6 +8,13 @@ def _digits(method: str) -> str:
 
 
 _COSO, _MNIST = _digits("coso"), "subspace-jax continual --config continual/permuted_mnist:coso"
+
+_TEACHERS = train("continual/igsp_teacher")
+
+
+def _teachers(name: str, metric: str, **bounds: float) -> Figure:
+    return Figure(f"{name}, six linear teachers", _TEACHERS, metric, **bounds)
+
 
 METHODS = (
     Method(
@@ -65,6 +72,30 @@ METHODS = (
             Figure("the same: final accuracy", _MNIST, "final_accuracy", seeds=(0,)),
             Figure("the same: bounds that a change violates", _MNIST, "violations", at_most=0, seeds=(0,)),
             Figure("the same: bound over measured change, median", _MNIST, "bound_over_measured", seeds=(0,)),
+        ),
+    ),
+    Method(
+        name="igsp",
+        area="continual",
+        title="Shared experts for a stream of tasks (reconstruction of iGSP)",
+        paper=(
+            "iGSP: Implicit Gradient Subspace Projection for Efficient Continual Learning of Vision-Language Models"
+        ),
+        arxiv=("2605.19301", "2403.11549"),
+        summary=(
+            "A frozen model meets tasks one after another, and a pool of low-rank experts is shared: a task uses those "
+            "of earlier tasks where they serve, and adds few of its own.  Earlier tasks forget nothing.  A "
+            "reconstruction of iGSP from its abstract: its code and its full text could not be read."
+        ),
+        module="subspace_jax.continual.igsp",
+        configs=("continual/igsp_teacher", "continual/igsp_digits", "continual/igsp_mtil"),
+        command="subspace-jax train --config continual/igsp_digits:split --workdir work/igsp_digits",
+        figures=(
+            _teachers("largest relative error of a teacher at the end", "largest_error", at_most=0.03),
+            _teachers("forgetting, given the task", "forgetting", at_most=0.0),
+            _teachers("most experts that a mixture of old teachers added", "most_added_where_not", at_most=0.0),
+            _teachers("fewest experts that a new teacher added", "fewest_added_where_new", at_least=1.0),
+            golden("tests/continual/test_igsp_core.py"),
         ),
     ),
 )
