@@ -59,8 +59,9 @@ class ClassStream(ExpertStream):
 
     def _valid(self, task):
         """Which classes a task has, ``[..., classes]`` bool."""
-        counts = jnp.asarray(self.num_classes, jnp.int32)[task]
-        return jnp.arange(self.num_classes.max(), dtype=jnp.int32) < counts[..., None]
+        counts = jnp.asarray(self.num_classes, jnp.int32)[task][..., None]
+        shape = (*counts.shape[:-1], int(self.num_classes.max()))
+        return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < counts
 
     def evaluators(self):
         """Returns the routing, the number of experts, and the accuracies of all tasks."""

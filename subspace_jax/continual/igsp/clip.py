@@ -54,7 +54,6 @@ class ClipStream(ClassStream):
       processor: Its mean and standard deviation standardize 8-bit images; None for images that are.
       folder: Checkpoint folder of the model; empty for random weights.
       label_smoothing: Of the cross-entropy.
-      seed: Seed of the experts' initial values where the model comes from a folder.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class ClipStream(ClassStream):
         processor: data.ImageProcessor | None = None,
         folder: str | os.PathLike = "",
         label_smoothing: float = 0.2,
-        seed: int = 0,
     ):
         towers = {"image": config.vision, "text": config.text}
         sites = {name: Site(tower.num_layers, tower.width, tower.mlp_size) for name, tower in towers.items()}
@@ -77,7 +75,7 @@ class ClipStream(ClassStream):
         if tokens.ndim != 3 or tokens.shape[:2] != expected:
             raise ValueError(f"tokens: expected [{expected[0]}, {expected[1]}, length], got {tokens.shape}")
         self.config, self.class_rows = config, tokens.shape[1]
-        self._tokens, self._processor, self._folder, self._seed = np.asarray(tokens, np.int32), processor, folder, seed
+        self._tokens, self._processor, self._folder = np.asarray(tokens, np.int32), processor, folder
         self.frozen = ("base",) if folder else ()
 
     def init_base(self, key):
@@ -95,7 +93,9 @@ class ClipStream(ClassStream):
             params, variables = self.init(key)
             return params, {name: x for name, x in variables.items() if name != "base"}
 
-        params, variables = train.jit_on_mesh(fresh, mesh, (shardings[0], others))(jax.random.key(self._seed))
+        params, variables = train.jit_on_mesh(fresh, mesh, (shardings[0], others))(
+            jax.random.key(0)
+        )  # drawn again by begun
         return params, {**variables, **self.restore_frozen(variables, shardings[1])}
 
     def restore_frozen(self, variables, shardings):
@@ -233,7 +233,6 @@ def build(config: ConfigDict) -> train.Run:
         processor=processor,
         folder=folder,
         label_smoothing=config.model.label_smoothing,
-        seed=config.seed,
     )
     specs = [
         task_data(

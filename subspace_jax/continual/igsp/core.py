@@ -127,7 +127,6 @@ def moe_lora_apply(
     router: Router,
     scale: float,
     *,
-    mask: jax.Array | None = None,
     top_k: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A frozen kernel and routed low-rank experts: ``y = x w0 + scale sum_e p_e x a_e b_e``.
@@ -136,10 +135,9 @@ def moe_lora_apply(
       x: ``[batch, ..., d_in]``.
       router_in: ``[batch, d]``, such as the class token of each sequence.
       w0: The frozen kernel ``[d_in, d_out]``, an array or a structured weight.
-      pool: The experts, without leading axes.
+      pool: The experts, without leading axes; those that are not ``active`` are not used.
       router: The router of the task.
       scale: Factor of all experts, ``alpha / rank``.
-      mask: ``[experts]`` bool, the experts that the task uses; all active ones by default.
       top_k: See :func:`route`.
 
     Returns:
@@ -150,7 +148,7 @@ def moe_lora_apply(
     """
     if router_in.ndim != 2 or router_in.shape[0] != x.shape[0]:
         raise ValueError(f"router_in: expected [{x.shape[0]}, d], got {router_in.shape}")
-    probs = route(router_in, router, pool.active if mask is None else mask & pool.active, top_k)
+    probs = route(router_in, router, pool.active, top_k)
     y = nn.linear(x, w0)
     update = apply_experts(x, pool.a, pool.b, probs)
     if update.shape != y.shape:
@@ -250,7 +248,7 @@ def historical_basis(
     by_energy = jnp.maximum(jnp.sum(share < energy, axis=-1, dtype=jnp.int32), 1)
     dim = jnp.where(count < d_in, count, by_energy)
     dim = jnp.minimum(dim, min(s.shape[-1], max_rank or s.shape[-1]))
-    inside = jnp.arange(s.shape[-1], dtype=jnp.int32) < dim[..., None]
+    inside = jax.lax.broadcasted_iota(jnp.int32, s.shape, s.ndim - 1) < dim[..., None]
     return jnp.where(inside[..., None, :], q, jnp.zeros_like(q)), dim
 
 

@@ -179,7 +179,9 @@ def parameter_counts(pool: ExpertPool, num_tasks: int = 0) -> ParameterCounts:
       The counts of each layer.
     """
     each = pool.a.shape[-2] * pool.a.shape[-1] + pool.b.shape[-2] * pool.b.shape[-1]
-    owned = pool.active[..., None] & (pool.owner[..., None] == jnp.arange(num_tasks, dtype=jnp.int32))
+    owner = pool.owner
+    tasks = jax.lax.broadcasted_iota(jnp.int32, (*owner.shape, num_tasks), owner.ndim)
+    owned = pool.active[..., None] & (owner[..., None] == tasks)
 
     def count(mask: jax.Array, axis: int = -1) -> jax.Array:
         return each * jnp.sum(mask, axis=axis, dtype=jnp.int32)
