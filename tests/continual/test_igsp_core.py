@@ -1,5 +1,7 @@
 """Pools of experts, their routing and the historical subspace: golden vectors and the checks of the spec."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,15 @@ import pytest
 from subspace_jax.continual import igsp
 
 EXPERTS, HIST = 5, 3
+
+# Compiled as a whole: many small operations take longer.
+apply = jax.jit(igsp.moe_lora_apply, static_argnames=("scale", "top_k"))
+route = jax.jit(igsp.route, static_argnames="top_k")
+init_pool = jax.jit(igsp.init_pool, static_argnums=(1, 2, 3, 4))
+expand_pool = jax.jit(igsp.expand_pool, static_argnums=2)
+prune_pool = jax.jit(igsp.prune_pool, static_argnums=2, static_argnames="relative")
+add_task, nearest_task = jax.jit(igsp.add_task), jax.jit(igsp.nearest_task)
+historical_basis = jax.jit(igsp.historical_basis, static_argnames=("energy", "max_rank"))
 
 
 @pytest.fixture
@@ -23,7 +34,7 @@ def layer(golden, x64):
 
 def penalized(g, pool, x, router_in, router, a, b):
     pool = pool._replace(a=a, b=b)
-    y, probs = igsp.moe_lora_apply(x, router_in, jnp.asarray(g["W0"]).T, pool, router, float(g["scale"]))
+    y, probs = apply(x, router_in, jnp.asarray(g["W0"]).T, pool, router, float(g["scale"]))
     loss = jnp.mean(jnp.square(y - jnp.asarray(g["Y"])))
     reg = igsp.subspace_penalty(probs, igsp.candidate_mask(pool))
     return loss + float(g["lam"]) * reg, (loss, reg, y, probs)
@@ -32,8 +43,8 @@ def penalized(g, pool, x, router_in, router, a, b):
 def test_moe_lora_apply_its_penalty_and_gradients_are_golden(layer):
     g, pool, router = layer
     x, router_in = jnp.asarray(g["X"]), jnp.asarray(g["router_in"])
-    differentiate = jax.grad(penalized, argnums=(4, 5, 6), has_aux=True)
-    (of_router, of_a, of_b), (loss, reg, y, probs) = differentiate(g, pool, x, router_in, router, pool.a, pool.b)
+    differentiate = jax.jit(jax.grad(functools.partial(penalized, g, pool), argnums=(2, 3, 4), has_aux=True))
+    (of_router, of_a, of_b), (loss, reg, y, probs) = differentiate(x, router_in, router, pool.a, pool.b)
     found = {
         "y": y,
         "probs": probs,
@@ -43,7 +54,7 @@ def test_moe_lora_apply_its_penalty_and_gradients_are_golden(layer):
         "grad_router_b": of_router.bias,
         "grad_A_candidates": of_a[HIST:].swapaxes(1, 2),
         "grad_B_candidates": of_b[HIST:].swapaxes(1, 2),
-        "gates_top2": igsp.route(router_in, router, pool.active, 2),
+        "gates_top2": route(router_in, router, pool.active, 2),
     }
     for name, value in found.items():
         np.testing.assert_allclose(value, g[name], rtol=1e-10, atol=1e-13, err_msg=name)
@@ -51,8 +62,8 @@ def test_moe_lora_apply_its_penalty_and_gradients_are_golden(layer):
 
 def test_prune_pool_historical_basis_and_projection_are_golden(layer):
     g, pool, _ = layer
-    np.testing.assert_array_equal(igsp.prune_pool(pool, jnp.asarray(g["mean_probs"]), float(g["tau"])).keep, g["keep"])
-    basis, dim = igsp.historical_basis(pool)
+    np.testing.assert_array_equal(prune_pool(pool, jnp.asarray(g["mean_probs"]), float(g["tau"])).keep, g["keep"])
+    basis, dim = historical_basis(pool)
     np.testing.assert_allclose(basis @ basis.T, g["hist_basis_projector"], rtol=1e-10, atol=1e-13)
     assert int(dim) == round(np.trace(g["hist_basis_projector"]))
     tx = igsp.orthogonal_complement_updates(basis)
@@ -71,9 +82,9 @@ def test_expert_kernel_gives_the_gradient_of_the_penalized_loss_and_the_probabil
         return jnp.mean(jnp.square(kernel.linear(x) - jnp.asarray(g["Y"])))
 
     zeros = jnp.zeros((len(x), EXPERTS))
-    *found, probs = jax.grad(by_kernel, argnums=(0, 1, 2, 3))(router, pool.a, pool.b, zeros)
-    differentiate = jax.grad(penalized, argnums=(4, 5, 6), has_aux=True)
-    expected, aux = differentiate(g, pool, x, x, router, pool.a, pool.b)
+    *found, probs = jax.jit(jax.grad(by_kernel, argnums=(0, 1, 2, 3)))(router, pool.a, pool.b, zeros)
+    differentiate = jax.jit(jax.grad(functools.partial(penalized, g, pool), argnums=(2, 3, 4), has_aux=True))
+    expected, aux = differentiate(x, x, router, pool.a, pool.b)
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-12, atol=1e-14), tuple(found), expected)
     np.testing.assert_array_equal(probs, aux[-1])
 
@@ -96,20 +107,20 @@ def test_subspace_penalty_has_the_gradient_of_its_formula_and_is_one_without_his
 
 def test_new_experts_change_nothing_and_inactive_ones_have_probability_and_gradient_zero():
     key = jax.random.key(0)
-    empty = igsp.init_pool(key, 4, 2, 6, 3)
+    empty = init_pool(key, 4, 2, 6, 3)
     x, w0 = jax.random.normal(key, (5, 6)), jax.random.normal(key, (6, 3))
     router = igsp.init_router(6, 4)
-    y, probs = igsp.moe_lora_apply(x, x, w0, empty, router, 1.0)
+    y, probs = apply(x, x, w0, empty, router, 1.0)
     np.testing.assert_array_equal(y, x @ w0)
     np.testing.assert_array_equal(probs, 0)
-    grown = igsp.expand_pool(key, empty, 2, task=0)
-    y, probs = igsp.moe_lora_apply(x, x, w0, grown, router, 1.0)
+    grown = expand_pool(key, empty, 2, task=0)
+    y, probs = apply(x, x, w0, grown, router, 1.0)
     np.testing.assert_array_equal(y, x @ w0)
     np.testing.assert_allclose(probs, np.tile([0.5, 0.5, 0, 0], (5, 1)))
     full = grown._replace(b=jax.random.normal(key, grown.b.shape))
 
     def loss(pool, router):
-        return jnp.sum(jnp.square(igsp.moe_lora_apply(x, x, w0, pool, router, 1.0)[0]))
+        return jnp.sum(jnp.square(apply(x, x, w0, pool, router, 1.0)[0]))
 
     of_pool, of_router = jax.grad(loss, argnums=(0, 1), allow_int=True)(full, router)
     for gradient in (of_pool.a[2:], of_pool.b[2:], of_router.bias[2:], of_router.kernel[:, 2:]):
@@ -121,19 +132,19 @@ def test_route_by_top_k_uses_that_many_active_experts_and_sums_to_one():
     logits = jnp.asarray([[0.0, 3.0, 2.0, 1.0]])
     mask = jnp.asarray([True, False, True, True])
     router = igsp.Router(None, logits[0])
-    probs = igsp.route(jnp.zeros((2, 1)), router, mask, 2)
+    probs = route(jnp.zeros((2, 1)), router, mask, 2)
     np.testing.assert_array_equal(probs > 0, np.tile([False, False, True, True], (2, 1)))
-    np.testing.assert_allclose(jnp.sum(igsp.route(jnp.zeros((2, 1)), router, mask), axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(route(jnp.zeros((2, 1)), router, mask), axis=-1), 1, rtol=1e-6)
 
 
 def test_pool_grows_is_pruned_and_frozen_and_its_historical_experts_stay_as_they_are():
-    pool = jax.vmap(lambda key: igsp.init_pool(key, 6, 2, 8, 4))(jax.random.split(jax.random.key(0), 3))
-    pool = igsp.expand_pool(jax.random.key(1), pool, 2, task=0)
+    pool = jax.vmap(lambda key: init_pool(key, 6, 2, 8, 4))(jax.random.split(jax.random.key(0), 3))
+    pool = expand_pool(jax.random.key(1), pool, 2, task=0)
     pool = pool._replace(b=jnp.where(pool.active[..., None, None], 1.0, 0.0) * jnp.ones_like(pool.b))
     old = igsp.freeze_pool(pool)
-    grown = igsp.expand_pool(jax.random.key(2), old, 2, task=1)
+    grown = expand_pool(jax.random.key(2), old, 2, task=1)
     probs = jnp.asarray([[0.1, 0.4, 0.4, 0.1, 0, 0], [0.4, 0.4, 0.1, 0.1, 0, 0], [0.25, 0.25, 0.125, 0.375, 0, 0]])
-    pruned = igsp.prune_pool(grown, probs, 0.5)  # at least an eighth, ties kept
+    pruned = prune_pool(grown, probs, 0.5)  # at least an eighth, ties kept
     np.testing.assert_array_equal(pruned.keep, [[0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
     np.testing.assert_array_equal(pruned.pool.active[:, :2], True)
     np.testing.assert_array_equal(pruned.pool.owner[:, 2:4], [[1, -1], [-1, -1], [1, 1]])
@@ -147,31 +158,31 @@ def test_pool_grows_is_pruned_and_frozen_and_its_historical_experts_stay_as_they
 
 
 def test_prune_pool_does_not_depend_on_the_order_of_experts_and_keeps_the_most_used_where_none_suffices():
-    pool = igsp.expand_pool(jax.random.key(0), igsp.init_pool(jax.random.key(0), 5, 1, 3, 3), 4, task=0)
+    pool = expand_pool(jax.random.key(0), init_pool(jax.random.key(0), 5, 1, 3, 3), 4, task=0)
     probs = jnp.asarray([0.1, 0.5, 0.15, 0.25, 0.0])
     order = jnp.asarray([3, 1, 0, 2, 4])
-    keep = igsp.prune_pool(pool, probs, 0.7).keep
+    keep = prune_pool(pool, probs, 0.7).keep
     moved = jax.tree.map(lambda x: x[order], pool)
-    np.testing.assert_array_equal(igsp.prune_pool(moved, probs[order], 0.7).keep, keep[order])
-    np.testing.assert_array_equal(igsp.prune_pool(pool, probs, 4.0).keep, [False, True, False, False, False])
-    absolute = igsp.prune_pool(pool, probs, 0.15, relative=False)
+    np.testing.assert_array_equal(prune_pool(moved, probs[order], 0.7).keep, keep[order])
+    np.testing.assert_array_equal(prune_pool(pool, probs, 4.0).keep, [False, True, False, False, False])
+    absolute = prune_pool(pool, probs, 0.15, relative=False)
     np.testing.assert_array_equal(absolute.keep, [False, True, True, True, False])
 
 
 def test_historical_basis_has_all_directions_of_few_experts_and_none_of_no_expert():
-    pool = igsp.expand_pool(jax.random.key(0), igsp.init_pool(jax.random.key(1), 4, 2, 9, 4), 2, task=0)
-    _, none = igsp.historical_basis(pool)
-    basis, dim = igsp.historical_basis(igsp.freeze_pool(pool))
+    pool = expand_pool(jax.random.key(0), init_pool(jax.random.key(1), 4, 2, 9, 4), 2, task=0)
+    _, none = historical_basis(pool)
+    basis, dim = historical_basis(igsp.freeze_pool(pool))
     assert (int(none), int(dim)) == (0, 4)
     columns = jnp.moveaxis(pool.a[:2], 0, 1).reshape(9, 4)
     np.testing.assert_allclose(basis @ (basis.T @ columns), columns, atol=1e-5)
-    assert int(igsp.historical_basis(igsp.freeze_pool(pool), max_rank=3)[1]) == 3
+    assert int(historical_basis(igsp.freeze_pool(pool), max_rank=3)[1]) == 3
 
 
 @jax.numpy_dtype_promotion("standard")
 def test_orthogonal_complement_updates_after_adam_keep_experts_out_of_the_subspace():
-    pool = igsp.expand_pool(jax.random.key(0), igsp.init_pool(jax.random.key(1), 4, 2, 9, 4), 2, task=0)
-    basis, dim = igsp.historical_basis(igsp.freeze_pool(pool))
+    pool = expand_pool(jax.random.key(0), init_pool(jax.random.key(1), 4, 2, 9, 4), 2, task=0)
+    basis, dim = historical_basis(igsp.freeze_pool(pool))
     project = igsp.orthogonal_complement_updates(basis)
     start = a = jnp.ones((2, 9, 2))
 
@@ -200,11 +211,11 @@ def test_nearest_task_finds_the_task_and_leaves_what_is_far_to_the_frozen_model(
     centers = 6 * rng.standard_normal((3, 4))
     stats = igsp.init_task_stats(4, 4)
     for task, center in enumerate(centers):
-        stats = igsp.add_task(stats, task, jnp.asarray(center + rng.standard_normal((200, 4)), jnp.float32))
-    found = igsp.nearest_task(stats, jnp.asarray([*centers, [90.0, 90.0, 90.0, 90.0]], jnp.float32))
+        stats = add_task(stats, task, jnp.asarray(center + rng.standard_normal((200, 4)), jnp.float32))
+    found = nearest_task(stats, jnp.asarray([*centers, [90.0, 90.0, 90.0, 90.0]], jnp.float32))
     np.testing.assert_array_equal(found.task, [0, 1, 2, -1])
     near = jnp.asarray(centers[1] + rng.standard_normal((400, 4)), jnp.float32)
-    assert 0.9 < float(jnp.mean((igsp.nearest_task(stats, near).task == 1).astype(jnp.float32))) < 0.99
+    assert 0.9 < float(jnp.mean((nearest_task(stats, near).task == 1).astype(jnp.float32))) < 0.99
 
 
 def test_complement_penalty_is_the_share_outside():
@@ -216,7 +227,7 @@ def test_complement_penalty_is_the_share_outside():
 
 def test_moe_lora_dense_uses_all_experts_in_training_and_top_k_in_evaluation():
     key = jax.random.key(0)
-    pool = igsp.expand_pool(key, igsp.init_pool(key, 4, 2, 6, 3), 3, task=0)
+    pool = expand_pool(key, init_pool(key, 4, 2, 6, 3), 3, task=0)
     layer = igsp.MoELoRADense(3, 2, 4, 0.5, top_k=1, kernel=jnp.ones((6, 3)))
     x = jax.random.normal(key, (2, 7, 6))
     router = igsp.Router(jax.random.normal(key, (6, 4)), jnp.zeros(4))
@@ -272,3 +283,13 @@ def test_orthogonal_complement_updates_refuses_a_basis_that_does_not_fit():
     tx = igsp.orthogonal_complement_updates(jnp.eye(5))
     with pytest.raises(ValueError, match="basis: expected"):
         tx.update(jnp.ones((2, 6, 2)), tx.init(jnp.ones((2, 6, 2))))
+
+
+def test_public_surface_of_the_spec_is_there():
+    names = """ExpertPool init_pool expand_pool prune_pool freeze_pool MoELoRADense moe_lora_apply subspace_penalty
+        router_converged candidate_mask historical_basis orthogonal_complement_updates ContinualState fit_task
+        mtil_metrics parameter_counts"""
+    assert set(names.split()) <= set(igsp.__all__)
+    assert all(hasattr(igsp, name) for name in igsp.__all__)
+    assert igsp.ContinualState._fields == ("pool", "routers", "masks", "task_stats")
+    assert igsp.ExpertPool._fields == ("a", "b", "active", "frozen", "owner")

@@ -103,17 +103,8 @@ def expand_pool(key: jax.Array, pool: ExpertPool, num: int, task: int | jax.Arra
       ValueError: ``num`` is below 1, or a layer has fewer free slots.  Where the pool is traced this is not
         checked, and fewer candidates are added.
     """
-    if num < 1:
-        raise ValueError(f"num: expected at least 1 candidate, got {num}")
+    check_room(pool, num)
     free = ~pool.active
-    if not isinstance(free, jax.core.Tracer):
-        least = int(np.min(np.sum(np.asarray(free), axis=-1)))
-        if least < num:
-            size = free.shape[-1]
-            raise ValueError(
-                f"pool: is full: a layer has {least} free slots of {size}, and {num} candidates need room; make it "
-                "larger (max_experts), or prune more (a larger tau)"
-            )
     new = free & (jnp.cumsum(free, axis=-1) <= num)
     wide = new[..., None, None]
     return ExpertPool(
@@ -123,6 +114,21 @@ def expand_pool(key: jax.Array, pool: ExpertPool, num: int, task: int | jax.Arra
         pool.frozen,
         jnp.where(new, jnp.asarray(task, jnp.int32), pool.owner),
     )
+
+
+def check_room(pool: ExpertPool, num: int) -> None:
+    """Raises where a layer has no room for so many candidates, see :func:`expand_pool`."""
+    if num < 1:
+        raise ValueError(f"num: expected at least 1 candidate, got {num}")
+    if isinstance(pool.active, jax.core.Tracer):
+        return
+    active = np.asarray(pool.active)
+    least, size = int(np.min(np.sum(~active, axis=-1))), active.shape[-1]
+    if least < num:
+        raise ValueError(
+            f"pool: is full: a layer has {least} free slots of {size}, and {num} candidates need room; make it larger "
+            "(max_experts), or prune more (a larger tau)"
+        )
 
 
 def prune_pool(pool: ExpertPool, mean_probs: jax.Array, tau: float, *, relative: bool = True) -> Pruned:

@@ -5,18 +5,20 @@ and which new ones are needed, until the router has converged; then the pool is 
 experts that were kept, outside the historical subspace.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax import train
+from subspace_jax import linalg, train
 from subspace_jax.continual.igsp.core import complement_penalty, historical_basis, init_router, routing_change
 from subspace_jax.continual.igsp.model import ExpertKernel
 from subspace_jax.continual.igsp.pool import (
     ExpertPool,
     candidate_mask,
+    check_room,
     expand_pool,
     freeze_pool,
     init_pool,
@@ -131,6 +133,7 @@ class ExpertStream(train.Task):
             found[name] = pool._replace(a=a, b=b)
         return found
 
+    @functools.partial(jax.jit, static_argnums=0)
     def learnt(self, params: PyTree, variables: PyTree) -> ContinualState:
         """Returns the state with what the current task has learnt, its candidates not frozen yet."""
         past, task = variables["past"], variables["task"]
@@ -257,6 +260,14 @@ class ExpertStream(train.Task):
         """
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task: expected 0 to {self.num_tasks - 1}, got {task}")
+        for pool in variables["past"].pool.values():
+            check_room(pool, self.settings.candidates)
+        rest = {name: x for name, x in variables.items() if name != "base"}
+        params, rest = self._begun(params, rest, key, jnp.asarray(task, jnp.int32))
+        return params, {**variables, **rest}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _begun(self, params, variables, key, task):
         own, state = self.settings, variables["past"]
         pools, slots, new = {}, {}, {"a": {}, "b": {}, "router": jax.tree.map(jnp.zeros_like, params["router"])}
         for i, (name, pool) in enumerate(state.pool.items()):
@@ -271,7 +282,7 @@ class ExpertStream(train.Task):
             "past": state._replace(pool=pools),
             "slots": slots,
             "mask": {name: jnp.copy(pool.active) for name, pool in pools.items()},
-            "task": jnp.asarray(task, jnp.int32),
+            "task": task,
             "penalty": jnp.where(some, own.penalty, 0.0),
             "routing": self._no_routing(),
         }
@@ -293,17 +304,27 @@ class ExpertStream(train.Task):
         Returns:
           Parameters and variables at the start of the task's second phase.
         """
+        rest = {name: x for name, x in variables.items() if name != "base"}
+        probs = {name: jnp.asarray(mean_probs[name], jnp.float32) for name in self.sites}
+        features = jnp.asarray(features, jnp.float32)
+        for name, x in (("features", features), *probs.items()):
+            linalg.check_finite(name, x)
+        params, rest = self._pruned(params, rest, probs, features)
+        return params, {**variables, **rest}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _pruned(self, params, variables, mean_probs, features):
         own, past, pools, mask = self.settings, variables["past"], {}, {}
         new = {"a": {}, "b": {}, "router": params["router"]}
         for name, pool in self.pools(params, variables).items():
-            probs = jnp.asarray(mean_probs[name], jnp.float32)
-            pools[name], mask[name] = prune_pool(pool, probs, own.tau, relative=own.relative)
+            pools[name], mask[name] = prune_pool(pool, mean_probs[name], own.tau, relative=own.relative)
             new["a"][name], new["b"][name] = _of_slots(pools[name], variables["slots"][name])
-        stats = add_task(past.task_stats, variables["task"], jnp.asarray(features, jnp.float32))
+        stats = add_task(past.task_stats, variables["task"], features)
         past = past._replace(pool=pools, task_stats=stats)
         variables = {**variables, "past": past, "mask": mask, "penalty": jnp.zeros(()), "routing": self._no_routing()}
         return new, variables
 
+    @functools.partial(jax.jit, static_argnums=0)
     def basis(self, pool: ExpertPool) -> jax.Array:
         """Returns the historical subspace of inputs ``[layers, d_in, q]``, see :func:`historical_basis`."""
         return historical_basis(pool, self.settings.energy, self.settings.max_rank or None)[0]
