@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_jax import linalg, train
 from subspace_jax.continual.igsp.core import complement_penalty, historical_basis, init_router, routing_change
@@ -263,7 +264,7 @@ class ExpertStream(train.Task):
         for pool in variables["past"].pool.values():
             check_room(pool, self.settings.candidates)
         rest = {name: x for name, x in variables.items() if name != "base"}
-        params, rest = self._begun(params, rest, key, jnp.asarray(task, jnp.int32))
+        params, rest = self._begun(params, rest, key, np.int32(task))
         return params, {**variables, **rest}
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -305,8 +306,9 @@ class ExpertStream(train.Task):
           Parameters and variables at the start of the task's second phase.
         """
         rest = {name: x for name, x in variables.items() if name != "base"}
-        probs = {name: jnp.asarray(mean_probs[name], jnp.float32) for name in self.sites}
-        features = jnp.asarray(features, jnp.float32)
+        # NumPy's, which jit places beside arrays of all processes.
+        probs = {name: np.asarray(mean_probs[name], np.float32) for name in self.sites}
+        features = np.asarray(features, np.float32)
         for name, x in (("features", features), *probs.items()):
             linalg.check_finite(name, x)
         params, rest = self._pruned(params, rest, probs, features)
