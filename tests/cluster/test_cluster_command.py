@@ -1,13 +1,16 @@
 """The command that clusters features."""
 
+import contextlib
 import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from subspace_jax import metrics
+from subspace_jax import interop, linalg, metrics, nn
 from subspace_jax.cli.main import main
+from subspace_jax.cluster.classical import run
 from tests.cluster.test_clustering_common import subspaces
 
 
@@ -18,6 +21,16 @@ def files(tmp_path_factory):
     np.savez(folder / "features.npz", features=(3 * x).astype(np.float16), labels=y + 5)
     np.save(folder / "nan.npy", np.where(np.arange(60)[:, None] == 7, np.nan, x).astype(np.float32))
     np.save(folder / "short.npy", y[:9])
+    rng = np.random.default_rng(0)
+    for kind, pattern in {"columns": np.ones((8, 1)), "rows": np.ones((1, 8))}.items():
+        (folder / "images" / kind).mkdir(parents=True)
+        for i in range(10):
+            stripes = np.resize([0, 255], 8).reshape(pattern.shape[::-1]) * pattern
+            noise = rng.integers(0, 30, (8, 8))
+            Image.fromarray(np.clip(stripes + noise, 0, 255).astype(np.uint8)).save(
+                folder / "images" / kind / f"{i}.png"
+            )
+    (folder / "images" / "rows" / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -45,6 +58,53 @@ def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path):
     assert "scores" not in json.loads((tmp_path / "clusters.json").read_text())
 
 
+@pytest.mark.slow
+def test_cluster_takes_images_whose_folders_are_labels_and_skips_what_is_no_image(files, tmp_path, capsys):
+    arguments = ["cluster", f"--images={files}/images", f"--out={tmp_path}", "--seeds=1", "--k=2", "--neighbors=5"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Skipped 1 files that can't be read: " in printed
+    assert "images.png: some images of each cluster" in printed
+    assert json.loads((tmp_path / "clusters.json").read_text())["scores"]["accuracy"][0] == 1
+    lines = (tmp_path / "labels.csv").read_text().splitlines()
+    assert lines[0] == "image,cluster"
+    labels = np.load(tmp_path / "labels.npy").tolist()
+    assert [line.split(",") for line in lines[1:]] == [
+        [f"{kind}/{i}.png", str(labels[10 * at + i])] for at, kind in enumerate(("columns", "rows")) for i in range(10)
+    ]
+    assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # features have no pictures
+        assert main(["cluster", f"--input={files}/features.npz", f"--out={tmp_path}", "--seeds=1", "--k=3"]) == 0
+    assert not (tmp_path / "images.png").exists()
+    assert not (tmp_path / "labels.csv").exists()
+
+
+@pytest.mark.slow
+def test_cluster_takes_a_set_of_tensorflow_datasets_and_a_model(files, tmp_path):
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 32, "patch_size": 4}
+    model = nn.VisionTransformerConfig.dinov2("small", 0, image_size=(8, 8), **sizes)
+    interop.save_vision(tmp_path / "vit", model, nn.init_params(jax.random.key(0), model))
+    arguments = ["cluster", "--input=tfds:digits", "--split=test[:60]", f"--out={tmp_path}/out", "--seeds=1", "--k=10"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert main([*arguments, f"--backbone={tmp_path}/vit"]) == 0
+    report = json.loads((tmp_path / "out" / "clusters.json").read_text())
+    assert (report["input"], sum(report["sizes"])) == ("tfds:digits", 60)
+    assert report["scores"]["accuracy"][0] > 0.2
+    assert not (tmp_path / "out" / "labels.csv").exists()
+
+
+@pytest.mark.parametrize(("n", "most"), [(2, 1), (60, 7), (10000, 30)])
+def test_candidates_of_the_eigengap_end_at_the_root_of_n_and_30(n, most, monkeypatch):
+    def embedding(graph, k):
+        values = np.linspace(1, 0.5, k)
+        values[-1] = 0  # the widest gap is the last one
+        return linalg.SpectralEmbedding(None, values, None)
+
+    monkeypatch.setattr(linalg, "spectral_embedding", embedding)
+    assert run._by_eigengap(None, n) == most
+
+
 @pytest.mark.parametrize(
     ("error", "arguments"),
     [
@@ -58,12 +118,36 @@ def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path):
         ("--dim: expected 1 to 12, the width of {root}/features.npz", ["--method=k-subspaces", "--k=3", "--dim=13"]),
         ("--seed: expected 0 to 4294967293, got -1", ["--seed=-1"]),
         ("--seeds: expected at least 1, got 0", ["--seeds=0"]),
+        ("--backbone: is for images, by --images DIR or", ["--backbone=dinov2-small"]),
+        ("--split: is for --input tfds:NAME", ["--split=train"]),
         ("labels: {root}/short.npy: expected one for each of 60 vectors, got 9", ["--labels={root}/short.npy"]),
     ],
 )  # fmt: skip
 def test_cluster_refuses_what_can_not_serve_and_writes_nothing(error, arguments, files, tmp_path, capsys):
     given = [f"--input={files}/features.npz", *(text.format(root=files) for text in arguments)]
     assert main(["cluster", f"--out={tmp_path}/out", *given]) == 2
+    assert error.format(root=files) in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "given"),
+    [
+        ("one of the arguments --input --images is required", []),
+        ("argument --images: not allowed with argument --input", ["--input={root}/features.npz", "--images={root}"]),
+        ("there is no folder {root}/none", ["--images={root}/none"]),
+        ("--backbone: there is no {root}/none", ["--images={root}/images", "--backbone={root}/none"]),
+        ("TFDS knows no set", ["--input=tfds:digitz"]),
+        ("--k: expected 1 to 20, the number of items in {root}/images", ["--images={root}/images", "--k=21"]),
+        ("gamma: expected more than 1, got 1.0", ["--input={root}/features.npz", "--method=lrr-l21", "--gamma=1"]),
+    ],
+)
+def test_cluster_refuses_other_inputs_that_are_not_there(error, given, files, tmp_path, capsys):
+    found = []
+    with contextlib.suppress(SystemExit):  # of the parser
+        found.append(main(["cluster", f"--out={tmp_path}/out", *(text.format(root=files) for text in given)]))
+    assert found in ([], [2])
     assert error.format(root=files) in capsys.readouterr().err
     out = tmp_path / "out"
     assert not out.exists() or not list(out.iterdir())

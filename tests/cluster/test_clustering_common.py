@@ -12,7 +12,7 @@ from subspace_jax.cluster import classical
 
 PUBLIC = {
     classical: "LRR LSR SSC SSCOMP TSC KMeans KSubspaces SpectralClustering affinity_from_coefficients elastic_net_sc "
-    "keep_top_coefficients lrr lsr ssc_omp tsc neighbor_affinity",
+    "keep_top_coefficients lrr lrr_l21 lsr ssc_omp tsc neighbor_affinity",
     linalg: "KMeans KSubspaces SparseRows k_subspaces kmeans projector_distance spectral_clustering spectral_embedding",
     metrics: "ClusterScores adjusted_mutual_info adjusted_rand_index best_label_map cluster_scores clustering_accuracy "
     "connectivity contingency match_subspaces matched_macro_f1 normalized_mutual_info pair_f_score purity "
@@ -143,6 +143,33 @@ def test_low_rank_coefficients_are_a_projector_and_meet_the_certificate(x64):
     assert np.linalg.norm(gradient, 2) <= 1 + 1e-6
 
 
+def test_robust_low_rank_coefficients_meet_the_conditions_of_an_optimum(x64):
+    x, _, _ = subspaces(0, 12, 2, 3, 8)
+    x = x + 0.05 * np.random.default_rng(0).standard_normal(x.shape)
+    gamma = 8.0
+    found = classical.lrr_l21(jnp.asarray(x), gamma)
+    c, errors = np.asarray(found.coefficients), np.asarray(found.errors)
+    np.testing.assert_allclose(c @ x + errors, x, atol=1e-7)
+    lengths = np.linalg.norm(errors, axis=1, keepdims=True)
+    assert lengths.min() > 1e-3  # so that the multipliers are known
+    penalty = gamma / np.linalg.norm((x / np.linalg.norm(x, axis=1, keepdims=True)).T @ x, 2)
+    product = penalty * errors / lengths @ x.T
+    assert np.linalg.norm(product, 2) <= 1 + 1e-4
+    np.testing.assert_allclose(np.sum(product * c), np.linalg.svd(c)[1].sum(), rtol=1e-4)
+    assert np.linalg.matrix_rank(c, tol=1e-5) < 12
+    kept = classical.lrr_l21(jnp.asarray(x), gamma, keep=24, block_size=10).coefficients
+    np.testing.assert_allclose(linalg.dense_rows(kept), c, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_robust_low_rank_errors_are_those_of_wrong_rows():
+    x, _, _ = subspaces(3, 20, 2, 3, 30)
+    x[[4, 40, 77]] = subspaces(4, 20, 20, 1, 3)[0]
+    lengths = np.linalg.norm(run(classical.lrr_l21, x.astype(np.float32), gamma=12.0).errors, axis=1)
+    assert sorted(np.argsort(-lengths)[:3]) == [4, 40, 77]
+    assert np.sort(lengths)[-3] > 5 * np.sort(lengths)[-4]
+
+
 def test_matching_pursuit_leaves_what_is_orthogonal_to_its_rows_and_finds_orthogonal_subspaces(x64):
     x, y, _ = subspaces(2, 9, 3, 3, 8)
     z = run(classical.ssc_omp, jnp.asarray(x), nonzeros=2)
@@ -192,6 +219,8 @@ NAN = np.where(np.eye(6, 3) > 0, np.nan, X).astype(np.float32)
         (lambda: classical.lsr(X, keep=7), "keep: expected 1 to 6"),
         (lambda: classical.lsr(X, block_size=0), "block_size: expected at least 1"),
         (lambda: classical.lrr(X, -1.0), "noise: expected 0 or more"),
+        (lambda: classical.lrr_l21(X, 1.0), "gamma: expected more than 1, got 1.0"),
+        (lambda: classical.lrr_l21(X, tolerance=0.0), "tolerance: expected more than 0, got 0.0"),
         (lambda: classical.ssc_omp(X, 6), "nonzeros: expected 1 to 5"),
         (lambda: classical.ssc_omp(X, 2, stop="never"), "stop: expected 'relative' or 'toolbox', got 'never'"),
         (lambda: classical.elastic_net_sc(X, 1.0), "gamma: expected more than 1"),

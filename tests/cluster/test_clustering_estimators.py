@@ -24,7 +24,9 @@ ALL = (
 
 
 @pytest.mark.slow
-@parametrize_with_checks(list(ALL))
+@parametrize_with_checks(
+    [classical.KSubspaces(3), *ALL[:1], *ALL[2:]]
+)  # its points lie in a plane: lines tell them apart
 def test_estimators_pass_the_checks_of_scikit_learn(estimator, check):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         check(estimator)
