@@ -119,7 +119,8 @@ def _features(images, names, labelled: bool, model: str | None) -> Found:
     if model is None:
         x, labels = _pixels(images)
     else:
-        found = represent.features_of_images(represent.open_feature_model(model), images, batch_size=16, progress=True)
+        opened = represent.open_feature_model(model, resample=True)
+        found = represent.features_of_images(opened, images, batch_size=16, progress=True)
         x, labels = found.features, found.labels
     # One class alone tells nothing.
     known = labels if labelled and len(np.unique(labels)) > 1 else None

@@ -85,6 +85,14 @@ def test_cluster_takes_a_set_of_tensorflow_datasets_and_a_model(files, tmp_path)
     sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 32, "patch_size": 4}
     model = nn.VisionTransformerConfig.dinov2("small", 0, image_size=(8, 8), **sizes)
     interop.save_vision(tmp_path / "vit", model, nn.init_params(jax.random.key(0), model))
+    side = {"height": 8, "width": 8}
+    fields = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 8},
+        "crop_size": side,
+        "resample": 3,
+    }
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(fields))
     arguments = ["cluster", "--input=tfds:digits", "--split=test[:60]", f"--out={tmp_path}/out", "--seeds=1", "--k=10"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert main([*arguments, f"--backbone={tmp_path}/vit"]) == 0
@@ -136,7 +144,7 @@ def test_cluster_refuses_what_can_not_serve_and_writes_nothing(error, arguments,
     [
         ("one of the arguments --input --images is required", []),
         ("argument --images: not allowed with argument --input", ["--input={root}/features.npz", "--images={root}"]),
-        ("there is no folder {root}/none", ["--images={root}/none"]),
+        ("{root}/none: no such folder of images", ["--images={root}/none"]),
         ("--backbone: there is no {root}/none", ["--images={root}/images", "--backbone={root}/none"]),
         ("TFDS knows no set", ["--input=tfds:digitz"]),
         ("--k: expected 1 to 20, the number of items in {root}/images", ["--images={root}/images", "--k=21"]),

@@ -34,7 +34,7 @@ _MEANING = (
 )
 _OUTLINED = " A white line is the outline of a known defect."
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
-color: #222 } table { border-collapse: collapse; margin: .6em 0 }
+color: #222 } table { border-collapse: collapse; margin: .6em 0; display: block; overflow-x: auto }
 td, th { border-bottom: 1px solid #ddd; padding: .2em .9em .2em 0;
 text-align: right } td:first-child, th:first-child { text-align: left }
 .grid { display: flex; flex-wrap: wrap; gap: 14px } figure { margin: 0; width: 296px; font-size: 13px }
