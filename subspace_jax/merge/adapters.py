@@ -147,7 +147,7 @@ def merge_adapters(
     for i, (path, own) in enumerate(parts.items()):
         weight = at[path]
         settings[path], made = _merge_weight(weight, own, weights, how, kind, jax.random.fold_in(key, i), progress)
-        if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(made)):
+        if not bool(_all_finite(made)):
             raise ValueError(f"{path}: the merged update is not finite; the weighted gains of a DoRA column cancel")
         kernel = (*weight.shape[:-1], made.a.shape[-1])
         arrays = {"a": made.a.reshape(kernel), "b": made.b, "magnitude": made.magnitude}
@@ -216,11 +216,16 @@ def _parts_of(params: PyTree, adapters: Sequence[Adapter]) -> dict[str, list[_Pa
 
 def _shapes_of(what: str, config: AdapterConfig, base: Any, arrays: Arrays) -> LowRankUpdate:
     try:
-        if not all(bool(jnp.all(jnp.isfinite(x))) for x in arrays.values()):
+        if not bool(_all_finite(dict(arrays))):
             raise ValueError("expected finite numbers, got NaN or infinity")
         return jax.eval_shape(config.low_rank_update, base, arrays)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def _fits(shapes: LowRankUpdate, weight: tuple[int, ...]) -> bool:

@@ -29,12 +29,12 @@ WEIGHTS = {"lora": 0.7, "flora": -0.4, "svfit": 1.1, "dora": -0.3, "one": 0.6, "
 
 
 def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
 
 
 @functools.cache
 def params():
-    return {path[:-7]: {"kernel": draw(*shape, seed=len(path))} for path, shape in SHAPES.items()}
+    return {path[:-7]: {"kernel": jnp.asarray(draw(*shape, seed=len(path)))} for path, shape in SHAPES.items()}
 
 
 @functools.cache
@@ -43,11 +43,14 @@ def adapter(name):
     rules = RULES[name]
     frozen, start = jax.jit(functools.partial(adapters.prepare, settings=rules))(jax.random.key(1), params())
     leaves, structure = jax.tree.flatten(start)
-    moved = jax.tree.unflatten(structure, [x + 0.3 * draw(*x.shape, seed=10 + i) for i, x in enumerate(leaves)])
+    # In NumPy, which compiles nothing.
+    leaves = [np.asarray(x) + np.float32(0.3) * draw(*x.shape, seed=10 + i) for i, x in enumerate(leaves)]
     if name in ("lora", "dora"):
-        own, ranks = moved["q"]["kernel"], np.array(rules["q"].rank)
-        there = jnp.asarray(np.arange(ranks.max())[None] < ranks[:, None])
-        own |= {"a": jnp.where(there[:, None], own["a"], 0), "b": jnp.where(there[..., None], own["b"], 0)}
+        own = jax.tree.unflatten(structure, leaves)["q"]["kernel"]
+        behind = np.arange(max(rules["q"].rank))[None] >= np.array(rules["q"].rank)[:, None]
+        own["a"][np.broadcast_to(behind[:, None], own["a"].shape)] = 0
+        own["b"][behind] = 0
+    moved = jax.tree.unflatten(structure, [jnp.asarray(x) for x in leaves])
     return Adapter(moved, rules, frozen, name)
 
 

@@ -72,11 +72,16 @@ def rank_of_threshold(count: int, keep: float) -> int:
 def threshold(tau: PyTree, keep: float) -> jax.Array:
     """The smallest magnitude that a task vector keeps, a scalar; other arguments: see :func:`ties_merge`."""
     leaves = jax.tree.leaves(tau)
+    return _order_statistic(leaves, np.int32(rank_of_threshold(sum(x.size for x in leaves), keep)))
+
+
+@jax.jit
+def _order_statistic(leaves: Sequence[jax.Array], rank: jax.Array) -> jax.Array:
+    """The ``rank``-th smallest magnitude of all leaves, from 1; one program for all task vectors and shares."""
     dtype = max((wide(x) for x in leaves), key=lambda dtype: dtype.itemsize)
     unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
     # The bits of numbers that are not negative are in the order of the numbers.
     bits = [jax.lax.bitcast_convert_type(jnp.abs(x.astype(dtype)), unsigned) for x in leaves]
-    rank = rank_of_threshold(sum(x.size for x in leaves), keep)
     width, steps = unsigned.itemsize * 8, np.arange(1, 2**_BITS, dtype=unsigned)
 
     def narrow(i, start):
