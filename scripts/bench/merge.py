@@ -52,9 +52,10 @@ def write_models(folder, width, layers):
 
 def ours(folder, method, out):
     from subspace_jax.merge.subspace_fusion import folders
+    from subspace_jax.merge.subspace_fusion.settings import MergeSettings
 
     models = [folder / name for name in NAMES[1:]]
-    folders.merge_folders(models, out, folders.MergeSettings(method), base=folder / "base")
+    folders.merge_folders(models, out, MergeSettings(method), base=folder / "base")
 
 
 def with_torch(folder, method, out):

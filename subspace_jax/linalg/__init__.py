@@ -20,6 +20,7 @@ from subspace_jax.linalg.frequent_directions import (
     frequent_directions_init,
     frequent_directions_update,
 )
+from subspace_jax.linalg.gram_sums import GramState, update_gram
 from subspace_jax.linalg.hadamard import fwht, hadamard_matrix
 from subspace_jax.linalg.k_subspaces import KSubspaces, explained_energy, k_subspaces
 from subspace_jax.linalg.kmeans import KMeans, kmeans
@@ -79,6 +80,7 @@ __all__ = [
     "Eigenpairs",
     "EnergyBasis",
     "FDState",
+    "GramState",
     "KMeans",
     "KSubspaces",
     "MSOResult",
@@ -168,6 +170,7 @@ __all__ = [
     "top_entries",
     "tucker_product",
     "unit_vectors",
+    "update_gram",
     "versine_sinc_sqrt",
     "versine_sqrt",
     "whitened_columns",

@@ -9,12 +9,12 @@ import pytest
 from subspace_jax import interop, nn, train
 from subspace_jax.cli.main import main
 from subspace_jax.merge import subspace_fusion as fusion
-from subspace_jax.merge.subspace_fusion import language_fisher
+from subspace_jax.merge.subspace_fusion import language_fisher, language_text
 
 CONFIG = nn.CausalLMConfig.llama3(
     vocab_size=260, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8, max_length=16
 )
-TEXT = language_fisher.FisherText(("text.txt",), batches=2, batch_size=2, length=8)
+TEXT = language_text.MergeText(("text.txt",), batches=2, batch_size=2, length=8)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The command that merges folders: what it writes is what the rules make of the parameters."""
 
 import json
+import pathlib
 import re
 
 import jax
@@ -13,6 +14,7 @@ from subspace_jax import interop
 from subspace_jax.cli.main import main
 from subspace_jax.merge import subspace_fusion as fusion
 from subspace_jax.merge.subspace_fusion import folders as merging
+from subspace_jax.merge.subspace_fusion.settings import MergeSettings
 from subspace_jax.merge.subspace_fusion.thresholds import Thresholds
 
 from ..variants import rest_slow
@@ -130,7 +132,7 @@ def test_merge_folders_weighs_by_fisher_information_as_fisher_merge(made, tmp_pa
     merging.merge_folders(
         [made["a"], made["b"]],
         tmp_path / "out",
-        merging.MergeSettings("fisher"),
+        MergeSettings("fisher"),
         fishers=[tmp_path / "f0", tmp_path / "f1"],
     )
     models = [{name: x for name, x in tree.items() if name in SHAPES} for tree in trees()[1:]]
@@ -198,8 +200,16 @@ def test_merge_models_refuses_folders_that_can_not_serve(made, tmp_path, capsys,
         ("keep: expected a share", ["--method", "ties", "--keep", "0"]),
         ("no such folder", ["--models", "{out}/nowhere"]),
         ("--out: expected another folder than that of --models", ["--out", "{out}/a"]),
-        ("--data: is for --method fisher", ["--data", "docstrings"]),
+        ("--data: is for --method regmean and fisher", ["--data", "docstrings"]),
         ("--data: expected a text for all models", ["--method", "fisher"]),
+        ("--data: expected a text for all models, or one for each of 2, got ()", ["--method", "regmean"]),
+        ("alpha: expected a factor in [0, 1], got 1.5", ["--method", "regmean", "--alpha", "1.5"]),
+        ("damping: expected at least 0, got nan", ["--method", "regmean", "--damping", "nan"]),
+        # Before the models are run on the text.
+        (
+            "--out: expected another folder than that of --models",
+            ["--method", "regmean", "--data", "{out}/nothing.txt", "--out", "{out}/a"],
+        ),
         ("--batches: expected at least 1", ["--method", "fisher", "--data", "docstrings", "--batches", "0"]),
     ],
 )
@@ -209,7 +219,65 @@ def test_merge_models_refuses_arguments_that_can_not_serve(made, tmp_path, capsy
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "base"]
 
 
+def test_merge_models_refuses_adapters_and_what_is_there_already(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.write_text("")
+    assert call(made, tmp_path) == 2
+    assert "exists and is not a folder" in capsys.readouterr().err
+    out.unlink()
+    out.mkdir()
+    (out / "config.json").write_text("other")
+    assert call(made, tmp_path) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert (out / "config.json").read_text() == "other"
+    (made["b"] / "adapter_config.json").write_text("{}")
+    assert call(made, tmp_path, "--out", str(tmp_path / "new")) == 2
+    assert re.search("b: is an adapter; merge it into its model by `subspace-jax merge` first", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
 def test_merge_models_needs_a_base_for_task_vectors(made, tmp_path, capsys, method):
     assert call(made, tmp_path, "--method", method, base=False) == 2
     assert "--base: expected the model that all were fine-tuned from" in capsys.readouterr().err
+
+
+def ties_of_numpy(base, models, keep, lam):
+    """TIES by its definition, on one vector of all entries."""
+    taus = np.stack([model - base for model in models])
+    rank = base.size - int(keep * base.size)
+    lows = np.partition(np.abs(taus), rank - 1, axis=1)[:, rank - 1]
+    kept = np.where(np.abs(taus) >= lows[:, None], taus, 0)
+    signs = np.sign(kept.sum(axis=0))
+    signs = np.where(signs == 0, np.sign(signs.sum()), signs)
+    agreeing = np.where(np.where(signs > 0, kept > 0, kept < 0), kept, 0)
+    return base + np.float32(lam) * agreeing.sum(axis=0), lows
+
+
+@pytest.mark.slow
+def test_merge_models_by_ties_of_tensors_of_smollm2_is_that_of_numpy(tmp_path, capsys):
+    folder = pathlib.Path("work/models/smollm2")
+    if not (folder / "config.json").exists():
+        pytest.skip("subspace-jax fetch smollm2 writes the model")
+    stored, rng = interop.open_folder(folder), np.random.default_rng(0)
+    names = [f"model.layers.{i}.{name}.weight" for i in (0, 29) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    base = {name: np.array(stored[name].read(), np.float32) for name in names}
+    # Changes of low rank, as adapters leave them, which differ in size by layer.
+    models = [
+        {
+            name: x
+            + 0.01 * (rng.standard_normal((x.shape[0], 2)) @ rng.standard_normal((2, x.shape[1]))).astype(x.dtype)
+            for name, x in base.items()
+        }
+        for _ in range(3)
+    ]
+    for i, tensors in enumerate((base, *models)):
+        write(tmp_path / str(i), tensors)
+    given = ["--base", str(tmp_path / "0"), "--models", *(str(tmp_path / str(i)) for i in (1, 2, 3))]
+    more = ["--method", "ties", "--keep", "0.2", "--lam", "0.7", "--out", str(tmp_path / "out")]
+    assert main(["merge-models", "--quiet", *given, *more]) == 0, capsys.readouterr().err
+    flat = [np.concatenate([tensors[name].reshape(-1) for name in names]) for tensors in (base, *models)]
+    want, lows = ties_of_numpy(flat[0], flat[1:], 0.2, 0.7)
+    got = read(tmp_path / "out")
+    np.testing.assert_allclose(np.concatenate([got[name].reshape(-1) for name in names]), want, atol=1e-7)
+    np.testing.assert_array_equal(json.loads((tmp_path / "out" / "merge.json").read_text())["thresholds"], lows)
+    assert np.mean(want != flat[0]) > 0.2

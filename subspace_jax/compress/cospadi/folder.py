@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +14,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from subspace_jax import data, interop, nn, train
+from subspace_jax import data, interop, train
 from subspace_jax.adapters.structured import as_dense, is_structured
-from subspace_jax.compress.cospadi.calibrate import grams_of_model
 from subspace_jax.compress.cospadi.kernels import Compressed, Learning, compress_kernels
 from subspace_jax.compress.cospadi.plan import Unit, kernel_shape, plan_units
+from subspace_jax.train.kernel_grams import gram_groups, grams_of_model
 from subspace_jax.train.lock import locked
 
 PyTree = Any
-_GRAM_BYTES = 2 * 2**30
 
 
 class CompressSettings(NamedTuple):
@@ -117,7 +116,7 @@ def compress_folder(
             unit="kernel",
             disable=None if progress else True,
         ) as bar:
-            for group in _groups(config, left):
+            for group in gram_groups(left, lambda unit: unit.inputs, lambda unit: kernel_shape(config, unit.path)[0]):
                 batches = data.eval_batches(rows, batch_size=settings.batch_size)
                 names = list(dict.fromkeys(name for unit in group for name in unit.inputs))
                 total = -(-len(rows["inputs"]) // settings.batch_size)
@@ -154,23 +153,6 @@ def _kernel(params: PyTree, path: str, layer: int) -> np.ndarray:
     for key in (*path.split("/"), "kernel"):
         tree = tree[key]
     return np.asarray(tree[layer], np.float32)
-
-
-def _groups(config: nn.CausalLMConfig, units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Splits units so that the Gram matrices of a group, float32 on the device and float64 on the host, fit."""
-    group, size, seen = [], 0, set()
-    for unit in units:
-        width = kernel_shape(config, unit.path)[0]
-        new = sum(12 * width * width for name in unit.inputs if name not in seen)
-        if group and size + new > _GRAM_BYTES:
-            yield group
-            group, size, seen = [], 0, set()
-            new = 12 * width * width * len(unit.layers)
-        group.append(unit)
-        seen.update(unit.inputs)
-        size += new
-    if group:
-        yield group
 
 
 def _as_json(settings: CompressSettings) -> dict[str, Any]:

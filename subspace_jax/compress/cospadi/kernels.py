@@ -17,7 +17,7 @@ from subspace_jax.compress.cospadi.core import (
     sparse_factors,
     svd_compress,
 )
-from subspace_jax.compress.cospadi.gram import GramState, gram_factor
+from subspace_jax.compress.cospadi.gram import gram_factor
 from subspace_jax.compress.cospadi.sizes import allocate
 
 _TILE_BYTES = 2**25
@@ -56,7 +56,7 @@ class Compressed(NamedTuple):
 
 
 def compress_kernels(
-    ws: Sequence[np.ndarray], sums: Sequence[GramState], ratio: float, method: str, learning: Learning
+    ws: Sequence[np.ndarray], sums: Sequence[linalg.GramState], ratio: float, method: str, learning: Learning
 ) -> Compressed:
     """Compresses kernels with their common factor.
 
@@ -126,7 +126,7 @@ def kernel_of(stored: interop.CompressedKernel) -> nn.SparseFactor | nn.LowRankF
     return nn.SparseFactor(first, jnp.asarray(values.astype(np.float32)), jnp.asarray(indices))
 
 
-def _error(stored: interop.CompressedKernel, w: jax.Array, sums: GramState) -> float:
+def _error(stored: interop.CompressedKernel, w: jax.Array, sums: linalg.GramState) -> float:
     """Returns ``||X (W - V)|| / ||X W||`` from the Gram matrix alone."""
     gram = jnp.asarray(sums.gram, jnp.float64)
     difference = w - kernel_of(stored).dense().astype(jnp.float64)

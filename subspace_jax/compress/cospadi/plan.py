@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from subspace_jax import nn
-from subspace_jax.compress.cospadi.calibrate import Name, kernel_inputs
 from subspace_jax.compress.cospadi.sizes import allocate, allocate_rank
+from subspace_jax.nn.models.causal_lm.kernel_grams import Name, kernel_inputs
 
 METHODS = ("cospadi", "svd-llm", "asvd", "svd", "basis-sharing")
 

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from subspace_jax import interop
 from subspace_jax.interop.safetensors_io import StoredTensor, check_same_tensors
 from subspace_jax.interop.writing import is_checkpoint_file, replacing, weights_writer
 from subspace_jax.merge.subspace_fusion import core, statistics, ties
+from subspace_jax.merge.subspace_fusion.report import MergeReport, TensorReport, as_json
+from subspace_jax.merge.subspace_fusion.settings import MergeSettings, checked
 from subspace_jax.merge.subspace_fusion.thresholds import Thresholds
 from subspace_jax.train.progress import progress_bar
 
-Rule = Literal["average", "task-arithmetic", "ties", "fisher"]
 Tensors = Mapping[str, StoredTensor]
 REPORT = "merge.json"
 PIECE = 2**22  # entries that are merged at a time
@@ -28,65 +29,28 @@ _HEAD = "lm_head.weight"
 _OF_THE_MODEL = ("config.json", "preprocessor_config.json")
 
 
-class MergeSettings(NamedTuple):
-    """How folders are merged.
+class KernelGrams(NamedTuple):
+    """Gram matrices of the inputs of the kernels of several models.
 
     Attributes:
-      rule: The rule.
-      lam: Coefficients of task vectors, one for each model; for TIES one number.
-      keep: Of :func:`ties_merge`.
-      combine: Of :func:`ties_merge`.
-      normalize: Of :func:`fisher_merge`.
+      folders: For each model a folder with ``X^T X / n [in, in]`` under the name of each kernel.
+      outputs_first: Whether kernels are stored ``[out, in]``, as PyTorch does, and not ``[in, out]``.
     """
 
-    rule: Rule = "average"
-    lam: tuple[float, ...] = (0.3,)
-    keep: float = 0.2
-    combine: ties.Combine = "sum"
-    normalize: bool = True
+    folders: tuple[str | os.PathLike, ...] = ()
+    outputs_first: bool = True
 
 
-class TensorReport(NamedTuple):
-    """A merged tensor.
-
-    Attributes:
-      shape: Its shape.
-      base_norm: Norm of the base.
-      products: Inner products of the task vectors, ``[T, T]``.
-      conflicts: Share of the entries in which two task vectors have opposite signs.
-    """
-
-    shape: tuple[int, ...]
-    base_norm: float
-    products: np.ndarray
-    conflicts: float
-
-
-class MergeReport(NamedTuple):
-    """What was merged.
-
-    Attributes:
-      settings: The settings.
-      models: The folders of the models.
-      tensors: Report of each tensor by name; none without a base.
-      thresholds: Of TIES, one for each model.
-      folder: The folder that was written.
-    """
-
-    settings: MergeSettings
-    models: tuple[str, ...]
-    tensors: dict[str, TensorReport]
-    thresholds: tuple[float, ...]
-    folder: pathlib.Path
-
-    def products(self) -> np.ndarray:
-        """Inner products of the task vectors over all tensors, ``[T, T]``."""
-        return sum((found.products for found in self.tensors.values()), np.zeros((len(self.models),) * 2))
-
-    def conflicts(self) -> float:
-        """Share of all entries in which two task vectors have opposite signs."""
-        sizes = [math.prod(found.shape) for found in self.tensors.values()]
-        return float(np.average([found.conflicts for found in self.tensors.values()], weights=sizes)) if sizes else 0.0
+def check_folders(
+    models: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    settings: MergeSettings,
+    *,
+    base: str | os.PathLike | None = None,
+) -> None:
+    """Raises what :func:`merge_folders` would of settings and folders, from the headers of their files alone."""
+    checked(settings, len(models), base=bool(base))
+    _opened(models, base, (), KernelGrams(), _absolute(out))
 
 
 def merge_folders(
@@ -96,21 +60,24 @@ def merge_folders(
     *,
     base: str | os.PathLike | None = None,
     fishers: Sequence[str | os.PathLike] = (),
+    grams: KernelGrams | None = None,
     progress: bool = False,
 ) -> MergeReport:
     """Merges the models of folders into a folder.
 
-    Each rule is one of entries, so that memory holds some million entries of each model and the tensor that is written.
+    Each rule is one of entries, so that memory holds some million entries of each model and the tensor that is written;
+    "regmean" also holds a kernel and its Gram matrix of each model.
     TIES has its exact thresholds from two counts of all magnitudes before, and the sign of most entries from a third
     pass.  An output embedding that is stored beside an equal input embedding counts once.
 
     Args:
       models: Hugging Face folders with tensors of the same names and shapes.
-      out: Folder for the model, in the dtypes of the base or else of the first model, whose config and tokenizer it
-        has, and for ``merge.json``.
+      out: New or empty folder for the model, in the dtypes of the base or else of the first model, whose config and
+        tokenizer it has, and for ``merge.json``.
       settings: The settings.
       base: Folder of the model that all were fine-tuned from; needed for task arithmetic and TIES.
       fishers: For the rule "fisher", folders with the Fisher information of each model under the same names.
+      grams: For the rule "regmean"; tensors that have none are averaged.
       progress: Whether to show a progress bar.
 
     Returns:
@@ -118,68 +85,25 @@ def merge_folders(
 
     Raises:
       ValueError: A setting can't serve, the folders have other tensors or shapes, numbers are not finite, or ``out``
-        would replace what is read.
-      OSError: A file can't be read or written.
+        would replace what is read; or a sum of Gram matrices is singular.
+      OSError: ``out`` is not empty, or a file can't be read or written.
     """
-    settings = _checked(settings, len(models), base, fishers)
-    sources = _opened(models, base, fishers, pathlib.Path(out).expanduser().absolute())
+    settings = checked(settings, len(models), base=bool(base))
+    grams = KernelGrams() if grams is None else grams
+    for name, rule, found in (("fishers", "fisher", fishers), ("grams", "regmean", grams.folders)):
+        if len(found) != (len(models) if settings.rule == rule else 0):
+            raise ValueError(f"{name}: expected one for each of {len(models)} models, for the rule {rule} alone")
+    sources = _opened(models, base, fishers, grams, _absolute(out))
     rounds = 4 if settings.rule == "ties" else 1
     total = rounds * sum(math.prod(sources.first[name].shape) for name in sources.counted)
     with contextlib.closing(progress_bar(total, 0, show=progress)) as bar:
         found = _thresholds(sources, settings, bar.update)
         rule = _rule(settings, found, _norms(sources))
         with replacing(sources.out, is_checkpoint_file) as new:
-            reports = _write(new, sources, rule, bar.update)
+            reports = _write(new, sources, settings, rule, bar.update)
             report = MergeReport(settings, tuple(map(str, models)), reports if base else {}, found.values, sources.out)
             (new / REPORT).write_text(json.dumps(as_json(report), indent=2) + "\n")
     return report
-
-
-def as_json(report: MergeReport) -> dict[str, Any]:
-    """The report as plain numbers."""
-    found = {
-        **report.settings._asdict(),
-        "models": list(report.models),
-        "thresholds": list(report.thresholds),
-        "conflicts": report.conflicts(),
-        "cosines": cosines(report.products()).tolist() if report.tensors else [],
-    }
-    tensors = {
-        name: {
-            "shape": list(one.shape),
-            "base_norm": one.base_norm,
-            "task_vector_norms": np.sqrt(np.diagonal(one.products)).tolist(),
-            "cosines": cosines(one.products).tolist(),
-            "conflicts": one.conflicts,
-        }
-        for name, one in report.tensors.items()
-    }
-    return found | {"tensors": tensors}
-
-
-def cosines(products: np.ndarray) -> np.ndarray:
-    """Cosines from inner products ``[T, T]``; 0 where a vector is."""
-    norms = np.sqrt(np.diagonal(products))
-    scale = np.outer(norms, norms)
-    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
-
-
-def _checked(settings: MergeSettings, count: int, base: Any, fishers: Sequence[Any]) -> MergeSettings:
-    """The settings with a coefficient for each model."""
-    if settings.rule not in get_args(Rule):
-        raise ValueError(f"--method: expected one of {', '.join(get_args(Rule))}, got {settings.rule}")
-    if not count:
-        raise ValueError("--models: expected at least one folder, got none")
-    ties.check_ties(settings.keep, settings.combine)
-    if settings.rule in ("task-arithmetic", "ties") and not base:
-        raise ValueError(f"--base: expected the model that all were fine-tuned from, for --method {settings.rule}")
-    expected = 1 if settings.rule == "ties" else count
-    if len(settings.lam) not in (1, expected) or not all(map(math.isfinite, settings.lam)):
-        some = "a finite number" if expected == 1 else f"a finite number, or {expected}, one for each model"
-        raise ValueError(f"--lam: expected {some}, got {' '.join(map(str, settings.lam))}")
-    if len(fishers) != (count if settings.rule == "fisher" else 0):
-        raise ValueError(f"fishers: expected one for each of {count} models, for the rule fisher alone")
-    return settings._replace(lam=settings.lam * (expected // len(settings.lam)))
 
 
 class _Sources(NamedTuple):
@@ -191,6 +115,9 @@ class _Sources(NamedTuple):
       group: Tensors of the base, where there is one, and of the models.
       labels: Argument and folder of each, for messages.
       fishers: Tensors of Fisher information.
+      grams: Gram matrices by the name of the kernel.
+      gram_labels: Their folders, for messages.
+      outputs_first: See :class:`KernelGrams`.
       counted: Names of the tensors to merge, each weight once.
       copied: Name of a tensor that is the same weight as another one, to the name of that.
       out: The folder to write.
@@ -202,16 +129,31 @@ class _Sources(NamedTuple):
     group: list[Tensors]
     labels: list[str]
     fishers: list[Tensors]
+    grams: list[Tensors]
+    gram_labels: list[str]
+    outputs_first: bool
     counted: list[str]
     copied: dict[str, str]
     out: pathlib.Path
     base: bool
 
 
-def _opened(models: Sequence[Any], base: Any, fishers: Sequence[Any], out: pathlib.Path) -> _Sources:
+def _absolute(out: str | os.PathLike) -> pathlib.Path:
+    return pathlib.Path(out).expanduser().absolute()
+
+
+def _opened(
+    models: Sequence[Any], base: Any, fishers: Sequence[Any], grams: KernelGrams, out: pathlib.Path
+) -> _Sources:
     """Opens all folders, which have to have the same tensors and not to be replaced."""
     named = {"--base": [base] if base else [], "--models": models, "fishers": fishers}
     folders = {flag: [pathlib.Path(folder).expanduser() for folder in found] for flag, found in named.items()}
+    for folder in (*folders["--base"], *folders["--models"]):
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder}: is an adapter; merge it into its model by `subspace-jax merge` first, or adapters alone by "
+                "`subspace-jax merge-adapters`"
+            )
     stored = {flag: [interop.open_folder(folder) for folder in found] for flag, found in folders.items()}
     flag = "--base" if base else "--models"
     source, first = folders[flag][0], stored[flag][0]
@@ -221,6 +163,8 @@ def _opened(models: Sequence[Any], base: Any, fishers: Sequence[Any], out: pathl
                 check_same_tensors(flag, folder, tensors, source, first)
             if out.resolve() == folder.resolve():
                 raise ValueError(f"--out: expected another folder than that of {flag}, got {folder}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not {'empty' if out.is_dir() else 'a folder'}")
     group = [*stored["--base"], *stored["--models"]]
     floats = [name for name, tensor in first.items() if _is_float(tensor)]
     copied = _copied_head(group, floats)
@@ -234,6 +178,9 @@ def _opened(models: Sequence[Any], base: Any, fishers: Sequence[Any], out: pathl
         group=group,
         labels=[f"{flag}: {folder}" for flag in ("--base", "--models") for folder in folders[flag]],
         fishers=fishers,
+        grams=_grams_of(grams, counted),
+        gram_labels=[f"grams: {folder}" for folder in grams.folders],
+        outputs_first=grams.outputs_first,
         counted=list(counted),
         copied=copied,
         out=out,
@@ -241,8 +188,22 @@ def _opened(models: Sequence[Any], base: Any, fishers: Sequence[Any], out: pathl
     )
 
 
+def _grams_of(grams: KernelGrams, counted: Tensors) -> list[Tensors]:
+    """Opens the Gram matrices of all models, which have to be those of the same kernels."""
+    stored = [interop.open_folder(folder) for folder in grams.folders]
+    for folder, found in zip(grams.folders, stored, strict=True):
+        for name, gram in found.items():
+            shape = counted[name].shape if name in counted else ()
+            if len(shape) != 2 or gram.shape != (shape[grams.outputs_first],) * 2:
+                raise ValueError(
+                    f"grams: {folder}: {name}: expected [in, in] of a kernel, got {gram.shape} for {shape}"
+                )
+        check_same_tensors("grams", folder, found, grams.folders[0], stored[0])
+    return stored
+
+
 def _write(
-    new: pathlib.Path, sources: _Sources, rule: Callable, update: Callable[[int], Any]
+    new: pathlib.Path, sources: _Sources, settings: MergeSettings, rule: Callable, update: Callable[[int], Any]
 ) -> dict[str, TensorReport]:
     """Writes the model to a new folder, and returns the reports of its tensors."""
     first, owners, reports = sources.first, sources.copied, {}
@@ -251,6 +212,8 @@ def _write(
     with weights_writer(new, {name: (tensor.shape, tensor.dtype) for name, tensor in first.items()}) as put:
         for name in sources.counted:
             merged, reports[name] = _merged(sources, name, rule, update)
+            if sources.grams and name in sources.grams[0]:
+                merged = _regressed(sources, settings, name)
             for other in (name, *(copy for copy, owner in owners.items() if owner == name)):
                 put(other, merged)
         for name in first.keys() - reports.keys() - owners.keys():
@@ -323,7 +286,7 @@ def _rule(settings: MergeSettings, found: Thresholds, norms: np.ndarray) -> Call
     if rule == "fisher":
         shares = statistics.fisher_shares(jnp.asarray(norms, jnp.float32), normalize=settings.normalize)
         return functools.partial(_piece, _by_fisher, shares)
-    if rule == "average":
+    if rule in ("average", "regmean"):
         return functools.partial(_piece, _by_mean, ())
     lam = jnp.asarray(settings.lam, jnp.float32)
     if rule == "task-arithmetic":
@@ -391,3 +354,15 @@ def _check_finite(finite: np.ndarray, labels: Sequence[str], name: str) -> None:
     """Raises ValueError where a tensor holds what is no number."""
     if not finite.all():
         raise ValueError(f"{labels[int(np.argmin(finite))]}: {name}: expected finite numbers, got others")
+
+
+def _regressed(sources: _Sources, settings: MergeSettings, name: str) -> np.ndarray:
+    """A kernel by RegMean."""
+    kernels = [jnp.asarray(tensors[name].read()) for tensors in sources.group[sources.base :]]
+    kernels = [x.astype(core.wide(x)).T if sources.outputs_first else x.astype(core.wide(x)) for x in kernels]
+    one = np.ones((), kernels[0].dtype)
+    stats = [statistics.GramStats(jnp.asarray(own[name].read()).astype(one.dtype), one) for own in sources.grams]
+    _check_finite(np.array([np.isfinite(found.total).all() for found in stats]), sources.gram_labels, name)
+    grams = [found.gram(settings.alpha) for found in stats]
+    made = np.asarray(statistics.regmean_kernel(kernels, grams, damping=settings.damping, name=name))
+    return (made.T if sources.outputs_first else made).astype(sources.first[name].dtype)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +13,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import data, interop, nn, train
-from subspace_jax.data import text
+from subspace_jax.merge.subspace_fusion.language_text import MergeText, rows_of_models
 from subspace_jax.train.progress import progress_bar
 
 PyTree = Any
 
 
-class FisherText(NamedTuple):
-    """The text on which models are measured.
-
-    Attributes:
-      files: ``.jsonl``, ``.parquet`` or plain-text files, or "docstrings": one for all models, or one for each.
-      batches: Most batches.
-      batch_size: Examples of a batch.
-      length: Tokens of an example.
-      seed: Seed of the choice of examples and of the drawn tokens.
-    """
-
-    files: tuple[str, ...]
-    batches: int = 16
-    batch_size: int = 4
-    length: int = 256
-    seed: int = 0
-
-
 def write_fishers(
-    models: Sequence[str | os.PathLike], out: str | os.PathLike, texts: FisherText, *, progress: bool = False
+    models: Sequence[str | os.PathLike], out: str | os.PathLike, texts: MergeText, *, progress: bool = False
 ) -> list[pathlib.Path]:
     """Measures the diagonal Fisher information of each model, and writes it in float32 as a folder like the model's.
 
@@ -55,19 +37,11 @@ def write_fishers(
       The folders.
 
     Raises:
-      ValueError: A model is not supported, a number is below 1, numbers of files and models differ, or a text has fewer
-        examples than a batch.
+      ValueError: See :func:`rows_of_models`.
       OSError: A file can't be read or written.
     """
-    if len(texts.files) not in (1, len(models)):
-        raise ValueError(f"--data: expected a text for all models, or one for each of {len(models)}, got {texts.files}")
-    for name in ("batches", "batch_size", "length"):
-        if getattr(texts, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(texts, name)}")
     mesh = train.make_mesh()
-    train.check_batch_size(texts.batch_size, mesh, name="--batch-size")
-    files = texts.files * (len(models) // len(texts.files))
-    rows = [_rows(folder, file, texts) for folder, file in zip(models, files, strict=True)]
+    rows = rows_of_models(models, texts, mesh)
     written, steps = [], {}
     for i, folder in enumerate(models):
         config, params = interop.load_causal_lm(
@@ -116,25 +90,6 @@ class DrawnTokens(train.Task):
         return jnp.sum(nll * (batch["weights"] * batch["mask"][:, None])), (variables, {})
 
 
-def _rows(folder: str | os.PathLike, file: str, texts: FisherText) -> dict[str, np.ndarray]:
-    """Chosen examples of a text as tokens of a model."""
-    config = interop.read_config(folder)
-    tokenizer = text.load_tokenizer(folder if (pathlib.Path(folder) / "tokenizer.json").is_file() else "bytes")
-    text.check_vocabulary(tokenizer, config.vocab_size)
-    if file == "docstrings":
-        examples = [text.Completion("", one) for one in text.docstrings(split="train")]
-    else:
-        examples = text.read_texts(file)
-        if not isinstance(examples[0], text.Completion):
-            raise ValueError(f"--data: {file} holds conversations; expected texts, or prompts with completions")
-    rows = text.pack_rows(examples, tokenizer, min(texts.length, config.max_length))
-    count = len(rows["inputs"])
-    if count < texts.batch_size:
-        raise ValueError(f"--data: {file}: expected at least a batch of {texts.batch_size} examples, got {count}")
-    chosen = np.random.default_rng(texts.seed).permutation(count)[: texts.batches * texts.batch_size]
-    return {name: x[chosen] for name, x in rows.items()}
-
-
 def _step(config: nn.CausalLMConfig, params: PyTree, mesh: Mesh) -> Callable:
     """Returns a jitted function that adds the squared gradient of a batch."""
     task = DrawnTokens(config)
@@ -147,7 +102,7 @@ def _step(config: nn.CausalLMConfig, params: PyTree, mesh: Mesh) -> Callable:
 
 
 def _diagonal(
-    step: Callable, params: PyTree, rows: dict[str, np.ndarray], texts: FisherText, mesh: Mesh, progress: bool
+    step: Callable, params: PyTree, rows: dict[str, np.ndarray], texts: MergeText, mesh: Mesh, progress: bool
 ) -> PyTree:
     """The mean over examples of rows, batch by batch."""
     sharding, total = train.batch_sharding(mesh), jax.tree.map(jnp.zeros_like, params)

@@ -1,14 +1,88 @@
-"""The report of merged folders as text and as a picture."""
+"""The report of merged folders: its numbers, as JSON, as text and as a picture."""
 
+import math
 import os
 import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from subspace_jax import train
-from subspace_jax.merge.subspace_fusion.folders import MergeReport, cosines
+from subspace_jax.merge.subspace_fusion.settings import MergeSettings
 
 PICTURE = "merge.png"
+
+
+class TensorReport(NamedTuple):
+    """A merged tensor.
+
+    Attributes:
+      shape: Its shape.
+      base_norm: Norm of the base.
+      products: Inner products of the task vectors, ``[T, T]``.
+      conflicts: Share of the entries in which two task vectors have opposite signs.
+    """
+
+    shape: tuple[int, ...]
+    base_norm: float
+    products: np.ndarray
+    conflicts: float
+
+
+class MergeReport(NamedTuple):
+    """What was merged.
+
+    Attributes:
+      settings: The settings.
+      models: The folders of the models.
+      tensors: Report of each tensor by name; none without a base.
+      thresholds: Of TIES, one for each model.
+      folder: The folder that was written.
+    """
+
+    settings: MergeSettings
+    models: tuple[str, ...]
+    tensors: dict[str, TensorReport]
+    thresholds: tuple[float, ...]
+    folder: pathlib.Path
+
+    def products(self) -> np.ndarray:
+        """Inner products of the task vectors over all tensors, ``[T, T]``."""
+        return sum((found.products for found in self.tensors.values()), np.zeros((len(self.models),) * 2))
+
+    def conflicts(self) -> float:
+        """Share of all entries in which two task vectors have opposite signs."""
+        sizes = [math.prod(found.shape) for found in self.tensors.values()]
+        return float(np.average([found.conflicts for found in self.tensors.values()], weights=sizes)) if sizes else 0.0
+
+
+def as_json(report: MergeReport) -> dict[str, Any]:
+    """The report as plain numbers."""
+    found = {
+        **report.settings._asdict(),
+        "models": list(report.models),
+        "thresholds": list(report.thresholds),
+        "conflicts": report.conflicts(),
+        "cosines": cosines(report.products()).tolist() if report.tensors else [],
+    }
+    tensors = {
+        name: {
+            "shape": list(one.shape),
+            "base_norm": one.base_norm,
+            "task_vector_norms": np.sqrt(np.diagonal(one.products)).tolist(),
+            "cosines": cosines(one.products).tolist(),
+            "conflicts": one.conflicts,
+        }
+        for name, one in report.tensors.items()
+    }
+    return found | {"tensors": tensors}
+
+
+def cosines(products: np.ndarray) -> np.ndarray:
+    """Cosines from inner products ``[T, T]``; 0 where a vector is."""
+    norms = np.sqrt(np.diagonal(products))
+    scale = np.outer(norms, norms)
+    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
 
 
 def text_of(report: MergeReport) -> str:

@@ -174,10 +174,7 @@ def regmean_merge(
     if not models:
         raise ValueError("models: expected at least one, got none")
     check_models(models[0], models)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a factor in [0, 1], got {alpha}")
-    if damping < 0:
-        raise ValueError(f"damping: expected at least 0, got {damping}")
+    check_regmean(alpha, damping)
     if len(stats) != len(models):
         raise ValueError(f"stats: expected those of each of {len(models)} models, got {len(stats)}")
     kernels = {path: x for path, x in entries(models[0]) if is_float(x)}
@@ -197,7 +194,7 @@ def regmean_merge(
         if path not in stats[0]:
             return mean_of(leaves)
         grams = [own[path].gram(alpha) for own in stats]
-        return regmean_kernel(leaves, grams, damping=damping, name=path)
+        return regmean_kernel(leaves, grams, damping=damping, name=path).astype(leaves[0].dtype)
 
     paths = [path for path, _ in entries(models[0])]
     flat, treedef = zip(*map(jax.tree.flatten, models), strict=True)
@@ -207,21 +204,35 @@ def regmean_merge(
 def regmean_kernel(
     kernels: Sequence[jax.Array], grams: Sequence[jax.Array], *, damping: float = 0.0, name: str = "kernel"
 ) -> jax.Array:
-    """The kernel ``[..., in, out]`` for Gram matrices ``[..., in, in]``; see :func:`regmean_merge`."""
+    """The kernel ``[..., in, out]`` for Gram matrices ``[..., in, in]``, in float32 or wider: see above."""
     dtype, precision = wide(kernels[0]), jax.lax.Precision.HIGHEST
-    eye = jnp.eye(kernels[0].shape[-2], dtype=dtype)
+    kernels = [kernel.astype(dtype) for kernel in kernels]
+    mean = sum(kernels) / np.asarray(len(kernels), dtype)
+    eye = jnp.eye(mean.shape[-2], dtype=dtype)
     total, right = 0, 0
     for gram, kernel in zip(grams, kernels, strict=True):
         gram = gram.astype(dtype)
-        scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * np.asarray(damping / len(eye), dtype)
-        gram = gram + scale * jnp.broadcast_to(eye, gram.shape)
-        total, right = total + gram, right + jnp.matmul(gram, kernel.astype(dtype), precision=precision)
-    lower = jnp.linalg.cholesky(total)
+        shift = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * np.asarray(damping / len(eye), dtype)
+        gram = gram + shift * jnp.broadcast_to(eye, gram.shape)
+        # From the mean: what is solved for is small, and so is its rounding.
+        total, right = total + gram, right + jnp.matmul(gram, kernel - mean, precision=precision)
+    # In units of each input: some inputs of language models are ten thousand times as large as most.
+    squares = jnp.diagonal(total, axis1=-2, axis2=-1)
+    scale = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)[..., None]
+    lower = jnp.linalg.cholesky(total * scale * jnp.swapaxes(scale, -1, -2))
     _check_regular(lower, name)
     with jax.default_matmul_precision("highest"):
-        half = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True)
+        half = jax.lax.linalg.triangular_solve(lower, scale * right, left_side=True, lower=True)
         solved = jax.lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
-    return solved.astype(kernels[0].dtype)
+    return mean + scale * solved
+
+
+def check_regmean(alpha: float, damping: float) -> None:
+    """Raises ValueError for settings of RegMean that can't serve."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a factor in [0, 1], got {alpha}")
+    if not 0 <= damping < np.inf:
+        raise ValueError(f"damping: expected at least 0, got {damping}")
 
 
 def _exact(log_probs: Callable, moving: PyTree, batch: Any, examples: int) -> PyTree:
