@@ -225,7 +225,7 @@ def test_methods_and_configs_end_with_status_1_and_a_near_name_where_nothing_mat
     for query, message in (
         (["methods", "grasmann"], "no method matches 'grasmann'; did you mean gcr?"),
         (["methods", "xyzzy"], "no method matches 'xyzzy'; there are gcr, "),
-        (["configs", "digitz"], "no config matches 'digitz'; did you mean gcr/digits?"),
+        (["configs", "digitz"], "no config matches 'digitz'; did you mean gcr/digits"),
     ):
         assert main(query) == 1
         assert message in capsys.readouterr().err

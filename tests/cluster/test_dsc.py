@@ -1,6 +1,7 @@
 """Deep subspace clustering: the authors' golden vectors, the checks of the losses, and what is refused."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from subspace_jax.cluster.dsc import task as dsc_task
 from subspace_jax.linalg import spectral_embedding
 from subspace_jax.methods import METHODS
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dsc" / "pieces.npz"
 NAMES = {
     "ConvAutoencoder", "DSCResult", "column_affinity", "default_config", "distance_preserving_loss", "fit", "predict",
     "reconstruction_loss", "relative_stop", "self_expression_loss", "subspace_structured_loss",
@@ -83,7 +85,7 @@ def pieces(params, x, coef, labels, clusters_key, *, keep):
 
 @pytest.fixture(scope="module")
 def authors():
-    with jax.enable_x64(True), np.load("tests/golden/dsc/pieces.npz") as archive:
+    with jax.enable_x64(True), np.load(GOLDEN) as archive:
         g = dict(archive)
         labels = (jnp.asarray(g["lq_true_labels"]), jnp.asarray(g["lq_rand_labels"]))
         x = jnp.asarray(g["x_nchw"].transpose(0, 2, 3, 1))

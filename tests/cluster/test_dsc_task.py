@@ -55,7 +55,8 @@ def test_losses_and_gradients_of_all_phases_leave_out_the_padding():
             assert not np.any(got["coef"][N:])
             assert not np.any(got["coef"][:, N:])
             got = {**got, "coef": got["coef"][:N, :N]}
-        jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-5), got, grads)
+        # Sums in another order: of gradients that cancel, within some roundings of the largest.
+        jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, np.max(np.abs(b)))), got, grads)
     diagonal = np.diag(whole["expression"][1]["coef"])
     close(diagonal, 0.2 * np.diag(params["coef"]), rtol=1e-5)  # of the penalty alone
 
