@@ -293,9 +293,17 @@ def test_the_estimator_clusters_karate_club_and_isolated_nodes():
         s2cag.S2CAG(2, objective="cut").fit(graph, np.eye(36))
 
 
-@pytest.mark.parametrize("rounding", [pytest.param("snem", marks=pytest.mark.slow), "snem-cpqr"])
+@pytest.mark.parametrize(
+    ("method", "path", "rounding"),
+    [
+        ("s2cag", "implicit", "snem"),
+        pytest.param("s2cag", "explicit", "snem-cpqr", marks=pytest.mark.slow),
+        pytest.param("m_s2cag", "explicit", "snem-cpqr", marks=pytest.mark.slow),
+        pytest.param("m_s2cag", "implicit", "kmeans", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.eight_devices
-def test_nodes_sharded_over_eight_devices_give_the_clusters_of_one(rounding):
+def test_nodes_sharded_over_eight_devices_give_the_clusters_of_one(method, path, rounding):
     from jax.sharding import AxisType
 
     # 75 nodes, which eight does not divide, and a hub.
@@ -306,13 +314,11 @@ def test_nodes_sharded_over_eight_devices_give_the_clusters_of_one(rounding):
     one, eight = s2cag.normalize_adjacency(a), s2cag.normalize_adjacency(a, mesh=mesh)
     assert (one.rows, eight.rows, eight.nodes) == (75, 80, 75)
     assert len(eight.idx.sharding.device_set) == 8
-    for method, path in ((s2cag.s2cag, "explicit"), (s2cag.s2cag, "implicit"), (s2cag.m_s2cag, "explicit")):
-        found = [
-            method(jax.random.key(0), p, counts, 3, T=4, path=path, rounding=rounding, tau=30) for p in (one, eight)
-        ]
-        np.testing.assert_allclose(projector(found[0].embedding), projector(found[1].embedding), atol=1e-4)
-        np.testing.assert_array_equal(found[0].labels, found[1].labels)
-        assert metrics.clustering_accuracy(labels, found[0].labels) > 0.95
+    run, options = getattr(s2cag, method), {"T": 4, "path": path, "rounding": rounding, "tau": 30}
+    found = [run(jax.random.key(0), p, counts, 3, **options) for p in (one, eight)]
+    np.testing.assert_allclose(projector(found[0].embedding), projector(found[1].embedding), atol=1e-4)
+    np.testing.assert_array_equal(found[0].labels, found[1].labels)
+    assert metrics.clustering_accuracy(labels, found[0].labels) > 0.95
 
 
 def test_choose_path_takes_the_fewer_operations():
