@@ -26,6 +26,8 @@ def get_config(variant="coso"):
     if variant.startswith("coso"):
         config.optim.name = "coso"
         config.optim.kwargs = {"proj_rank": 16, "sketch_rank": 80, "refresh_every": 5}
+    if variant == "coso_without_history":
+        config.model.certificate.on = False  # nothing is held still
     if variant == "gpm":
         config.model.threshold = 0.95
     return config

@@ -80,14 +80,14 @@ class Ended(NamedTuple):
     """What the end of a task leaves.
 
     Attributes:
-      task: Its position.
+      task: Its position, int32.
       moments: Second moments of the inputs of each layer, ``{name: [d, d]}``: summed over positions, averaged over
         examples.
       norm: Root mean square norm of the features.
       histories: ``{name: [d, h]}``, orthonormal columns and zero columns behind them.
     """
 
-    task: int
+    task: jax.Array
     moments: Mapping[str, jax.Array]
     norm: jax.Array
     histories: Mapping[str, jax.Array]

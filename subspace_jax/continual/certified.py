@@ -68,7 +68,7 @@ class CertifiedTask(StreamTask):
     ):
         super().__init__(body, num_classes, temperature=temperature)
         self._sizes, self._settings = dict(history_sizes), settings
-        self._ended = jax.jit(self._end, static_argnums=3)
+        self._ended = jax.jit(self._end)
 
     def init(self, key):
         """Returns a learner's start with an empty certificate."""
@@ -111,7 +111,8 @@ class CertifiedTask(StreamTask):
           task: Its position.
           histories: See :class:`subspace_jax.continual.certificate.Ended`.
         """
-        certificate = self._ended(variables["certificate"], params["body"], inputs, task, dict(histories))
+        at = jnp.asarray(task, jnp.int32)  # traced, so that all tasks share a compilation
+        certificate = self._ended(variables["certificate"], params["body"], inputs, at, dict(histories))
         return {**variables, "certificate": certificate}
 
     def _end(self, certificate, kernels, inputs, task, histories):

@@ -80,7 +80,7 @@ def _enter(setup: Setup, learner: StreamTask, tx: optax.GradientTransformation, 
         params, variables, _ = begin(state, at)
         if task == 0:
             return params, variables, None
-        opt_state = jax.jit(tx.init)(params)
+        opt_state = tx.init(params)
         if keep_history:
             opt_state = ended(state.opt_state, opt_state, fields.threshold, fields.min_directions)
         if isinstance(learner, CertifiedTask):

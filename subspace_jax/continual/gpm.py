@@ -132,7 +132,7 @@ def _enter(setup: Setup, learner: Any, tx: optax.GradientTransformation, task: i
         columns = {
             name: x.reshape(-1, x.shape[-1]).T for name, x in layer_inputs(setup.body, params["body"], inputs).items()
         }
-        opt_state = _carried(jax.jit(tx.init)(params), gpm_end_task(state.opt_state, columns, threshold))
+        opt_state = _carried(tx.init(params), gpm_end_task(state.opt_state, columns, threshold))
         if isinstance(learner, CertifiedTask):
             memory = {name: x.basis for name, x in _memory(opt_state).bases.items()}
             variables = learner.ended(params, variables, inputs, task - 1, memory)
