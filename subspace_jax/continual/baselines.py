@@ -50,7 +50,9 @@ def _buffer(setup: Setup, task: int):
     for t in range(task):
         found = setup.samples(t)
         if len(found["labels"]) < each:
-            raise ValueError(f"model.samples: expected at least {each}, so that the buffer is full, got {len(found)}")
+            raise ValueError(
+                f"model.samples: expected at least {each} of each task for the buffer, got {len(found['labels'])}"
+            )
         order = np.random.default_rng((t, 1)).permutation(len(found["labels"]))[:each]
         parts.append({name: x[order] for name, x in found.items() if name != "task"})
     # A buffer that is smaller than a batch is repeated.
