@@ -38,6 +38,7 @@ class ExpertSettings(NamedTuple):
       complement: Weight of the share of candidates outside the historical subspace, in the first phase.
       tau: Threshold of pruning, see :func:`prune_pool`.
       relative: See there.
+      prune_historical: Whether a task also leaves out historical experts below the threshold; otherwise it uses all.
       window: Steps over which routing is averaged.
       tolerance: Change of the mean routing below which a window is calm; 0 for a first phase of fixed length.
       calm_windows: Calm windows in a row that end the first phase.
@@ -53,6 +54,7 @@ class ExpertSettings(NamedTuple):
     complement: float = 0.0
     tau: float = 0.5
     relative: bool = True
+    prune_historical: bool = True
     window: int = 20
     tolerance: float = 0.01
     calm_windows: int = 2

@@ -320,6 +320,8 @@ class ExpertStream(train.Task):
         new = {"a": {}, "b": {}, "router": params["router"]}
         for name, pool in self.pools(params, variables).items():
             pools[name], mask[name] = prune_pool(pool, mean_probs[name], own.tau, relative=own.relative)
+            if not own.prune_historical:
+                mask[name] = mask[name] | pool.frozen
             new["a"][name], new["b"][name] = _of_slots(pools[name], variables["slots"][name])
         stats = add_task(past.task_stats, variables["task"], features)
         past = past._replace(pool=pools, task_stats=stats)

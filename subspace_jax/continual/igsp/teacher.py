@@ -153,7 +153,7 @@ def default_config() -> ConfigDict:
     config.task = "subspace_jax.continual.igsp.teacher"
     config.optim.learning_rate = 1e-2
     config.experts.update(
-        {"max_experts": 14, "rank": RANK, "tau": 0.1, "relative": False, "tolerance": 0.0, "window": 20}
+        {"max_experts": 14, "rank": RANK, "tau": 0.1, "relative": False, "prune_historical": False, "tolerance": 0.0}
     )
     config.stream.update({"identify_steps": 400, "tune_steps": 400, "router_rate": 5.0, "kept_router_rate": 2.0})
     config.train.update({"log_every": 100, "eval_every": 400, "checkpoint_every": 400})
