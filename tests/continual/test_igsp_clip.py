@@ -143,8 +143,8 @@ def test_a_stream_of_image_folders_is_learnt_by_clip_and_the_first_set_is_not_fo
     write_sets(tmp_path / "data")
     write_model(tmp_path / "model")
     changes = [
-        f"model.path={str(tmp_path / 'model')!r}",
-        f"data.data_dir={str(tmp_path / 'data')!r}",
+        f"model.path={tmp_path / 'model'}",
+        f"data.data_dir={tmp_path / 'data'}",
         "data.sets=('shades','colors')",
         "data.train_splits=('train','train')",
         "data.eval_splits=('test','test')",
