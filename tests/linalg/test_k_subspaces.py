@@ -102,3 +102,14 @@ X = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 def test_k_subspaces_refuses_what_can_not_serve(options, error):
     with pytest.raises(ValueError, match=error), np.errstate(all="ignore"):
         linalg.k_subspaces(jax.random.key(0), **{"x": X, **options})
+
+
+def test_explained_energy_of_constant_means_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 200)).astype(np.float32)
+    bases = np.linalg.qr(rng.standard_normal((16, 200, 2)))[0].astype(np.float32)
+    for means in (np.zeros((16, 200), np.float32), rng.standard_normal((16, 200)).astype(np.float32)):
+        apart = x[:, None] - means[None]
+        left = np.sum(apart**2, axis=2) - np.sum(np.einsum("rkn,knd->rkd", apart, bases) ** 2, axis=2)
+        found = jax.jit(lambda x, bases, means=jnp.asarray(means): linalg.explained_energy(x, bases, means))(x, bases)
+        np.testing.assert_allclose(found, np.sum(x**2, axis=1, keepdims=True) - left, atol=2e-3)
