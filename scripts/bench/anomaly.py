@@ -2,6 +2,7 @@
 
     python scripts/bench/anomaly.py             # some minutes on two cores
     python scripts/bench/anomaly.py --quick     # small sizes, to see that all runs
+    python scripts/bench/anomaly.py --fit-streamed 1000000  # one fit to so many rows of width 1536, and its memory
 
   score   squared distances of rows from a subspace, float32, by numbers of rows, of the widths of DINOv2 small (384,
           208 directions kept) and giant (1536, 810 kept, the rank that the method has there).  Peers:
@@ -109,6 +110,22 @@ def stream(n):
     return run
 
 
+def fit_streamed(n):
+    """Fits once to rows that come in batches; prints processor time and the most memory of this process."""
+    import jax
+
+    from subspace_jax.anomaly import subspacead
+
+    update = jax.jit(subspacead.update_moments, donate_argnums=0)
+    moments = subspacead.init_moments(WIDE)
+    for start in range(0, n, BATCH):
+        batch = rows_of(min(BATCH, n - start), WIDE, WIDE // 2, start)
+        moments = jax.block_until_ready(update(moments, jax.device_put(batch)))
+    found = subspacead.solved_subspace(moments, explained_variance=0.99)
+    print(f"{n} x {WIDE}: rank {int(found.rank)}, {time.process_time():.0f} s of processor time, ", end="")
+    print(f"at most {memory.resident_peak() / 1e6:.0f} MB")
+
+
 def images_a_second(count):
     """Images a second of each backbone, with reading from memory, resizing, scores and maps."""
     from subspace_jax.anomaly import subspacead
@@ -155,8 +172,11 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="small sizes, which say nothing about speed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file (default: results/anomaly_<device>.json beside this)")
+    parser.add_argument("--fit-streamed", type=int, metavar="ROWS", help="fit once to so many rows, and end")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.fit_streamed:
+        return fit_streamed(args.fit_streamed)
     if args.worker:  # does one thing in a process of its own
         side = types.SimpleNamespace(wait=lambda out: out, device_peak=lambda: None)
         return memory.report(stream(int(args.worker[2])), side)
