@@ -253,10 +253,12 @@ def test_compress_command_refuses_what_does_not_fit_and_writes_nothing(model, tm
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_compress_folder_refuses_a_compressed_model_and_readers_a_damaged_one(small, rows, tmp_path):
+def test_compress_folder_refuses_a_compressed_model_and_readers_a_damaged_one(model, small, rows, tmp_path):
     out = small[0]
     with pytest.raises(ValueError, match="is compressed already"):
         cospadi.compress_folder(out, tmp_path / "again", rows, settings())
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        cospadi.compress_folder(model, out, rows, settings())
     (tmp_path / "compressed.safetensors").write_bytes((out / "compressed.safetensors").read_bytes())
     for change, match in (
         (lambda c: c.pop("compression"), "compression: expected kernels with their kinds"),

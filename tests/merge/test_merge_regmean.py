@@ -132,10 +132,10 @@ def test_merge_models_by_regmean_measures_the_inputs_of_each_model(family, tmp_p
     kernels, grams, biases = [], [], []
     for rows, folder in zip(language_text.rows_of_models(models, text, train.make_mesh()), models, strict=True):
         params = interop.load_causal_lm(folder, dtype=jnp.float32)[1]
-        x = np.asarray(params["embed"]["table"], np.float64)[rows["inputs"]]
+        x = np.asarray(params["embed"]["embedding"], np.float64)[rows["inputs"]]
         layer = jax.tree.map(lambda x: np.asarray(x, np.float64)[0], params["layers"])
         if family == "gpt2":
-            x = x + np.asarray(params["position"]["table"], np.float64)[rows["positions"]]
+            x = x + np.asarray(params["position"]["embedding"], np.float64)[rows["positions"]]
             x = x - x.mean(axis=-1, keepdims=True)
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps) * layer["attn_norm"]["scale"]
         x = (x + layer["attn_norm"].get("bias", 0))[rows["segment_ids"] > 0]
@@ -152,7 +152,7 @@ def test_merge_models_by_regmean_measures_the_inputs_of_each_model(family, tmp_p
     np.testing.assert_allclose(found.get("bias", np.zeros(1)), np.mean(biases, axis=0), atol=1e-6)
     both = [interop.load_causal_lm(folder)[1] for folder in models]
     mean = fusion.average(both)["embed"]
-    np.testing.assert_allclose(merged["embed"]["table"], mean["table"], atol=1e-6)
+    np.testing.assert_allclose(merged["embed"]["embedding"], mean["embedding"], atol=1e-6)
 
 
 @pytest.mark.slow

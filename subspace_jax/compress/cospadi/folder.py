@@ -76,7 +76,7 @@ def compress_folder(
 
     Args:
       model: Hugging Face folder, or GGUF file.
-      out: Folder to write; its ``unfinished`` is taken up if it is of the same settings.
+      out: New or empty folder, or one whose ``unfinished`` is of the same settings and is taken up.
       rows: Rows of :func:`subspace_jax.data.text.pack_rows`, for calibration.
       settings: What is done.
       dense: Whether to write a Hugging Face folder with dense kernels instead of the compressed ones.
@@ -86,6 +86,7 @@ def compress_folder(
       ValueError: The model is compressed already, a setting is wrong, the text is shorter than a batch, or the
         unfinished folder is of other settings.
       FileNotFoundError: The model is not there.
+      FileExistsError: ``out`` holds something else.
     """
     out = Path(out)
     if interop.is_compressed(model):
@@ -96,6 +97,8 @@ def compress_folder(
         raise ValueError(
             f"rows: expected a batch of calibration text, {settings.batch_size} rows, got {len(rows['inputs'])}"
         )
+    if out.is_dir() and not (out / "unfinished").exists() and any(file.name != "run.lock" for file in out.iterdir()):
+        raise FileExistsError(f"{out}: exists and is not empty")
     mesh = train.make_mesh()
     train.check_batch_size(settings.batch_size, mesh, name="batch_size")
     record = {
