@@ -3,7 +3,7 @@
     python scripts/bench/graphs.py             # some twenty minutes on two cores, up to 10^7 edges
     python scripts/bench/graphs.py --quick     # small sizes, to see that all runs
 
-Edges join nodes of one of 8 classes four times out of five, attributes are 32 counts that depend on the class a little.
+Edges join nodes of one of 8 classes four times out of five, attributes are 32 counts that depend on the class.
 Each side runs in a process of its own; sides take turns.  Both form the smoothed attributes (T = 10), take 7 power
 iterations and round by SNEM from the largest entries, in float32.
 
@@ -42,7 +42,7 @@ def random_graph(n, edges, seed=0):
     one_way = sp.coo_array((np.ones(edges, np.float32), (source, target)), shape=(n, n)).tocsr()
     one_way.data[:] = 1
     labels = np.arange(n) % K
-    rates = np.where(np.arange(D) % K == np.arange(K)[:, None], 0.5, 0.4).astype(np.float32)
+    rates = np.where(np.arange(D) % K == np.arange(K)[:, None], 1.2, 0.4).astype(np.float32)
     counts = np.concatenate([rng.poisson(rates[block]) for block in np.array_split(labels, max(1, n // 10**5))])
     return one_way.maximum(one_way.T).tocsr(), counts.astype(np.float32), labels
 
