@@ -3,6 +3,7 @@
 from subspace_jax.methods.records import Figure, Method, train
 
 _DSC, _FIRST = train("cluster/dsc_digits"), train("cluster/dsc_digits:first")
+_MNIST = train("cluster/dsc_mnist") + " --config.data.num_examples=500"
 _COMMAND = "python -m pytest tests/cluster/test_clustering_figures.py"
 _GRAPHS = "python -m pytest tests/cluster/test_s2cag_figures.py"
 
@@ -84,6 +85,12 @@ METHODS = (
             Figure("accuracy on the first 40 digits of each class", _FIRST, "accuracy", at_least=0.85, seeds=(0,)),
             Figure("its NMI there", _FIRST, "nmi", at_least=0.83, seeds=(0,)),
             Figure("accuracy of k-means there", _FIRST, "kmeans_accuracy", seeds=(0,)),
+            Figure("accuracy on 500 drawn digits of MNIST, on which it does not help", _MNIST, "accuracy", seeds=(0,)),
+            Figure("NMI on MNIST", _MNIST, "nmi", seeds=(0,)),
+            Figure("ARI on MNIST", _MNIST, "ari", seeds=(0,)),
+            Figure("accuracy of k-means on MNIST", _MNIST, "kmeans_accuracy", seeds=(0,)),
+            Figure("NMI of k-means on MNIST", _MNIST, "kmeans_nmi", seeds=(0,)),
+            Figure("ARI of k-means on MNIST", _MNIST, "kmeans_ari", seeds=(0,)),
         ),
     ),
     Method(
