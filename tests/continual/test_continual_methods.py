@@ -45,7 +45,7 @@ def run_of(method, workdir, *settings, stream=None, **options):
     config = config_of(method, *settings)
     setup = streams.Setup(config, stream or stream_of())
     run = train.Run(task.METHODS[method](setup), lambda rows: task.summary(rows, len(setup.stream)))
-    options = {"log_every": 2, "checkpoint_every": 3, "best": "", "progress": False, **options}
+    options = {"log_every": 2, "checkpoint_every": 0, "best": "", "progress": False, **options}
     return dataclasses.replace(run, workdir=workdir, **options)
 
 
@@ -85,7 +85,7 @@ def carried_out(method, tmp_path, *settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["coso", "gpm"])
 def test_steps_of_coso_and_of_gpm_after_adam_are_orthogonal_to_what_earlier_tasks_left(method, tmp_path):
-    result, ends = carried_out(method, tmp_path, "model.threshold=0.7")
+    result, ends = carried_out(method, tmp_path, "model.threshold=0.9", "model.min_directions=2")
     for t in (1, 2):
         params, variables, _ = ends[f"start {t}"]
         for name, layer in variables["certificate"].layers.items():
