@@ -270,8 +270,9 @@ def orthogonal_complement_updates(basis: PyTree) -> optax.GradientTransformation
 
     Examples:
       >>> import jax, optax
+      >>> from subspace_jax.continual import igsp
       >>> q = jax.numpy.eye(8)[:, :3]
-      >>> project = orthogonal_complement_updates(q)
+      >>> project = igsp.orthogonal_complement_updates(q)
       >>> tx = optax.chain(project, optax.adam(1e-3), project)
     """
 
