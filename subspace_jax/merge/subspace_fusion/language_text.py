@@ -42,10 +42,12 @@ def rows_of_models(models: Sequence[str | os.PathLike], texts: MergeText, mesh: 
       Rows of :func:`subspace_jax.data.text.pack_rows` for each model.
 
     Raises:
-      ValueError: A model is not supported, a number is below 1, numbers of files and models differ, the mesh does not
-        divide a batch, or a text has fewer examples than one.
+      ValueError: There is no model, one is not supported, a number is below 1, numbers of files and models differ, the
+        mesh does not divide a batch, or a text has fewer examples than one.
       OSError: A file can't be read.
     """
+    if not models:
+        raise ValueError("models: expected at least one folder, got none")
     if len(texts.files) not in (1, len(models)):
         raise ValueError(f"--data: expected a text for all models, or one for each of {len(models)}, got {texts.files}")
     for name in ("batches", "batch_size", "length"):
