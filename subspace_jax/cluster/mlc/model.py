@@ -21,25 +21,28 @@ class MLCHeads(nnx.Module):
       in_features: Width of a flattened input.
       hidden: Width of both layers of the trunk.
       d: Width of the features.
+      batch_norm: Whether the first layer is normalized.
       rngs: Random number generators; the ``params`` stream is used.
 
     Raises:
       ValueError: A width is below 1.
     """
 
-    def __init__(self, in_features: int, hidden: int = 4096, d: int = 128, *, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, hidden: int = 4096, d: int = 128, *, batch_norm: bool = True, rngs: nnx.Rngs):
         for name, width in (("in_features", in_features), ("hidden", hidden), ("d", d)):
             if width < 1:
                 raise ValueError(f"{name}: expected a width of at least 1, got {width}")
-        self.first, self.norm = nn.Linear(in_features, hidden, rngs=rngs), nn.BatchNorm(hidden, axis="mlp")
+        self.first = nn.Linear(in_features, hidden, rngs=rngs)
+        self.norm = nn.BatchNorm(hidden, axis="mlp") if batch_norm else None
         self.second = nn.Linear(hidden, hidden, axes=("mlp", "embed"), rngs=rngs)
         self.feature_head = nn.Linear(hidden, d, axes=("embed", None), rngs=rngs)
         self.cluster_head = nn.Linear(hidden, d, axes=("embed", None), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps ``[batch, ...]`` to features ``Z`` and cluster features ``C``, both ``[batch, d]`` of unit length."""
-        x = jax.nn.relu(self.norm(self.first(x.reshape(x.shape[0], -1))))
-        x = jax.nn.relu(self.second(x))
+        x = self.first(x.reshape(x.shape[0], -1))
+        x = x if self.norm is None else self.norm(x)
+        x = jax.nn.relu(self.second(jax.nn.relu(x)))
         return linalg.unit_vectors(self.feature_head(x)), linalg.unit_vectors(self.cluster_head(x))
 
 

@@ -208,7 +208,7 @@ def default_config() -> ConfigDict:
             "noise": 0.2,
         }
     )
-    config.model = ConfigDict({"hidden": 256, "features": 32, "num_clusters": 10})
+    config.model = ConfigDict({"hidden": 256, "features": 32, "batch_norm": True, "num_clusters": 10})
     config.pretrain = ConfigDict({"steps": 400, "batch_size": 512, "learning_rate": 1e-3, **asdict(PretrainSettings())})
     config.mlc = ConfigDict({"steps": 80, **asdict(MLCSettings())})
     config.optim.update({"name": "adam", "learning_rate": 1e-4, "schedule": "constant"})
@@ -298,7 +298,8 @@ def start_membership(state: train.TrainState, at: train.At):
 
 
 def _network(in_features: int, model: ConfigDict, key: jax.Array) -> MLCHeads:
-    return MLCHeads(in_features, model.hidden, model.features, rngs=nnx.Rngs(params=key))
+    rngs = nnx.Rngs(params=key)
+    return MLCHeads(in_features, model.hidden, model.features, batch_norm=model.batch_norm, rngs=rngs)
 
 
 def _check_fields(config: ConfigDict) -> None:
@@ -309,8 +310,8 @@ def _check_fields(config: ConfigDict) -> None:
         check_at_least(f"data.{name}", config.data[name], 0.0)
     if not 0 <= config.data.scale < 1:
         raise ValueError(f"data.scale: expected a number in [0, 1), got {config.data.scale}")
-    for name, value in config.model.items():
-        check_at_least(f"model.{name}", value, 1)
+    for name in ("hidden", "features", "num_clusters"):
+        check_at_least(f"model.{name}", config.model[name], 1)
     for group, batch_size in (("data", config.data.batch_size), ("pretrain", config.pretrain.batch_size)):
         check_at_least(f"{group}.batch_size", batch_size, 1)
         if batch_size > count:
