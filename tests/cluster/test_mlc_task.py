@@ -74,6 +74,8 @@ def test_second_phase_enters_with_the_feature_head_in_both(tmp_path, configs):
     np.testing.assert_array_equal(params["cluster_head"]["kernel"], params["feature_head"]["kernel"])
     splits = [(row["phase"], row["split"]) for row in found.rows]
     assert splits.index(("pretrain", "clusters")) < splits.index(("mlc", "train"))
+    gain = found.metrics["clusters/kmeans_accuracy"] - found.summary["pretrain/kmeans_accuracy"]
+    np.testing.assert_allclose(found.summary["kmeans_gain"], gain)
 
 
 @pytest.mark.parametrize(
