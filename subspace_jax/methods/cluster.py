@@ -1,6 +1,6 @@
 """Methods that cluster."""
 
-from subspace_jax.methods.records import Figure, Method
+from subspace_jax.methods.records import Figure, Method, train
 
 _DSC, _FIRST = train("cluster/dsc_digits"), train("cluster/dsc_digits:first")
 _MNIST = train("cluster/dsc_mnist") + " --config.data.num_examples=500"
