@@ -141,10 +141,7 @@ def plan_step(
     batch: Shapes,
     mesh: Mesh | AbstractMesh,
     topology: str,
-    *,
-    accumulate: int = 1,
-    remat: str = "none",
-    finite_check: str = "state",
+    **options: int | str,
 ) -> Plan:
     """Plans the train step of a task, see :func:`plan_run`.
 
@@ -154,16 +151,14 @@ def plan_step(
       batch: Shapes of a batch over all processes.
       mesh: The mesh of :func:`subspace_jax.planning.tpu_devices` or of real devices, or an abstract one.
       topology: The topology of the mesh.
-      accumulate: See :func:`subspace_jax.train.make_train_step`.
-      remat: Likewise.
-      finite_check: Likewise.
+      **options: Options of :func:`subspace_jax.train.make_train_step`.
 
     Returns:
       The plan.
     """
     abstract, shardings = state_shardings(task, tx, mesh)
     plan = _unplanned("step", topology, mesh, (abstract, shardings), batch)
-    step = jit_train_step(task, tx, mesh, accumulate=accumulate, remat=remat, finite_check=finite_check)
+    step = jit_train_step(task, tx, mesh, **options)
     # The optimizer reads and writes its state and the parameters once.
     optimizer_bytes = 2 * (plan.params + plan.optimizer)
     return _planned(plan, step.trace(abstract, dict(batch)), mesh, uncounted_bytes=optimizer_bytes)

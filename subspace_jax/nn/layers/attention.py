@@ -95,20 +95,21 @@ def attention(
         if softcap is not None:
             raise ValueError("implementation: 'cudnn' does not support softcap; expected None or 'xla'")
         return _cudnn(query, key, value, mask, window, causal, scale)
-    xla = functools.partial(_xla, mask=mask, window=window, causal=causal, scale=scale, softcap=softcap)
+    sees = mask
+    if mask is None and causal:
+        slots = jnp.arange(query.shape[1], dtype=jnp.int32)
+        sees = causal_mask(slots, slots[None], slots[None], window=window)
+    xla = functools.partial(_xla, mask=sees, scale=scale, softcap=softcap)
     cudnn = functools.partial(_cudnn, mask=None, window=window, causal=causal, scale=scale)
     if implementation is None and mask is None and softcap is None and _cudnn_serves(cudnn, query, key, value):
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
     return xla(query, key, value)
 
 
-def _xla(query, key, value, mask, window, causal, scale, softcap) -> jax.Array:
+def _xla(query, key, value, mask, scale, softcap) -> jax.Array:
     # jax.nn.dot_product_attention requests a dot algorithm whose gradient can't be lowered under strict dtype promotion
     # (bfloat16, JAX 0.10.2), and stores the scores of all queries at once.
     batch, length, _, head_dim = query.shape
-    if mask is None and causal:
-        slots = jnp.arange(length, dtype=jnp.int32)
-        mask = causal_mask(slots, slots[None], slots[None], window=window)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     # Heads first, and the query heads of a key head in one axis with their positions: both einsums are batched matmuls.
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
