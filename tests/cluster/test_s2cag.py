@@ -32,16 +32,14 @@ def polynomial(p, y):
 
 @functools.partial(jax.jit, static_argnames=("k", "drop_first"))
 def left_svd(z, g, k, tau, drop_first=True):
-    n, d = z.shape
-    products = (lambda y: linalg.times(z, y)), (lambda y: linalg.gram(z, y))
-    return s2cag.randomized_left_svd(*products, n, d, k, tau, G=g, drop_first=drop_first)
+    return s2cag.randomized_left_svd(z, k, tau, G=g, drop_first=drop_first)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "T"))
 def implicit_svd(p, x, g, k, T, tau):
     apply, apply_t = s2cag.smooth_operator(p, T, 0.8)
     products = (lambda y: apply(linalg.times(x, y))), (lambda y: linalg.gram(x, apply_t(y)))
-    return s2cag.randomized_left_svd(*products, *x.shape, k, tau, G=g)
+    return s2cag.randomized_left_svd(s2cag.Smoothed(*products, x.shape, x.dtype), k, tau, G=g)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +279,7 @@ def test_the_estimator_clusters_karate_club_and_isolated_nodes():
     assert found.labels_.shape == (34,)
     assert metrics.graph_modularity(nx.to_scipy_sparse_array(graph), found.labels_) > 0.3
     graph.add_nodes_from([100, 101])  # without edges, and one of them without attributes
-    again = s2cag.S2CAG(2, n_steps=3, objective="modularity", random_state=0)
+    again = s2cag.S2CAG(2, n_steps=3, resolution=1.0, random_state=0)
     labels = again.fit_predict(graph, np.pad(np.eye(35), ((0, 1), (0, 0))))
     np.testing.assert_array_equal(labels, again.labels_)
     assert np.isfinite(again.embedding_).all()
@@ -289,8 +287,8 @@ def test_the_estimator_clusters_karate_club_and_isolated_nodes():
     counts = np.kron(np.eye(3), np.ones((6, 3)))
     labels = s2cag.S2CAG(3, n_steps=3, random_state=0).fit_predict(parts, counts)
     assert metrics.clustering_accuracy(np.repeat(np.arange(3), 6), labels) >= 2 / 3
-    with pytest.raises(ValueError, match="objective: expected 'conductance' or 'modularity', got 'cut'"):
-        s2cag.S2CAG(2, objective="cut").fit(graph, np.eye(36))
+    with pytest.raises(ValueError, match="gamma: expected 0 or more, got -1"):
+        s2cag.S2CAG(2, resolution=-1).fit(graph, np.eye(36))
 
 
 @pytest.mark.parametrize(
@@ -362,9 +360,9 @@ def call(**changes):
         (lambda: s2cag.smooth(s2cag.normalize_adjacency(A), X[:3], 2, 0.5), r"x: expected attributes \[4, d\]"),
         (lambda: s2cag.smooth_operator(None, 2, -0.5), "alpha: expected more than 0"),
         (lambda: s2cag.smooth_operator(None, -2, 0.5), "T: expected 0 or more"),
-        (lambda: s2cag.randomized_left_svd(None, None, 4, 6, 4, 7), "k: expected 1 to 3 vectors and the first one"),
-        (lambda: s2cag.randomized_left_svd(None, None, 4, 6, 2, -1), "tau, oversample: expected 0 or more"),
-        (lambda: s2cag.randomized_left_svd(None, None, 4, 6, 2, 1, G=X), r"G: expected \[6, 3 to 4\], got \(4, 6\)"),
+        (lambda: s2cag.randomized_left_svd(jnp.asarray(X), 4, 7), "k: expected 1 to 3 vectors and the first one"),
+        (lambda: s2cag.randomized_left_svd(jnp.asarray(X), 2, -1), "tau, oversample: expected 0 or more"),
+        (lambda: s2cag.randomized_left_svd(jnp.asarray(X), 2, 1, G=X), r"G: expected \[6, 3 to 4\], got \(4, 6\)"),
         (lambda: s2cag.modularity_embedding(jnp.asarray(X), 5, 1.0, 3), "k: expected 1 to 4, the number of nodes"),
         (lambda: s2cag.modularity_embedding(jnp.asarray(X), 2, -1.0, 3), "gamma, tau: expected 0 or more"),
         (lambda: s2cag.modularity_embedding(jnp.asarray(X), 2, 1.0, 3, Q0=X), r"Q0: expected \[4, 2\], got \(4, 6\)"),

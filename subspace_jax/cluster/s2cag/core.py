@@ -105,9 +105,8 @@ def graph_embedding(
       modular: Whether by modularity.
     """
     z = smoothed_attributes(p, f, options)
-    n, d = z.shape
     if not modular:
-        return randomized_left_svd(z.apply, z.apply_T, n, d, k, options.tau, key=key)[: p.nodes]
+        return randomized_left_svd(z, k, options.tau, key)[: p.nodes]
     # Drawn for the nodes alone: the same whatever pads them.
     start = _padded(jax.random.normal(key, (p.nodes, k), z.dtype), p)
     return modularity_embedding(z, k, options.gamma, options.tau, Q0=start)[: p.nodes]

@@ -4,35 +4,30 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax import linalg
-from subspace_jax.cluster.s2cag.smoothing import Apply, Smoothed, products_of
+from subspace_jax.cluster.s2cag.smoothing import Smoothed, products_of
 
 
 def randomized_left_svd(
-    apply: Apply,
-    apply_T: Apply,
-    n: int,
-    d: int,
+    Z: jax.Array | Smoothed,
     k: int,
     tau: int,
-    oversample: int = 10,
     key: jax.Array | None = None,
+    *,
+    oversample: int = 10,
     G: jax.Array | None = None,
     drop_first: bool = True,
 ) -> jax.Array:
-    """Leading left singular vectors of a matrix ``Z [n, d]`` that is known by its products.
+    """Leading left singular vectors of a matrix, which may be known by its products alone.
 
     A random sketch, power steps that are orthonormalized, and a Rayleigh-Ritz step; the spaces are those of the plain
     iteration ``G <- Z^T Z G``.
 
     Args:
-      apply: Returns ``Z g`` of ``g [d, q]``.
-      apply_T: Returns ``Z^T y`` of ``y [n, q]``.
-      n: Rows.
-      d: Columns.
+      Z: ``[n, d]``, or its products.
       k: Vectors to return, static.
       tau: Power steps.
-      oversample: Further columns of the sketch; fewer where ``n`` or ``d`` has no room for them.
       key: Key of the sketch; that of seed 0 by default.
+      oversample: Further columns of the sketch; fewer where ``n`` or ``d`` has no room for them.
       G: The sketch itself, ``[d, q]``, instead.
       drop_first: Whether to leave out the first vector, nearly constant for smoothed attributes, and return the next.
 
@@ -42,25 +37,25 @@ def randomized_left_svd(
     Raises:
       ValueError: ``k`` or ``tau`` is out of range, or ``G`` has another shape.
     """
-    skipped = int(drop_first)
+    z = Z if isinstance(Z, Smoothed) else products_of(Z)
+    (n, d), skipped = z.shape, int(drop_first)
     if not 1 <= k <= min(n, d) - skipped:
         what = " and the first one that is dropped" * skipped
         raise ValueError(f"k: expected 1 to {min(n, d) - skipped} vectors{what} of a {n} x {d} matrix, got {k}")
     if oversample < 0 or (linalg.is_here(tau) and tau < 0):
         raise ValueError(f"tau, oversample: expected 0 or more, got {tau} and {oversample}")
     if G is None:
-        dtype = jax.eval_shape(apply, jax.ShapeDtypeStruct((d, 1), jnp.float32)).dtype
         width = min(max(k + oversample, k + skipped), n, d)
-        G = jax.random.normal(jax.random.key(0) if key is None else key, (d, width), dtype)
+        G = jax.random.normal(jax.random.key(0) if key is None else key, (d, width), z.dtype)
     elif G.ndim != 2 or G.shape[0] != d or not k + skipped <= G.shape[1] <= min(n, d):
         raise ValueError(f"G: expected [{d}, {k + skipped} to {min(n, d)}], got {G.shape}")
 
     def step(_, g):
-        return linalg.orthonormal_columns(apply_T(linalg.orthonormal_columns(apply(g))))
+        return linalg.orthonormal_columns(z.apply_T(linalg.orthonormal_columns(z.apply(g))))
 
-    q = linalg.orthonormal_columns(apply(jax.lax.fori_loop(0, tau, step, linalg.orthonormal_columns(G))))
+    q = linalg.orthonormal_columns(z.apply(jax.lax.fori_loop(0, tau, step, linalg.orthonormal_columns(G))))
     # The SVD of a small core: of q^T Z = core^T right^T.
-    projected = apply_T(q)
+    projected = z.apply_T(q)
     core = linalg.gram(linalg.orthonormal_columns(projected), projected)
     u = linalg.times(q, linalg.canonical_svd(core.T)[0])[:, skipped : k + skipped]
     return u * linalg.canonical_signs(u)[None]

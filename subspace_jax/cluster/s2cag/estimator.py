@@ -15,12 +15,11 @@ class S2CAG(ClusterMixin, BaseEstimator):
 
     Args:
       n_clusters: Number of clusters.
-      objective: ``"conductance"`` (S2CAG) or ``"modularity"`` (M-S2CAG).
+      resolution: None for S2CAG, which minimizes conductance; a number for M-S2CAG, which maximizes modularity of that
+        resolution ``gamma``, 1 as a rule.
       n_steps: Order ``T`` of the smoothing.
       alpha: Ratio of the weights of successive orders.
-      gamma: Resolution of the modularity.
       n_iter: Power iterations ``tau``; None for 7, and 50 of the modularity.
-      rounding: ``"snem-cpqr"``, ``"snem"`` or ``"kmeans"``.
       counts: Whether attributes are counts, which get tf-idf weights.
       random_state: Seed or ``numpy.random.RandomState``.
 
@@ -34,36 +33,29 @@ class S2CAG(ClusterMixin, BaseEstimator):
         self,
         n_clusters: int = 8,
         *,
-        objective: str = "conductance",
+        resolution: float | None = None,
         n_steps: int = 10,
         alpha: float = 0.9,
-        gamma: float = 1.0,
         n_iter: int | None = None,
-        rounding: str = "snem-cpqr",
         counts: bool = True,
         random_state: "int | np.random.RandomState | None" = None,
     ):
         self.n_clusters = n_clusters
-        self.objective = objective
+        self.resolution = resolution
         self.n_steps = n_steps
         self.alpha = alpha
-        self.gamma = gamma
         self.n_iter = n_iter
-        self.rounding = rounding
         self.counts = counts
         self.random_state = random_state
 
     def fit(self, adjacency, features):
         """Clusters the nodes of a graph, with attributes ``[n, d]``; see :func:`s2cag` for what they may be."""
-        methods = {"conductance": s2cag, "modularity": m_s2cag}
-        if self.objective not in methods:
-            raise ValueError(f"objective: expected 'conductance' or 'modularity', got {self.objective!r}")
         key = jax.random.key(check_random_state(self.random_state).randint(2**31 - 1))
-        names = {"T": "n_steps", "alpha": "alpha", "gamma": "gamma", "tau": "n_iter"}
-        options = {name: getattr(self, own) for name, own in names.items()}
-        found = methods[self.objective](
-            key, adjacency, features, self.n_clusters, rounding=self.rounding, counts=self.counts, **options
-        )
+        options = {"T": self.n_steps, "alpha": self.alpha, "tau": self.n_iter, "counts": self.counts}
+        if self.resolution is None:
+            found = s2cag(key, adjacency, features, self.n_clusters, **options)
+        else:
+            found = m_s2cag(key, adjacency, features, self.n_clusters, gamma=self.resolution, **options)
         self.embedding_, self.labels_, self.path_ = np.asarray(found.embedding), np.asarray(found.labels), found.path
         return self
 
