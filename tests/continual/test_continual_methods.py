@@ -297,6 +297,17 @@ class TestCertified(Contract):
 
 
 @pytest.mark.slow
+class TestProjectionMemory(Contract):
+    tx = optax.partition(
+        {"body": optax.chain(optax.sgd(0.01), gpm.projection_memory()), "heads": optax.sgd(0.01)},
+        {"body": "body", "heads": "heads"},
+    )
+
+    def learner(self):
+        return streams.StreamTask(BODY, (3, 3))
+
+
+@pytest.mark.slow
 class TestEWC(Contract):
     def learner(self):
         return ewc.EWCTask(BODY, (3, 3), strength=10.0)
