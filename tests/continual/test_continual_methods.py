@@ -200,6 +200,7 @@ def test_gpm_end_task_refuses_other_states_and_inputs():
         gpm.gpm_end_task(state, {"kernel": jnp.ones((4, 5))}, 1.5)
 
 
+@pytest.mark.slow
 def test_a_full_history_is_refused_at_the_end_of_a_task():
     w = jnp.zeros((6, 5))
     tx = optim.coso(0.1, 2, 3, max_history=1, method="svd")
