@@ -82,7 +82,8 @@ class Usage(train.Evaluator):
 
     def finish(self, train):
         """Returns the features, and the mean probabilities ``[layers, experts]`` by site."""
-        return {"features": train["features"], **{name: p.mean(axis=0) for name, p in train["probs"].items()}}
+        means = {name: p.mean(axis=0) for name, p in train["probs"].items()}
+        return {"features": train["features"], "examples": len(train["features"]), **means}
 
 
 class Experts(train.Evaluator):
