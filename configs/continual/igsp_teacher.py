@@ -2,7 +2,8 @@
 
     subspace-jax train --config continual/igsp_teacher --workdir work/igsp_teacher
 
-Experts of rank 2 beside a 32 x 16 kernel of zeros, two candidates a task, 400 + 400 steps of Adam a task.
+Experts of rank 2 beside a 32 x 16 kernel of zeros, two candidates a task, 400 + 400 steps of Adam a task: a
+minute of processor time.  To reach: errors of at most 0.03, no expert added by tasks 2, 3 and 5, some by 0, 1 and 4.
 """
 
 from subspace_jax.continual.igsp import teacher
