@@ -3,8 +3,8 @@
     subspace-jax train --config continual/igsp_digits:split --workdir work/igsp_digits
 
 Variants: ``split`` has five tasks of two digits each, ``permuted`` five tasks of ten digits whose pixels have another
-order in each.  150 + 250 steps a task.  ``split``
-reached 0.995 given the task, and forgot nothing.
+order in each.  150 + 250 steps a task.  The
+first reached 0.995 given the task, and forgot nothing.
 """
 
 from subspace_jax.continual.igsp import digits
