@@ -56,10 +56,6 @@ METHODS = (
             _scored("of LSR", "digits_lsr_accuracy"),
             _scored("of SSC-OMP, which fails on raw digits", "digits_omp_accuracy"),
             *_real_figures(),
-            *(
-                _scored(f"Indian Pines, k-subspaces: {text}, mean of 3 seeds", f"ksubspaces_{score}")
-                for score, text in _SCORES.items()
-            ),
         ),
     ),
     Method(
