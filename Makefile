@@ -80,10 +80,9 @@ bench: $(VENV)/.bench
 	$(PY) scripts/bench/sae.py
 	$(PY) scripts/bench/compress.py
 	$(PY) scripts/bench/clustering.py
+	$(PY) scripts/bench/graphs.py
 	$(PY) scripts/bench/merge.py
 	$(PY) scripts/bench/merge_adapters.py
-	$(PY) scripts/bench/anomaly.py
-	$(PY) scripts/bench/merge.py
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
