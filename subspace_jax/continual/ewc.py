@@ -1,12 +1,13 @@
 """Elastic weight consolidation over a stream of tasks (Kirkpatrick et al., arXiv 1612.00796)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax import train
-from subspace_jax.continual.stream import Setup, StreamTask
+from subspace_jax.continual.stream import Body, Setup, StreamTask
 from subspace_jax.continual.stream.learner import own_scores
 from subspace_jax.train.fields import check_at_least
 
@@ -26,7 +27,7 @@ class EWCTask(StreamTask):
       temperature: See :class:`StreamTask`.
     """
 
-    def __init__(self, body, num_classes, *, strength: float, temperature: float = 1.0):
+    def __init__(self, body: Body, num_classes: Sequence[int], *, strength: float, temperature: float = 1.0):
         super().__init__(body, num_classes, temperature=temperature)
         self._strength = strength
         self._fisher = jax.jit(self._diagonal)

@@ -1,12 +1,14 @@
 """An adapter of low rank for each task on a body that the first task trains."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
 from subspace_jax import train
-from subspace_jax.continual.stream import Setup, StreamTask
+from subspace_jax.continual.stream import Body, Setup, StreamTask
 from subspace_jax.train.fields import check_at_least
 
 
@@ -23,7 +25,7 @@ class LoRATask(StreamTask):
       temperature: See :class:`StreamTask`.
     """
 
-    def __init__(self, body, num_classes, *, rank: int, temperature: float = 1.0):
+    def __init__(self, body: Body, num_classes: Sequence[int], *, rank: int, temperature: float = 1.0):
         super().__init__(body, num_classes, temperature=temperature)
         self._rank = rank
 

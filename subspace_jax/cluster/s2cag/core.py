@@ -57,7 +57,9 @@ class S2CAGResult(NamedTuple):
     path: str
 
 
-def s2cag(key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, **options) -> S2CAGResult:
+def s2cag(
+    key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, **options: float | str | None
+) -> S2CAGResult:
     """Spectral subspace clustering of an attributed graph (Lin et al., KDD 2025).
 
     Self-expression ``|Z - S Z|_F^2`` of smoothed attributes ``Z`` under a low rank and orthogonality is solved by
@@ -83,7 +85,9 @@ def s2cag(key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, *
     return _clustered(key, adj, X, k, Options(**options), 7, False)
 
 
-def m_s2cag(key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, **options) -> S2CAGResult:
+def m_s2cag(
+    key: jax.Array, adj: "GraphOperator | object", X: jax.Array, k: int, **options: float | str | None
+) -> S2CAGResult:
     """S2CAG by modularity instead of conductance: leading eigenvectors of the modularity of ``Z Z^T``.
 
     Arguments, result and errors: see :func:`s2cag`; ``k`` may be ``n``, for no vector is dropped.

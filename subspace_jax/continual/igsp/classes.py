@@ -28,7 +28,7 @@ class ClassStream(ExpertStream):
       **others: Arguments of :class:`ExpertStream` but the number of tasks.
     """
 
-    def __init__(self, num_classes: Sequence[int], label_smoothing: float = 0.0, **others):
+    def __init__(self, num_classes: Sequence[int], label_smoothing: float = 0.0, **others: Any):
         super().__init__(num_tasks=len(num_classes), **others)
         self.num_classes, self._smoothing = np.asarray(num_classes), label_smoothing
 

@@ -12,7 +12,7 @@ from subspace_jax import linalg, nn, train
 from subspace_jax.continual.igsp.classes import ClassStream, class_summary
 from subspace_jax.continual.igsp.config import expert_settings, stream_config, task_config
 from subspace_jax.continual.igsp.phases import task_phases
-from subspace_jax.continual.igsp.state import Site
+from subspace_jax.continual.igsp.state import ExpertSettings, Site
 from subspace_jax.continual.stream import Stream, default_data, examples_of, load_stream, task_data
 from subspace_jax.train.fields import check_at_least
 
@@ -29,7 +29,7 @@ class RandomFeatureStream(ClassStream):
       settings: See :class:`ExpertSettings`.
     """
 
-    def __init__(self, stream: Stream, hidden: int, embedding: int, settings):
+    def __init__(self, stream: Stream, hidden: int, embedding: int, settings: ExpertSettings):
         sites = {"kernel": Site(1, hidden, embedding)}
         super().__init__(stream.num_classes, sites=sites, settings=settings, width=hidden)
         self._sizes = int(np.prod(stream.shape)), hidden, embedding
