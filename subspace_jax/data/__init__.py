@@ -1,7 +1,7 @@
 """Datasets and input pipelines: TensorFlow Datasets, image folders, synthetic sets, Grain batches."""
 
 import subspace_jax._train_extra  # noqa: F401
-from subspace_jax.data.graphs import Adjacency, Graph, as_adjacency, read_graph
+from subspace_jax.data.graphs import Graph, as_adjacency, read_graph
 from subspace_jax.data.images.augment import (
     color_jitter,
     rand_augment,
@@ -36,7 +36,6 @@ from subspace_jax.data.vectors import StoredVectors, check_informative, map_bloc
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "Adjacency",
     "Graph",
     "ImageProcessor",
     "ImageSource",

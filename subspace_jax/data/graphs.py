@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# SciPy's sparse arrays and matrices, networkx graphs, and dense arrays [n, n].
-Adjacency = Any
-
 _ASYMMETRY = 1e-6
 
 
@@ -28,7 +25,7 @@ class Graph(NamedTuple):
     symmetrized: bool
 
 
-def as_adjacency(adj: Adjacency) -> Any:
+def as_adjacency(adj: Any) -> Any:
     """Returns the adjacency of an undirected graph.
 
     Args:
@@ -99,7 +96,7 @@ def read_graph(path: str | os.PathLike, attributes: str | os.PathLike | None = N
     return Graph(adjacency, found, changed)
 
 
-def _csr(name: str, adj: Adjacency):
+def _csr(name: str, adj: Any):
     import scipy.sparse as sp
 
     if hasattr(adj, "adjacency"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _gathered(idx: jax.Array, val: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def normalize_adjacency(
-    adj: "data.Adjacency", kind: str = "double", *, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+    adj: Any, kind: str = "double", *, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
 ) -> GraphOperator:
     """The row-stochastic propagation matrix of a graph.
 
