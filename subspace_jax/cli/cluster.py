@@ -21,8 +21,8 @@ _CLUSTER = """
     TFDS) the scores of all seeds are told, with their spread.  One seed of `spectral` on 20,000 items of width 64 takes
     10 s of processor time, half of it compiling; dinov2-small takes 0.1 s an image.
 
-    Without --k the number of clusters is that before the widest gap of the graph's eigenvalues, at most 30 and the root
-    of the number of items.
+    Without --k the number of clusters is that before the widest gap of the graph's eigenvalues, at most 30 and, but for
+    `s2cag` and `m-s2cag`, the root of the number of items.
 
     For `dsc` the file holds images [items, height, width] or [items, height, width, channels] with even sides: .npy, or
     .npz with images.  One seed of 400 images of 8 x 8 takes half a minute of processor time.
@@ -139,11 +139,12 @@ def _write(args: argparse.Namespace, found, draw, options: dict[str, float], rea
             run.write_images(found, image, file)
     shared.write_result(out, {"k": found.k, **{name: mean for name, (mean, _) in report.get("scores", {}).items()}})
     print(_table(report))
+    item, blocks = ("node", "edges") if args.method in _GRAPHS else ("item", "affinity")
     print(
         f"Wrote to {args.out}:\n"
-        "  labels.npy: the cluster of each item, of the first seed\n"
+        f"  labels.npy: the cluster of each {item}, of the first seed\n"
         "  clusters.json: sizes, agreement of the seeds and scores\n"
-        "  clusters.png: items by cluster, and the affinity in blocks"
+        f"  clusters.png: {item}s by cluster, and the {blocks} in blocks"
         + "\n  labels.csv: the same by name" * bool(names)
         + "\n  images.png: some images of each cluster" * (image is not None)
     )
@@ -188,7 +189,10 @@ def _report(args: argparse.Namespace, found, options: dict[str, float]) -> dict:
 def _table(report: dict) -> str:
     sizes = sorted(report["sizes"])
     chosen = ", chosen by the eigengap" if report["chosen"] else ""
-    lines = [f"{report['k']} clusters{chosen}, of {sizes[0]} to {sizes[-1]} items"]
+    if report["k"] == 1:
+        lines = [f"1 cluster{chosen}, of all {sizes[0]} items" + "; --k asks for more" * bool(chosen)]
+    else:
+        lines = [f"{report['k']} clusters{chosen}, of {sizes[0]} to {sizes[-1]} items"]
     if report["agreement"]:
         lines.append(f"agreement of the seeds (adjusted Rand index): at least {min(report['agreement']):.3f}")
     for name, (mean, std) in report.get("scores", {}).items():

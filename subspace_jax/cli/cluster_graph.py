@@ -45,15 +45,32 @@ def cluster(args: argparse.Namespace, options: dict, seeds: range):
     core.check_options(core.Options(**options))
     graph = data.read_graph(args.input, args.attributes)
     n, d = graph.attributes.shape
+    where = f"input: {args.input}" if args.attributes is None else f"attributes: {args.attributes}"
+    if min(n, d) < 2:
+        raise ValueError(f"{where}: expected two nodes and two attributes or more, got {[n, d]}")
+    if not args.vectors and graph.attributes.min() < 0:
+        raise ValueError(
+            f"{where}: expected counts, got {graph.attributes.min():.3g}; --vectors takes what is no count"
+        )
     most = n if args.method == "m-s2cag" else min(n, d) - 1
     if args.k is not None and not 1 <= args.k <= most:
         raise ValueError(f"--k: expected 1 to {most} for {n} nodes with {d} attributes in {args.input}, got {args.k}")
     labels = None if args.labels is None else data.read_labels(args.labels, n)
     if graph.symmetrized:
         print(f"{args.input}: is not symmetric; each pair of nodes gets the larger of both weights", flush=True)
+    alone = int(((graph.adjacency.sum(axis=1) == 0) & (abs(graph.attributes).sum(axis=1) == 0)).sum())
+    if alone:
+        print(
+            f"{alone} node{'s' * (alone > 1)} with neither edges nor attributes: their cluster tells nothing",
+            flush=True,
+        )
     train.writable_folder(args.out)
     edges = (graph.adjacency.nnz + (graph.adjacency.diagonal() != 0).sum()) // 2
     counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     print(f"Clustering {n} nodes with {edges} edges and {d} attributes by {args.method}, {counted}", flush=True)
-    found = run.cluster_graph(graph, args.k, args.method, seeds=seeds, labels=labels, progress=True, **options)
+    try:
+        found = run.cluster_graph(graph, args.k, args.method, seeds=seeds, labels=labels, progress=True, **options)
+    except ValueError as error:
+        name, _, rest = str(error).partition(": ")
+        raise ValueError(f"{where}: {rest}" if name in ("X", "f", "counts") else str(error)) from error
     return found, lambda file: run.write_picture(found, graph, file)

@@ -1,6 +1,7 @@
 """Deep subspace clustering of a file of images, for the command ``cluster``."""
 
 import argparse
+from pathlib import Path
 
 from subspace_jax.cli.cluster_input import Found, Items
 
@@ -26,21 +27,12 @@ def open_images(args: argparse.Namespace) -> Items:
         raise ValueError("--k: expected a number of clusters, for dsc is given it")
     if args.raw:
         raise ValueError("--raw: is not for dsc, which divides each image by its length")
-    try:
-        found = np.load(args.input, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"input: {args.input}: no such file") from None
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"input: {args.input}: expected .npy, or .npz with images ({error})") from error
-    if isinstance(found, np.lib.npyio.NpzFile):
-        if "images" not in found:
-            raise ValueError(f"input: {args.input}: expected an array images, got {sorted(found)}")
-        found = found["images"]
+    found = _read(args.input)
     if found.dtype.kind not in "fu":
         raise ValueError(f"input: {args.input}: expected floating-point numbers or bytes, got {found.dtype}")
     x = found.astype(np.float32)
     x = x[..., None] if x.ndim == 3 else x
-    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1)) if x.size else []
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1)) if x.ndim and x.size else []
     if len(bad):
         raise ValueError(f"input: {args.input}: expected finite images, got NaN or infinity in {len(bad)}: {bad[0]}")
     config = default_config()
@@ -51,6 +43,26 @@ def open_images(args: argparse.Namespace) -> Items:
         text = str(error).replace("clusters.number", "--k").replace("clusters.keep", "--keep")
         raise ValueError(text.replace("x:", f"input: {args.input}:")) from None
     return Items(len(x), None, lambda: Found(x.reshape(len(x), -1), images=x))
+
+
+def _read(name: str):
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"input: {name}: no such file")
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            return found
+        if "images" in found:
+            return found["images"]
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"input: {name}: expected .npy, or .npz with images ({error})") from error
+    raise ValueError(f"input: {name}: expected an array images, got {sorted(found)}")
 
 
 def cluster(x, k: int, seeds: range, labels, keep: int = 9):

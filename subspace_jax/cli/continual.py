@@ -20,7 +20,9 @@ _CONTINUAL = """
 _SCORES = """
     subspace-jax continual-scores work/digits work/digits_gpm work/digits_seed1
 
-    A line for each method: means and standard deviations over its seeds.
+    A line for each method: means and standard deviations over its seeds.  Runs of one method differ in their seeds
+    alone.  Final accuracy is of all tasks after the last one, average accuracy of the tasks so far after each;
+    forgetting is what a task lost since its best, backward transfer what it gained since its own end.
     """
 
 

@@ -94,27 +94,54 @@ def compare_runs(folders: Sequence[str | Path]) -> list[Compared]:
 
     Raises:
       FileNotFoundError: A folder holds no run that has ended.
-      ValueError: A run is of another kind, or of another stream than the first.
+      ValueError: A run is of another kind, of another stream than the first, or of other settings than the first of
+        its method; or a file can't be read.
     """
     found: dict[str, dict[int, dict[str, float]]] = {}
-    stream = None
+    stream, settings = None, {}
     for folder in map(Path, folders):
         for name in ("config.json", "result.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: holds no run that has ended (there is no {name})")
-        config = json.loads((folder / "config.json").read_text())
+        config, result = (_json(folder / name) for name in ("config.json", "result.json"))
         if config.get("task") != "subspace_jax.continual.task":
             raise ValueError(f"{folder}: expected a run over a stream of tasks, got one of {config.get('task')!r}")
-        own = {name: config["data"][name] for name in ("kind", "name", "tasks", "seed", "order")}
+        if "final_accuracy" not in result:
+            raise ValueError(f"{folder / 'result.json'}: expected final_accuracy, got {', '.join(result) or 'nothing'}")
+        own = {name: value for name, value in config["data"].items() if not name.endswith("batch_size")}
         if stream not in (None, own):
-            raise ValueError(f"{folder}: expected the stream of the first run, {stream}, got {own}")
+            raise ValueError(f"{folder}: expected the stream of the first run, got another {_other(stream, own)}")
         stream = own
-        result = json.loads((folder / "result.json").read_text())
-        runs = found.setdefault(config["model"]["method"], {})
+        method = config["model"]["method"]
+        used = {name: config.get(name) for name in ("model", "optim")}
+        used["train"] = {name: config.get("train", {}).get(name) for name in ("steps", "epochs")}
+        if settings.setdefault(method, used) != used:
+            other = _other(settings[method], used)
+            raise ValueError(f"{folder}: expected the settings of the first run of {method!r}, got another {other}")
+        runs = found.setdefault(method, {})
         if config["seed"] in runs:
-            raise ValueError(f"{folder}: seed {config['seed']} of {config['model']['method']!r} comes twice")
+            raise ValueError(f"{folder}: seed {config['seed']} of {method!r} comes twice")
         runs[config["seed"]] = result
     return [_compared(method, runs) for method, runs in found.items()]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected fields by name, got {type(found).__name__}")
+    return found
+
+
+def _other(first: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The first field in which two configs differ, with both values."""
+    name = next(name for name in {**first, **own} if first.get(name) != own.get(name))
+    one, other = first.get(name), own.get(name)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return f"{name}.{_other(one, other)}"
+    return f"{name}, {other!r} instead of {one!r}"
 
 
 def _compared(method: str, runs: Mapping[int, Mapping[str, float]]) -> Compared:

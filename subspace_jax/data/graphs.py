@@ -195,20 +195,32 @@ def _from_edges(name: str, arrays: dict[str, np.ndarray], n: int | None):
 
 
 def _read_csv(name: str, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
-    header = not _numeric(first.split(",")[0])
     try:
-        rows = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2)
-    except (ValueError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+            header = not _numeric(file.readline().split(",")[0])
+            rows = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
+    except ValueError as error:
         raise ValueError(f"{name}: can't be read as edges: {error}") from error
-    if rows.shape[1] not in (2, 3) or not len(rows):
-        raise ValueError(f"{name}: expected lines node,node or node,node,weight, got {list(rows.shape)} numbers")
-    wrong = np.flatnonzero(~np.isfinite(rows).all(1) | (rows[:, :2] != np.floor(rows[:, :2])).any(1))
-    if len(wrong):
-        line = wrong[0] + 1 + header
-        raise ValueError(f"{name}: expected whole numbers of nodes, got {rows[wrong[0]].tolist()} in line {line}")
+    if not len(rows):
+        raise ValueError(f"{name}: expected lines node,node or node,node,weight, got no edge")
+    if rows.shape[1] not in (2, 3):
+        raise ValueError(f"{name}: expected lines node,node or node,node,weight, got {rows.shape[1]} numbers a line")
+    for what, wrong in (
+        ("whole numbers of nodes", ~np.isfinite(rows[:, :2]) | (rows[:, :2] != np.floor(rows[:, :2]))),
+        ("finite weights of 0 or more", ~np.isfinite(rows[:, 2:]) | (rows[:, 2:] < 0)),
+    ):
+        if wrong.any():
+            row = int(np.flatnonzero(wrong.any(axis=1))[0])
+            raise ValueError(f"{name}: expected {what}, got {rows[row].tolist()} in line {_line(path, header, row)}")
     return rows[:, :2].astype(np.int64), rows[:, 2] if rows.shape[1] == 3 else None
+
+
+def _line(path: pathlib.Path, header: bool, row: int) -> int:
+    """The number of the line that a row of numbers is in; blank ones and comments hold none."""
+    with path.open(encoding="utf-8-sig") as file:
+        numbers = [i + 1 for i, line in enumerate(file) if i >= header and line.partition("#")[0].strip()]
+    return numbers[row]
 
 
 def _numeric(text: str) -> bool:
@@ -222,6 +234,8 @@ def _numeric(text: str) -> bool:
 def _read_attributes(path: pathlib.Path):
     import scipy.sparse as sp
 
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"attributes: expected a file that ends in .npy or .npz, got {path}")
     try:
         found = sp.load_npz(path).tocsr() if path.suffix == ".npz" else np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:

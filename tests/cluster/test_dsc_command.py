@@ -21,7 +21,9 @@ def files(tmp_path_factory):
     np.save(folder / "flat.npy", x.reshape(30, -1))
     np.save(folder / "words.npy", np.array(["a", "b"]))
     np.savez(folder / "other.npz", pixels=x)
+    np.save(folder / "number.npy", np.float32(1))
     (folder / "text.npy").write_text("no array")
+    (folder / "cut.npz").write_bytes((folder / "images.npz").read_bytes()[:500])
     return folder
 
 
@@ -51,11 +53,14 @@ def test_cluster_by_dsc_writes_labels_report_and_picture(files, tmp_path):
         ("words.npy: expected floating-point numbers or bytes", ["--k=3", "--input={root}/words.npy"]),
         ("other.npz: expected an array images, got ['pixels']", ["--k=3", "--input={root}/other.npz"]),
         ("text.npy: expected .npy, or .npz with images", ["--k=3", "--input={root}/text.npy"]),
+        ("cut.npz: expected .npy, or .npz with images", ["--k=3", "--input={root}/cut.npz"]),
+        ("number.npy: expected images [n, height", ["--k=3", "--input={root}/number.npy"]),
+        ("input: {root}: no such file", ["--k=3", "--input={root}"]),
         ("none.npy: no such file", ["--k=3", "--input={root}/none.npy"]),
     ],
 )
 def test_cluster_by_dsc_refuses_what_can_not_serve_and_writes_nothing(error, arguments, files, tmp_path, capsys):
     given = ["--method=dsc", f"--input={files}/images.npz", *(text.format(root=files) for text in arguments)]
     assert main(["cluster", f"--out={tmp_path}/out", *given]) == 2
-    assert error in capsys.readouterr().err
+    assert error.format(root=files) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,9 @@ def files(tmp_path_factory):
     np.save(root / "short.npy", labels[1:])
     np.savetxt(root / "edges.csv", edges, fmt="%d", delimiter=",")
     np.save(root / "counts.npy", counts)
+    np.save(root / "signed.npy", -counts)
+    np.save(root / "zeros.npy", 0 * counts)
+    np.save(root / "one.npy", counts[:, :1])
     one_way = sp.csr_array(sp.triu(a))
     parts = {"adj_data": one_way.data, "adj_indices": one_way.indices, "adj_indptr": one_way.indptr}
     np.savez(root / "one_way.npz", **parts, adj_shape=one_way.shape, attr_matrix=counts, labels=labels)
@@ -61,6 +64,9 @@ def test_cluster_finds_the_classes_of_a_graph_and_writes_report_and_picture(meth
         ("{root}/negative.npz: expected edge weights of 0 or more", ["--input={root}/negative.npz"]),
         ("input: {root}/edges.csv: holds edges alone", ["--input={root}/edges.csv"]),
         ("--k: expected 1 to 35 for 60 nodes with 36 attributes in", ["--k=36"]),
+        ("attributes: {root}/signed.npy: expected counts, got -", ["--attributes={root}/signed.npy"]),
+        ("attributes: {root}/zeros.npy: expected attributes that are not all zero", ["--attributes={root}/zeros.npy"]),
+        ("{root}/one.npy: expected two nodes and two attributes or more, got [60, 1]", ["--attributes={root}/one.npy"]),
         ("labels: {root}/short.npy: expected one for each of 60 vectors, got 59", ["--labels={root}/short.npy"]),
         ("--neighbors: is for tsc and spectral, not for s2cag", ["--neighbors=3"]),
         ("--gamma: is for lsr and lrr-l21 and ssc and m-s2cag, not for s2cag", ["--gamma=2"]),

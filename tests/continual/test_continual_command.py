@@ -35,7 +35,9 @@ def test_continual_scores_prints_means_and_deviations_over_seeds(tmp_path, capsy
     ("changes", "message"),
     [
         ({"task": "subspace_jax.represent.gcr.task"}, "expected a run over a stream of tasks"),
-        ({"data": {**DATA, "tasks": 3}}, "expected the stream of the first run"),
+        ({"data": {**DATA, "tasks": 3}}, "expected the stream of the first run, got another tasks, 3 instead of 5"),
+        ({"data": {**DATA, "data_dir": "b"}}, "expected the stream of the first run, got another data_dir, 'b'"),
+        ({"train": {"epochs": 3}}, "the settings of the first run of 'gpm', got another train.epochs, 3"),
         ({}, "seed 0 of 'gpm' comes twice"),
     ],
 )
@@ -43,6 +45,17 @@ def test_continual_scores_refuses_runs_that_cannot_be_compared(tmp_path, capsys,
     runs = [finished(tmp_path / "a", "gpm", 0, 0.5), finished(tmp_path / "b", "gpm", 0, 0.5, **changes)]
     assert cli.main(["continual-scores", *runs]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "can't be read as JSON"), ("[]", "expected fields by name, got list"), ("{}", "expected final_accuracy")],
+)
+def test_continual_scores_names_a_result_that_can_not_serve(tmp_path, capsys, text, message):
+    folder = finished(tmp_path / "a", "gpm", 0, 0.5)
+    (tmp_path / "a" / "result.json").write_text(text)
+    assert cli.main(["continual-scores", folder]) == 2
+    assert f"result.json: {message}" in capsys.readouterr().err
 
 
 def test_continual_scores_refuses_a_folder_without_a_run(tmp_path, capsys):

@@ -81,6 +81,11 @@ def files(tmp_path_factory):
     (root / "wrong.csv").write_text("source,target\n0,1\n1.5,2\n")
     (root / "text.csv").write_text("0,1\n1,b\n")
     (root / "one.csv").write_text("0\n1\n")
+    (root / "negative.csv").write_text("0,1,1\n\n# none\n1,2,-1\n")
+    (root / "unknown.csv").write_text("a,b,weight\n0,1,1\n1,2,nan\n")
+    (root / "latin.csv").write_bytes("Strasse \u00e4,b\n0,1\n".encode("latin-1"))
+    (root / "nothing.csv").write_text("")
+    (root / "marked.csv").write_text("\ufeff0,1\n1,2\n3,4\n", encoding="utf-8")
     (root / "broken.npz").write_bytes(b"PK\x03\x04")
     return root
 
@@ -96,6 +101,7 @@ def files(tmp_path_factory):
         ("scipy.npz", "attributes.npz", 1),
         ("edges.csv", "attributes.npy", 1),
         ("weights.csv", "attributes.npy", 2),
+        ("marked.csv", "attributes.npy", 1),
     ],
 )
 def test_read_graph_reads_every_form(name, attributes, scale, files):
@@ -128,7 +134,12 @@ def test_read_graph_keeps_self_loops(files):
         ("scipy.npz", "text.npy", r"text.npy: expected numbers \[n, d\], got <U1 \[1, 1\]"),
         ("wrong.csv", "attributes.npy", r"wrong.csv: expected whole numbers of nodes, got \[1.5, 2.0\] in line 3"),
         ("text.csv", "attributes.npy", "text.csv: can't be read as edges: could not convert string 'b'"),
-        ("one.csv", "attributes.npy", "one.csv: expected lines node,node or node,node,weight"),
+        ("one.csv", "attributes.npy", "one.csv: expected lines node,node or node,node,weight, got 1 numbers a line"),
+        ("negative.csv", "attributes.npy", r"expected finite weights of 0 or more, got \[1.0, 2.0, -1.0\] in line 4"),
+        ("unknown.csv", "attributes.npy", r"expected finite weights of 0 or more, got \[1.0, 2.0, nan\] in line 3"),
+        ("latin.csv", "attributes.npy", "latin.csv: can't be read as edges: 'utf-8' codec"),
+        ("nothing.csv", "attributes.npy", "nothing.csv: expected lines node,node or node,node,weight, got no edge"),
+        ("edges.csv", "edges.csv", r"attributes: expected a file that ends in \.npy or \.npz, got .*edges.csv"),
     ],
 )  # fmt: skip
 def test_read_graph_refuses_what_is_no_graph(name, attributes, error, files):
