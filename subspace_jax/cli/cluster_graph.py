@@ -30,6 +30,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: is for {' and '.join(METHODS)}, not for {args.method}")
     if graph and (args.input is None or args.input.startswith("tfds:") or args.backbone is not None):
         raise ValueError(f"--input: expected a file with a graph, for {args.method} clusters its nodes")
+    if graph and args.split is not None:
+        raise ValueError(f"--split: is for --input tfds:NAME, not for {args.method}")
     if graph and args.raw:
         raise ValueError(f"--raw: is not for {args.method}; --vectors takes attributes without tf-idf weights")
 

@@ -115,7 +115,8 @@ def _features(images, names, labelled: bool, model: str | None) -> Found:
 
     if images.unreadable:
         some = ", ".join(list(images.unreadable)[:5]) + " ..." * (len(images.unreadable) > 5)
-        print(f"Skipped {len(images.unreadable)} files that can't be read: {some}", flush=True)
+        count = f"{len(images.unreadable)} file{'s' * (len(images.unreadable) > 1)}"
+        print(f"Skipped {count} that can't be read: {some}", flush=True)
     if model is None:
         x, labels = _pixels(images)
     else:

@@ -146,6 +146,8 @@ def _edges(name: str, pairs: np.ndarray, weights: np.ndarray | None, n: int):
 def _from_npz(name: str, path: pathlib.Path, n: int | None):
     import scipy.sparse as sp
 
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{name}: can't be read as a graph: it is no archive of NumPy")
     try:
         with np.load(path, allow_pickle=False) as archive:
             there = set(archive.files)
@@ -201,7 +203,8 @@ def _read_csv(name: str, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | N
             header = not _numeric(file.readline().split(",")[0])
             rows = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
     except ValueError as error:
-        raise ValueError(f"{name}: can't be read as edges: {error}") from error
+        # Without NumPy's advice on the arguments of its function.
+        raise ValueError(f"{name}: can't be read as edges: {str(error).partition(';')[0]}") from error
     if not len(rows):
         raise ValueError(f"{name}: expected lines node,node or node,node,weight, got no edge")
     if rows.shape[1] not in (2, 3):
@@ -240,7 +243,7 @@ def _read_attributes(path: pathlib.Path):
         found = sp.load_npz(path).tocsr() if path.suffix == ".npz" else np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"attributes: {path}: can't be read as a matrix: {error}") from error
-    if found.ndim != 2 or found.dtype.kind not in "fiub":
+    if found.ndim != 2 or 0 in found.shape or found.dtype.kind not in "fiub":
         raise ValueError(f"attributes: {path}: expected numbers [n, d], got {found.dtype} {list(found.shape)}")
     return found
 

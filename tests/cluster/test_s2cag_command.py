@@ -70,6 +70,7 @@ def test_cluster_finds_the_classes_of_a_graph_and_writes_report_and_picture(meth
         ("labels: {root}/short.npy: expected one for each of 60 vectors, got 59", ["--labels={root}/short.npy"]),
         ("--neighbors: is for tsc and spectral, not for s2cag", ["--neighbors=3"]),
         ("--gamma: is for lsr and lrr-l21 and ssc and m-s2cag, not for s2cag", ["--gamma=2"]),
+        ("--split: is for --input tfds:NAME, not for s2cag", ["--split=train"]),
         ("--raw: is not for s2cag; --vectors takes attributes without tf-idf", ["--raw"]),
         ("alpha: expected more than 0, got 0.0", ["--alpha=0"]),
         ("rounding: expected one of snem-cpqr, snem, kmeans, got 'best'", ["--rounding=best"]),

@@ -84,6 +84,9 @@ def files(tmp_path_factory):
     (root / "negative.csv").write_text("0,1,1\n\n# none\n1,2,-1\n")
     (root / "unknown.csv").write_text("a,b,weight\n0,1,1\n1,2,nan\n")
     (root / "latin.csv").write_bytes("Strasse \u00e4,b\n0,1\n".encode("latin-1"))
+    (root / "uneven.csv").write_text("0,1,1\n1,2\n")
+    (root / "no.npz").write_text("no archive")
+    np.save(root / "empty.npy", np.zeros((0, 3)))
     (root / "nothing.csv").write_text("")
     (root / "marked.csv").write_text("\ufeff0,1\n1,2\n3,4\n", encoding="utf-8")
     (root / "broken.npz").write_bytes(b"PK\x03\x04")
@@ -138,6 +141,9 @@ def test_read_graph_keeps_self_loops(files):
         ("negative.csv", "attributes.npy", r"expected finite weights of 0 or more, got \[1.0, 2.0, -1.0\] in line 4"),
         ("unknown.csv", "attributes.npy", r"expected finite weights of 0 or more, got \[1.0, 2.0, nan\] in line 3"),
         ("latin.csv", "attributes.npy", "latin.csv: can't be read as edges: 'utf-8' codec"),
+        ("uneven.csv", "attributes.npy", "uneven.csv: can't be read as edges: .* from 3 to 2 at row 2$"),
+        ("no.npz", "attributes.npy", "no.npz: can't be read as a graph: it is no archive"),
+        ("edges.csv", "empty.npy", r"empty.npy: expected numbers \[n, d\], got float64 \[0, 3\]"),
         ("nothing.csv", "attributes.npy", "nothing.csv: expected lines node,node or node,node,weight, got no edge"),
         ("edges.csv", "edges.csv", r"attributes: expected a file that ends in \.npy or \.npz, got .*edges.csv"),
     ],

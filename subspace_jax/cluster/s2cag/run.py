@@ -115,7 +115,7 @@ def write_picture(found: GraphClusters, graph: data.Graph, path: str) -> None:
     some = np.random.default_rng(0).permutation(len(points))[:_DOTS]
     axes[0].scatter(*points[some].T, c=found.labels[some], cmap="tab20", s=4)
     axes[0].set(xlabel="first direction of the embedding", ylabel="second")
-    axes[0].set_title(f"{len(points)} nodes, {found.k} clusters")
+    axes[0].set_title(f"{len(points)} nodes, {found.k} cluster{'s' * (found.k > 1)}")
     axes[1].imshow(np.sqrt(_blocks(found.labels, graph.adjacency)), cmap="magma", interpolation="nearest")
     axes[1].set(xticks=[], yticks=[], title="root of the density of edges, nodes by cluster")
     figure.savefig(path, dpi=120)
