@@ -64,7 +64,7 @@ def test_cluster_takes_images_whose_folders_are_labels_and_skips_what_is_no_imag
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "Skipped 1 files that can't be read: " in printed
+    assert "Skipped 1 file that can't be read: " in printed
     assert "images.png: some images of each cluster" in printed
     assert json.loads((tmp_path / "clusters.json").read_text())["scores"]["accuracy"][0] == 1
     lines = (tmp_path / "labels.csv").read_text().splitlines()
