@@ -140,11 +140,12 @@ def _write(args: argparse.Namespace, found, draw, options: dict[str, float], rea
     shared.write_result(out, {"k": found.k, **{name: mean for name, (mean, _) in report.get("scores", {}).items()}})
     print(_table(report))
     item, blocks = ("node", "edges") if args.method in _GRAPHS else ("item", "affinity")
+    drawn = args.method in _GRAPHS or found.affinity is not None
     print(
         f"Wrote to {args.out}:\n"
         f"  labels.npy: the cluster of each {item}, of the first seed\n"
         "  clusters.json: sizes, agreement of the seeds and scores\n"
-        f"  clusters.png: {item}s by cluster, and the {blocks} in blocks"
+        f"  clusters.png: {item}s by cluster{f', and the {blocks} in blocks' * drawn}"
         + "\n  labels.csv: the same by name" * bool(names)
         + "\n  images.png: some images of each cluster" * (image is not None)
     )

@@ -28,6 +28,7 @@ METHODS = {
 _MOST_CLUSTERS = 30
 _BINS = 96
 _DOTS = 5000
+_MOST_IN_LEGEND = 10
 _IN_A_ROW, _SIDE = 12, 64
 
 
@@ -130,8 +131,11 @@ def write_picture(found: Clusters, x: np.ndarray, path: str) -> None:
         points = _principal(np.asarray(linalg.spectral_embedding(found.affinity, min(count, len(x))).vectors))
         name = "direction of the spectral embedding"
     some = np.random.default_rng(0).permutation(len(x))[:_DOTS]
-    axes[0].scatter(*points[some].T, c=found.labels[some], cmap="tab20", s=4)
-    axes[0].set(xlabel=f"first {name}", ylabel="second", title=f"{len(x)} examples, {found.k} clusters")
+    dots = axes[0].scatter(*points[some].T, c=found.labels[some], cmap="tab20", s=4)
+    title = f"{len(x)} examples, {found.k} cluster{'s' * (found.k > 1)}"
+    axes[0].set(xlabel=f"first {name}", ylabel="second", title=title)
+    if found.k <= _MOST_IN_LEGEND:
+        axes[0].legend(*dots.legend_elements(num=None), title="cluster", fontsize="small")
     if found.affinity is not None:
         axes[1].imshow(np.sqrt(_blocks(found)), cmap="magma", interpolation="nearest")
         axes[1].set(xticks=[], yticks=[], title="root of the affinity, examples by cluster")
@@ -168,7 +172,9 @@ def write_images(found: Clusters, image: Callable[[int], np.ndarray], path: str)
             strip[:, i * (_SIDE + 4) :][:, :_SIDE] = data.resize(image(int(at)), (_SIDE, _SIDE), "bilinear")
         axis.imshow(strip)
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(f"{cluster}: {sizes[cluster]}", rotation=0, ha="right", va="center")
+        axis.set_ylabel(
+            f"cluster {cluster}\n{sizes[cluster]} of {len(found.labels)}", rotation=0, ha="right", va="center"
+        )
         axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=120)
 

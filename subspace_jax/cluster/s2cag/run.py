@@ -13,6 +13,7 @@ METHODS = {"s2cag": s2cag, "m-s2cag": m_s2cag}
 _MOST_CLUSTERS = 30
 _BINS = 96
 _DOTS = 5000
+_MOST_IN_LEGEND = 10
 
 
 class GraphClusters(NamedTuple):
@@ -113,9 +114,11 @@ def write_picture(found: GraphClusters, graph: data.Graph, path: str) -> None:
     u, s, _ = np.linalg.svd(found.embedding - found.embedding.mean(0), full_matrices=False)
     points = np.pad(u[:, :2] * s[:2], ((0, 0), (0, max(0, 2 - u.shape[1]))))
     some = np.random.default_rng(0).permutation(len(points))[:_DOTS]
-    axes[0].scatter(*points[some].T, c=found.labels[some], cmap="tab20", s=4)
+    dots = axes[0].scatter(*points[some].T, c=found.labels[some], cmap="tab20", s=4)
     axes[0].set(xlabel="first direction of the embedding", ylabel="second")
     axes[0].set_title(f"{len(points)} nodes, {found.k} cluster{'s' * (found.k > 1)}")
+    if found.k <= _MOST_IN_LEGEND:
+        axes[0].legend(*dots.legend_elements(num=None), title="cluster", fontsize="small")
     axes[1].imshow(np.sqrt(_blocks(found.labels, graph.adjacency)), cmap="magma", interpolation="nearest")
     axes[1].set(xticks=[], yticks=[], title="root of the density of edges, nodes by cluster")
     figure.savefig(path, dpi=120)
