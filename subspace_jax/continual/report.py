@@ -65,6 +65,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
 
 def _draw(acc: np.ndarray, path: Path, title: str) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -80,6 +81,7 @@ def _draw(acc: np.ndarray, path: Path, title: str) -> None:
         first = t if len(acc) == acc.shape[1] else 0
         right.plot(range(first + 1, len(acc) + 1), acc[first:, t], marker="o", markersize=3, label=f"task {t + 1}")
     right.set(xlabel="after task", ylabel="accuracy", ylim=(0, 1.02), title="each task from its own training on")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.grid(alpha=0.3)
     right.legend(fontsize="small", ncols=2)
     with train.replacing(path) as partial:

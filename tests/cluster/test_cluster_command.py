@@ -48,14 +48,16 @@ def test_cluster_finds_subspaces_chooses_k_by_the_eigengap_and_writes_report_and
     printed = capsys.readouterr().out
     assert "3 clusters, chosen by the eigengap, of 20 to 20 items" in printed
     assert "labels.npy: the cluster of each item" in printed
+    assert "clusters.png: items by cluster, and the affinity in blocks\n" in printed
 
 
 @pytest.mark.slow
-def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path):
+def test_cluster_runs_without_a_graph_and_without_labels(files, tmp_path, capsys):
     arguments = ["cluster", f"--input={files}/features.npz", f"--out={tmp_path}", "--seeds=1", "--k=3", "--raw"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert main([*arguments, "--method=k-subspaces", "--dim=2"]) == 0
     assert "scores" not in json.loads((tmp_path / "clusters.json").read_text())
+    assert "clusters.png: items by cluster\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def test_cluster_finds_the_classes_of_a_graph_and_writes_report_and_picture(meth
     assert (tmp_path / "clusters.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "modularity of the graph 0." in printed
+    assert "clusters.png: nodes by cluster, and the edges in blocks\n" in printed
     assert ("is not symmetric; each pair of nodes gets the larger" in printed) == ("one_way" in source[0])
 
 

@@ -223,6 +223,9 @@ def test_load_stream_refuses_fields_that_cannot_serve(tmp_path, changes, message
 def test_load_stream_refuses_files_that_hold_no_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected an NPZ"):
         streams.load_stream(fields(name="arrays", data_dir=str(tmp_path / "none.npz")))
+    np.save(tmp_path / "one.npy", np.ones((4, 2)))
+    with pytest.raises(ValueError, match=r"data: .*one.npy: expected an NPZ with arrays \('inputs'"):
+        streams.load_stream(fields(name="arrays", data_dir=str(tmp_path / "one.npy")))
     with pytest.raises(ValueError, match=r"got no \['test_labels'\]"):
         streams.load_stream(fields(**array_file(tmp_path, test_labels=None)))
     with pytest.raises(ValueError, match="expected integers as labels"):

@@ -1,5 +1,6 @@
 """The stream that the fields of a config describe."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def _array_file(path: Path) -> tuple[Labeled, Labeled]:
     if not path.is_file():
         raise FileNotFoundError(f"data.data_dir: expected an NPZ with the arrays of a set, got no {path}")
     names = ("inputs", "labels", "test_inputs", "test_labels")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: expected an NPZ with arrays {names}")
     with np.load(path) as found:
         if missing := [name for name in names if name not in found.files]:
             raise ValueError(f"{path}: expected arrays {names}, got no {missing}")
