@@ -2,6 +2,7 @@
 
 from subspace_jax.methods.records import Figure, Method, train
 
+_MLC = train("cluster/mlc_digits")
 _DSC, _FIRST = train("cluster/dsc_digits"), train("cluster/dsc_digits:first")
 _MNIST = train("cluster/dsc_mnist") + " --config.data.num_examples=500"
 _COMMAND = "python -m pytest tests/cluster/test_clustering_figures.py"
@@ -137,6 +138,10 @@ METHODS = (
                 at_most=0,
                 seeds=(0,),
             ),
+            Figure("accuracy of k-means on features of digits", _MLC, "clusters/kmeans_accuracy", at_least=0.88),
+            Figure("what the second phase adds to it", _MLC, "kmeans_gain", at_least=0.0),
+            Figure("its NMI", _MLC, "clusters/kmeans_nmi"),
+            Figure("accuracy of spectral clustering of memberships", _MLC, "clusters/spectral_accuracy"),
         ),
     ),
 )
