@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,6 +72,7 @@ def test_continual_refuses_configs_that_are_of_no_stream(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@jax.numpy_dtype_promotion("standard")
 def test_continual_writes_accuracies_a_picture_and_scores(tmp_path, capsys):
     folder = tmp_path / "run"
     fields = ("train.steps=2", "data.tasks=2", "model.widths=(32,32)", "model.samples=64")
