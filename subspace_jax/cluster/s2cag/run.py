@@ -91,12 +91,15 @@ def cluster_graph(
 
 
 def _chosen(p, x, options):
-    """The number of clusters before the widest gap of the eigenvalues of ``D^-1/2 Z Z^T D^-1/2``."""
+    """The number of clusters before the widest gap of the eigenvalues of ``D^-1/2 Z Z^T D^-1/2``, at least 2.
+
+    The gap behind the first eigenvalue, 1 for every graph, only grows with the smoothing.
+    """
     most = min(_MOST_CLUSTERS, min(x.shape) - 1)
     p, f, options = prepared(p, x, most, options, 7)
     z = smoothed_attributes(p, f, options)
     found = linalg.spectral_embedding(lambda v: z.apply(z.apply_T(v)), most, n=p.rows)
-    return linalg.eigengap(1 - np.asarray(found.eigenvalues))
+    return 1 + linalg.eigengap(1 - np.asarray(found.eigenvalues)[1:])
 
 
 def write_picture(found: GraphClusters, graph: data.Graph, path: str) -> None:
