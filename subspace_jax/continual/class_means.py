@@ -7,6 +7,8 @@ import optax
 from subspace_jax import train
 from subspace_jax.continual.stream import Setup, StreamTask
 
+_EXACT = jax.lax.Precision.HIGHEST  # sums over all examples, and differences of scores that nearly cancel
+
 
 class ClassMeansTask(StreamTask):
     """A learner that trains nothing: it adds up the features of each class.
@@ -27,7 +29,9 @@ class ClassMeansTask(StreamTask):
         del params
         counts = variables["counts"]
         means = variables["sums"] / jnp.maximum(counts, 1)[..., None]
-        scores = 2 * jnp.einsum("bd,tcd->btc", features, means) - jnp.sum(jnp.square(means), axis=-1)[None]
+        scores = (
+            2 * jnp.einsum("bd,tcd->btc", features, means, precision=_EXACT) - jnp.sum(jnp.square(means), axis=-1)[None]
+        )
         return jnp.where((counts > 0)[None], scores, -1e20)
 
     def loss(self, params, variables, batch, *, key, step):
@@ -36,7 +40,7 @@ class ClassMeansTask(StreamTask):
         features = jax.lax.stop_gradient(self.features(params, variables, batch["inputs"], batch["task"]))
         tasks = jax.nn.one_hot(batch["task"], self.num_tasks, dtype=jnp.float32)
         classes = jax.nn.one_hot(batch["labels"], max(self.num_classes), dtype=jnp.float32)
-        sums = variables["sums"] + jnp.einsum("bt,bc,bd->tcd", tasks, classes, features)
+        sums = variables["sums"] + jnp.einsum("bt,bc,bd->tcd", tasks, classes, features, precision=_EXACT)
         counts = variables["counts"] + jnp.einsum("bt,bc->tc", tasks, classes)
         return jnp.zeros((), jnp.float32), ({**variables, "sums": sums, "counts": counts}, {})
 

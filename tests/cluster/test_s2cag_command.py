@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from subspace_jax import metrics
+from subspace_jax import data, metrics
 from subspace_jax.cli.main import main
+from subspace_jax.cluster.s2cag import run
 from tests.cluster.graphs import block_model
 
 
@@ -85,3 +86,9 @@ def test_cluster_refuses_graphs_that_can_not_serve_and_writes_nothing(error, arg
     assert error.format(root=files) in capsys.readouterr().err
     out = tmp_path / "out"
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_cluster_graph_needs_k_where_there_are_too_few_attributes():
+    graph = data.Graph(data.as_adjacency(np.ones((5, 5)) - np.eye(5)), np.eye(5, 3) + 1.0, False)
+    with pytest.raises(ValueError, match="k: expected a number of clusters: 5 nodes with 3 attributes tell none"):
+        run.cluster_graph(graph, None)

@@ -52,8 +52,8 @@ def cluster_graph(
 
     Args:
       graph: Adjacency and attributes.
-      k: Number of clusters; by the widest gap of the eigenvalues of the normalized affinity ``Z Z^T``, up to 30,
-        where it is None.
+      k: Number of clusters; where it is None, by the widest gap of the eigenvalues of the normalized affinity
+        ``Z Z^T`` after the first one, up to 30.
       method: ``"s2cag"`` or ``"m-s2cag"``.
       seeds: Seeds.
       labels: True labels ``[n]``, for scores.
@@ -64,7 +64,8 @@ def cluster_graph(
       The clusters.
 
     Raises:
-      ValueError: ``method`` is unknown, or see :func:`s2cag`.
+      ValueError: ``method`` is unknown, or ``k`` is None for fewer than four nodes or attributes; see also
+        :func:`s2cag`.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -96,6 +97,8 @@ def _chosen(p, x, options):
     The gap behind the first eigenvalue, 1 for every graph, only grows with the smoothing.
     """
     most = min(_MOST_CLUSTERS, min(x.shape) - 1)
+    if most < 3:
+        raise ValueError(f"k: expected a number of clusters: {x.shape[0]} nodes with {x.shape[1]} attributes tell none")
     p, f, options = prepared(p, x, most, options, 7)
     z = smoothed_attributes(p, f, options)
     found = linalg.spectral_embedding(lambda v: z.apply(z.apply_T(v)), most, n=p.rows)
